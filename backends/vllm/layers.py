@@ -1,0 +1,91 @@
+"""The modules that stand in a serving graph for what vLLM must see: attention and linears."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import ReplicatedLinear
+from vllm.platforms import current_platform
+
+from fxport.errors import FxportError
+from fxport.serving import AttentionLayer
+
+__all__ = ["Linear", "PagedAttention", "supported_head_size"]
+
+
+def supported_head_size(size: int) -> int:
+    """The smallest head size of vLLM's attention that holds `size`; zero padding is exact.
+
+    Raises:
+        FxportError: larger than every supported size.
+    """
+    if current_platform.is_cpu():
+        sizes = [32, 64, 80, 96, 112, 128, 192, 256]
+    else:  # FlashAttention takes every multiple of 8 up to 256, from 32
+        sizes = list(range(32, 257, 8))
+    for candidate in sizes:
+        if candidate >= size:
+            return candidate
+    raise FxportError(f"vLLM's attention takes head sizes up to {sizes[-1]}, not {size}")
+
+
+class PagedAttention(nn.Module):
+    """``fxport::attention`` on vLLM's paged cache: ``[1, H, N, D]`` in, ``[1, H, N, Dv]`` out."""
+
+    def __init__(self, layer: AttentionLayer, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        self.layer = layer
+        self.padded = supported_head_size(max(layer.head_size, layer.head_size_v))
+        params = layer.params
+        self.attn = Attention(
+            layer.num_heads,
+            self.padded,
+            params.scale,
+            num_kv_heads=layer.num_kv_heads,
+            cache_config=vllm_config.cache_config,
+            quant_config=vllm_config.quant_config,
+            logits_soft_cap=params.softcap or None,
+            # vLLM counts the token itself; a window of one looks at nothing else.
+            per_layer_sliding_window=params.window_left + 1 if params.window_left >= 0 else None,
+            prefix=prefix,
+        )
+        self.dtype = vllm_config.model_config.dtype
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        layer = self.layer
+        out = self.attn(self._flat(q), self._flat(k), self._flat(v))
+        out = out.view(1, -1, layer.num_heads, self.padded)
+        if self.padded != layer.head_size_v:
+            out = out[..., : layer.head_size_v]
+        return out.transpose(1, 2)
+
+    def _flat(self, x: torch.Tensor) -> torch.Tensor:
+        """``[1, H, N, D]`` -> ``[N, H * padded]``"""
+        x = x.transpose(1, 2).to(self.dtype)
+        if x.shape[-1] != self.padded:
+            x = F.pad(x, (0, self.padded - x.shape[-1]))
+        return x.reshape(-1, x.shape[2] * self.padded)
+
+
+class Linear(nn.Module):
+    """vLLM's linear layer over ``[..., in]``; its kernels want two dimensions."""
+
+    def __init__(
+        self, out_features: int, in_features: int, bias: bool, vllm_config: VllmConfig, prefix: str
+    ) -> None:
+        super().__init__()
+        self.linear = ReplicatedLinear(
+            in_features,
+            out_features,
+            bias=bias,
+            quant_config=vllm_config.quant_config,
+            prefix=prefix,
+            return_bias=False,
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = self.linear(x.reshape(-1, x.shape[-1]))
+        return flat.view(*x.shape[:-1], flat.shape[-1])

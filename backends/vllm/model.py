@@ -1,0 +1,130 @@
+"""The model class that vLLM instantiates for a saved port."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.sequence import IntermediateTensors
+
+from fxport.backends.vllm.assemble import assemble
+from fxport.backends.vllm.dtypes import serve_in
+from fxport.errors import SavedPortError
+from fxport.passes.token_rules import has_rule
+from fxport.saved import GRAPH_FILE, read_serving
+
+__all__ = ["FxportForCausalLM", "FxportModel"]
+
+
+def _directory(vllm_config: VllmConfig) -> Path:
+    """Where the port lies: a local directory, or the snapshot that vLLM took from a hub."""
+    model = vllm_config.model_config.model
+    if Path(model).is_dir():
+        return Path(model)
+    from transformers.utils import cached_file
+
+    found = cached_file(model, GRAPH_FILE, revision=vllm_config.model_config.revision)
+    return Path(found).parent
+
+
+@support_torch_compile(
+    dynamic_arg_dims={"input_ids": 0, "positions": 0, "intermediate_tensors": 0, "inputs_embeds": 0}
+)
+class FxportModel(nn.Module):
+    """Everything up to the last hidden state; compiled and captured in CUDA graphs by vLLM."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        device = torch.get_default_device()
+        serving = read_serving(_directory(vllm_config), has_rule, device)
+        serving = serve_in(serving, vllm_config.model_config.dtype)
+        assembled = assemble(serving, vllm_config, prefix)
+        self.embed = assembled.embed
+        self.body = assembled.body
+        self.head = assembled.head
+        self.needs_input_ids = "input_ids" in serving.body.inputs
+        self.targets = assembled.targets
+        self.aliases = serving.aliases
+        self.unused = frozenset(serving.unused)
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """``[N]`` -> ``[N, C]``"""
+        return self.embed(input_ids[None])[0]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``[N]`` tokens (or ``[N, C]`` embeddings) and positions -> hidden states ``[N, C]``."""
+        embeddings = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.needs_input_ids:
+            return self.body(embeddings[None], positions, input_ids[None])[0]
+        return self.body(embeddings[None], positions)[0]
+
+
+class FxportForCausalLM(nn.Module):
+    """A saved port as vLLM wants it: see ``vllm.model_executor.models.interfaces_base``."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        self.config = vllm_config.model_config.hf_config
+        name = f"{prefix}.model" if prefix else "model"
+        self.model = FxportModel(vllm_config=vllm_config, prefix=name)
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.model.embed_input_ids(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """``[M, C]`` -> ``[M, V]``"""
+        return self.model.head(hidden_states[None])[0]
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Fills parameters and constants, in place (CUDA graphs keep their addresses).
+
+        Names of the original's state_dict that serving does not need are passed over.
+
+        Raises:
+            SavedPortError: an unknown name, or a shape that does not fit.
+        """
+        targets = self.model.targets
+        names = {id(p): name for name, p in self.named_parameters()}
+        loaded: set[str] = set()
+        for checkpoint_name, tensor in weights:
+            name = self.model.aliases.get(checkpoint_name, checkpoint_name)
+            if name not in targets:
+                if name in self.model.unused:
+                    continue
+                raise SavedPortError(f"the checkpoint holds `{name}`, which the port does not know")
+            for target in targets[name]:
+                _fill(name, target, tensor)
+                if id(target) in names:
+                    loaded.add(names[id(target)])
+        return loaded
+
+
+def _fill(name: str, target: torch.Tensor, tensor: torch.Tensor) -> None:
+    value = torch.view_as_complex(tensor) if target.is_complex() else tensor
+    if value.shape != target.shape:
+        raise SavedPortError(
+            f"`{name}` has shape {tuple(value.shape)} in the checkpoint; "
+            f"the port needs {tuple(target.shape)}"
+        )
+    loader = getattr(target, "weight_loader", default_weight_loader)
+    loader(target, value)

@@ -1,0 +1,196 @@
+"""`fxport.port`: capture a model, prove it, and give back something to train and to serve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxport.errors import FxportError, PortError, Reason, ReasonCode
+from fxport.report import Decision, Outcome, Report
+from fxport.saved import Tokenizer, write_port
+from fxport.serving import ServingGraph
+
+__all__ = ["Port", "port"]
+
+# Used when nothing in the model bounds the length: tables are made up to here.
+_UNBOUNDED_LENGTH = 4096
+
+
+@dataclass(frozen=True)
+class Port:
+    """A proven port of one model.
+
+    Attributes:
+        serving: the graphs that vLLM runs.
+        parameters: the model's own parameters (shared, not copied) by qualified name.
+        report: what was decided, and why.
+    """
+
+    serving: ServingGraph
+    parameters: Mapping[str, torch.Tensor]
+    report: Report
+    _model: nn.Module = field(repr=False)
+
+    @cached_property
+    def module(self) -> nn.Module:
+        """The model with flash attention: same call, same parameter names, trainable.
+
+        A copy of the modules that shares the parameters with the original.
+        """
+        from fxport.backends.dynamo import vllm_generic
+        from fxport.capture.clone import clone_for_capture
+
+        clone = clone_for_capture(self._model)
+        for copied, original in zip(clone.modules(), self._model.modules(), strict=True):
+            copied.training = original.training
+        clone.compile(backend=vllm_generic)
+        return clone
+
+    def save(self, directory: str | Path, tokenizer: Tokenizer | str | Path | None = None) -> Path:
+        """Writes a directory that ``vllm.LLM(directory)`` serves.
+
+        Args:
+            directory: must not exist, or be empty. It appears complete or not at all.
+            tokenizer: an object with ``save_pretrained``, or a directory to copy files from.
+
+        Raises:
+            FxportError: the directory exists, or parameters are on the meta device.
+        """
+        from fxport.passes.token_rules import has_rule
+
+        return write_port(
+            directory, self.serving, self.parameters, self.report, has_rule, tokenizer
+        )
+
+
+def port(
+    model: nn.Module, example_inputs: None = None, *, max_seq_len: int | None = None
+) -> Port:
+    """Ports a plain causal language model: ``model(tokens[B, T]) -> logits[B, T, V]``.
+
+    The model is not changed. Eval mode is used for serving whatever mode the model is in.
+
+    Args:
+        model: any `nn.Module`; its forward may return the logits in a tuple, dict or dataclass.
+        example_inputs: reserved; the model must be callable with token ids alone.
+        max_seq_len: the longest sequence to serve; by default the longest that the model allows.
+
+    Raises:
+        PortError: the model cannot be proven; every obstacle with file and line.
+        FxportError: `max_seq_len` is beyond what the model allows.
+    """
+    from fxport.capture.export import capture
+    from fxport.passes.serving import lower_for_serving
+
+    if example_inputs is not None:
+        raise FxportError("example_inputs is not supported: forward must take the token ids alone")
+    captured = capture(model)
+    length, limit = _length(captured.limit, max_seq_len)
+    lowered = lower_for_serving(captured, length)
+    serving = lowered.serving
+    decisions = (limit, *lowered.decisions, _self_check(model, serving, captured.parameters))
+    facts = {
+        "vocab_size": serving.vocab_size,
+        "hidden_size": serving.hidden_size,
+        "num_attention_layers": len(serving.attention),
+        "max_position_embeddings": serving.max_position_embeddings,
+        "dtype": str(serving.dtype).removeprefix("torch."),
+        "parameters": sum(p.numel() for p in captured.parameters.values()),
+        "logits": captured.output,
+    }
+    report = Report(type(model).__name__, facts, decisions)
+    return Port(serving, captured.parameters, report, model)
+
+
+def _length(found: int | None, wanted: int | None) -> tuple[int, Decision]:
+    if wanted is not None and wanted < 1:
+        raise FxportError(f"max_seq_len must be positive, not {wanted}")
+    if found is not None and wanted is not None and wanted > found:
+        raise FxportError(f"max_seq_len={wanted}, but the model allows at most {found} tokens")
+    length = wanted or found or _UNBOUNDED_LENGTH
+    if wanted:
+        detail = f"{length} tokens, as asked for"
+    elif found:
+        detail = f"{length} tokens, found in the model"
+    else:
+        detail = f"{length} tokens: nothing in the model bounds the length (see max_seq_len)"
+    return length, Decision("capture", Outcome.PROVEN, "longest sequence", detail)
+
+
+# --- the numeric self-check -------------------------------------------------------------------------
+
+_CHECK_LENGTHS = (1, 2, 3, 7, 37)
+# Rough cost of the check in multiply-adds; beyond it fewer lengths are checked.
+_CHECK_BUDGET = 4e11
+
+
+def _self_check(
+    model: nn.Module, serving: ServingGraph, parameters: Mapping[str, torch.Tensor]
+) -> Decision:
+    """Original and serving graph on random tokens; the longest length too where it is cheap."""
+    from fxport.backends.torch import PackedModel, check_against
+    from fxport.capture.clone import clone_for_capture
+
+    if any(p.is_meta for p in parameters.values()):
+        return _unchecked("the parameters are on the meta device, so there is nothing to compare")
+    size = sum(p.numel() for p in parameters.values())
+    longest = serving.max_position_embeddings
+    lengths = [n for n in (*_CHECK_LENGTHS, longest) if n <= longest]
+    lengths = sorted(set(lengths))
+    while len(lengths) > 1 and sum(lengths) * size > _CHECK_BUDGET:
+        lengths.pop()
+    clone = clone_for_capture(model)
+    worst = check_against(
+        model,
+        _original(clone, serving.vocab_size),
+        PackedModel(serving, parameters),
+        lengths,
+        serving.vocab_size,
+        serving.dtype,
+    )
+    listed = ", ".join(str(n) for n in lengths)
+    return Decision(
+        "self-check",
+        Outcome.PROVEN,
+        "logits on random tokens",
+        f"equal to the original's at lengths {listed}: relative difference {worst:.1e}",
+    )
+
+
+def _unchecked(why: str) -> Decision:
+    reason = Reason(ReasonCode.SELF_CHECK, f"not compared with numbers: {why}")
+    return Decision("self-check", Outcome.LEFT, "logits on random tokens", "", reason=reason)
+
+
+def _original(model: nn.Module, vocab_size: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    @torch.no_grad()
+    def logits_of(ids: torch.Tensor) -> torch.Tensor:
+        tensors = [
+            t
+            for t in torch.utils._pytree.tree_leaves(_plain(model(ids)))
+            if isinstance(t, torch.Tensor) and t.dim() in (2, 3) and t.shape[-1] == vocab_size
+        ]
+        if len(tensors) != 1:
+            raise PortError(
+                [Reason(ReasonCode.NO_LOGITS, f"{len(tensors)} outputs could be the logits")]
+            )
+        logits = tensors[0][0]
+        last_only = logits.dim() == 2 and logits.shape[0] == 1 and ids.shape[1] > 1
+        return logits[-1] if last_only else logits
+
+    return logits_of
+
+
+def _plain(output: Any) -> Any:
+    """Dataclasses and mappings as dicts, which pytree knows."""
+    if isinstance(output, Mapping):
+        return dict(output)
+    if hasattr(output, "__dataclass_fields__"):
+        return {name: getattr(output, name) for name in output.__dataclass_fields__}
+    return output

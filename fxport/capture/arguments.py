@@ -1,0 +1,35 @@
+"""Arguments of an ATen call by their schema names, so that no rule counts positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+__all__ = ["arguments", "shape_of"]
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """All arguments of a call to an `OpOverload`, defaults included, by schema name."""
+    assert isinstance(node.target, torch._ops.OpOverload), node.target
+    bound: dict[str, Any] = {}
+    for index, argument in enumerate(node.target._schema.arguments):
+        if index < len(node.args):
+            bound[argument.name] = node.args[index]
+        elif argument.name in node.kwargs:
+            bound[argument.name] = node.kwargs[argument.name]
+        elif argument.has_default_value():
+            bound[argument.name] = argument.default_value
+    return bound
+
+
+def shape_of(node: fx.Node) -> tuple[Any, ...]:
+    """Shape in ``meta["val"]`` as plain ints and sympy expressions."""
+    sizes = node.meta["val"].shape
+    return tuple(s if isinstance(s, int) else _expression(s) for s in sizes)
+
+
+def _expression(size: torch.SymInt) -> Any:
+    expression = size.node.expr
+    return int(expression) if expression.is_Integer else expression

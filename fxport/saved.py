@@ -1,0 +1,264 @@
+"""The saved port: a directory of data that vLLM loads by itself.
+
+    config.json          architecture, sizes, dtype: what vLLM reads first
+    fxport_graph.json    the serving graphs (`fxport.graph_json`)
+    model-*.safetensors  parameters under the original names, constants beside them
+    port_report.json     what was decided
+    tokenizer files      if a tokenizer was given
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from fxport.errors import FxportError, SavedPortError
+from fxport.graph_json import Allowed, part_from_dict, part_to_dict
+from fxport.ops.params import AttentionParams
+from fxport.report import Report
+from fxport.serving import AttentionLayer, ServingGraph
+
+__all__ = ["FORMAT_VERSION", "Tokenizer", "read_config", "read_serving", "write_port"]
+
+FORMAT_VERSION = 1
+GRAPH_FILE = "fxport_graph.json"
+_MAX_SHARD_BYTES = 4 * 2**30
+
+
+class Tokenizer(Protocol):
+    """Anything with Hugging Face's `save_pretrained`."""
+
+    def save_pretrained(self, directory: str) -> object: ...
+
+
+def write_port(
+    directory: str | Path,
+    serving: ServingGraph,
+    parameters: Mapping[str, torch.Tensor],
+    report: Report,
+    allowed: Allowed,
+    tokenizer: Tokenizer | str | Path | None = None,
+) -> Path:
+    """Writes a port. The directory appears complete or not at all.
+
+    Args:
+        directory: must not exist, or be empty.
+        parameters: real tensors for every name in ``serving.parameters``.
+        tokenizer: an object with `save_pretrained`, or a directory whose files are copied.
+
+    Raises:
+        FxportError: the directory exists, or a parameter has no data.
+    """
+    final = Path(directory)
+    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+        raise FxportError(f"{final} exists already; choose another directory or remove it")
+    for name in serving.parameters:
+        if parameters[name].is_meta:
+            raise FxportError(f"the parameter `{name}` is on the meta device: it has no data")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+    try:
+        _write_json(staging / GRAPH_FILE, _graph_dict(serving, allowed))
+        _write_json(staging / "config.json", _config_dict(serving))
+        report.to_json(staging / "port_report.json")
+        _write_weights(staging, serving, parameters)
+        _write_tokenizer(staging, tokenizer)
+        staging.chmod(0o755)
+        if final.exists():
+            final.rmdir()
+        os.replace(staging, final)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return final
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
+
+
+def _graph_dict(serving: ServingGraph, allowed: Allowed) -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "embed": part_to_dict(serving.embed, allowed),
+        "body": part_to_dict(serving.body, allowed),
+        "head": part_to_dict(serving.head, allowed),
+        "attention": [asdict(layer) for layer in serving.attention],
+        "parameters": {name: list(shape) for name, shape in serving.parameters.items()},
+        "constants": {
+            name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")}
+            for name, t in serving.constants.items()
+        },
+        "aliases": dict(serving.aliases),
+        "unused": list(serving.unused),
+        "vocab_size": serving.vocab_size,
+        "hidden_size": serving.hidden_size,
+        "max_position_embeddings": serving.max_position_embeddings,
+        "dtype": str(serving.dtype).removeprefix("torch."),
+    }
+
+
+def _config_dict(serving: ServingGraph) -> dict[str, Any]:
+    """vLLM sizes its KV cache from the attention layers; the heads here are for its logs."""
+    first = serving.attention[0]
+    return {
+        "architectures": ["FxportForCausalLM"],
+        "model_type": "fxport",
+        "fxport_format_version": FORMAT_VERSION,
+        "vocab_size": serving.vocab_size,
+        "hidden_size": serving.hidden_size,
+        "num_hidden_layers": len(serving.attention),
+        "num_attention_heads": first.num_heads,
+        "num_key_value_heads": first.num_kv_heads,
+        "head_dim": first.head_size,
+        "max_position_embeddings": serving.max_position_embeddings,
+        "dtype": str(serving.dtype).removeprefix("torch."),
+        "tie_word_embeddings": False,
+    }
+
+
+# --- weights ----------------------------------------------------------------------------------------
+
+
+def _write_weights(
+    directory: Path, serving: ServingGraph, parameters: Mapping[str, torch.Tensor]
+) -> None:
+    from safetensors.torch import save_file
+
+    shards: list[list[str]] = [[]]
+    size = 0
+    tensors: dict[str, Callable[[], torch.Tensor]] = {}
+    for name in serving.parameters:
+        tensors[name] = lambda name=name: parameters[name]  # type: ignore[misc]
+    for name, constant in serving.constants.items():
+        tensors[name] = lambda constant=constant: constant  # type: ignore[misc]
+    for name, tensor in tensors.items():
+        count = tensor().numel() * tensor().element_size()
+        if shards[-1] and size + count > _MAX_SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += count
+    for number, names in enumerate(shards, start=1):
+        content = {name: _storable(tensors[name]()) for name in names}
+        file = directory / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(content, str(file), metadata={"format": "pt"})
+
+
+def _storable(tensor: torch.Tensor) -> torch.Tensor:
+    """Dense, on the CPU; complex numbers as pairs, which every safetensors version reads."""
+    plain = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return plain.detach().cpu().contiguous().clone()
+
+
+def _write_tokenizer(directory: Path, tokenizer: Tokenizer | str | Path | None) -> None:
+    if tokenizer is None:
+        return
+    if isinstance(tokenizer, str | Path):
+        source = Path(tokenizer)
+        if not source.is_dir():
+            raise FxportError(f"the tokenizer directory {source} does not exist")
+        for file in _tokenizer_files(source):
+            shutil.copyfile(file, directory / file.name)
+    else:
+        tokenizer.save_pretrained(str(directory))
+
+
+def _tokenizer_files(source: Path) -> Iterator[Path]:
+    """Everything but weights and model descriptions, which the port writes itself."""
+    own = {"config.json", GRAPH_FILE, "port_report.json"}
+    weights = {".safetensors", ".bin", ".pt", ".pth", ".py"}
+    for file in sorted(source.iterdir()):
+        if file.is_file() and file.name not in own and file.suffix not in weights:
+            yield file
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """`config.json` of a saved port, checked to be one."""
+    config = _read_json(Path(directory) / "config.json")
+    if config.get("model_type") != "fxport":
+        raise SavedPortError(f"{directory} is not a saved port (model_type is not fxport)")
+    return config
+
+
+def read_serving(directory: str | Path, allowed: Allowed, device: torch.device) -> ServingGraph:
+    """The serving graph of a saved port; constants stay on the meta device (weights come later).
+
+    Raises:
+        SavedPortError: the directory is damaged, hostile, or of another version.
+    """
+    data = _read_json(Path(directory) / GRAPH_FILE)
+    if data.get("format_version") != FORMAT_VERSION:
+        raise SavedPortError(
+            f"format version {data.get('format_version')!r}; this fxport reads {FORMAT_VERSION}"
+        )
+    try:
+        return ServingGraph(
+            embed=part_from_dict(data["embed"], allowed, device),
+            body=part_from_dict(data["body"], allowed, device),
+            head=part_from_dict(data["head"], allowed, device),
+            attention=tuple(_attention_layer(a) for a in data["attention"]),
+            constants={n: _meta_tensor(n, t) for n, t in data["constants"].items()},
+            parameters={str(n): _shape(n, s) for n, s in data["parameters"].items()},
+            aliases={str(k): str(v) for k, v in data["aliases"].items()},
+            unused=tuple(str(u) for u in data["unused"]),
+            vocab_size=_size(data["vocab_size"]),
+            hidden_size=_size(data["hidden_size"]),
+            max_position_embeddings=_size(data["max_position_embeddings"]),
+            dtype=_dtype(data["dtype"]),
+        )
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise SavedPortError(f"{GRAPH_FILE} is damaged: {error!r}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SavedPortError(f"{path} is missing") from error
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise SavedPortError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise SavedPortError(f"{path} does not hold an object")
+    return content
+
+
+def _attention_layer(data: Any) -> AttentionLayer:
+    fields = {k: v for k, v in data.items() if k != "params"}
+    return AttentionLayer(**fields, params=AttentionParams(**data["params"]))
+
+
+def _size(value: Any) -> int:
+    if not isinstance(value, int) or not 0 < value < 2**40:
+        raise ValueError(f"{value!r} is not a size")
+    return value
+
+
+def _dtype(name: Any) -> torch.dtype:
+    found = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"{name!r} is not a dtype")
+    return found
+
+
+def _meta_tensor(name: str, data: Any) -> torch.Tensor:
+    return torch.empty(_shape(name, data["shape"]), dtype=_dtype(data["dtype"]), device="meta")
+
+
+def _shape(name: str, sizes: Any) -> tuple[int, ...]:
+    shape = tuple(int(s) for s in sizes)
+    if any(s < 0 for s in shape) or math.prod(shape) >= 2**48:
+        raise ValueError(f"`{name}` has an absurd shape")
+    return shape

@@ -1,0 +1,78 @@
+"""The serving graphs of a port: what vLLM runs, as three graphs over flat tokens.
+
+    embed(input_ids [1, N])                        -> embeddings [1, N, C]
+    body(embeddings, positions [N], [input_ids])   -> hidden     [1, N, C]
+                                                      (input_ids only where it is used again)
+    head(hidden [1, M, C])                         -> logits     [1, M, V]
+
+N tokens of many requests lie end to end; only ``fxport::attention`` looks at other tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from fxport.ops.params import AttentionParams
+
+__all__ = ["AttentionLayer", "Part", "ServingGraph"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One graph. Placeholders: `inputs` in order, then weights by qualified name.
+
+    Attributes:
+        graph: call_function nodes only; ``meta["val"]`` is not needed any more.
+        inputs: names of the placeholders that the caller passes.
+        weights: placeholder name -> qualified name of a parameter or constant.
+    """
+
+    graph: fx.Graph
+    inputs: tuple[str, ...]
+    weights: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """Geometry of one attention call, in the order of the body's attention nodes."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    head_size_v: int
+    params: AttentionParams
+    has_sinks: bool
+    has_alibi: bool
+
+
+@dataclass(frozen=True)
+class ServingGraph:
+    """Everything that vLLM needs of a port, without weights.
+
+    Attributes:
+        embed, body, head: see the module's docstring.
+        attention: geometry of the attention calls.
+        constants: qualified name -> tensor that is not learned (rotary tables, ...).
+        parameters: qualified name -> shape of the learned tensors that the graphs use.
+        aliases: further names of tied parameters -> the name used here.
+        unused: tensors of the original's state_dict that serving does not need (masks).
+        vocab_size, hidden_size, max_position_embeddings: sizes.
+        dtype: the parameters' dtype at capture.
+    """
+
+    embed: Part
+    body: Part
+    head: Part
+    attention: tuple[AttentionLayer, ...]
+    constants: Mapping[str, torch.Tensor]
+    parameters: Mapping[str, tuple[int, ...]]
+    aliases: Mapping[str, str]
+    unused: tuple[str, ...]
+    vocab_size: int
+    hidden_size: int
+    max_position_embeddings: int
+    dtype: torch.dtype

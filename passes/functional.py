@@ -1,0 +1,106 @@
+"""Replaces in-place operations on fresh values by their out-of-place form.
+
+Before                                  After
+    y = matmul(q, k)                        y = matmul(q, k)
+    z = masked_fill_(y, mask, -inf)         z = masked_fill(y, mask, -inf)
+    softmax(y)                              softmax(z)
+
+Sound only while nobody sees `y` through another view: the changed value, and everything it may
+share memory with, must be fresh (made by an operation that returns new memory) and unaliased.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from fxport.capture.arguments import arguments
+from fxport.capture.location import user_location
+from fxport.errors import PortError, Reason, ReasonCode
+
+__all__ = ["functionalise"]
+
+
+def functionalise(gm: fx.GraphModule) -> None:
+    """Rewrites every mutable op in place on the graph.
+
+    Raises:
+        PortError: an in-place op changes a value that other operations see through a view.
+    """
+    reasons: list[Reason] = []
+    for node in list(gm.graph.nodes):
+        target = node.target
+        if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+            reason = _replace(gm, node)
+            if reason is not None:
+                reasons.append(reason)
+    if reasons:
+        raise PortError(reasons)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+
+
+def _replace(gm: fx.GraphModule, node: fx.Node) -> Reason | None:
+    target = node.target
+    assert isinstance(target, torch._ops.OpOverload)
+    functional = _out_of_place(target)
+    changed = arguments(node).get("self")
+    refusal = Reason(
+        ReasonCode.MUTATED_IN_PLACE,
+        f"`{target}` changes a tensor that is also seen through a view or from outside",
+        user_location(node),
+        "use the out-of-place operation",
+    )
+    if functional is None or not isinstance(changed, fx.Node) or _is_shared(changed, node):
+        return refusal
+    with gm.graph.inserting_before(node):
+        new = gm.graph.call_function(functional, node.args, node.kwargs)
+    new.meta = dict(node.meta)
+    order = {n: i for i, n in enumerate(gm.graph.nodes)}
+    for user in list(changed.users):
+        if order[user] > order[node]:
+            user.replace_input_with(changed, new)
+    node.replace_all_uses_with(new)
+    gm.graph.erase_node(node)
+    return None
+
+
+def _out_of_place(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
+    """The overload of the same name without the trailing underscore, ATen's own convention."""
+    namespace, name = target._schema.name.split("::")
+    if not name.endswith("_") or name.startswith("_"):
+        return None
+    packet = getattr(getattr(torch.ops, namespace), name[:-1], None)
+    overload = target._overloadname
+    if packet is None or overload not in packet.overloads():
+        return None
+    functional: torch._ops.OpOverload = getattr(packet, overload)
+    same = [a.name for a in functional._schema.arguments] == [
+        a.name for a in target._schema.arguments
+    ]
+    return functional if same else None
+
+
+def _is_shared(value: fx.Node, mutation: fx.Node) -> bool:
+    """Whether memory of `value` may be seen by anybody but its direct users."""
+    if value.op != "call_function" or not _is_fresh(value):
+        return True
+    if value.meta["val"].dtype != mutation.meta["val"].dtype:
+        return True
+    return any(not _is_fresh(user) for user in value.users if user is not mutation)
+
+
+def _is_fresh(node: fx.Node) -> bool:
+    """Whether the op returns memory of its own: no output aliases an input."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    # May return its input: ATen's schema does not say so for these.
+    maybe_alias = (
+        torch.ops.aten.to, torch.ops.aten.reshape, torch.ops.aten.contiguous,
+        torch.ops.aten.flatten, torch.ops.aten.dropout, torch.ops.aten.type_as,
+        torch.ops.aten.feature_dropout, torch.ops.aten.reshape_as, torch.ops.aten.lift_fresh,
+    )
+    if target.overloadpacket in maybe_alias:
+        return False
+    return all(r.alias_info is None for r in target._schema.returns)

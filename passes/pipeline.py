@@ -1,0 +1,37 @@
+"""The order of the passes, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from fxport.capture.dynamo import lowered_graphs
+from fxport.passes.attention import AttentionSite, rewrite_attention
+from fxport.report import Decision
+
+__all__ = ["PipelineResult", "training_pipeline"]
+
+
+@dataclass(frozen=True)
+class PipelineResult:
+    """What the passes did, in the order in which they ran.
+
+    Attributes:
+        sites: every attention that was rewritten.
+        decisions: one line of the report for each place that a pass looked at.
+    """
+
+    sites: tuple[AttentionSite, ...]
+    decisions: tuple[Decision, ...]
+
+
+def training_pipeline(gm: fx.GraphModule) -> PipelineResult:
+    """Rewrites a graph from the training door, in place, bodies of higher-order ops included."""
+    sites: list[AttentionSite] = []
+    decisions: list[Decision] = []
+    for graph in lowered_graphs(gm):
+        attention = rewrite_attention(graph)
+        sites.extend(attention.sites)
+        decisions.extend(attention.decisions)
+    return PipelineResult(tuple(sites), tuple(decisions))

@@ -1,0 +1,152 @@
+"""From a captured model to the graphs that vLLM runs: the serving passes in order.
+
+    capture -> head -> attention -> token locality (proof) -> positions -> split
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from fxport.capture.arguments import shape_of
+from fxport.capture.export import Captured
+from fxport.capture.inputs import InputKind, graph_input
+from fxport.errors import PortError, Reason, ReasonCode
+from fxport.passes.attention import rewrite_attention
+from fxport.passes.axes import Axis, Symbols
+from fxport.passes.functional import functionalise
+from fxport.passes.head import find_head
+from fxport.passes.positions import gather_by_position
+from fxport.passes.split import Splitter, attention_layers, token_embedding
+from fxport.passes.token_locality import Locality, analyse
+from fxport.report import Decision, Outcome
+from fxport.serving import ServingGraph
+
+__all__ = ["Lowered", "lower_for_serving"]
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """The serving graph and how it came about."""
+
+    serving: ServingGraph
+    decisions: tuple[Decision, ...]
+
+
+def lower_for_serving(captured: Captured, max_seq_len: int) -> Lowered:
+    """Runs the serving passes on a captured model; the captured graph is changed.
+
+    Args:
+        captured: from `fxport.capture.export.capture`.
+        max_seq_len: the longest sequence that will be served.
+
+    Raises:
+        PortError: with every obstacle that the failing stage found.
+    """
+    gm = captured.graph
+    symbols = Symbols(captured.batch, captured.length)
+    functionalise(gm)
+    head = find_head(gm, captured.length)
+    attention = rewrite_attention(gm)
+    tokens = next(n for n in gm.graph.nodes if n.name == captured.tokens)
+    embedding = token_embedding(tokens)
+    locality = analyse(gm, symbols, max_seq_len)
+    reasons = [*_attention_reasons(attention.decisions), *locality.reasons]
+    if not locality.reasons:
+        reasons = _check_output(locality, head.logits)
+    if reasons:
+        raise PortError(reasons)
+    hidden = head.hidden
+    positions, gathered = gather_by_position(gm, locality, tokens)
+    serving = _split(captured, gm, tokens, positions, embedding, hidden, head.logits, max_seq_len)
+    proven = Decision(
+        "token locality",
+        Outcome.PROVEN,
+        f"{len(locality.axes)} operations",
+        "every operation outside attention treats each token on its own",
+    )
+    decisions = (*head.decisions, *attention.decisions, proven, *gathered)
+    return Lowered(serving, decisions)
+
+
+def _attention_reasons(decisions: tuple[Decision, ...]) -> list[Reason]:
+    return [d.reason for d in decisions if d.outcome is Outcome.LEFT and d.reason is not None]
+
+
+def _check_output(locality: Locality, logits: fx.Node) -> list[Reason]:
+    axes = locality.axes[logits]
+    if axes[:-1] == ((Axis.BATCH,), (Axis.TOKEN,)):
+        return []
+    return [
+        Reason(ReasonCode.NO_LOGITS, f"the output is made of {axes}; expected [B, T, vocabulary]")
+    ]
+
+
+def _split(
+    captured: Captured,
+    gm: fx.GraphModule,
+    tokens: fx.Node,
+    positions: fx.Node,
+    embedding: fx.Node,
+    hidden: fx.Node,
+    logits: fx.Node,
+    max_seq_len: int,
+) -> ServingGraph:
+    constants: dict[str, torch.Tensor] = {}
+
+    def constant_name(node: fx.Node) -> str:
+        name = f"fxport_constants.{node.target}"
+        constants[name] = gm.get_buffer(str(node.target))
+        return name
+
+    layers = attention_layers(gm)
+    split = Splitter(gm, tokens, constant_name)
+    embed = split.part([("input_ids", tokens)], embedding, ("input_ids", 1))
+    body = split.part(
+        [("embeddings", embedding), ("positions", positions), ("input_ids", tokens)],
+        hidden,
+        ("positions", 0),
+    )
+    head = split.part([("hidden", hidden)], logits, ("hidden", 1))
+    inputs = {
+        graph_input(n).name: graph_input(n)
+        for n in gm.graph.nodes
+        if n.op == "placeholder" and "input" in n.meta
+    }
+    used = {name for p in (embed, body, head) for name in p.weights.values()}
+    for name in used - set(constants):
+        if inputs[name].kind is InputKind.BUFFER:
+            value = inputs[name].value
+            assert value is not None
+            constants[name] = value
+    return ServingGraph(
+        embed=embed,
+        body=body,
+        head=head,
+        attention=layers,
+        constants=constants,
+        parameters={
+            n: tuple(captured.parameters[n].shape) for n in sorted(used & set(captured.parameters))
+        },
+        aliases=dict(captured.aliases),
+        unused=tuple(sorted(set(captured.state) - used - set(captured.aliases))),
+        vocab_size=int(shape_of(logits)[-1]),
+        hidden_size=int(shape_of(hidden)[-1]),
+        max_position_embeddings=max_seq_len,
+        dtype=_dtype(captured),
+    )
+
+
+def _dtype(captured: Captured) -> torch.dtype:
+    found = {p.dtype for p in captured.parameters.values() if p.is_floating_point()}
+    if len(found) == 1:
+        return found.pop()
+    names = ", ".join(sorted(str(d) for d in found))
+    reason = Reason(
+        ReasonCode.UNSUPPORTED_FEATURE,
+        f"parameters of several dtypes ({names})",
+        hint="convert the model to one dtype",
+    )
+    raise PortError([reason])

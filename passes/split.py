@@ -1,0 +1,149 @@
+"""Splits the proven graph into the three graphs that vLLM calls.
+
+Before (one graph)                                 After
+    tokens, positions, weights -> logits               embed: tokens -> embeddings
+                                                       body:  embeddings, positions -> hidden
+                                                       head:  hidden -> logits
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxport.capture.arguments import arguments, shape_of
+from fxport.capture.inputs import InputKind, graph_input
+from fxport.capture.location import user_location
+from fxport.errors import PortError, Reason, ReasonCode
+from fxport.ops.params import AttentionParams
+from fxport.serving import AttentionLayer, Part
+
+__all__ = ["Splitter", "attention_layers", "token_embedding"]
+
+aten = torch.ops.aten
+
+
+def token_embedding(tokens: fx.Node) -> fx.Node:
+    """The first look-up of the token ids in a learned table.
+
+    Raises:
+        PortError: the ids are not looked up, so nothing can be said about a vocabulary.
+    """
+    for node in tokens.users:
+        if node.target is aten.embedding.default and arguments(node)["indices"] is tokens:
+            return node
+    first = next(iter(tokens.users), tokens)
+    reason = Reason(
+        ReasonCode.NO_VOCABULARY,
+        "the token ids do not go into an embedding",
+        user_location(first),
+        "look the token ids up with nn.Embedding or F.embedding",
+    )
+    raise PortError([reason])
+
+
+@dataclass(frozen=True)
+class Splitter:
+    """Cuts parts out of one proven graph.
+
+    Attributes:
+        gm: the graph.
+        tokens: its token placeholder; sizes taken from it become 1 (batch) and N (length).
+        constant_name: qualified name under which a get_attr constant is saved.
+    """
+
+    gm: fx.GraphModule
+    tokens: fx.Node
+    constant_name: Callable[[fx.Node], str]
+
+    def part(
+        self, inputs: Sequence[tuple[str, fx.Node]], output: fx.Node, length: tuple[str, int]
+    ) -> Part:
+        """The subgraph that computes `output` from `inputs`.
+
+        Args:
+            inputs: (placeholder name, node it stands for); the token ids only if needed.
+            length: the input and its dimension that hold N.
+        """
+        needed = self._needed(output, {node for _, node in inputs})
+        kept = [(n, i) for n, i in inputs if i is not self.tokens or i in needed]
+        graph = fx.Graph()
+        copied: dict[fx.Node, Any] = {node: graph.placeholder(name) for name, node in kept}
+        weights = self._weights(graph, needed, copied)
+        reference = next(copied[node] for name, node in kept if name == length[0])
+        size = graph.call_function(aten.sym_size.int, (reference, length[1]))
+        for node in self.gm.graph.nodes:
+            if self._is_size(node):
+                copied[node] = 1 if node.args[1] == 0 else size
+            elif node in needed and node not in copied:
+                copied[node] = _copy(graph, node, copied)
+        graph.output(copied[output])
+        if not size.users:
+            graph.erase_node(size)
+        return Part(graph, tuple(name for name, _ in kept), weights)
+
+    def _is_size(self, node: fx.Node) -> bool:
+        return node.target is aten.sym_size.int and node.args[0] is self.tokens
+
+    def _needed(self, output: fx.Node, stop: set[fx.Node]) -> set[fx.Node]:
+        found: set[fx.Node] = set()
+        pending = [output]
+        while pending:
+            node = pending.pop()
+            if node not in found and not self._is_size(node):
+                found.add(node)
+                if node not in stop or node is output:
+                    pending.extend(node.all_input_nodes)
+        return found
+
+    def _weights(
+        self, graph: fx.Graph, needed: set[fx.Node], copied: dict[fx.Node, Any]
+    ) -> dict[str, str]:
+        weights: dict[str, str] = {}
+        for node in self.gm.graph.nodes:
+            if node.op in ("placeholder", "get_attr") and node in needed and node not in copied:
+                copied[node] = graph.placeholder(f"w{len(weights)}")
+                given = node.op == "placeholder"
+                name = graph_input(node).name if given else self.constant_name(node)
+                weights[copied[node].name] = name
+        return weights
+
+
+def _copy(graph: fx.Graph, node: fx.Node, copied: dict[fx.Node, Any]) -> fx.Node:
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: copied[n])
+    new = graph.create_node(node.op, node.target, args, kwargs, node.name)
+    kept = ("stack_trace", "nn_module_stack", "val")
+    new.meta = {key: node.meta[key] for key in kept if key in node.meta}
+    return new
+
+
+def attention_layers(gm: fx.GraphModule) -> tuple[AttentionLayer, ...]:
+    """Geometry of every ``fxport::attention`` call, in graph order."""
+    target = torch.ops.fxport.attention.default
+    return tuple(_layer(n) for n in gm.graph.nodes if n.target is target)
+
+
+def _layer(node: fx.Node) -> AttentionLayer:
+    bound: dict[str, Any] = arguments(node)
+    _, heads, _, size = shape_of(bound["q"])
+    _, kv_heads, _, size_v = shape_of(bound["v"])
+    params = AttentionParams(
+        scale=bound["scale"],
+        causal=bound["causal"],
+        window_left=bound["window_left"],
+        window_right=bound["window_right"],
+        softcap=bound["softcap"],
+    )
+    return AttentionLayer(
+        int(heads),
+        int(kv_heads),
+        int(size),
+        int(size_v),
+        params,
+        bound["sinks"] is not None,
+        bound["alibi_slopes"] is not None,
+    )
