@@ -18,10 +18,6 @@ from fxport.serving import ServingGraph
 
 __all__ = ["Port", "port"]
 
-# Used when nothing in the model bounds the length: tables are made up to here.
-_UNBOUNDED_LENGTH = 4096
-
-
 @dataclass(frozen=True)
 class Port:
     """A proven port of one model.
@@ -91,10 +87,9 @@ def port(
     if example_inputs is not None:
         raise FxportError("example_inputs is not supported: forward must take the token ids alone")
     captured = capture(model)
-    length, limit = _length(captured.limit, max_seq_len)
-    lowered = lower_for_serving(captured, length)
+    lowered = lower_for_serving(captured, max_seq_len)
     serving = lowered.serving
-    decisions = (limit, *lowered.decisions, _self_check(model, serving, captured.parameters))
+    decisions = (*lowered.decisions, _self_check(model, serving, captured.parameters))
     facts = {
         "vocab_size": serving.vocab_size,
         "hidden_size": serving.hidden_size,
@@ -106,21 +101,6 @@ def port(
     }
     report = Report(type(model).__name__, facts, decisions)
     return Port(serving, captured.parameters, report, model)
-
-
-def _length(found: int | None, wanted: int | None) -> tuple[int, Decision]:
-    if wanted is not None and wanted < 1:
-        raise FxportError(f"max_seq_len must be positive, not {wanted}")
-    if found is not None and wanted is not None and wanted > found:
-        raise FxportError(f"max_seq_len={wanted}, but the model allows at most {found} tokens")
-    length = wanted or found or _UNBOUNDED_LENGTH
-    if wanted:
-        detail = f"{length} tokens, as asked for"
-    elif found:
-        detail = f"{length} tokens, found in the model"
-    else:
-        detail = f"{length} tokens: nothing in the model bounds the length (see max_seq_len)"
-    return length, Decision("capture", Outcome.PROVEN, "longest sequence", detail)
 
 
 # --- the numeric self-check -------------------------------------------------------------------------

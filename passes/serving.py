@@ -13,11 +13,12 @@ from torch import fx
 from fxport.capture.arguments import shape_of
 from fxport.capture.export import Captured
 from fxport.capture.inputs import InputKind, graph_input
-from fxport.errors import PortError, Reason, ReasonCode
+from fxport.errors import FxportError, PortError, Reason, ReasonCode
 from fxport.passes.attention import rewrite_attention
 from fxport.passes.axes import Axis, Symbols
 from fxport.passes.functional import functionalise
 from fxport.passes.head import find_head
+from fxport.passes.limits import longest_sequence
 from fxport.passes.positions import gather_by_position
 from fxport.passes.split import Splitter, attention_layers, token_embedding
 from fxport.passes.token_locality import Locality, analyse
@@ -35,19 +36,22 @@ class Lowered:
     decisions: tuple[Decision, ...]
 
 
-def lower_for_serving(captured: Captured, max_seq_len: int) -> Lowered:
+def lower_for_serving(captured: Captured, max_seq_len: int | None) -> Lowered:
     """Runs the serving passes on a captured model; the captured graph is changed.
 
     Args:
         captured: from `fxport.capture.export.capture`.
-        max_seq_len: the longest sequence that will be served.
+        max_seq_len: the longest sequence to serve; None for the longest that the model allows.
 
     Raises:
         PortError: with every obstacle that the failing stage found.
+        FxportError: `max_seq_len` is beyond what the model allows.
     """
     gm = captured.graph
     symbols = Symbols(captured.batch, captured.length)
     functionalise(gm)
+    limit = longest_sequence(gm, captured.length, captured.limit)
+    max_seq_len, length_decision = _choose_length(limit, max_seq_len)
     head = find_head(gm, captured.length)
     attention = rewrite_attention(gm)
     tokens = next(n for n in gm.graph.nodes if n.name == captured.tokens)
@@ -55,7 +59,7 @@ def lower_for_serving(captured: Captured, max_seq_len: int) -> Lowered:
     locality = analyse(gm, symbols, max_seq_len)
     reasons = [*_attention_reasons(attention.decisions), *locality.reasons]
     if not locality.reasons:
-        reasons = _check_output(locality, head.logits)
+        reasons += _check_output(locality, head.logits) + _check_short_lengths(captured)
     if reasons:
         raise PortError(reasons)
     hidden = head.hidden
@@ -67,7 +71,7 @@ def lower_for_serving(captured: Captured, max_seq_len: int) -> Lowered:
         f"{len(locality.axes)} operations",
         "every operation outside attention treats each token on its own",
     )
-    decisions = (*head.decisions, *attention.decisions, proven, *gathered)
+    decisions = (length_decision, *head.decisions, *attention.decisions, proven, *gathered)
     return Lowered(serving, decisions)
 
 
@@ -82,6 +86,38 @@ def _check_output(locality: Locality, logits: fx.Node) -> list[Reason]:
     return [
         Reason(ReasonCode.NO_LOGITS, f"the output is made of {axes}; expected [B, T, vocabulary]")
     ]
+
+
+def _check_short_lengths(captured: Captured) -> list[Reason]:
+    if captured.shortest == 2:
+        return []
+    return [
+        Reason(
+            ReasonCode.LENGTH_SPECIALISED,
+            f"forward takes another path for lengths below {captured.shortest}",
+            captured.forward,
+            "make every length take the same path",
+        )
+    ]
+
+
+# Used when nothing in the model bounds the length: tables are made up to here.
+_UNBOUNDED_LENGTH = 4096
+
+
+def _choose_length(found: int | None, wanted: int | None) -> tuple[int, Decision]:
+    if wanted is not None and wanted < 1:
+        raise FxportError(f"max_seq_len must be positive, not {wanted}")
+    if found is not None and wanted is not None and wanted > found:
+        raise FxportError(f"max_seq_len={wanted}, but the model allows at most {found} tokens")
+    length = wanted or found or _UNBOUNDED_LENGTH
+    if wanted:
+        detail = f"{length} tokens, as asked for"
+    elif found:
+        detail = f"{length} tokens, found in the model"
+    else:
+        detail = f"{length} tokens: nothing in the model bounds the length (see max_seq_len)"
+    return length, Decision("length", Outcome.PROVEN, "longest sequence", detail)
 
 
 def _split(

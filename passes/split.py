@@ -116,7 +116,7 @@ class Splitter:
 def _copy(graph: fx.Graph, node: fx.Node, copied: dict[fx.Node, Any]) -> fx.Node:
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: copied[n])
     new = graph.create_node(node.op, node.target, args, kwargs, node.name)
-    kept = ("stack_trace", "nn_module_stack", "val")
+    kept = ("stack_trace", "nn_module_stack", "custom", "val")
     new.meta = {key: node.meta[key] for key in kept if key in node.meta}
     return new
 

@@ -19,10 +19,10 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind as Expo
 
 from fxport.capture.clone import changed_state, clone_for_capture, snapshot
 from fxport.capture.inputs import GraphInput, InputKind
-from fxport.capture.location import location_in
+from fxport.capture.location import location_in, record_user_lines
 from fxport.errors import Location, PortError, Reason, ReasonCode
 
-__all__ = ["Captured", "capture"]
+__all__ = ["Captured", "capture", "forward_line"]
 
 # Sizes that share no factors and are unlikely to be a feature size, longest first: a model
 # with a short limit is traced at a short length.
@@ -39,8 +39,11 @@ class Captured:
             ``[B, T]`` int64; the only output is the logits.
         tokens: name of that placeholder.
         batch, length: the symbols of B and T in ``meta["val"]`` shapes.
+        shortest: the smallest T (at least 2) for which the graph is valid; a model that takes one
+            path for every length has 2 here, and length 1 is checked with numbers.
         limit: the largest T for which the graph is valid, None when nothing bounds it.
         parameters: qualified name -> real parameter (tied weights under their first name).
+        forward: where the model's forward is written, for reasons about the whole of it.
         state: every name of the original's state_dict.
         aliases: further names of tied parameters -> first name.
         output: which output of the model the logits are, in words.
@@ -50,8 +53,10 @@ class Captured:
     tokens: str
     batch: sympy.Symbol
     length: sympy.Symbol
+    shortest: int
     limit: int | None
     parameters: Mapping[str, torch.Tensor]
+    forward: Location | None
     state: tuple[str, ...]
     aliases: Mapping[str, str]
     output: str
@@ -77,15 +82,17 @@ def capture(model: nn.Module) -> Captured:
         n for n in graph.graph.nodes if n.op == "placeholder" and _kind(n) is InputKind.DATA
     )
     batch, length = (s.node.expr for s in tokens.meta["val"].shape)
-    limit = _limit(exported, length, model)
+    shortest, limit = _range(exported, length, model)
     output = _keep_logits(graph, exported)
     return Captured(
         graph=graph,
         tokens=tokens.name,
         batch=batch,
         length=length,
+        shortest=shortest,
         limit=limit,
         parameters=dict(clone.named_parameters(remove_duplicate=True)),
+        forward=forward_line(model),
         state=tuple(clone.state_dict()),
         aliases=_aliases(clone),
         output=output,
@@ -105,7 +112,7 @@ def _export(clone: nn.Module) -> torch.export.ExportedProgram:
         dynamic = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
         try:
             # The fused inference path of nn.MultiheadAttention is one opaque node.
-            with _no_fast_path(), torch.no_grad(), warnings.catch_warnings():
+            with _no_fast_path(), record_user_lines(), torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 return torch.export.export(
                     clone, (ids,), dynamic_shapes={name: dynamic}, strict=False
@@ -215,33 +222,26 @@ def _input(spec: Any, exported: torch.export.ExportedProgram) -> GraphInput:
     raise PortError([reason])
 
 
-def _limit(
+def _range(
     exported: torch.export.ExportedProgram, length: sympy.Expr, model: nn.Module
-) -> int | None:
-    """The longest length for which the graph holds; refused when short ones are excluded."""
+) -> tuple[int, int | None]:
+    """The lengths for which the captured graph holds."""
     if not isinstance(length, sympy.Symbol):
         reason = Reason(
             ReasonCode.LENGTH_SPECIALISED,
             f"the captured graph holds for one length only (T = {length})",
-            _forward_line(model),
-            hint="sizes must come from the input's shape, not from a stored number",
+            forward_line(model),
+            hint="sizes must come from the input's shape, not from a stored number, and the "
+            "number of tokens must not enter the computation",
         )
         raise PortError([reason])
     bounds = exported.range_constraints[length]
-    # torch.export never looks at 0 and 1; length 1 is checked on its own, with numbers.
-    if bounds.lower > 2:
-        reason = Reason(
-            ReasonCode.LENGTH_SPECIALISED,
-            f"forward takes another path for lengths below {int(bounds.lower)}",
-            _forward_line(model),
-            hint="make every length take the same path",
-        )
-        raise PortError([reason])
     # Beyond 2**30 the bound is torch's own, not the model's.
-    return int(bounds.upper) if bounds.upper < 2**30 else None
+    upper = int(bounds.upper) if bounds.upper < 2**30 else None
+    return max(int(bounds.lower), 2), upper
 
 
-def _forward_line(model: nn.Module) -> Location | None:
+def forward_line(model: nn.Module) -> Location | None:
     try:
         file = inspect.getsourcefile(type(model).forward)
         lines, first = inspect.getsourcelines(type(model).forward)

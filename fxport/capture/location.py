@@ -1,28 +1,63 @@
-"""From a graph node back to the user's line and module."""
+"""From a graph node back to the user's line and module.
+
+torch.export keeps only the frames of functions named `forward`; `record_user_lines` notes the
+innermost line of the user, helper functions included, on every node.
+"""
 
 from __future__ import annotations
 
 import linecache
 import re
+import sys
 import sysconfig
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.fx.traceback as fx_traceback
 from torch import fx
+from torch.overrides import TorchFunctionMode
 
 from fxport.errors import Location
 
-__all__ = ["module_of", "user_location"]
+__all__ = ["location_in", "module_of", "record_user_lines", "user_location"]
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
 _TORCH = str(Path(torch.__file__).parent)
 _STDLIB = sysconfig.get_path("stdlib")
+_OWN = str(Path(__file__).parent)
+_KEY = "fxport_line"
 
 
 def _is_library(file: str) -> bool:
-    return file.startswith(_TORCH) or (
-        file.startswith(_STDLIB) and "site-packages" not in file
-    )
+    if file.startswith((_TORCH, _OWN, "<")):
+        return True
+    return file.startswith(_STDLIB) and "site-packages" not in file
+
+
+class _UserLines(TorchFunctionMode):
+    """Annotates every node made by a torch call with the user's line that made the call."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        frame = sys._getframe(1)
+        while frame is not None and _is_library(frame.f_code.co_filename):
+            frame = frame.f_back  # type: ignore[assignment]
+        if frame is None:
+            return func(*args, **(kwargs or {}))
+        code = frame.f_code
+        with fx_traceback.annotate({_KEY: (code.co_filename, frame.f_lineno, code.co_name)}):
+            return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def record_user_lines() -> Iterator[None]:
+    """While active, traced nodes remember the user's line; see `user_location`."""
+    with fx_traceback.preserve_node_meta(), _UserLines():
+        yield
 
 
 def location_in(stack_trace: str) -> Location | None:
@@ -38,6 +73,10 @@ def location_in(stack_trace: str) -> Location | None:
 
 def user_location(node: fx.Node) -> Location | None:
     """Where in the user's code this node was made; None when the capture recorded no stack."""
+    noted = node.meta.get("custom", {}).get(_KEY)
+    if noted is not None:
+        file, line, function = noted
+        return Location(file, line, function, linecache.getline(file, line).strip())
     trace = node.meta.get("stack_trace")
     return location_in(trace) if trace else None
 

@@ -1,0 +1,163 @@
+"""Products of two tensors, whatever they are spelled as, by the labels of their dimensions.
+
+    matmul(a, b)  [.., i, c] [.., c, j] -> [.., i, j]        einsum("bthd,bshd->bhts", a, b)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxport.capture.arguments import arguments, shape_of
+from fxport.passes.attention_layout import Dims, Factor, LayoutError, align
+from fxport.passes.attention_views import number, overload_packet
+
+__all__ = ["Contraction", "Product", "as_product", "contract"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Product:
+    """``alpha * einsum(left, right) + beta * added``.
+
+    Attributes:
+        node: the call.
+        labels: of left's, right's and the result's dimensions.
+        added: what baddbmm adds, if anything.
+    """
+
+    node: fx.Node
+    left: fx.Node
+    right: fx.Node
+    labels: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
+    alpha: float = 1.0
+    added: fx.Node | None = None
+    beta: float = 1.0
+
+
+def as_product(node: fx.Node) -> Product | None:
+    """The product that a node computes, or None."""
+    rule = _RULES.get(overload_packet(node))
+    return rule(node) if rule is not None else None
+
+
+def _names(count: int) -> tuple[str, ...]:
+    return tuple(f"n{i}" for i in range(count))
+
+
+def _matmul(node: fx.Node) -> Product | None:
+    given = list(arguments(node).values())
+    left, right = given[0], given[1]
+    ranks = len(shape_of(left)), len(shape_of(right))
+    if min(ranks) < 2:
+        return None
+    batch = _names(max(ranks) - 2)
+    labels = (
+        (*batch[len(batch) - ranks[0] + 2 :], "i", "c"),
+        (*batch[len(batch) - ranks[1] + 2 :], "c", "j"),
+        (*batch, "i", "j"),
+    )
+    return Product(node, left, right, labels)
+
+
+def _linear(node: fx.Node) -> Product | None:
+    given = arguments(node)
+    if given["bias"] is not None or len(shape_of(given["weight"])) != 2:
+        return None
+    batch = _names(len(shape_of(given["input"])) - 1)
+    labels = ((*batch, "c"), ("j", "c"), (*batch, "j"))
+    return Product(node, given["input"], given["weight"], labels)
+
+
+def _baddbmm(node: fx.Node) -> Product | None:
+    given = arguments(node)
+    alpha, beta = number(given["alpha"]), number(given["beta"])
+    if alpha is None or beta is None:
+        return None
+    labels = (("n", "i", "c"), ("n", "c", "j"), ("n", "i", "j"))
+    # With beta == 0 the summand is ignored, even if it holds NaN.
+    added = given["self"] if beta != 0 else None
+    return Product(node, given["batch1"], given["batch2"], labels, alpha, added, beta)
+
+
+def _einsum(node: fx.Node) -> Product | None:
+    given = arguments(node)
+    operands = given["tensors"]
+    if len(operands) != 2:
+        return None
+    equation = given["equation"].replace(" ", "")
+    inputs, arrow, result = equation.partition("->")
+    terms = inputs.split(",")
+    if len(terms) != 2:
+        return None
+    ranks = [len(shape_of(o)) for o in operands]
+    widths = [r - len(t.replace("...", "")) for t, r in zip(terms, ranks, strict=True)]
+    dots = _names(max(widths))
+    left, right = (
+        _labels(t, dots[len(dots) - w :]) for t, w in zip(terms, widths, strict=True)
+    )
+    if not arrow:
+        letters = inputs.replace("...", "").replace(",", "")
+        once = "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+        result = ("..." if "..." in inputs else "") + once
+    labels = (left, right, _labels(result, dots))
+    if any(len(set(term)) != len(term) for term in labels):
+        return None  # a diagonal
+    return Product(node, operands[0], operands[1], labels)
+
+
+def _labels(term: str, dots: tuple[str, ...]) -> tuple[str, ...]:
+    before, ellipsis, after = term.partition("...")
+    return (*before, *(dots if ellipsis else ()), *after)
+
+
+_RULES: dict[Any, Callable[[fx.Node], Product | None]] = {
+    aten.matmul: _matmul,
+    aten.bmm: _matmul,
+    aten.mm: _matmul,
+    aten.linear: _linear,
+    aten.baddbmm: _baddbmm,
+    aten.einsum: _einsum,
+}
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """The dimensions of a product's result, and of what it sums over.
+
+    Attributes:
+        result: in left's axes where left varies, else in right's.
+        summed: the axes summed over, in left's order.
+    """
+
+    result: Dims
+    summed: Dims
+
+
+def contract(labels: tuple[tuple[str, ...], ...], left: Dims, right: Dims) -> Contraction:
+    """Identifies the axes of two operands that share a label.
+
+    Raises:
+        LayoutError: a label occurs in one operand only and is summed, or sizes do not pair up.
+    """
+    a, b, result = labels
+    left_by, right_by = dict(zip(a, left, strict=True)), dict(zip(b, right, strict=True))
+    merged: dict[str, tuple[Factor, ...]] = {}
+    for label in dict.fromkeys((*a, *b)):
+        x, y = left_by.get(label, ()), right_by.get(label, ())
+        if label not in result and not (label in left_by and label in right_by):
+            raise LayoutError
+        if x and y:
+            pairs = align(x, y)
+            merged[label] = tuple(Factor(p.axis, p.repeated and q.repeated) for p, q in pairs)
+        elif label not in result and (x or y):
+            raise LayoutError  # a size-1 dimension broadcast against a summed one
+        else:
+            merged[label] = x or y
+    summed = tuple(merged[label] for label in a if label not in result)
+    return Contraction(tuple(merged[label] for label in result), summed)

@@ -1,0 +1,150 @@
+"""What is found out about one attention: the records that the stages of the pass hand on."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from fxport.capture.location import user_location
+from fxport.errors import Location, Reason, ReasonCode
+from fxport.ops.params import AttentionParams
+from fxport.passes.attention_layout import Dim, Dims
+from fxport.passes.attention_views import Step
+
+__all__ = ["AttentionSite", "Left", "MaskKind", "MaskStep", "Match", "RowScale"]
+
+
+class Left(Exception):
+    """The site stays as it is."""
+
+    def __init__(
+        self, code: ReasonCode, message: str, node: fx.Node | None = None, hint: str = ""
+    ) -> None:
+        super().__init__(message)
+        self.code, self.message, self.node, self.hint = code, message, node, hint
+
+    def reason(self, start: fx.Node) -> Reason:
+        """The reason, at the node in the way or else at the softmax."""
+        place = user_location(self.node) if self.node is not None else None
+        return Reason(self.code, self.message, place or user_location(start), self.hint)
+
+
+class MaskKind(enum.Enum):
+    ADD = "add"  # score + number * tensor
+    FILL = "fill"  # number where tensor (or where not tensor, if inverted), score elsewhere
+    MULTIPLY = "multiply"  # score * tensor
+    FLOOR = "floor"  # max(score, number)
+    CAUSAL = "causal"  # column j forbidden in row i for j > i, said by a flag
+
+
+@dataclass(frozen=True)
+class MaskStep:
+    """One operation that treats scores differently along the key axis.
+
+    Attributes:
+        node: the user's operation.
+        dims: dimensions of the scores that it meets; `tensor` broadcasts against them.
+    """
+
+    kind: MaskKind
+    node: fx.Node
+    dims: Dims
+    tensor: fx.Node | None = None
+    number: float = 1.0
+    inverted: bool = False
+
+
+@dataclass(frozen=True)
+class RowScale:
+    """A factor (or divisor) on the scores that does not vary along the key axis."""
+
+    factor: fx.Node
+    dims: Dims
+    divide: bool
+
+
+@dataclass(frozen=True)
+class Match:
+    """An attention as it stands in the graph, before anything is said about its mask.
+
+    Attributes:
+        start: the softmax (or SDPA) node.
+        output: the product with V, which will be replaced.
+        interior: nodes from the product of Q and K up to before `output`.
+        q, k, v: the operands with how they came about, producer first.
+        q_dims, k_dims, v_dims: dimensions of the operands.
+        scores: dimensions of the scores without the key axis, in the scores' order.
+        key, head, value: the key axis; what Q and K are contracted over; V's remaining axes.
+        out_dims: dimensions of `output`.
+        scale, softcap: as in `AttentionParams`.
+        row_scales: factors that go onto q.
+        steps: masks and biases, in the order in which they apply.
+        sinks: tensor whose only axis is (part of) the heads, with its dimensions.
+        zero_rows: a row without an allowed key gives zeros in the original already.
+        relied_on: buffers whose value was read.
+    """
+
+    start: fx.Node
+    output: fx.Node
+    interior: tuple[fx.Node, ...]
+    q: tuple[Step, ...]
+    k: tuple[Step, ...]
+    v: tuple[Step, ...]
+    scores: Dims
+    key: Dim
+    head: Dims
+    value: Dims
+    out_dims: Dims
+    scale: float
+    softcap: float = 0.0
+    row_scales: tuple[RowScale, ...] = ()
+    steps: tuple[MaskStep, ...] = ()
+    sinks: tuple[fx.Node, Dims] | None = None
+    dropout_p: float = 0.0
+    zero_rows: bool = False
+    relied_on: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention that was rewritten to ``fxport::attention``.
+
+    Attributes:
+        module: qualified name of the user's module, or "".
+        location: the user's line of the softmax.
+        params: the numbers of the call; a symbolic q_offset is given as 0 here.
+        mask: what the mask was proven to be, in words.
+        bias: where a dense bias comes from: "", "constant", "learned" or "data".
+        heads, kv_heads, head_dim, value_dim: geometry.
+        sinks, alibi: whether the call has them.
+        relied_on: qualified names of the buffers that the proof read.
+    """
+
+    module: str
+    location: Location | None
+    params: AttentionParams
+    mask: str
+    bias: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    sinks: bool = False
+    alibi: bool = False
+    relied_on: tuple[str, ...] = field(default=())
+
+    def __str__(self) -> str:
+        words = [self.mask, f"{self.heads} heads"]
+        if self.kv_heads != self.heads:
+            words.append(f"{self.kv_heads} kv heads")
+        words.append(f"scale {self.params.scale:.6g}")
+        if self.params.softcap:
+            words.append(f"softcap {self.params.softcap:g}")
+        if self.bias:
+            words.append(f"dense {self.bias} bias")
+        words += [w for w, on in (("sinks", self.sinks), ("ALiBi", self.alibi)) if on]
+        if self.params.dropout_p:
+            words.append(f"dropout {self.params.dropout_p:g}")
+        return "fxport::attention " + ", ".join(words)

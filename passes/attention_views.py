@@ -1,0 +1,286 @@
+"""The operations that only move, repeat or cast values, as functions on dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxport.capture.arguments import arguments, shape_of
+from fxport.passes.attention_layout import (
+    Axis,
+    Dim,
+    Dims,
+    Factor,
+    LayoutError,
+    fresh_dims,
+    is_one,
+    regroup,
+)
+
+__all__ = ["Step", "is_cast", "moved_input", "number", "overload_packet", "trace", "view_dims"]
+
+aten = torch.ops.aten
+
+
+def overload_packet(node: object) -> Any:
+    """``aten.add`` for a node that calls ``aten.add.Tensor``; None for anything else."""
+    if isinstance(node, fx.Node) and isinstance(node.target, torch._ops.OpOverload):
+        return node.target.overloadpacket
+    return None
+
+
+_RESHAPES = {
+    aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten, aten.squeeze,
+    aten.unsqueeze, aten.view_as, aten.reshape_as, aten.ravel,
+}  # fmt: skip
+_SAME = {aten.contiguous, aten.clone, aten.alias, aten.lift_fresh_copy, aten.lift_fresh}
+_CASTS = {aten.to, aten._to_copy, aten.type_as}
+_TRANSPOSES = {aten.transpose, aten.swapaxes, aten.swapdims}
+_REVERSALS = {aten.t, aten.mT, aten.adjoint, aten.numpy_T}
+_EXPANDS = {aten.expand, aten.expand_as, aten.broadcast_to}
+
+
+def is_cast(node: fx.Node) -> bool:
+    """Whether the node is a conversion between floating dtypes on one device."""
+    if overload_packet(node) not in _CASTS:
+        return False
+    before, after = _input(node).meta["val"], node.meta["val"]
+    return (
+        before.is_floating_point() and after.is_floating_point() and before.device == after.device
+    )
+
+
+def _input(node: fx.Node) -> fx.Node:
+    found = node.args[0]
+    assert isinstance(found, fx.Node)
+    return found
+
+
+def moved_input(node: fx.Node) -> fx.Node | None:
+    """The value that a layout operation moves, or None when the node is no layout operation."""
+    packet = overload_packet(node)
+    known = packet in _RULES or packet in _RESHAPES or packet in _SAME or is_cast(node)
+    if not known or not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    if not isinstance(node.meta.get("val"), torch.Tensor):
+        return None
+    return node.args[0]
+
+
+def view_dims(node: fx.Node, dims: Dims) -> Dims:
+    """Dimensions of a layout operation's result.
+
+    Args:
+        node: `moved_input` of it is not None.
+        dims: the dimensions of its input.
+
+    Raises:
+        LayoutError: the result cannot be told from the input's axes.
+    """
+    packet = overload_packet(node)
+    if packet in _RESHAPES:
+        return regroup(dims, shape_of(node))
+    if packet in _SAME or packet in _CASTS:
+        return dims
+    return _RULES[packet](node, dims)
+
+
+def _transpose(node: fx.Node, dims: Dims) -> Dims:
+    given = list(arguments(node).values())
+    first, second = int(given[1]) % len(dims), int(given[2]) % len(dims)
+    moved = list(dims)
+    moved[first], moved[second] = dims[second], dims[first]
+    return tuple(moved)
+
+
+def _reverse(node: fx.Node, dims: Dims) -> Dims:
+    if overload_packet(node) in (aten.t, aten.numpy_T):
+        return dims[::-1]
+    return (*dims[:-2], dims[-1], dims[-2])
+
+
+def _permute(node: fx.Node, dims: Dims) -> Dims:
+    order: Sequence[int] = arguments(node)["dims"]
+    return tuple(dims[i] for i in order)
+
+
+def _movedim(node: fx.Node, dims: Dims) -> Dims:
+    given = arguments(node)
+    source, target = _list(given["source"]), _list(given["destination"])
+    rank = len(dims)
+    moving = {t % rank: dims[s % rank] for s, t in zip(source, target, strict=True)}
+    rest = iter([d for i, d in enumerate(dims) if i not in {s % rank for s in source}])
+    return tuple(moving[i] if i in moving else next(rest) for i in range(rank))
+
+
+def _list(value: int | Sequence[int]) -> Sequence[int]:
+    return [value] if isinstance(value, int) else value
+
+
+def _expand(node: fx.Node, dims: Dims) -> Dims:
+    shape = shape_of(node)
+    padded: Dims = ((),) * (len(shape) - len(dims)) + dims
+    return tuple(
+        dim if dim or is_one(size) else _repetition(size, node, index)
+        for index, (dim, size) in enumerate(zip(padded, shape, strict=True))
+    )
+
+
+def _repetition(size: Any, node: fx.Node, index: int) -> Dim:
+    return (Factor(Axis(size, (node, index)), True),)
+
+
+def _repeat_interleave(node: fx.Node, dims: Dims) -> Dims:
+    given = arguments(node)
+    if not isinstance(given.get("repeats"), int) or given["dim"] is None:
+        raise LayoutError
+    along = given["dim"] % len(dims)
+    copies = _repetition(given["repeats"], node, along) if given["repeats"] != 1 else ()
+    return (*dims[:along], (*dims[along], *copies), *dims[along + 1 :])
+
+
+def _repeat(node: fx.Node, dims: Dims) -> Dims:
+    repeats = list(arguments(node)["repeats" if overload_packet(node) is aten.repeat else "dims"])
+    rank = max(len(repeats), len(dims))
+    repeats = [1] * (rank - len(repeats)) + repeats
+    padded: Dims = ((),) * (rank - len(dims)) + dims
+    if not all(isinstance(r, int) for r in repeats):
+        return _expand_like(node, padded)
+    return tuple(
+        dim if r == 1 else (*_repetition(r, node, i), *dim)
+        for i, (dim, r) in enumerate(zip(padded, repeats, strict=True))
+    )
+
+
+def _expand_like(node: fx.Node, dims: Dims) -> Dims:
+    """A repeat by a symbolic count: told apart only where the input has size 1."""
+    shape = shape_of(node)
+    before = shape_of(_input(node))
+    before = (1,) * (len(shape) - len(before)) + before
+    if any(not is_one(b) and b != s for b, s in zip(before, shape, strict=True)):
+        raise LayoutError
+    return tuple(
+        dim if dim or is_one(size) else _repetition(size, node, i)
+        for i, (dim, size) in enumerate(zip(dims, shape, strict=True))
+    )
+
+
+def _slice(node: fx.Node, dims: Dims) -> Dims:
+    """Only ``x[:]``: a slice with step 1 that keeps the length keeps everything."""
+    if arguments(node)["step"] != 1 or shape_of(node) != shape_of(_input(node)):
+        raise LayoutError
+    return dims
+
+
+def _select(node: fx.Node, dims: Dims) -> Dims:
+    along = arguments(node)["dim"] % len(dims)
+    if dims[along]:
+        raise LayoutError
+    return (*dims[:along], *dims[along + 1 :])
+
+
+_RULES: dict[Any, Callable[[fx.Node, Dims], Dims]] = {
+    **dict.fromkeys(_TRANSPOSES, _transpose),
+    **dict.fromkeys(_REVERSALS, _reverse),
+    **dict.fromkeys(_EXPANDS, _expand),
+    aten.permute: _permute,
+    aten.movedim: _movedim,
+    aten.moveaxis: _movedim,
+    aten.repeat_interleave: _repeat_interleave,
+    aten.repeat: _repeat,
+    aten.tile: _repeat,
+    aten.slice: _slice,
+    aten.select: _select,
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A node on the way from a producer to an operand.
+
+    Attributes:
+        node: the value.
+        dims: its dimensions, in the axes of the producer.
+        factor: the operand is ``factor`` times this value.
+    """
+
+    node: fx.Node
+    dims: Dims
+    factor: float = 1.0
+
+
+def number(value: object) -> float | None:
+    """A Python number, no bool."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    return None
+
+
+def trace(operand: fx.Node) -> tuple[Step, ...]:
+    """The layout operations, upcasts and number factors that lead to `operand`, producer first."""
+    nodes = [operand]
+    while (before := _moved_or_scaled(nodes[-1])) is not None:
+        nodes.append(before)
+    nodes.reverse()
+    start = 0
+    while True:
+        found, failed = _follow(nodes[start:])
+        if failed is None:
+            return _with_factors(found)
+        start += failed  # this reshape tears axes apart: its result is a new beginning
+
+
+def _follow(nodes: list[fx.Node]) -> tuple[list[tuple[fx.Node, Dims]], int | None]:
+    dims = fresh_dims(shape_of(nodes[0]), nodes[0])
+    found = [(nodes[0], dims)]
+    for index, node in enumerate(nodes[1:], 1):
+        if _number_factor(node) is None:
+            try:
+                dims = view_dims(node, dims)
+            except LayoutError:
+                return found, index
+        found.append((node, dims))
+    return found, None
+
+
+def _with_factors(found: list[tuple[fx.Node, Dims]]) -> tuple[Step, ...]:
+    steps: list[Step] = []
+    factor = 1.0
+    for node, dims in reversed(found):
+        steps.append(Step(node, dims, factor))
+        factor *= _number_factor(node) or 1.0
+    return tuple(reversed(steps))
+
+
+def _moved_or_scaled(node: fx.Node) -> fx.Node | None:
+    if _number_factor(node) is not None:
+        found = node.args[0]
+        return found if isinstance(found, fx.Node) else None
+    before = moved_input(node)
+    if before is None or not isinstance(before.meta.get("val"), torch.Tensor):
+        return None
+    if overload_packet(node) in _CASTS and not _widens(before, node):
+        return None
+    return before
+
+
+def _widens(before: fx.Node, after: fx.Node) -> bool:
+    a, b = before.meta["val"].dtype, after.meta["val"].dtype
+    return bool(a == b or (torch.promote_types(a, b) == b and a.itemsize < b.itemsize))
+
+
+def _number_factor(node: fx.Node) -> float | None:
+    """c for ``x * c`` and ``x / c`` with a Python number c (never 0), on floating x."""
+    packet = overload_packet(node)
+    if packet not in (aten.mul, aten.div, aten.true_divide) or len(node.args) != 2 or node.kwargs:
+        return None
+    x, factor = node.args[0], number(node.args[1])
+    if not isinstance(x, fx.Node) or not factor or not isinstance(x.meta.get("val"), torch.Tensor):
+        return None
+    if x.meta["val"].dtype != node.meta["val"].dtype:
+        return None
+    return factor if packet is aten.mul else 1.0 / factor

@@ -1,0 +1,216 @@
+"""What a pass asks about a whole graph: where values come from, what is alive, what is mutated."""
+
+from __future__ import annotations
+
+import enum
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+from fxport.capture.inputs import InputKind, graph_input
+from fxport.passes.constants import is_symbolic
+
+__all__ = ["GraphFacts", "Source", "erase_dead", "erase_if_unused", "only_checks"]
+
+aten = torch.ops.aten
+
+# In place by name, but the values stay.
+_HARMLESS = {aten.detach_, aten.requires_grad_}
+_SWITCHES = {torch._C._set_grad_enabled}
+
+
+class Source(enum.Flag):
+    """What a value depends on. Sizes do not count."""
+
+    CONSTANT = 0
+    BUFFER = enum.auto()
+    PARAMETER = enum.auto()
+    DATA = enum.auto()
+    MUTATED = enum.auto()  # something is written into it, so the graph does not say its value
+
+
+class GraphFacts:
+    """Facts of one graph, each computed once in time linear in the graph."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = gm
+        self._order = {node: index for index, node in enumerate(gm.graph.nodes)}
+        self._writes = _writes(gm.graph.nodes)
+        self._sources: dict[fx.Node, Source] = {}
+        for node in gm.graph.nodes:
+            self._sources[node] = self._source(node)
+
+    def source(self, node: fx.Node) -> Source:
+        return self._sources[node]
+
+    def _source(self, node: fx.Node) -> Source:
+        own = Source.MUTATED if node in self._writes else Source.CONSTANT
+        if node.op == "placeholder":
+            return own | _KINDS[graph_input(node).kind]
+        if node.op == "get_attr":
+            return own
+        if is_symbolic(node):
+            data = free_unbacked_symbols(node.meta["val"])
+            return Source.DATA if data else Source.CONSTANT
+        if node.op != "call_function" or _is_random(node):
+            own |= Source.DATA
+        if not isinstance(node.target, OpOverload) and node.target is not operator.getitem:
+            own |= Source.DATA
+        for source in node.all_input_nodes:
+            own |= self._sources[source]
+        return own
+
+    def written_between(self, value: fx.Node, first: fx.Node, last: fx.Node) -> fx.Node | None:
+        """An operation after `first` and before `last` that writes into `value`'s memory."""
+        begin, end = self._order[first], self._order[last]
+        for write in self._writes.get(value, ()):
+            if begin < self._order[write] < end:
+                return write
+        return None
+
+    def buffers(self, nodes: Iterable[fx.Node]) -> tuple[str, ...]:
+        """Names of the buffers that values are computed from."""
+        found: dict[str, None] = {}
+        seen: set[fx.Node] = set()
+        pending = list(nodes)
+        while pending:
+            node = pending.pop()
+            if node in seen or is_symbolic(node):
+                continue
+            seen.add(node)
+            if node.op == "placeholder" and graph_input(node).kind is InputKind.BUFFER:
+                found[graph_input(node).name] = None
+            pending.extend(node.all_input_nodes)
+        return tuple(sorted(found))
+
+
+_KINDS = {
+    InputKind.PARAMETER: Source.PARAMETER,
+    InputKind.BUFFER: Source.BUFFER,
+    InputKind.DATA: Source.DATA,
+    InputKind.SIZE: Source.CONSTANT,
+}
+
+
+def _is_random(node: fx.Node) -> bool:
+    return isinstance(node.target, OpOverload) and (
+        torch.Tag.nondeterministic_seeded in node.target.tags
+    )
+
+
+def _written_arguments(node: fx.Node) -> list[fx.Node]:
+    """Values that a call writes into. A call nobody has rules for may write into all it gets."""
+    target: Any = node.target
+    if node.op == "call_method":
+        return node.all_input_nodes if str(target).endswith("_") else []
+    if node.op == "call_module":
+        return node.all_input_nodes
+    if node.op != "call_function" or isinstance(target, HigherOrderOperator):
+        return []
+    if not isinstance(target, OpOverload):
+        known = getattr(target, "__module__", "") in ("_operator", "math", "builtins")
+        return [] if known and target is not operator.setitem else node.all_input_nodes
+    if not target._schema.is_mutable or target.overloadpacket in _HARMLESS:
+        return []
+    found: list[fx.Node] = []
+    for index, argument in enumerate(target._schema.arguments):
+        given = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        if written and isinstance(given, fx.Node):
+            found.append(given)
+    return found
+
+
+def _writes(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """For every value whose memory is written into: the operations that do."""
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node in nodes:
+        if node.target in _SWITCHES:
+            continue
+        for written in _written_arguments(node):
+            for alias in _aliases(written):
+                if alias is not node:
+                    found.setdefault(alias, []).append(node)
+    return found
+
+
+def _aliases(value: fx.Node) -> set[fx.Node]:
+    """Values that may share memory with `value`."""
+    seen: set[fx.Node] = set()
+    pending = [value]
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if _may_alias_input(node):
+            pending.extend(node.all_input_nodes)
+        pending.extend(user for user in node.users if _may_alias_input(user))
+    return seen
+
+
+# Their schemas say that the result is new, but it may be the input itself.
+_MAYBE_VIEWS = {
+    aten.to, aten.reshape, aten.reshape_as, aten.contiguous, aten.flatten, aten.dropout,
+    aten.type_as, aten.feature_dropout, aten.ravel,
+}  # fmt: skip
+
+
+def _may_alias_input(node: fx.Node) -> bool:
+    if node.target is operator.getitem:
+        return True
+    if not isinstance(node.target, OpOverload) or is_symbolic(node):
+        return False
+    if node.target.overloadpacket in _MAYBE_VIEWS:
+        return True
+    return any(r.alias_info is not None for r in node.target._schema.returns)
+
+
+def only_checks(node: fx.Node) -> bool:
+    """Assertions: they return nothing and write nothing."""
+    target = node.target
+    return (
+        isinstance(target, OpOverload)
+        and not target._schema.returns
+        and not target._schema.is_mutable
+    )
+
+
+def erase_dead(gm: fx.GraphModule) -> None:
+    """Erases values that nothing uses; keeps whatever has an effect."""
+    for node in reversed(gm.graph.nodes):
+        if not node.users and _is_pure(node):
+            gm.graph.erase_node(node)
+
+
+def _is_pure(node: fx.Node) -> bool:
+    if node.op == "get_attr":
+        return True
+    if node.op != "call_function" or only_checks(node):
+        return False
+    if node.target is operator.getitem:
+        return True
+    return isinstance(node.target, OpOverload) and not node.target._schema.is_mutable
+
+
+def erase_if_unused(gm: fx.GraphModule, nodes: Iterable[fx.Node]) -> None:
+    """Erases those of `nodes` that nothing uses, and what only they used."""
+    pending = list(nodes)
+    gone: set[fx.Node] = set()
+    while pending:
+        node = pending.pop()
+        if node in gone or not _is_pure(node):
+            continue
+        if any(not only_checks(user) for user in node.users):
+            continue
+        for user in list(node.users):
+            gm.graph.erase_node(user)
+        inputs = node.all_input_nodes
+        gone.add(node)
+        gm.graph.erase_node(node)
+        pending.extend(inputs)

@@ -1,0 +1,262 @@
+"""What mixes tokens is refused at its line; what counts positions is found."""
+
+from __future__ import annotations
+
+import linecache
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fxport.capture.export import capture
+from fxport.errors import PortError, ReasonCode
+from fxport.passes.axes import Axis, Symbols
+from fxport.passes.functional import functionalise
+from fxport.passes.head import find_head
+from fxport.passes.limits import longest_sequence
+from fxport.passes.token_locality import Locality, analyse
+
+V, C = 41, 24
+
+
+class Base(nn.Module):
+    """Embedding, something in between, head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(V, C)
+        self.head = nn.Linear(C, V)
+        self.mix = nn.Linear(C, C)
+        self.conv = nn.Conv1d(C, C, 3, padding=2, groups=C)
+        self.wpe = nn.Embedding(64, C)
+        self.register_buffer("pe", torch.randn(1, 64, C))
+        self.register_buffer("inv_freq", 1.0 / 100 ** (torch.arange(0, C, 2).float() / C))
+
+    def forward(self, idx):
+        return self.head(self.between(self.wte(idx), idx))
+
+
+def run(model: nn.Module) -> Locality:
+    captured = capture(model)
+    functionalise(captured.graph)
+    find_head(captured.graph, captured.length)
+    symbols = Symbols(captured.batch, captured.length)
+    return analyse(captured.graph, symbols, captured.limit or 64)
+
+
+def conv(self, x, idx):
+    return self.conv(x.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2)  # HERE
+
+
+def cumulative_mean(self, x, idx):
+    return x.cumsum(dim=1)  # HERE
+
+
+def shift(self, x, idx):
+    return x + F.pad(x, (0, 0, 1, -1))  # HERE
+
+
+def roll(self, x, idx):
+    return x + x.roll(1, dims=1)  # HERE
+
+
+def mean_over_tokens(self, x, idx):
+    return x + x.mean(dim=1, keepdim=True)  # HERE
+
+
+def softmax_over_tokens(self, x, idx):
+    return x * x.softmax(1)  # HERE
+
+
+def linear_over_tokens(self, x, idx):
+    return x + (x.transpose(1, 2) @ x).mean(1, keepdim=True)  # HERE
+
+
+def begin_of_sequence(self, x, idx):
+    bos = self.wpe.weight[:1].expand(x.shape[0], 1, C)
+    return torch.cat((bos, x), 1)  # HERE
+
+
+def drop_first(self, x, idx):
+    return x[:, 1:]  # HERE
+
+
+def over_the_batch(self, x, idx):
+    return x - x.mean(0, keepdim=True)  # HERE
+
+
+def length_as_a_number(self, x, idx):
+    return x * math.sqrt(idx.shape[1])  # HERE
+
+
+def length_as_a_number_of_a_tensor(self, x, idx):
+    return x / torch.full((1,), idx.shape[1])  # HERE
+
+
+def scrambled(self, x, idx):
+    B, T, _ = x.shape
+    return x.reshape(T, B, C).transpose(0, 1)  # HERE
+
+
+def reversed_positions(self, x, idx):
+    T = idx.shape[1]
+    return x + self.wpe(torch.arange(T - 1, -1, -1))  # HERE
+
+
+def fraction_of_the_length(self, x, idx):
+    T = idx.shape[1]
+    return x + (torch.arange(T) / T)[:, None]  # HERE
+
+
+MIXING = [
+    (conv, ReasonCode.UNSUPPORTED_OP),
+    (cumulative_mean, ReasonCode.MIXES_TOKENS),
+    (shift, ReasonCode.UNSUPPORTED_OP),
+    (roll, ReasonCode.MIXES_TOKENS),
+    (mean_over_tokens, ReasonCode.MIXES_TOKENS),
+    (softmax_over_tokens, ReasonCode.MIXES_TOKENS),
+    (linear_over_tokens, ReasonCode.MIXES_TOKENS),
+    (begin_of_sequence, ReasonCode.MIXES_TOKENS),
+    (drop_first, ReasonCode.MIXES_TOKENS),
+    (over_the_batch, ReasonCode.MIXES_TOKENS),
+    (length_as_a_number_of_a_tensor, ReasonCode.DEPENDS_ON_LENGTH),
+    (scrambled, ReasonCode.MIXES_TOKENS),
+    (reversed_positions, ReasonCode.POSITION_UNKNOWN),
+    (fraction_of_the_length, ReasonCode.DEPENDS_ON_LENGTH),
+]
+
+
+@pytest.mark.parametrize(("between", "code"), MIXING, ids=lambda x: getattr(x, "__name__", ""))
+def test_mixing_is_refused_at_its_line(between, code):
+    model = type("Model", (Base,), {"between": between})()
+    try:
+        reasons = run(model).reasons
+    except PortError as error:
+        reasons = error.reasons
+    assert reasons, "not refused"
+    found = reasons[0]
+    assert found.location is not None
+    assert found.location.file == __file__
+    assert "# HERE" in linecache.getline(__file__, found.location.line), str(found)
+    assert found.code is code, str(found)
+
+
+def learned(self, x, idx):
+    return x + self.wpe(torch.arange(idx.shape[1], device=idx.device))
+
+
+def learned_offset(self, x, idx):
+    return x + self.wpe(torch.arange(2, idx.shape[1] + 2))
+
+
+def learned_rows(self, x, idx):
+    return x + self.wpe.weight[: idx.shape[1]]
+
+
+def expanded(self, x, idx):
+    B, T = idx.shape
+    return x + self.wpe(torch.arange(T).unsqueeze(0).expand(B, T))
+
+
+def counted(self, x, idx):
+    return x + self.wpe(torch.ones(idx.shape[1], dtype=torch.long).cumsum(0) - 1)
+
+
+def buffer_rows(self, x, idx):
+    return x + self.pe[:, : x.size(1)]
+
+
+def narrowed(self, x, idx):
+    return x + self.pe.narrow(1, 0, x.size(1))
+
+
+def on_the_fly(self, x, idx):
+    angles = torch.outer(torch.arange(x.shape[1]).float(), self.inv_freq)
+    return x * torch.cat((angles.cos(), angles.sin()), -1)
+
+
+def einsum_angles(self, x, idx):
+    angles = torch.einsum("i,j->ij", torch.arange(x.shape[1]).float(), self.inv_freq)
+    return x * torch.cat((angles, angles), -1).cos()[None]
+
+
+def like_zeros(self, x, idx):
+    return x + torch.zeros_like(x) + torch.ones(x.shape[0], x.shape[1], 1)
+
+
+def folded(self, x, idx):
+    B, T, _ = x.shape
+    return self.mix(x.view(B * T, C)).view(B, T, C)
+
+
+def time_first(self, x, idx):
+    return self.mix(x.transpose(0, 1)).transpose(0, 1).contiguous()
+
+
+def per_head(self, x, idx):
+    parts = [x[..., 6 * h : 6 * h + 6] * (h + 1) for h in range(4)]
+    return torch.stack(parts, 2).flatten(2)
+
+
+def routed(self, x, idx):
+    weights, chosen = self.mix(x).softmax(-1).topk(2, -1)
+    return x * weights.sum(-1, keepdim=True) + chosen.float().mean(-1, keepdim=True)
+
+
+def in_place(self, x, idx):
+    h = self.mix(x)
+    h += x
+    h.mul_(2.0)
+    return h
+
+
+LOCAL = [
+    (learned, 1), (learned_offset, 1), (learned_rows, 1), (expanded, 1), (counted, 1),
+    (buffer_rows, 1), (narrowed, 1), (on_the_fly, 1), (einsum_angles, 1), (like_zeros, 0),
+    (folded, 0), (time_first, 0), (per_head, 0), (routed, 0), (in_place, 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("between", "rows"), LOCAL, ids=lambda x: getattr(x, "__name__", ""))
+def test_token_local_models_are_proven(between, rows):
+    model = type("Model", (Base,), {"between": between})()
+    locality = run(model)
+    assert not locality.reasons, str(locality.reasons[0])
+    live = [n for n in locality.rows if n.users]
+    assert len(live) >= rows
+    assert bool(live) == bool(rows)
+
+
+def test_offset_of_positions_is_kept():
+    model = type("Model", (Base,), {"between": learned_offset})()
+    assert [r.offset for r in run(model).rows.values()] == [2]
+
+
+def test_limit_of_a_learned_table_without_an_assertion():
+    model = type("Model", (Base,), {"between": learned_offset})()
+    captured = capture(model)
+    assert captured.limit is None
+    assert longest_sequence(captured.graph, captured.length, captured.limit) == 62
+
+
+def test_length_as_a_number_is_refused():
+    model = type("Model", (Base,), {"between": length_as_a_number})()
+    with pytest.raises(PortError, match="one length only") as caught:
+        run(model)
+    assert caught.value.reasons[0].code is ReasonCode.LENGTH_SPECIALISED
+
+
+def test_a_table_that_changes_with_the_length_is_no_table():
+    def stretched(self, x, idx):
+        return x + self.wpe(torch.ones(idx.shape[1]).cumsum(0).flip(0).long() - 1)  # HERE
+
+    model = type("Model", (Base,), {"between": stretched})()
+    assert run(model).reasons
+
+
+def test_axes_of_a_folded_batch():
+    model = type("Model", (Base,), {"between": folded})()
+    locality = run(model)
+    assert ((Axis.BATCH, Axis.TOKEN), (C,)) in locality.axes.values()
