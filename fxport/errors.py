@@ -6,7 +6,15 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["FxportError", "Location", "PortError", "Reason", "ReasonCode", "SavedPortError"]
+__all__ = [
+    "FxportError",
+    "FxportWarning",
+    "Location",
+    "PortError",
+    "Reason",
+    "ReasonCode",
+    "SavedPortError",
+]
 
 
 class ReasonCode(enum.StrEnum):
@@ -70,6 +78,10 @@ class Reason:
 
 class FxportError(Exception):
     """Base of every error that fxport raises on purpose."""
+
+
+class FxportWarning(UserWarning):
+    """Something was left slower than it could be; the text says what and why."""
 
 
 class PortError(FxportError):

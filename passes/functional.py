@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from fxport.capture.arguments import arguments
+from fxport.capture.inputs import graph_input
 from fxport.capture.location import user_location
 from fxport.errors import PortError, Reason, ReasonCode
 
@@ -45,12 +46,7 @@ def _replace(gm: fx.GraphModule, node: fx.Node) -> Reason | None:
     assert isinstance(target, torch._ops.OpOverload)
     functional = _out_of_place(target)
     changed = arguments(node).get("self")
-    refusal = Reason(
-        ReasonCode.MUTATED_IN_PLACE,
-        f"`{target}` changes a tensor that is also seen through a view or from outside",
-        user_location(node),
-        "use the out-of-place operation",
-    )
+    refusal = _refusal(node)
     if functional is None or not isinstance(changed, fx.Node) or _is_shared(changed, node):
         return refusal
     with gm.graph.inserting_before(node):
@@ -63,6 +59,26 @@ def _replace(gm: fx.GraphModule, node: fx.Node) -> Reason | None:
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)
     return None
+
+
+def _refusal(node: fx.Node) -> Reason:
+    base: fx.Node | None = node.all_input_nodes[0]
+    while base is not None and base.op == "call_function" and not _is_fresh(base):
+        base = next(iter(base.all_input_nodes), None)
+    if base is not None and base.op == "placeholder":
+        return Reason(
+            ReasonCode.MUTATED_STATE,
+            f"forward writes to `{graph_input(base).name}`, "
+            "so its result may depend on earlier calls",
+            user_location(node),
+            "compute the value in __init__, or pass it through forward",
+        )
+    return Reason(
+        ReasonCode.MUTATED_IN_PLACE,
+        f"`{node.target}` changes a tensor that is also seen through a view",
+        user_location(node),
+        "use the out-of-place operation",
+    )
 
 
 def _out_of_place(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import ast
 import copy
-import inspect
-import textwrap
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from fxport.errors import Location, PortError, Reason, ReasonCode
+from fxport.capture.location import direct_caller, location_at
+from fxport.errors import PortError, Reason, ReasonCode
 
-__all__ = ["changed_state", "clone_for_capture", "snapshot"]
+__all__ = ["clone_for_capture", "watch_attributes"]
 
 
 def clone_for_capture(model: nn.Module) -> nn.Module:
@@ -46,71 +45,61 @@ def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
                 yield value
 
 
-_Plain = int | float | bool | str | None | tuple[Any, ...]
+_INTERNAL = {"training", "_parameters", "_buffers", "_modules"}
 
 
-def _plain(value: Any) -> Any:
-    """A comparable picture of an attribute: numbers by value, objects by identity."""
-    if value is None or isinstance(value, int | float | bool | str | torch.dtype | torch.device):
-        return value
-    if isinstance(value, list | tuple):
-        return (type(value).__name__, *(_plain(v) for v in value))
-    if isinstance(value, dict):
-        return ("dict", *((k, _plain(v)) for k, v in value.items()))
-    return ("object", id(value))
+@contextmanager
+def watch_attributes(model: nn.Module) -> Iterator[dict[tuple[str, str], Reason]]:
+    """Collects a reason, with the user's line, for each attribute that `forward` changes.
+
+    Every module becomes an instance of a subclass that sees assignments: torch.export undoes
+    them afterwards, so looking at the attributes before and after finds nothing.
+
+    Yields:
+        (module path, attribute) -> reason; filled while the context is open.
+    """
+    changed: dict[tuple[str, str], Reason] = {}
+    paths = {id(m): path for path, m in model.named_modules()}
+    classes = [(module, type(module)) for module in model.modules()]
+    for module, cls in classes:
+        module.__class__ = _watching(cls, paths, changed)
+    try:
+        yield changed
+    finally:
+        for module, cls in classes:
+            object.__setattr__(module, "__class__", cls)
 
 
-def snapshot(model: nn.Module) -> dict[tuple[str, str], Any]:
-    """Every plain attribute of every module, to see later whether `forward` changed one."""
-    internal = {"_parameters", "_buffers", "_modules"}
-    taken: dict[tuple[str, str], Any] = {}
-    for path, module in model.named_modules():
-        for name, value in vars(module).items():
-            if name not in internal:
-                taken[path, name] = _plain(value)
-        for name, tensor in module._buffers.items():
-            taken[path, name] = ("object", id(tensor))
-    return taken
-
-
-def changed_state(model: nn.Module, before: dict[tuple[str, str], Any]) -> list[Reason]:
-    """One reason for each attribute that differs from the snapshot, with the line that set it."""
-    after = snapshot(model)
-    reasons = []
-    for path, name in sorted(set(before) | set(after)):
-        if before.get((path, name), _MISSING) == after.get((path, name), _MISSING):
-            continue
-        module = model.get_submodule(path)
-        reasons.append(
-            Reason(
+def _watching(
+    cls: type[nn.Module], paths: dict[int, str], changed: dict[tuple[str, str], Reason]
+) -> type[nn.Module]:
+    def __setattr__(self: nn.Module, name: str, value: Any) -> None:
+        old = getattr(self, name, _MISSING)
+        line = direct_caller()
+        if name not in _INTERNAL and line is not None and not _same(old, value):
+            path = paths.get(id(self), "")
+            reason = Reason(
                 ReasonCode.MUTATED_STATE,
                 f"forward changes the attribute `{name}` of "
-                f"{f'`{path}`' if path else 'the model'} ({type(module).__name__}), "
+                f"{f'`{path}`' if path else 'the model'} ({cls.__name__}), "
                 "so its result may depend on earlier calls",
-                _assignment(type(module), name),
+                location_at(*line),
                 hint="compute the value in __init__, or pass it through forward",
             )
-        )
-    return reasons
+            changed.setdefault((path, name), reason)
+        super(watching, self).__setattr__(name, value)  # type: ignore[misc]
+
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    watching = type(cls.__name__, (cls,), {"__setattr__": __setattr__, **names})
+    return watching
 
 
 _MISSING = object()
 
 
-def _assignment(cls: type, attribute: str) -> Location | None:
-    """The line of the class that assigns `self.<attribute>` outside `__init__`."""
-    try:
-        lines, first = inspect.getsourcelines(cls)
-        file = inspect.getsourcefile(cls)
-    except (OSError, TypeError):  # no source: a class made at a prompt; the name must do
-        return None
-    tree = ast.parse(textwrap.dedent("".join(lines)))
-    for function in ast.walk(tree):
-        if not isinstance(function, ast.FunctionDef) or function.name == "__init__":
-            continue
-        for node in ast.walk(function):
-            written = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
-            if written and node.attr == attribute:  # type: ignore[attr-defined]
-                line = node.lineno  # type: ignore[attr-defined]
-                return Location(file or "", first + line - 1, function.name, lines[line - 1].strip())
-    return None
+def _same(old: Any, new: Any) -> bool:
+    """Whether an assignment changes nothing; tensors and sizes count as changed."""
+    if old is new:
+        return True
+    plain = int | float | bool | str | None
+    return isinstance(old, plain) and isinstance(new, plain) and old == new

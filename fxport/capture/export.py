@@ -15,9 +15,9 @@ from typing import Any
 import sympy
 import torch
 from torch import fx, nn
-from torch.export.graph_signature import ExportGraphSignature, InputKind as ExportInput
+from torch.export.graph_signature import InputKind as ExportInput
 
-from fxport.capture.clone import changed_state, clone_for_capture, snapshot
+from fxport.capture.clone import clone_for_capture, watch_attributes
 from fxport.capture.inputs import GraphInput, InputKind
 from fxport.capture.location import location_in, record_user_lines
 from fxport.errors import Location, PortError, Reason, ReasonCode
@@ -71,12 +71,10 @@ def capture(model: nn.Module) -> Captured:
         PortError: when the model cannot be captured as one graph that holds for every length.
     """
     clone = clone_for_capture(model)
-    before = snapshot(clone)
-    exported = _export(clone)
-    reasons = changed_state(clone, before)
-    reasons += _mutated_buffers(exported.graph_signature)
-    if reasons:
-        raise PortError(reasons)
+    with watch_attributes(clone) as changed:
+        exported = _export(clone)
+    if changed:
+        raise PortError(list(changed.values()))
     graph = _with_inputs(exported)
     tokens = next(
         n for n in graph.graph.nodes if n.op == "placeholder" and _kind(n) is InputKind.DATA
@@ -153,8 +151,6 @@ def _explain(error: Exception) -> Reason:
     """A capture error in the user's terms: the innermost line of theirs, the first sentence."""
     frames = "".join(traceback.format_tb(error.__traceback__))
     where = location_in(frames) or location_in(str(error))
-    if where is not None and "/fxport/" in where.file.replace("\\", "/"):
-        where = location_in(str(error))
     message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     data_dependent = "data-dependent" in str(error) or "Data-dependent" in str(error)
     return Reason(
@@ -163,17 +159,6 @@ def _explain(error: Exception) -> Reason:
         where,
         hint="control flow must not depend on the values of the tokens" if data_dependent else "",
     )
-
-
-def _mutated_buffers(signature: ExportGraphSignature) -> list[Reason]:
-    return [
-        Reason(
-            ReasonCode.MUTATED_STATE,
-            f"forward writes to the buffer `{name}`, so its result may depend on earlier calls",
-            hint="compute the value in __init__, or pass it through forward",
-        )
-        for name in signature.buffers_to_mutate.values()
-    ]
 
 
 def _with_inputs(exported: torch.export.ExportedProgram) -> fx.GraphModule:

@@ -13,6 +13,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -22,12 +23,19 @@ from torch.overrides import TorchFunctionMode
 
 from fxport.errors import Location
 
-__all__ = ["location_in", "module_of", "record_user_lines", "user_location"]
+__all__ = [
+    "direct_caller",
+    "location_at",
+    "location_in",
+    "module_of",
+    "record_user_lines",
+    "user_location",
+]
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
 _TORCH = str(Path(torch.__file__).parent)
 _STDLIB = sysconfig.get_path("stdlib")
-_OWN = str(Path(__file__).parent)
+_OWN = str(Path(__file__).parents[1])
 _KEY = "fxport_line"
 
 
@@ -43,14 +51,34 @@ class _UserLines(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        frame = sys._getframe(1)
-        while frame is not None and _is_library(frame.f_code.co_filename):
-            frame = frame.f_back  # type: ignore[assignment]
-        if frame is None:
+        line = _calling_line()
+        if line is None:
             return func(*args, **(kwargs or {}))
-        code = frame.f_code
-        with fx_traceback.annotate({_KEY: (code.co_filename, frame.f_lineno, code.co_name)}):
+        with fx_traceback.annotate({_KEY: line}):
             return func(*args, **(kwargs or {}))
+
+
+def _calling_line() -> tuple[str, int, str] | None:
+    """(file, line, function) of the innermost running frame of the user's code."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and _is_library(frame.f_code.co_filename):
+        frame = frame.f_back
+    return None if frame is None else _line_of(frame)
+
+
+def direct_caller() -> tuple[str, int, str] | None:
+    """The line that called the function which asks, if it is the user's and not a library's."""
+    frame = sys._getframe(2)
+    return None if _is_library(frame.f_code.co_filename) else _line_of(frame)
+
+
+def _line_of(frame: FrameType) -> tuple[str, int, str]:
+    return frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name
+
+
+def location_at(file: str, line: int, function: str) -> Location:
+    """A location with its source line read from the file."""
+    return Location(file, line, function, linecache.getline(file, line).strip())
 
 
 @contextmanager
@@ -66,8 +94,7 @@ def location_in(stack_trace: str) -> Location | None:
     for frame in reversed(frames):
         file, line = frame["file"], int(frame["line"])
         if not _is_library(file):
-            source = linecache.getline(file, line).strip()
-            return Location(file, line, frame["function"], source)
+            return location_at(file, line, frame["function"])
     return None
 
 
@@ -75,8 +102,7 @@ def user_location(node: fx.Node) -> Location | None:
     """Where in the user's code this node was made; None when the capture recorded no stack."""
     noted = node.meta.get("custom", {}).get(_KEY)
     if noted is not None:
-        file, line, function = noted
-        return Location(file, line, function, linecache.getline(file, line).strip())
+        return location_at(*noted)
     trace = node.meta.get("stack_trace")
     return location_in(trace) if trace else None
 
