@@ -236,8 +236,16 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _attention_layer(data: Any) -> AttentionLayer:
-    fields = {k: v for k, v in data.items() if k != "params"}
-    return AttentionLayer(**fields, params=AttentionParams(**data["params"]))
+    slopes = data["alibi_slopes"]
+    return AttentionLayer(
+        num_heads=_size(data["num_heads"]),
+        num_kv_heads=_size(data["num_kv_heads"]),
+        head_size=_size(data["head_size"]),
+        head_size_v=_size(data["head_size_v"]),
+        params=AttentionParams(**data["params"]),
+        sinks=None if data["sinks"] is None else str(data["sinks"]),
+        alibi_slopes=None if slopes is None else tuple(float(s) for s in slopes),
+    )
 
 
 def _size(value: Any) -> int:

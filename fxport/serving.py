@@ -38,15 +38,22 @@ class Part:
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """Geometry of one attention call, in the order of the body's attention nodes."""
+    """Geometry of one attention call, in the order of the body's attention nodes.
+
+    Attributes:
+        num_heads, num_kv_heads, head_size, head_size_v: of the whole model, before sharding.
+        params: scale, window, softcap.
+        sinks: qualified name of the parameter ``[num_heads]`` added to every row's denominator.
+        alibi_slopes: one number a head, a constant of the model.
+    """
 
     num_heads: int
     num_kv_heads: int
     head_size: int
     head_size_v: int
     params: AttentionParams
-    has_sinks: bool
-    has_alibi: bool
+    sinks: str | None = None
+    alibi_slopes: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.location import user_location
 from fxport.errors import PortError, Reason, ReasonCode
 from fxport.ops.params import AttentionParams
+from fxport.passes.constants import evaluate
 from fxport.serving import AttentionLayer, Part
 
 __all__ = ["Splitter", "attention_layers", "token_embedding"]
@@ -144,6 +145,31 @@ def _layer(node: fx.Node) -> AttentionLayer:
         int(size),
         int(size_v),
         params,
-        bound["sinks"] is not None,
-        bound["alibi_slopes"] is not None,
+        _sinks(node, bound["sinks"]),
+        _slopes(node, bound["alibi_slopes"]),
+    )
+
+
+def _sinks(node: fx.Node, sinks: fx.Node | None) -> str | None:
+    if sinks is None:
+        return None
+    if sinks.op == "placeholder" and graph_input(sinks).kind is InputKind.PARAMETER:
+        return graph_input(sinks).name
+    raise PortError([_refusal(node, "sinks that are computed, not a parameter `[num_heads]`")])
+
+
+def _slopes(node: fx.Node, slopes: fx.Node | None) -> tuple[float, ...] | None:
+    if slopes is None:
+        return None
+    try:
+        return tuple(float(s) for s in evaluate(slopes, {}).tolist())
+    except ValueError as error:
+        raise PortError([_refusal(node, "ALiBi slopes that are learned")]) from error
+
+
+def _refusal(node: fx.Node, what: str) -> Reason:
+    return Reason(
+        ReasonCode.UNSUPPORTED_FEATURE,
+        f"attention with {what} cannot be expressed by vLLM's attention layer",
+        user_location(node),
     )

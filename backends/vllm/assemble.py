@@ -82,7 +82,8 @@ class _Builder:
         name = f"attention_{index}"
         # vLLM finds a layer's number as the only integer in its prefix.
         prefix = f"{self.prefix}.layers.{index}.attn".lstrip(".")
-        self.root.add_module(name, PagedAttention(layer, self.vllm_config, prefix))
+        sinks = None if layer.sinks is None else self._parameter(layer.sinks)
+        self.root.add_module(name, PagedAttention(layer, sinks, self.vllm_config, prefix))
         with graph.inserting_before(node):
             new = graph.call_module(name, (bound["q"], bound["k"], bound["v"]))
         for user in list(node.users):
@@ -119,14 +120,25 @@ class _Builder:
         """A tensor that the graph reads directly; a placeholder nobody reads is dropped."""
         name = part.weights[node.name]
         if node.users:
-            path = f"weights.{name}"
-            if name not in self.targets:
-                tensor = self._tensor(name)
-                _add(self.root, path, tensor)
-                self.targets[name] = [tensor]
+            self._held(name)
             with part.graph.inserting_before(node):
-                node.replace_all_uses_with(part.graph.get_attr(path))
+                node.replace_all_uses_with(part.graph.get_attr(f"weights.{name}"))
         part.graph.erase_node(node)
+
+    def _parameter(self, name: str) -> nn.Parameter:
+        if name not in self.serving.parameters:
+            raise SavedPortError(f"`{name}` is not a parameter of the port")
+        held = self._held(name)
+        assert isinstance(held, nn.Parameter)
+        return held
+
+    def _held(self, name: str) -> torch.Tensor:
+        """The one tensor of this name, made at its first use."""
+        if name not in self.targets:
+            tensor = self._tensor(name)
+            _add(self.root, f"weights.{name}", tensor)
+            self.targets[name] = [tensor]
+        return self.targets[name][0]
 
     def _tensor(self, name: str) -> torch.Tensor:
         if name in self.serving.parameters:

@@ -35,7 +35,13 @@ def supported_head_size(size: int) -> int:
 class PagedAttention(nn.Module):
     """``fxport::attention`` on vLLM's paged cache: ``[1, H, N, D]`` in, ``[1, H, N, Dv]`` out."""
 
-    def __init__(self, layer: AttentionLayer, vllm_config: VllmConfig, prefix: str) -> None:
+    def __init__(
+        self,
+        layer: AttentionLayer,
+        sinks: nn.Parameter | None,
+        vllm_config: VllmConfig,
+        prefix: str,
+    ) -> None:
         super().__init__()
         self.layer = layer
         self.padded = supported_head_size(max(layer.head_size, layer.head_size_v))
@@ -50,7 +56,10 @@ class PagedAttention(nn.Module):
             logits_soft_cap=params.softcap or None,
             # vLLM counts the token itself; a window of one looks at nothing else.
             per_layer_sliding_window=params.window_left + 1 if params.window_left >= 0 else None,
+            alibi_slopes=list(layer.alibi_slopes) if layer.alibi_slopes else None,
             prefix=prefix,
+            # Not every attention backend knows sinks: passed only where there are some.
+            **({} if sinks is None else {"sinks": sinks}),
         )
         self.dtype = vllm_config.model_config.dtype
 

@@ -1,0 +1,111 @@
+"""The head is found whatever follows the projection, and a choice of the last position undone."""
+
+import pytest
+import torch
+from torch import nn
+
+from fxport.capture.arguments import shape_of
+from fxport.capture.export import capture
+from fxport.errors import PortError, ReasonCode
+from fxport.passes.head import find_head
+
+V, C = 45, 18
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.emb = nn.Embedding(V, C)
+        self.norm = nn.LayerNorm(C)
+        self.out = nn.Linear(C, V)
+
+    def logits(self, h):
+        raise NotImplementedError
+
+    def forward(self, ids):
+        return self.logits(self.norm(self.emb(ids)))
+
+
+def index_last(self, h):
+    return self.out(h[:, [-1], :])
+
+
+def slice_last(self, h):
+    return self.out(h[:, -1:, :])
+
+
+def select_last(self, h):
+    return self.out(h[:, -1])
+
+
+def after_projection(self, h):
+    return self.out(h)[:, -1, :]
+
+
+def by_length(self, h):
+    return self.out(h[:, h.shape[1] - 1])
+
+
+def capped(self, h):
+    return 30.0 * torch.tanh(self.out(h[:, -1:]) / 30.0)
+
+
+def log_probabilities(self, h):
+    return self.out(h).float().log_softmax(-1)
+
+
+def tied(self, h):
+    return h @ self.emb.weight.t()
+
+
+def einsum(self, h):
+    return torch.einsum("btc,vc->btv", h, self.emb.weight) * 0.5
+
+
+LAST = [index_last, slice_last, select_last, after_projection, by_length, capped]
+ALL = [*LAST, log_probabilities, tied, einsum]
+
+
+@pytest.mark.parametrize("logits", ALL, ids=lambda f: f.__name__)
+def test_logits_of_every_position(logits):
+    model = type("M", (Model,), {"logits": logits})().eval()
+    captured = capture(model)
+    head = find_head(captured.graph, captured.length)
+    assert shape_of(head.logits) == (captured.batch, captured.length, V)
+    assert shape_of(head.hidden) == (captured.batch, captured.length, C)
+    removed = [d for d in head.decisions if "last position" in d.subject]
+    assert len(removed) == (1 if logits in LAST else 0)
+    ids = torch.randint(0, V, (2, 5))
+    state = {**captured.parameters}
+    inputs = [
+        ids if n.name == captured.tokens else state.get(n.meta["input"].name, n.meta["input"].value)
+        for n in captured.graph.graph.find_nodes(op="placeholder")
+    ]
+    captured.graph.recompile()
+    found = captured.graph(*inputs)
+    for t in range(1, 6):  # the original at every prefix, its last position
+        expected = model(ids[:, :t])
+        expected = expected[:, -1] if expected.dim() == 3 else expected
+        torch.testing.assert_close(found[:, t - 1], expected)
+
+
+def test_another_position_is_not_the_last():
+    def first(self, h):
+        return self.out(h[:, :1])
+
+    model = type("M", (Model,), {"logits": first})()
+    captured = capture(model)
+    head = find_head(captured.graph, captured.length)
+    assert not [d for d in head.decisions if "last position" in d.subject]
+
+
+def test_two_projections_are_refused():
+    def both(self, h):
+        return self.out(h) + h @ self.emb.weight.t()
+
+    captured = capture(type("M", (Model,), {"logits": both})())
+    with pytest.raises(PortError) as caught:
+        find_head(captured.graph, captured.length)
+    reason = caught.value.reasons[0]
+    assert reason.code is ReasonCode.NO_VOCABULARY
+    assert reason.location is not None and reason.location.file == __file__
