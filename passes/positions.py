@@ -28,7 +28,7 @@ def gather_by_position(
 
     Returns:
         The placeholder, and one decision per replaced node. Tables that were evaluated become
-        buffers of the module, named ``position_table_<n>``.
+        buffers of the module, named ``constant_<n>``.
     """
     with gm.graph.inserting_after(tokens):
         positions = gm.graph.placeholder("positions")
@@ -50,6 +50,12 @@ def gather_by_position(
                 user_location(gathered),
             )
         )
+    for node, value in locality.folded.items():
+        with gm.graph.inserting_before(node):
+            constant = _constant(gm, value)
+        constant.meta = {**node.meta, "val": value}
+        node.replace_all_uses_with(constant)
+        gm.graph.erase_node(node)
     gm.graph.eliminate_dead_code()
     gm.recompile()
     return positions, decisions
@@ -73,9 +79,13 @@ def _gather(gm: fx.GraphModule, node: fx.Node, rows: Rows, positions: fx.Node) -
         return graph.call_function(aten.to.dtype, (index, node.meta["val"].dtype))
     table = rows.table
     if isinstance(table, torch.Tensor):
-        count = sum(1 for name, _ in gm.named_buffers() if name.startswith("position_table_"))
-        name = f"position_table_{count}"
-        gm.register_buffer(name, table, persistent=False)
-        table = graph.get_attr(name)
-        table.meta["val"] = gm.get_buffer(name)
+        table = _constant(gm, table)
     return graph.call_function(aten.index_select.default, (table, rows.dim, index))
+
+
+def _constant(gm: fx.GraphModule, value: torch.Tensor) -> fx.Node:
+    name = f"constant_{sum(1 for n, _ in gm.named_buffers() if n.startswith('constant_'))}"
+    gm.register_buffer(name, value, persistent=False)
+    node = gm.graph.get_attr(name)
+    node.meta["val"] = value
+    return node

@@ -95,7 +95,7 @@ def _check_short_lengths(captured: Captured) -> list[Reason]:
         Reason(
             ReasonCode.LENGTH_SPECIALISED,
             f"forward takes another path for lengths below {captured.shortest}",
-            captured.forward,
+            captured.length_line,
             "make every length take the same path",
         )
     ]

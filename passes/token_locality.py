@@ -55,11 +55,13 @@ class Locality:
     Attributes:
         axes: axes of every tensor-valued node that was understood.
         rows: the nodes to be gathered by position.
+        folded: constants that no rule understands, and that do not depend on any size.
         reasons: every obstacle; empty when the graph is proven.
     """
 
     axes: Mapping[fx.Node, Any]
     rows: Mapping[fx.Node, Rows]
+    folded: Mapping[fx.Node, torch.Tensor]
     reasons: tuple[Reason, ...]
 
 
@@ -75,6 +77,7 @@ def analyse(gm: fx.GraphModule, symbols: Symbols, limit: int) -> Locality:
     learned = depends_on(gm, InputKind.PARAMETER)
     axes: dict[fx.Node, Any] = {}
     rows: dict[fx.Node, Rows] = {}
+    folded: dict[fx.Node, torch.Tensor] = {}
     refused: dict[fx.Node, Refusal] = {}
     for node in gm.graph.nodes:
         if node.op == "output" or is_symbolic(node):
@@ -87,15 +90,19 @@ def analyse(gm: fx.GraphModule, symbols: Symbols, limit: int) -> Locality:
             else:
                 axes[node] = _axes(node, axes, refused, symbols)
         except Refusal as refusal:
-            table = None
-            if node not in data and node not in learned:
-                table = _table(node, symbols, limit)
-            if table is None:
-                refused[node] = refusal
-            else:
+            constant = node not in data and node not in learned
+            value = _folded(node, symbols, limit) if constant else None
+            table = _table(node, symbols, limit) if constant and value is None else None
+            if value is not None:
+                folded[node] = value
+                axes[node] = tuple(symbols.factor(size) for size in value.shape)
+            elif table is not None:
                 rows[node] = table
                 axes[node] = _row_axes(node, table)
-    return Locality(axes, rows, _reasons(refused, data | learned, rows))
+            else:
+                refused[node] = refusal
+    reasons = _reasons(refused, data | learned, set(rows) | set(folded))
+    return Locality(axes, rows, folded, reasons)
 
 
 def _axes(
@@ -115,18 +122,18 @@ def _axes(
 
 
 def _reasons(
-    refused: dict[fx.Node, Refusal], varying: set[fx.Node], rows: dict[fx.Node, Rows]
+    refused: dict[fx.Node, Refusal], varying: set[fx.Node], resolved: set[fx.Node]
 ) -> tuple[Reason, ...]:
     """One reason per root cause that reaches the output.
 
-    A refused constant that only feeds a gathered table is no obstacle.
+    A refused constant that only feeds a table or a folded constant is no obstacle.
     """
     roots: dict[int, Reason] = {}
     first: dict[int, fx.Node] = {}
     for node, refusal in refused.items():
         first.setdefault(id(refusal), node)
         harmless = node not in varying and all(
-            user in rows or (user in refused and user not in varying) for user in node.users
+            user in resolved or (user in refused and user not in varying) for user in node.users
         )
         if not harmless and id(refusal) not in roots:
             location = user_location(first[id(refusal)])
@@ -169,6 +176,25 @@ def _row_axes(node: fx.Node, rows: Rows) -> Axes:
 _PROBES = (1, 2, 3, 7, 37)
 
 
+def _folded(node: fx.Node, symbols: Symbols, limit: int) -> torch.Tensor | None:
+    """The value of a constant that is the same for every length."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not all(isinstance(s, int) for s in shape_of(node)):
+        return None
+    try:
+        longest: torch.Tensor = evaluate(node, {symbols.length: limit})
+        for length in _probes(limit):
+            if not torch.equal(evaluate(node, {symbols.length: length}), longest):
+                return None
+    except ValueError:  # depends on the batch size
+        return None
+    return longest
+
+
+def _probes(limit: int) -> list[int]:
+    return sorted({n for n in (*_PROBES, *(2**i for i in range(20)), limit - 1) if 0 < n < limit})
+
+
 def _table(node: fx.Node, symbols: Symbols, limit: int) -> Rows | None:
     """A constant of one token axis that is the beginning of its own longest version."""
     if not isinstance(node.meta.get("val"), torch.Tensor):
@@ -180,8 +206,7 @@ def _table(node: fx.Node, symbols: Symbols, limit: int) -> Rows | None:
     dim = growing[0]
     try:
         longest = evaluate(node, {symbols.length: limit})
-        probes = {n for n in (*_PROBES, *(2**i for i in range(20)), limit - 1) if 0 < n < limit}
-        for length in sorted(probes):
+        for length in _probes(limit):
             part = evaluate(node, {symbols.length: length})
             if not torch.equal(part, longest.narrow(dim, 0, length)):
                 return None

@@ -139,6 +139,15 @@ def _pointwise(call: Call) -> Axes:
     return join(*call.all()) if call.all() else ()
 
 
+# Pointwise by their documentation, though ATen does not tag these overloads so.
+for _op in (
+    aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar, aten.masked_fill.Tensor,
+    aten.polar.default, aten.complex.default, aten.hardswish.default, aten.rsub.Tensor,
+    aten.floor_divide.default, aten.log_sigmoid.default,
+):  # fmt: skip
+    _RULES[_op] = _pointwise
+
+
 @_rule(
     aten.contiguous, aten.clone, aten.alias, aten.detach, aten.lift_fresh_copy, aten.to,
     aten._to_copy, aten.dropout, aten.feature_dropout, aten.conj, aten.resolve_conj, aten._conj,
@@ -158,6 +167,14 @@ def _first(call: Call) -> Axes:
 @_rule(aten.zeros, aten.ones, aten.full, aten.scalar_tensor)
 def _factory(call: Call) -> Axes:
     return checked(tuple(call.symbols.factor(s) for s in call.sizes()))
+
+
+@_rule(aten.arange, aten.linspace, aten.eye)
+def _range(call: Call) -> Axes:
+    """A fixed range; one that grows with the tokens is judged by its values, not here."""
+    if not all(isinstance(size, int) for size in call.sizes()):
+        raise Refusal(ReasonCode.POSITION_UNKNOWN, "a range over the tokens of unknown meaning")
+    return _factory(call)
 
 
 @_rule(
@@ -399,6 +416,34 @@ def _norm(call: Call) -> Axes:
     for dim in axes[len(axes) - count :]:
         _free(dim, "normalisation")
     return axes
+
+
+@_rule(aten.conv1d, aten.conv2d, aten.conv3d)
+def _convolution(call: Call) -> Axes:
+    axes = call.of("input")
+    for dim in axes[1:]:
+        _free(dim, "a convolution")
+    return (axes[0], *(call.symbols.factor(s) for s in call.sizes()[1:]))
+
+
+@_rule(aten.batch_norm)
+def _batch_norm(call: Call) -> Axes:
+    if call.arguments["training"]:
+        raise Refusal(ReasonCode.MIXES_TOKENS, "batch norm over the tokens of the batch")
+    return call.of("input")
+
+
+@_rule(aten.pad, aten.constant_pad_nd)
+def _pad(call: Call) -> Axes:
+    axes = call.of("self")
+    sizes, before = call.sizes(), shape_of(call.arguments["self"])
+    padding = call.arguments["pad"]
+    padded = {len(axes) - 1 - i // 2 for i, width in enumerate(padding) if width != 0}
+    for d in padded:
+        _free(axes[d], "padding")
+    return tuple(
+        call.symbols.factor(sizes[d]) if d in padded else axes[d] for d in range(len(before))
+    )
 
 
 # --- products -------------------------------------------------------------------------------------

@@ -75,14 +75,14 @@ def lower(gm: fx.GraphModule) -> Lowered:
     fake_mode = _fake_mode_of(gm)
     blocked = _changes_shapes_in_place(gm)
     if fake_mode is None or blocked is not None:
-        decisions = () if blocked is None else (_left(blocked, ReasonCode.MUTATED_IN_PLACE, ""),)
-        return Lowered(gm, decisions)
-    tracer = CallTracer(fake_mode)
-    decisions_made: list[Decision] = []
+        why = [] if blocked is None else [_left(blocked, ReasonCode.MUTATED_IN_PLACE, "")]
+        return Lowered(gm, tuple(why))
+    decisions: list[Decision] = []
     with _Modes() as modes:
         inputs = {n: describe_input(n) for n in gm.graph.find_nodes(op="placeholder")}
-        lowered = _GraphLowering(gm, tracer, modes, decisions_made).run(inputs)
-    return Lowered(lowered, tuple(decisions_made))
+        lowering = _GraphLowering(gm, CallTracer(fake_mode), modes, decisions)
+        graph = lowering.run(inputs)
+    return Lowered(graph, tuple(decisions))
 
 
 def lowered_graphs(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
@@ -209,6 +209,8 @@ class _GraphLowering:
     def _verbatim(self, node: fx.Node) -> fx.Node:
         new = self._graph.node_copy(node, self._env.__getitem__)
         value = node.meta.get("example_value")
+        if value is None and node.op == "get_attr":
+            value = self._tracer.fake(_attribute(self._gm, node.target))
         if value is not None:
             new.meta["val"] = value
         self._env[node] = new
@@ -255,7 +257,7 @@ class _GraphLowering:
         assert isinstance(node.target, HigherOrderOperator)
         if node.target.name() not in _PLAIN_BODIES:
             return
-        bodies = [a for a in node.args if _is_body(self._gm, a)]
+        bodies = [a for a in node.args if isinstance(a, fx.Node) and _is_body(self._gm, a)]
         operands = [a for a in new.args[len(bodies) :] if not isinstance(a, str)]
         for position, attribute in enumerate(bodies):
             name = str(attribute.target)
@@ -274,12 +276,8 @@ def _body_inputs(body: fx.GraphModule, operands: list[Any]) -> dict[fx.Node, Any
     return {p: body_input(p, o) for p, o in zip(placeholders, padded, strict=True)}
 
 
-def _is_body(gm: fx.GraphModule, argument: object) -> bool:
-    return (
-        isinstance(argument, fx.Node)
-        and argument.op == "get_attr"
-        and isinstance(_attribute(gm, argument.target), fx.GraphModule)
-    )
+def _is_body(gm: fx.GraphModule, node: fx.Node) -> bool:
+    return node.op == "get_attr" and isinstance(_attribute(gm, node.target), fx.GraphModule)
 
 
 def _attribute(gm: fx.GraphModule, target: Any) -> Any:

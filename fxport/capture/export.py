@@ -10,6 +10,7 @@ import traceback
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from traceback import FrameSummary
 from typing import Any
 
 import sympy
@@ -19,7 +20,7 @@ from torch.export.graph_signature import InputKind as ExportInput
 
 from fxport.capture.clone import clone_for_capture, watch_attributes
 from fxport.capture.inputs import GraphInput, InputKind
-from fxport.capture.location import location_in, record_user_lines
+from fxport.capture.location import is_library, location_at, location_in, record_user_lines
 from fxport.errors import Location, PortError, Reason, ReasonCode
 
 __all__ = ["Captured", "capture", "forward_line"]
@@ -43,7 +44,7 @@ class Captured:
             path for every length has 2 here, and length 1 is checked with numbers.
         limit: the largest T for which the graph is valid, None when nothing bounds it.
         parameters: qualified name -> real parameter (tied weights under their first name).
-        forward: where the model's forward is written, for reasons about the whole of it.
+        length_line: the user's line that asked about the length, else where forward begins.
         state: every name of the original's state_dict.
         aliases: further names of tied parameters -> first name.
         output: which output of the model the logits are, in words.
@@ -56,7 +57,7 @@ class Captured:
     shortest: int
     limit: int | None
     parameters: Mapping[str, torch.Tensor]
-    forward: Location | None
+    length_line: Location | None
     state: tuple[str, ...]
     aliases: Mapping[str, str]
     output: str
@@ -90,7 +91,7 @@ def capture(model: nn.Module) -> Captured:
         shortest=shortest,
         limit=limit,
         parameters=dict(clone.named_parameters(remove_duplicate=True)),
-        forward=forward_line(model),
+        length_line=_guard_line(exported, sympy.Rel) or forward_line(model),
         state=tuple(clone.state_dict()),
         aliases=_aliases(clone),
         output=output,
@@ -215,7 +216,7 @@ def _range(
         reason = Reason(
             ReasonCode.LENGTH_SPECIALISED,
             f"the captured graph holds for one length only (T = {length})",
-            forward_line(model),
+            _guard_line(exported, sympy.Eq) or forward_line(model),
             hint="sizes must come from the input's shape, not from a stored number, and the "
             "number of tokens must not enter the computation",
         )
@@ -224,6 +225,26 @@ def _range(
     # Beyond 2**30 the bound is torch's own, not the model's.
     upper = int(bounds.upper) if bounds.upper < 2**30 else None
     return max(int(bounds.lower), 2), upper
+
+
+def _guard_line(
+    exported: torch.export.ExportedProgram, kind: type[sympy.Basic]
+) -> Location | None:
+    """The user's line at which torch had to know something of this kind about a size."""
+    environments = {
+        id(env): env
+        for node in exported.graph.nodes
+        for value in [node.meta.get("val")]
+        if hasattr(value, "fake_mode") and (env := value.fake_mode.shape_env) is not None
+    }
+    for environment in environments.values():
+        for guard in environment.guards:
+            frame = guard.sloc.framework_loc
+            numeric = any(argument.is_Integer for argument in guard.expr.args)
+            user = isinstance(frame, FrameSummary) and not is_library(frame.filename)
+            if isinstance(guard.expr, kind) and numeric and user:
+                return location_at(frame.filename, frame.lineno or 0, frame.name)
+    return None
 
 
 def forward_line(model: nn.Module) -> Location | None:

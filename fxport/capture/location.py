@@ -25,6 +25,7 @@ from fxport.errors import Location
 
 __all__ = [
     "direct_caller",
+    "is_library",
     "location_at",
     "location_in",
     "module_of",
@@ -39,7 +40,8 @@ _OWN = str(Path(__file__).parents[1])
 _KEY = "fxport_line"
 
 
-def _is_library(file: str) -> bool:
+def is_library(file: str) -> bool:
+    """Whether a file belongs to torch, fxport or the standard library."""
     if file.startswith((_TORCH, _OWN, "<")):
         return True
     return file.startswith(_STDLIB) and "site-packages" not in file
@@ -61,7 +63,7 @@ class _UserLines(TorchFunctionMode):
 def _calling_line() -> tuple[str, int, str] | None:
     """(file, line, function) of the innermost running frame of the user's code."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and _is_library(frame.f_code.co_filename):
+    while frame is not None and is_library(frame.f_code.co_filename):
         frame = frame.f_back
     return None if frame is None else _line_of(frame)
 
@@ -69,7 +71,7 @@ def _calling_line() -> tuple[str, int, str] | None:
 def direct_caller() -> tuple[str, int, str] | None:
     """The line that called the function which asks, if it is the user's and not a library's."""
     frame = sys._getframe(2)
-    return None if _is_library(frame.f_code.co_filename) else _line_of(frame)
+    return None if is_library(frame.f_code.co_filename) else _line_of(frame)
 
 
 def _line_of(frame: FrameType) -> tuple[str, int, str]:
@@ -93,7 +95,7 @@ def location_in(stack_trace: str) -> Location | None:
     frames = [m.groupdict() for m in _FRAME.finditer(stack_trace)]
     for frame in reversed(frames):
         file, line = frame["file"], int(frame["line"])
-        if not _is_library(file):
+        if not is_library(file):
             return location_at(file, line, frame["function"])
     return None
 

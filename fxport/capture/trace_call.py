@@ -50,6 +50,12 @@ class CallTracer:
         self._fake_mode = fake_mode
         self._traced: dict[Hashable, fx.GraphModule] = {}
 
+    def fake(self, value: object) -> FakeTensor | None:
+        """The fake value of a constant tensor; None for anything else."""
+        if not isinstance(value, torch.Tensor):
+            return None
+        return self._fake_mode.from_tensor(value, static_shapes=True)
+
     def trace(self, call: fx.Node, args: Any, kwargs: Any) -> tuple[fx.GraphModule, list[fx.Node]]:
         """The ATen graph of `call` on `args` and `kwargs`, whose leaves are lowered nodes.
 
@@ -80,7 +86,7 @@ class CallTracer:
             constant = getattr(traced, str(node.target))
             if not isinstance(constant, torch.Tensor) or isinstance(constant, FakeTensor):
                 raise TraceError("it captured something that is not a constant tensor")
-            node.meta.setdefault("val", self._fake_mode.from_tensor(constant))
+            node.meta.setdefault("val", self.fake(constant))
         return traced
 
 

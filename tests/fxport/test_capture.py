@@ -153,9 +153,11 @@ def test_another_path_for_short_sequences_is_noted():
     class Model(Tiny):
         def forward(self, ids):
             x = super().forward(ids)
-            return x if ids.shape[1] > 4 else x * 2
+            return x if ids.shape[1] > 4 else x * 2  # HERE
 
-    assert capture(Model()).shortest == 5
+    captured = capture(Model())
+    assert captured.shortest == 5
+    assert "# HERE" in captured.length_line.source
 
 
 def test_an_error_of_the_model_itself_names_its_line():

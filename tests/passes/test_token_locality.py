@@ -111,9 +111,9 @@ def fraction_of_the_length(self, x, idx):
 
 
 MIXING = [
-    (conv, ReasonCode.UNSUPPORTED_OP),
+    (conv, ReasonCode.MIXES_TOKENS),
     (cumulative_mean, ReasonCode.MIXES_TOKENS),
-    (shift, ReasonCode.UNSUPPORTED_OP),
+    (shift, ReasonCode.MIXES_TOKENS),
     (roll, ReasonCode.MIXES_TOKENS),
     (mean_over_tokens, ReasonCode.MIXES_TOKENS),
     (softmax_over_tokens, ReasonCode.MIXES_TOKENS),
@@ -182,6 +182,23 @@ def einsum_angles(self, x, idx):
     return x * torch.cat((angles, angles), -1).cos()[None]
 
 
+def inv_freq_in_forward(self, x, idx):
+    inv_freq = 1.0 / 100 ** (torch.arange(0, C, 2).float() / C)
+    angles = torch.outer(torch.arange(x.shape[1]).float(), inv_freq)
+    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.polar(
+        torch.ones_like(angles), angles
+    )
+    return torch.view_as_real(turned).flatten(2)
+
+
+def unknown_op_on_constants(self, x, idx):
+    return x + torch.kron(torch.ones(2), torch.arange(C // 2).float())
+
+
+def padded_features(self, x, idx):
+    return F.pad(x, (1, 2))[..., 1:-2] + x
+
+
 def like_zeros(self, x, idx):
     return x + torch.zeros_like(x) + torch.ones(x.shape[0], x.shape[1], 1)
 
@@ -214,6 +231,7 @@ def in_place(self, x, idx):
 
 LOCAL = [
     (learned, 1), (learned_offset, 1), (learned_rows, 1), (expanded, 1), (counted, 1),
+    (inv_freq_in_forward, 1), (unknown_op_on_constants, 0), (padded_features, 0),
     (buffer_rows, 1), (narrowed, 1), (on_the_fly, 1), (einsum_angles, 1), (like_zeros, 0),
     (folded, 0), (time_first, 0), (per_head, 0), (routed, 0), (in_place, 0),
 ]  # fmt: skip
@@ -245,7 +263,9 @@ def test_length_as_a_number_is_refused():
     model = type("Model", (Base,), {"between": length_as_a_number})()
     with pytest.raises(PortError, match="one length only") as caught:
         run(model)
-    assert caught.value.reasons[0].code is ReasonCode.LENGTH_SPECIALISED
+    reason = caught.value.reasons[0]
+    assert reason.code is ReasonCode.LENGTH_SPECIALISED
+    assert "# HERE" in linecache.getline(__file__, reason.location.line)
 
 
 def test_a_table_that_changes_with_the_length_is_no_table():
