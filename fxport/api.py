@@ -18,6 +18,7 @@ from fxport.serving import ServingGraph
 
 __all__ = ["Port", "port"]
 
+
 @dataclass(frozen=True)
 class Port:
     """A proven port of one model.
@@ -65,9 +66,7 @@ class Port:
         )
 
 
-def port(
-    model: nn.Module, example_inputs: None = None, *, max_seq_len: int | None = None
-) -> Port:
+def port(model: nn.Module, example_inputs: None = None, *, max_seq_len: int | None = None) -> Port:
     """Ports a plain causal language model: ``model(tokens[B, T]) -> logits[B, T, V]``.
 
     The model is not changed. Eval mode is used for serving whatever mode the model is in.
@@ -90,7 +89,7 @@ def port(
     lowered = lower_for_serving(captured, max_seq_len)
     serving = lowered.serving
     decisions = (*lowered.decisions, _self_check(model, serving, captured.parameters))
-    facts = {
+    facts: dict[str, str | int | float | bool | None] = {
         "vocab_size": serving.vocab_size,
         "hidden_size": serving.hidden_size,
         "num_attention_layers": len(serving.attention),
@@ -103,7 +102,7 @@ def port(
     return Port(serving, captured.parameters, report, model)
 
 
-# --- the numeric self-check -------------------------------------------------------------------------
+# --- the numeric self-check -------------------------------------------------------------------
 
 _CHECK_LENGTHS = (1, 2, 3, 7, 37)
 # Rough cost of the check in multiply-adds; beyond it fewer lengths are checked.

@@ -69,9 +69,7 @@ class Reason:
 
     def __str__(self) -> str:
         where = f"{self.location}: " if self.location else ""
-        source = (
-            f"\n    {self.location.source}" if self.location and self.location.source else ""
-        )
+        source = f"\n    {self.location.source}" if self.location and self.location.source else ""
         hint = f"\n    -> {self.hint}" if self.hint else ""
         return f"{where}{self.message} [{self.code}]{source}{hint}"
 

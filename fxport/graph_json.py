@@ -28,8 +28,18 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,200}\Z")
 _DTYPES = {
     str(d).removeprefix("torch."): d
     for d in (
-        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64,
-        torch.complex128, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.complex64,
+        torch.complex128,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
     )
 }
 _FORMATS = {
@@ -40,15 +50,20 @@ _FORMATS = {
 _SCALAR_OPS: dict[str, Callable[..., Any]] = {
     f"operator.{op.__name__}": op
     for op in (
-        operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv,
-        operator.neg, operator.mod,
+        operator.getitem,
+        operator.add,
+        operator.sub,
+        operator.mul,
+        operator.floordiv,
+        operator.neg,
+        operator.mod,
     )
 }
 
 _SIZE_OPS = {torch.ops.aten.sym_size.int}
 
 
-# --- writing --------------------------------------------------------------------------------------
+# --- writing ----------------------------------------------------------------------------------
 
 
 def part_to_dict(part: Part, allowed: Allowed) -> dict[str, Any]:
@@ -104,7 +119,7 @@ def _encode(value: Any) -> Any:
     raise SavedPortError(f"an argument of type {type(value).__name__} cannot be saved")
 
 
-# --- reading --------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------
 
 
 def part_from_dict(data: Any, allowed: Allowed, device: torch.device) -> Part:
@@ -161,9 +176,7 @@ def _add(
     else:
         keywords = _expect(entry.get("kwargs", {}), dict, "arguments")
         kwargs = {_name(k): _decode(v, built, device) for k, v in keywords.items()}
-        node = graph.create_node(
-            "call_function", _op(op, allowed), tuple(args), kwargs, name=name
-        )
+        node = graph.create_node("call_function", _op(op, allowed), tuple(args), kwargs, name=name)
     if node.name != name:
         raise SavedPortError(f"`{name}` is not a possible node name")
     built[name] = node
@@ -189,7 +202,7 @@ def _decode(value: Any, built: Mapping[str, fx.Node], device: torch.device) -> A
     if isinstance(value, list):
         return [_decode(v, built, device) for v in value]
     if isinstance(value, dict) and len(value) == 1:
-        (kind, content), = value.items()
+        ((kind, content),) = value.items()
         found = _object(kind, content, built, device)
         if found is not None:
             return found

@@ -1,17 +1,16 @@
 """The saved port: a directory of data that vLLM loads by itself.
 
-    config.json          architecture, sizes, dtype: what vLLM reads first
-    fxport_graph.json    the serving graphs (`fxport.graph_json`)
-    model-*.safetensors  parameters under the original names, constants beside them
-    port_report.json     what was decided
-    tokenizer files      if a tokenizer was given
+config.json          architecture, sizes, dtype: what vLLM reads first
+fxport_graph.json    the serving graphs (`fxport.graph_json`)
+model-*.safetensors  parameters under the original names, constants beside them
+port_report.json     what was decided
+tokenizer files      if a tokenizer was given
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -75,7 +74,7 @@ def write_port(
         staging.chmod(0o755)
         if final.exists():
             final.rmdir()
-        os.replace(staging, final)
+        staging.replace(final)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -126,7 +125,7 @@ def _config_dict(serving: ServingGraph) -> dict[str, Any]:
     }
 
 
-# --- weights ----------------------------------------------------------------------------------------
+# --- weights ----------------------------------------------------------------------------------
 
 
 def _write_weights(
@@ -182,7 +181,7 @@ def _tokenizer_files(source: Path) -> Iterator[Path]:
             yield file
 
 
-# --- reading --------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:

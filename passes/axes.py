@@ -139,7 +139,7 @@ def reshape(axes: Axes, sizes: Sequence[int | sympy.Expr], symbols: Symbols) -> 
             else:
                 raise Refusal(
                     ReasonCode.MIXES_TOKENS,
-                    f"this reshape to {symbols.describe(size)} cuts through the batch or token axis",
+                    f"a reshape to {symbols.describe(size)} cuts through the batch or token axis",
                     "keep the token axis whole",
                 )
             dim.append(factor)

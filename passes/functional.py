@@ -113,9 +113,15 @@ def _is_fresh(node: fx.Node) -> bool:
         return False
     # May return its input: ATen's schema does not say so for these.
     maybe_alias = (
-        torch.ops.aten.to, torch.ops.aten.reshape, torch.ops.aten.contiguous,
-        torch.ops.aten.flatten, torch.ops.aten.dropout, torch.ops.aten.type_as,
-        torch.ops.aten.feature_dropout, torch.ops.aten.reshape_as, torch.ops.aten.lift_fresh,
+        torch.ops.aten.to,
+        torch.ops.aten.reshape,
+        torch.ops.aten.contiguous,
+        torch.ops.aten.flatten,
+        torch.ops.aten.dropout,
+        torch.ops.aten.type_as,
+        torch.ops.aten.feature_dropout,
+        torch.ops.aten.reshape_as,
+        torch.ops.aten.lift_fresh,
     )
     if target.overloadpacket in maybe_alias:
         return False

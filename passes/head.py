@@ -15,21 +15,25 @@ from dataclasses import dataclass
 
 import sympy
 import torch
+from fxport.passes.constants import depends_on
 from torch import fx
 
 from fxport.capture.arguments import arguments, shape_of
 from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.location import module_of, user_location
 from fxport.errors import PortError, Reason, ReasonCode
-from fxport.passes.constants import depends_on
 from fxport.report import Decision, Outcome
 
 __all__ = ["Head", "find_head"]
 
 aten = torch.ops.aten
 _PRODUCTS = {
-    aten.linear.default, aten.matmul.default, aten.mm.default, aten.addmm.default,
-    aten.bmm.default, aten.einsum.default,
+    aten.linear.default,
+    aten.matmul.default,
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten.einsum.default,
 }
 
 
@@ -178,9 +182,7 @@ def _refresh(node: fx.Node) -> None:
     fake = next(
         v.fake_mode for n in node.all_input_nodes if hasattr(v := n.meta["val"], "fake_mode")
     )
-    args, kwargs = fx.node.map_arg(
-        (node.args, dict(node.kwargs)), lambda n: n.meta["val"]
-    )
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
     try:
         with fake, torch.no_grad():
             node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]

@@ -1,6 +1,6 @@
 """From a captured model to the graphs that vLLM runs: the serving passes in order.
 
-    capture -> head -> attention -> token locality (proof) -> positions -> split
+capture -> head -> attention -> token locality (proof) -> positions -> split
 """
 
 from __future__ import annotations
@@ -8,12 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import fx
-
-from fxport.capture.arguments import shape_of
-from fxport.capture.export import Captured
-from fxport.capture.inputs import InputKind, graph_input
-from fxport.errors import FxportError, PortError, Reason, ReasonCode
 from fxport.passes.attention import rewrite_attention
 from fxport.passes.axes import Axis, Symbols
 from fxport.passes.functional import functionalise
@@ -22,6 +16,12 @@ from fxport.passes.limits import longest_sequence
 from fxport.passes.positions import gather_by_position
 from fxport.passes.split import Splitter, attention_layers, token_embedding
 from fxport.passes.token_locality import Locality, analyse
+from torch import fx
+
+from fxport.capture.arguments import shape_of
+from fxport.capture.export import Captured
+from fxport.capture.inputs import InputKind, graph_input
+from fxport.errors import FxportError, PortError, Reason, ReasonCode
 from fxport.report import Decision, Outcome
 from fxport.serving import ServingGraph
 

@@ -17,15 +17,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from fxport.passes.axes import Axes, Axis, Refusal, Symbols
+from fxport.passes.constants import depends_on, evaluate, is_symbolic
+from fxport.passes.token_rules import propagate
 from torch import fx
 
 from fxport.capture.arguments import arguments, shape_of
 from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.location import user_location
 from fxport.errors import Reason, ReasonCode
-from fxport.passes.axes import Axes, Axis, Refusal, Symbols
-from fxport.passes.constants import depends_on, evaluate, is_symbolic
-from fxport.passes.token_rules import propagate
 
 __all__ = ["Locality", "Rows", "analyse"]
 
@@ -116,8 +116,8 @@ def _axes(
         if source in refused:
             raise refused[source]
     if node.target is operator.getitem:
-        source, index = node.args
-        return axes[source][index]  # type: ignore[index]
+        picked, index = node.args
+        return axes[picked][index]  # type: ignore[index]
     return propagate(node, axes, symbols)
 
 
@@ -141,7 +141,7 @@ def _reasons(
     return tuple(roots.values())
 
 
-# --- values that count positions ------------------------------------------------------------------
+# --- values that count positions --------------------------------------------------------------
 
 
 def _source(node: fx.Node, symbols: Symbols) -> Rows | None:

@@ -13,11 +13,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
+from fxport.backends.vllm.layers import Linear, PagedAttention
 from torch import fx, nn
 from vllm.config import VllmConfig
 
 import fxport.ops.attention  # noqa: F401  (registers the op)
-from fxport.backends.vllm.layers import Linear, PagedAttention
 from fxport.capture.arguments import arguments
 from fxport.errors import FxportError, SavedPortError
 from fxport.serving import Part, ServingGraph
@@ -109,8 +109,9 @@ class _Builder:
         )
         path = f"linears.{owner}"
         _add(self.root, path, linear)
-        for name, tensor in zip(names, (linear.linear.weight, linear.linear.bias), strict=False):
-            self.targets[name] = [tensor]  # type: ignore[index]
+        filled = dict(linear.linear.named_parameters())
+        for name, own in zip(names, ("weight", "bias"), strict=False):
+            self.targets[name] = [filled[own]]  # type: ignore[index]
         with part.graph.inserting_before(node):
             new = part.graph.call_module(path, (bound["input"],))
         node.replace_all_uses_with(new)

@@ -113,7 +113,9 @@ def _promoted(
     if not isinstance(result, torch.Tensor) or not result.is_floating_point():
         return False
     inputs = [n for n in node.all_input_nodes if isinstance(values[n], torch.Tensor)]
-    activations = [values[n].dtype for n in inputs if n in varying and values[n].is_floating_point()]
+    activations = [
+        values[n].dtype for n in inputs if n in varying and values[n].is_floating_point()
+    ]
     constants = [values[n].dtype for n in inputs if n not in varying]
     pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
     return (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -46,6 +48,8 @@ class PagedAttention(nn.Module):
         self.layer = layer
         self.padded = supported_head_size(max(layer.head_size, layer.head_size_v))
         params = layer.params
+        # Not every attention backend knows sinks: passed only where there are some.
+        extra: dict[str, Any] = {} if sinks is None else {"sinks": sinks}
         self.attn = Attention(
             layer.num_heads,
             self.padded,
@@ -58,8 +62,7 @@ class PagedAttention(nn.Module):
             per_layer_sliding_window=params.window_left + 1 if params.window_left >= 0 else None,
             alibi_slopes=list(layer.alibi_slopes) if layer.alibi_slopes else None,
             prefix=prefix,
-            # Not every attention backend knows sinks: passed only where there are some.
-            **({} if sinks is None else {"sinks": sinks}),
+            **extra,
         )
         self.dtype = vllm_config.model_config.dtype
 

@@ -6,16 +6,16 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from fxport.backends.vllm.assemble import assemble
+from fxport.backends.vllm.dtypes import serve_in
+from fxport.passes.token_rules import has_rule
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.sequence import IntermediateTensors
 
-from fxport.backends.vllm.assemble import assemble
-from fxport.backends.vllm.dtypes import serve_in
-from fxport.errors import SavedPortError
-from fxport.passes.token_rules import has_rule
+from fxport.errors import FxportError, SavedPortError
 from fxport.saved import GRAPH_FILE, read_serving
 
 __all__ = ["FxportForCausalLM", "FxportModel"]
@@ -29,6 +29,8 @@ def _directory(vllm_config: VllmConfig) -> Path:
     from transformers.utils import cached_file
 
     found = cached_file(model, GRAPH_FILE, revision=vllm_config.model_config.revision)
+    if found is None:
+        raise SavedPortError(f"{model} holds no {GRAPH_FILE}: it is not a saved port")
     return Path(found).parent
 
 
@@ -42,7 +44,9 @@ class FxportModel(nn.Module):
         super().__init__()
         device = torch.get_default_device()
         serving = read_serving(_directory(vllm_config), has_rule, device)
-        serving = serve_in(serving, vllm_config.model_config.dtype)
+        dtype = vllm_config.model_config.dtype
+        assert isinstance(dtype, torch.dtype)  # vLLM has resolved "auto" by now
+        serving = serve_in(serving, dtype)
         assembled = assemble(serving, vllm_config, prefix)
         self.embed = assembled.embed
         self.body = assembled.body
@@ -64,10 +68,14 @@ class FxportModel(nn.Module):
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """``[N]`` tokens (or ``[N, C]`` embeddings) and positions -> hidden states ``[N, C]``."""
-        embeddings = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
-        if self.needs_input_ids:
-            return self.body(embeddings[None], positions, input_ids[None])[0]
-        return self.body(embeddings[None], positions)[0]
+        if inputs_embeds is None:
+            assert input_ids is not None
+            inputs_embeds = self.embed_input_ids(input_ids)
+        if not self.needs_input_ids:
+            return self.body(inputs_embeds[None], positions)[0]
+        if input_ids is None:
+            raise FxportError("this model looks its token ids up again: embeddings are not enough")
+        return self.body(inputs_embeds[None], positions, input_ids[None])[0]
 
 
 class FxportForCausalLM(nn.Module):

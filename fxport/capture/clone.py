@@ -87,11 +87,10 @@ def _watching(
                 hint="compute the value in __init__, or pass it through forward",
             )
             changed.setdefault((path, name), reason)
-        super(watching, self).__setattr__(name, value)  # type: ignore[misc]
+        cls.__setattr__(self, name, value)
 
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    watching = type(cls.__name__, (cls,), {"__setattr__": __setattr__, **names})
-    return watching
+    return type(cls.__name__, (cls,), {"__setattr__": __setattr__, **names})
 
 
 _MISSING = object()

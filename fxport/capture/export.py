@@ -1,6 +1,6 @@
 """The serving door: one pre-dispatch ATen graph of a plain model, valid for every length.
 
-    model(tokens[B, T])  ->  Captured(graph: parameters, buffers, tokens -> logits [B, T, V])
+model(tokens[B, T])  ->  Captured(graph: parameters, buffers, tokens -> logits [B, T, V])
 """
 
 from __future__ import annotations
@@ -134,8 +134,9 @@ class _no_fast_path:
 def _token_argument(model: nn.Module) -> str:
     parameters = list(inspect.signature(model.forward).parameters.values())
     required = [
-        p for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD
-        and p.kind is not p.VAR_POSITIONAL
+        p
+        for p in parameters
+        if p.default is p.empty and p.kind is not p.VAR_KEYWORD and p.kind is not p.VAR_POSITIONAL
     ]
     if not parameters or len(required) > 1:
         names = ", ".join(p.name for p in required)
@@ -227,9 +228,7 @@ def _range(
     return max(int(bounds.lower), 2), upper
 
 
-def _guard_line(
-    exported: torch.export.ExportedProgram, kind: type[sympy.Basic]
-) -> Location | None:
+def _guard_line(exported: torch.export.ExportedProgram, kind: type[sympy.Basic]) -> Location | None:
     """The user's line at which torch had to know something of this kind about a size."""
     environments = {
         id(env): env

@@ -122,9 +122,7 @@ def test_bare_llm_in_a_second_process(tmp_path: Path) -> None:
     """The calling program imports no fxport; the engine runs in a process of its own."""
     case = Case(_gpt, tmp_path / "port", 160)
     environment = {
-        k: v
-        for k, v in __import__("os").environ.items()
-        if k != "VLLM_ENABLE_V1_MULTIPROCESSING"
+        k: v for k, v in __import__("os").environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"
     }
     done = subprocess.run(
         [sys.executable, "-c", f"if __name__ == '__main__':\n    exec({_BARE!r})",

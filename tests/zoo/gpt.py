@@ -62,9 +62,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    def __init__(
-        self, vocab_size=97, n_embd=96, n_head=3, n_layer=4, block_size=160, dropout=0.1
-    ):
+    def __init__(self, vocab_size=97, n_embd=96, n_head=3, n_layer=4, block_size=160, dropout=0.1):
         super().__init__()
         self.block_size = block_size
         self.transformer = nn.ModuleDict(
@@ -83,7 +81,7 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None):
         device = idx.device
-        b, t = idx.size()
+        _, t = idx.size()
         assert t <= self.block_size, f"cannot forward {t} tokens, block size is {self.block_size}"
         pos = torch.arange(0, t, dtype=torch.long, device=device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))

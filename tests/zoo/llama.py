@@ -92,8 +92,15 @@ class Block(nn.Module):
 
 class Llama(nn.Module):
     def __init__(
-        self, vocab_size=101, dim=128, n_layers=4, n_heads=4, n_kv_heads=2, hidden=352,
-        max_seq_len=144, complex_rope=True,
+        self,
+        vocab_size=101,
+        dim=128,
+        n_layers=4,
+        n_heads=4,
+        n_kv_heads=2,
+        hidden=352,
+        max_seq_len=144,
+        complex_rope=True,
     ):
         super().__init__()
         self.complex_rope = complex_rope
