@@ -105,8 +105,10 @@ def port(model: nn.Module, example_inputs: None = None, *, max_seq_len: int | No
 # --- the numeric self-check -------------------------------------------------------------------
 
 _CHECK_LENGTHS = (1, 2, 3, 7, 37)
-# Rough cost of the check in multiply-adds; beyond it fewer lengths are checked.
+# Rough cost of the check in multiply-adds, and in attention weights that the original holds at
+# once; beyond either, the longest lengths are left out.
 _CHECK_BUDGET = 4e11
+_CHECK_WEIGHTS = 3e7
 
 
 def _self_check(
@@ -122,7 +124,10 @@ def _self_check(
     longest = serving.max_position_embeddings
     lengths = [n for n in (*_CHECK_LENGTHS, longest) if n <= longest]
     lengths = sorted(set(lengths))
-    while len(lengths) > 1 and sum(lengths) * size > _CHECK_BUDGET:
+    heads = max(layer.num_heads for layer in serving.attention)
+    while len(lengths) > 1 and (
+        sum(lengths) * size > _CHECK_BUDGET or heads * lengths[-1] ** 2 > _CHECK_WEIGHTS
+    ):
         lengths.pop()
     clone = clone_for_capture(model)
     worst = check_against(

@@ -5,6 +5,7 @@ capture -> head -> attention -> token locality (proof) -> positions -> split
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -57,9 +58,9 @@ def lower_for_serving(captured: Captured, max_seq_len: int | None) -> Lowered:
     tokens = next(n for n in gm.graph.nodes if n.name == captured.tokens)
     embedding = token_embedding(tokens)
     locality = analyse(gm, symbols, max_seq_len)
-    reasons = [*_attention_reasons(attention.decisions), *locality.reasons]
-    if not locality.reasons:
-        reasons += _check_output(locality, head.logits) + _check_short_lengths(captured)
+    reasons = _obstacles(attention.decisions, locality)
+    if not reasons:
+        reasons = _check_output(locality, head.logits) + _check_short_lengths(captured)
     if reasons:
         raise PortError(reasons)
     hidden = head.hidden
@@ -71,12 +72,26 @@ def lower_for_serving(captured: Captured, max_seq_len: int | None) -> Lowered:
         f"{len(locality.axes)} operations",
         "every operation outside attention treats each token on its own",
     )
-    decisions = (length_decision, *head.decisions, *attention.decisions, proven, *gathered)
+    decisions = (length_decision, *head.decisions, *map(_as_proven, attention.decisions), proven, *gathered)
     return Lowered(serving, decisions)
 
 
-def _attention_reasons(decisions: tuple[Decision, ...]) -> list[Reason]:
-    return [d.reason for d in decisions if d.outcome is Outcome.LEFT and d.reason is not None]
+def _obstacles(decisions: tuple[Decision, ...], locality: Locality) -> list[Reason]:
+    """An attention that was left mixes tokens: why it was left says more than that it does."""
+    if not locality.reasons:
+        return []
+    left = [d.reason for d in decisions if d.outcome is Outcome.LEFT and d.reason is not None]
+    attention = [r for r in left if r.code is not ReasonCode.NOT_ATTENTION]
+    return attention or list(locality.reasons)
+
+
+def _as_proven(decision: Decision) -> Decision:
+    """A softmax that is no attention (a router) was proven token-local: nothing was missed."""
+    reason = decision.reason
+    if reason is None or reason.code is not ReasonCode.NOT_ATTENTION:
+        return decision
+    detail = f"stays as it is: {reason.message}"
+    return dataclasses.replace(decision, outcome=Outcome.PROVEN, detail=detail, reason=None)
 
 
 def _check_output(locality: Locality, logits: fx.Node) -> list[Reason]:

@@ -5,6 +5,7 @@ model(tokens[B, T])  ->  Captured(graph: parameters, buffers, tokens -> logits [
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import traceback
 import warnings
@@ -76,7 +77,8 @@ def capture(model: nn.Module) -> Captured:
         exported = _export(clone)
     if changed:
         raise PortError(list(changed.values()))
-    graph = _with_inputs(exported)
+    aliases = _aliases(clone)
+    graph = _with_inputs(exported, aliases)
     tokens = next(
         n for n in graph.graph.nodes if n.op == "placeholder" and _kind(n) is InputKind.DATA
     )
@@ -93,7 +95,7 @@ def capture(model: nn.Module) -> Captured:
         parameters=dict(clone.named_parameters(remove_duplicate=True)),
         length_line=_guard_line(exported, sympy.Rel) or forward_line(model),
         state=tuple(clone.state_dict()),
-        aliases=_aliases(clone),
+        aliases=aliases,
         output=output,
     )
 
@@ -163,7 +165,9 @@ def _explain(error: Exception) -> Reason:
     )
 
 
-def _with_inputs(exported: torch.export.ExportedProgram) -> fx.GraphModule:
+def _with_inputs(
+    exported: torch.export.ExportedProgram, aliases: Mapping[str, str]
+) -> fx.GraphModule:
     """An own GraphModule (no guards, no hooks) whose placeholders know what they are."""
     gm = fx.GraphModule(dict(exported.graph_module.named_children()), fx.Graph())
     graph = fx.Graph()
@@ -177,11 +181,24 @@ def _with_inputs(exported: torch.export.ExportedProgram) -> fx.GraphModule:
     for old, new in copied.items():
         if old.op == "placeholder":
             new.meta["input"] = _input(specs[old.name], exported)
+    _merge_tied(graph, aliases)
     for node in list(graph.nodes):
         if _only_checks(node):
             graph.erase_node(node)
     gm.recompile()
     return gm
+
+
+def _merge_tied(graph: fx.Graph, aliases: Mapping[str, str]) -> None:
+    """One placeholder for each parameter, under its first name."""
+    first: dict[str, fx.Node] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        source: GraphInput = node.meta["input"]
+        name = aliases.get(source.name, source.name)
+        node.meta["input"] = dataclasses.replace(source, name=name)
+        if source.kind is InputKind.PARAMETER and first.setdefault(name, node) is not node:
+            node.replace_all_uses_with(first[name])
+            graph.erase_node(node)
 
 
 def _only_checks(node: fx.Node) -> bool:

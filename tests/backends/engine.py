@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,8 +94,10 @@ def assert_same(found: Sequence[Generated], expected: Sequence[Generated]) -> No
         assert worst < 1e-4, f"log-probabilities differ by {worst:.1e}"
 
 
-def sharpen(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+def sharpened(build: Callable[[], torch.nn.Module], seed: int) -> torch.nn.Module:
     """Random weights large enough that the best token is clear and depends on the context."""
+    torch.manual_seed(seed)
+    model = build()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fxport
-from tests.backends.engine import assert_same, engine, generate, recompute, sharpen
+from tests.backends.engine import assert_same, engine, generate, recompute, sharpened
 from tests.zoo.gpt import GPT
 from tests.zoo.llama import Llama
 
@@ -22,15 +22,15 @@ COUNT = 20
 
 
 def _gpt() -> torch.nn.Module:
-    return sharpen(GPT(), seed=1)
+    return sharpened(GPT, seed=1)
 
 
 def _llama_complex() -> torch.nn.Module:
-    return sharpen(Llama(complex_rope=True), seed=2)
+    return sharpened(Llama, seed=1)
 
 
 def _llama_rotate_half() -> torch.nn.Module:
-    return sharpen(Llama(complex_rope=False), seed=3)
+    return sharpened(lambda: Llama(complex_rope=False), seed=1)
 
 
 MODELS = {"gpt": _gpt, "llama_complex": _llama_complex, "llama_rotate_half": _llama_rotate_half}
