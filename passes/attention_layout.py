@@ -162,6 +162,9 @@ def align(left: Dim, right: Dim) -> list[tuple[Factor, Factor]]:
     """
     a, b = list(resolve(left))[::-1], list(resolve(right))[::-1]
     pairs: list[tuple[Factor, Factor]] = []
+    if len(a) == len(b) == 1:  # the sizes are equal even where the tracer has not noticed
+        b[0].axis.identify(a[0].axis)
+        return [(a[0], Factor(a[0].axis, b[0].repeated))]
     while a and b:
         x, y = a.pop(), b.pop()
         if x.axis.size == y.axis.size:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,14 +13,16 @@ from torch import fx
 
 from fxport.capture.arguments import arguments, shape_of
 from fxport.errors import ReasonCode
-from fxport.passes.attention_layout import Axis, Dim, Dims, Factor, LayoutError, is_one
+from fxport.passes.attention_layout import Axis, Dim, Dims, Factor, LayoutError, is_one, resolve
 from fxport.passes.attention_products import as_product
 from fxport.passes.attention_site import Left, MaskKind, MaskStep, RowScale
+from fxport.passes.attention_softmax import subtracted_maximum
 from fxport.passes.attention_views import is_cast, moved_input, number, overload_packet, view_dims
-from fxport.passes.constants import evaluate, is_symbolic
+from fxport.passes.constants import is_symbolic
 from fxport.passes.graph_facts import GraphFacts, Source
+from fxport.passes.mask_values import constant_value
 
-__all__ = ["Scores", "paths"]
+__all__ = ["Scores", "Walk", "paths", "walk"]
 
 aten = torch.ops.aten
 
@@ -42,7 +47,7 @@ def _carriers(node: fx.Node) -> list[fx.Node]:
         given: list[Any] = list(arguments(node)["tensors"])
     elif packet is aten.where:
         given = list(node.args[1:])
-    elif packet in _BINARY:
+    elif packet in _BINARY or node.target is aten.max.other:
         given = list(node.args[:2])
     elif packet in _UNARY:
         given = [node.args[0]]
@@ -63,54 +68,104 @@ def _is_score_like(value: object) -> bool:
     return bool(tensor.is_floating_point() and tensor.dim() >= 2)
 
 
-class Scores:
-    """The scores on their way from the product to the softmax.
+@dataclass(frozen=True)
+class Walk:
+    """Dimensions along a path, product first.
 
     Attributes:
-        dims: dimensions of the current value.
-        scale, softcap: ``scale * q.k`` before, ``softcap * tanh(./softcap)`` after; 0: none.
-        sink_axis: after sinks were concatenated, the key axis with the sink on it.
+        nodes: the path.
+        dims: of each node's value; after an elementwise operation broadcast to its result.
+        sink_axis: the key axis with the sink's column on it, once sinks were concatenated.
+        sink_first: whether the sink is column 0 rather than the last.
+        key_without_sink: the key axis before that.
     """
 
-    def __init__(self, facts: GraphFacts, dims: Dims, scale: float) -> None:
-        self._facts = facts
-        self.dims = dims
-        self.scale = scale
-        self.softcap = 0.0
-        self.row_scales: list[RowScale] = []
-        self.steps: list[MaskStep] = []
-        self.sinks: tuple[fx.Node, Dims] | None = None
-        self.sink_axis: Axis | None = None
-        self.sink_first = False
-        self.key_without_sink: Dim = ()
-        self.read_buffers: list[fx.Node] = []
+    nodes: tuple[fx.Node, ...]
+    dims: tuple[Dims, ...]
+    sink_axis: Axis | None = None
+    sink_first: bool = False
+    key_without_sink: Dim = ()
 
-    def add_initial(self, node: fx.Node, added: fx.Node, beta: float) -> None:
-        """What baddbmm adds."""
-        self.dims = _broadcast(self.dims, node)
-        self.steps.append(MaskStep(MaskKind.ADD, node, self.dims, added, beta))
 
-    def apply(self, node: fx.Node, carrier: fx.Node) -> None:
-        """Follows one operation.
+def walk(path: list[fx.Node], dims: Dims) -> Walk:
+    """Follows the dimensions of a product's result along a path.
 
-        Raises:
-            Left: it cannot be expressed.
-        """
-        rule = _RULES.get(overload_packet(node))
+    Raises:
+        Left: they cannot be followed.
+    """
+    found = [_broadcast(dims, path[0])]
+    sink: tuple[Axis, bool, Dim] | None = None
+    for before, node in itertools.pairwise(path):
         try:
-            if rule is not None:
-                self.dims = _broadcast(self.dims, node)
-                rule(self, node, carrier)
-            elif overload_packet(node) is aten.cat:
-                self._concatenate(node, carrier)
+            if overload_packet(node) is aten.cat:
+                if sink is not None:
+                    raise Left(ReasonCode.UNSUPPORTED_FEATURE, "two sinks", node)
+                sink, after = _with_sink(node, before, found[-1])
+                found.append(after)
+            elif overload_packet(node) in _RULES:
+                found.append(_broadcast(found[-1], node))
             else:
-                self.dims = view_dims(node, self.dims)
+                found.append(view_dims(node, found[-1]))
         except LayoutError:
             raise Left(
                 ReasonCode.UNSUPPORTED_FEATURE,
                 "the scores are reshaped in a way that mixes their axes",
                 node,
             ) from None
+    return Walk(tuple(path), tuple(found), *(sink or ()))
+
+
+def _with_sink(
+    node: fx.Node, carrier: fx.Node, dims: Dims
+) -> tuple[tuple[Axis, bool, Dim], Dims]:
+    given = arguments(node)
+    tensors, along = list(given["tensors"]), given["dim"] % len(dims)
+    other = [t for t in tensors if t is not carrier]
+    if len(tensors) != 2 or len(other) != 1 or not is_one(shape_of(other[0])[along]):
+        raise Left(ReasonCode.UNSUPPORTED_FEATURE, "the scores are concatenated here", node)
+    axis = Axis(shape_of(node)[along], (node, along))
+    after = (*dims[:along], (Factor(axis),), *dims[along + 1 :])
+    return (axis, tensors[0] is not carrier, dims[along]), after
+
+
+class Scores:
+    """The scores on their way from the product to the softmax.
+
+    Attributes:
+        scale, softcap: ``scale * q.k`` before, ``softcap * tanh(./softcap)`` after; 0: none.
+        row_scales, steps, sinks: as in `Match`.
+        read: constants whose value was read.
+    """
+
+    def __init__(self, facts: GraphFacts, keys: frozenset[Axis], scale: float) -> None:
+        self._facts = facts
+        self._keys = keys
+        self.dims: Dims = ()
+        self.scale = scale
+        self.softcap = 0.0
+        self.row_scales: list[RowScale] = []
+        self.steps: list[MaskStep] = []
+        self.sinks: tuple[fx.Node, Dims] | None = None
+        self.read: list[fx.Node] = []
+
+    def add_initial(self, node: fx.Node, added: fx.Node, beta: float, dims: Dims) -> None:
+        """What baddbmm adds."""
+        self.steps.append(MaskStep(MaskKind.ADD, node, dims, added, beta))
+
+    def apply(self, node: fx.Node, carrier: fx.Node, dims: Dims) -> None:
+        """Follows one operation, whose result has dimensions `dims`.
+
+        Raises:
+            Left: it cannot be expressed.
+        """
+        self.dims = dims
+        rule = _RULES.get(overload_packet(node))
+        if rule is not None:
+            rule(self, node, carrier)
+        elif overload_packet(node) is aten.cat:
+            along = arguments(node)["dim"] % len(dims)
+            other = next(t for t in arguments(node)["tensors"] if t is not carrier)
+            self.sinks = (other, (*dims[:along], (), *dims[along + 1 :]))
 
     # -- numbers ---------------------------------------------------------------------------------
 
@@ -119,26 +174,19 @@ class Scores:
         if isinstance(value, fx.Node):
             tensor = value.meta.get("val")
             allowed = Source.BUFFER
-            if not isinstance(tensor, torch.Tensor) or tensor.dim() > 0 and tensor.numel() != 1:
+            if not isinstance(tensor, torch.Tensor) or not _is_single(tensor):
                 return None
             if self._facts.source(value) & ~allowed or _has_symbols(value):
                 return None
-            self.read_buffers.append(value)
-            return float(evaluate(value, {}))
+            self.read.append(value)
+            return float(constant_value(value, {}))
         return number(value)
 
-    def _is_row_factor(self, value: object) -> bool:
-        """A tensor that may move onto q: it does not vary along the key axis."""
-        if not isinstance(value, fx.Node):
-            return False
-        if not isinstance(value.meta["val"], torch.Tensor):
-            return is_symbolic(value)
-        shape = shape_of(value)
-        return len(shape) == 0 or is_one(shape[-1]) or self._key_is_not_last(shape)
-
-    def _key_is_not_last(self, shape: tuple[Any, ...]) -> bool:
-        del shape
-        return False
+    def _is_fixed(self, factor: object) -> bool:
+        """A buffer may change (it is state), so as a scale it stays a multiplication."""
+        if not isinstance(factor, fx.Node) or not self._facts.source(factor) & Source.BUFFER:
+            return True
+        return self._facts.only_lifted(factor)
 
     def _needs_no_masks(self, node: fx.Node, what: str) -> None:
         if self.steps or self.sinks:
@@ -163,10 +211,10 @@ class Scores:
     def _scale(self, node: fx.Node, factor: Any, divide: bool) -> None:
         if factor in node.args[:1] and factor in node.args[1:2]:
             raise Left(ReasonCode.NOT_ATTENTION, "the scores are multiplied by themselves", node)
-        constant = None if _is_buffer(factor) else self.constant(factor)
+        constant = self.constant(factor) if self._is_fixed(factor) else None
         if constant is not None:
             self._scale_by_number(node, 1.0 / constant if divide and constant else constant)
-        elif isinstance(factor, fx.Node) and self._varies_along_last(factor):
+        elif isinstance(factor, fx.Node) and self._varies_along_keys(factor):
             if divide:
                 raise Left(ReasonCode.UNSUPPORTED_FEATURE, "the scores are divided per key", node)
             self.steps.append(MaskStep(MaskKind.MULTIPLY, node, self.dims, factor))
@@ -177,26 +225,23 @@ class Scores:
             assert isinstance(factor, fx.Node)
             self.row_scales.append(RowScale(factor, self.dims, divide))
 
-    def _varies_along_last(self, factor: fx.Node) -> bool:
-        """Whether a factor varies along any axis that could be the keys."""
+    def _varies_along_keys(self, factor: fx.Node) -> bool:
         value = factor.meta["val"]
         if not isinstance(value, torch.Tensor):
             return False
         shape = shape_of(factor)
         wide = [d for d, s in zip(self.dims[::-1], shape[::-1], strict=False) if not is_one(s)]
-        return any(f.axis in self.key_candidates for d in wide for f in d)
-
-    key_candidates: frozenset[Axis] = frozenset()
+        return any(f.axis in self._keys for d in wide for f in resolve(d))
 
     def _scale_by_number(self, node: fx.Node, factor: float) -> None:
         if self.sinks is not None:
             self._needs_no_masks(node, "a scale")
         if self.steps and factor <= 0:
             raise Left(ReasonCode.ORDER_OF_OPS, "a mask is multiplied by a negative number", node)
+        if not math.isfinite(factor) or factor == 0:
+            raise Left(ReasonCode.NOT_ATTENTION, f"the scores are multiplied by {factor}", node)
         self.scale *= factor
-        self.softcap *= factor
-        if self.softcap < 0:  # cap * tanh(s / cap) is the same for -cap
-            self.softcap, self.scale = -self.softcap, self.scale
+        self.softcap = abs(self.softcap * factor)  # cap * tanh(s / cap) is the same for -cap
         self.steps = [_scaled(step, factor) for step in self.steps]
 
     def _negate(self, node: fx.Node, carrier: fx.Node) -> None:
@@ -227,7 +272,8 @@ class Scores:
         alpha = self.constant(arguments(node).get("alpha", 1))
         if first is not carrier or alpha != 1:
             raise Left(ReasonCode.UNSUPPORTED_FEATURE, "the scores are subtracted here", node)
-        if not _is_row_maximum(second, carrier):
+        # x - amax(x) over the keys: the softmax stays the same.
+        if not subtracted_maximum(node) or self._varies_along_keys(second):
             self._add_bias(node, second, -1.0)
 
     def _add_bias(self, node: fx.Node, bias: Any, coefficient: float) -> None:
@@ -260,8 +306,7 @@ class Scores:
         self.steps.append(MaskStep(MaskKind.FILL, node, self.dims, mask, constant, inverted))
 
     def _maximum(self, node: fx.Node, carrier: fx.Node) -> None:
-        other = node.args[1] if node.args[0] is carrier else node.args[0]
-        self._floor(node, other)
+        self._floor(node, node.args[1] if node.args[0] is carrier else node.args[0])
 
     def _clamp(self, node: fx.Node, carrier: fx.Node) -> None:
         del carrier
@@ -276,31 +321,9 @@ class Scores:
             raise Left(ReasonCode.UNSUPPORTED_FEATURE, "the scores are clamped", node)
         self.steps.append(MaskStep(MaskKind.FLOOR, node, self.dims, None, constant))
 
-    # -- sinks -----------------------------------------------------------------------------------
 
-    def _concatenate(self, node: fx.Node, carrier: fx.Node) -> None:
-        given = arguments(node)
-        tensors, along = list(given["tensors"]), given["dim"] % len(self.dims)
-        other = [t for t in tensors if t is not carrier]
-        if len(tensors) != 2 or len(other) != 1 or not is_one(shape_of(other[0])[along]):
-            raise Left(ReasonCode.UNSUPPORTED_FEATURE, "the scores are concatenated here", node)
-        if self.sinks is not None:
-            raise Left(ReasonCode.UNSUPPORTED_FEATURE, "two sinks", node)
-        self.key_without_sink = self.dims[along]
-        self.sink_first = tensors[0] is not carrier
-        self.sink_axis = Axis(shape_of(node)[along], (node, along))
-        before = (*self.dims[:along], (), *self.dims[along + 1 :])
-        self.sinks = (other[0], before)
-        self.dims = (
-            *self.dims[:along],
-            (Factor(self.sink_axis),),
-            *self.dims[along + 1 :],
-        )
-
-
-def _is_buffer(value: object) -> bool:
-    """A buffer may change (it is state), so as a scale it stays a multiplication."""
-    return isinstance(value, fx.Node) and value.op == "placeholder"
+def _is_single(tensor: torch.Tensor) -> bool:
+    return all(is_one(s) for s in tensor.shape)
 
 
 def _has_symbols(node: fx.Node) -> bool:
@@ -313,21 +336,6 @@ def _scaled(step: MaskStep, factor: float) -> MaskStep:
     return MaskStep(
         step.kind, step.node, step.dims, step.tensor, step.number * factor, step.inverted
     )
-
-
-def _is_row_maximum(value: object, scores: fx.Node) -> bool:
-    """Whether `value` is a maximum of these scores: subtracting it changes no softmax."""
-    while isinstance(value, fx.Node) and (
-        overload_packet(value) is aten.detach or not isinstance(value.target, torch._ops.OpOverload)
-    ):
-        if not value.args or not isinstance(value.args[0], fx.Node):
-            return False
-        value = value.args[0]
-    if overload_packet(value) not in (aten.amax, aten.max):
-        return False
-    assert isinstance(value, fx.Node)
-    given = arguments(value)
-    return given["self"] is scores and bool(given.get("keepdim", False))
 
 
 def _broadcast(dims: Dims, node: fx.Node) -> Dims:
@@ -351,6 +359,7 @@ _RULES: dict[Any, Callable[[Scores, fx.Node, fx.Node], None]] = {
     aten.masked_fill: Scores._masked_fill,
     aten.where: Scores._where,
     aten.maximum: Scores._maximum,
+    aten.max: Scores._maximum,
     aten.clamp: Scores._clamp,
     aten.clamp_min: Scores._clamp,
 }

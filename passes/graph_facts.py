@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from fxport.capture.inputs import InputKind, graph_input
 from fxport.passes.constants import is_symbolic
 
-__all__ = ["GraphFacts", "Source", "erase_dead", "erase_if_unused", "only_checks"]
+__all__ = ["GraphFacts", "Source", "erase_dead", "erase_if_unused", "only_checks", "value_inputs"]
 
 aten = torch.ops.aten
 
@@ -32,6 +32,24 @@ class Source(enum.Flag):
     PARAMETER = enum.auto()
     DATA = enum.auto()
     MUTATED = enum.auto()  # something is written into it, so the graph does not say its value
+
+
+# Their other tensor argument only lends its shape or dtype.
+_LIKE = {
+    aten.ones_like, aten.zeros_like, aten.full_like, aten.new_ones, aten.new_zeros, aten.new_full,
+}  # fmt: skip
+_LENT_BY_OTHER = {aten.expand_as, aten.view_as, aten.reshape_as, aten.type_as}
+
+
+def value_inputs(node: fx.Node) -> list[fx.Node]:
+    """The inputs whose values the result depends on."""
+    packet = node.target.overloadpacket if isinstance(node.target, OpOverload) else None
+    if packet in _LIKE:
+        lender = node.args[0]
+        return [n for n in node.all_input_nodes if n is not lender]
+    if packet in _LENT_BY_OTHER:
+        return [n for n in node.args[:1] if isinstance(n, fx.Node)]
+    return node.all_input_nodes
 
 
 class GraphFacts:
@@ -61,7 +79,7 @@ class GraphFacts:
             own |= Source.DATA
         if not isinstance(node.target, OpOverload) and node.target is not operator.getitem:
             own |= Source.DATA
-        for source in node.all_input_nodes:
+        for source in value_inputs(node):
             own |= self._sources[source]
         return own
 
@@ -73,9 +91,21 @@ class GraphFacts:
                 return write
         return None
 
+    def only_lifted(self, value: fx.Node) -> bool:
+        """Whether every buffer behind `value` is a literal in the code (``torch.tensor(8.0)``)."""
+        return all(
+            isinstance(user.target, OpOverload)
+            and user.target.overloadpacket in (aten.lift_fresh, aten.lift_fresh_copy)
+            for node in self._placeholders_behind([value])
+            for user in node.users
+        )
+
     def buffers(self, nodes: Iterable[fx.Node]) -> tuple[str, ...]:
         """Names of the buffers that values are computed from."""
-        found: dict[str, None] = {}
+        return tuple(sorted(graph_input(n).name for n in self._placeholders_behind(nodes)))
+
+    def _placeholders_behind(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
+        found: dict[fx.Node, None] = {}
         seen: set[fx.Node] = set()
         pending = list(nodes)
         while pending:
@@ -84,9 +114,9 @@ class GraphFacts:
                 continue
             seen.add(node)
             if node.op == "placeholder" and graph_input(node).kind is InputKind.BUFFER:
-                found[graph_input(node).name] = None
-            pending.extend(node.all_input_nodes)
-        return tuple(sorted(found))
+                found[node] = None
+            pending.extend(value_inputs(node))
+        return list(found)
 
 
 _KINDS = {

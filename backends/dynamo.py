@@ -1,0 +1,121 @@
+"""``torch.compile(model, backend="vllm_generic")``: flash attention in forward and backward.
+
+    Dynamo's graph -> lower -> training_pipeline -> Inductor
+
+Found through the entry point ``torch_dynamo_backends``; nobody needs to import fxport.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fxport.backends.inductor import check_options, compile_with_inductor
+from fxport.backends.relied import watch_buffers
+from fxport.passes.pipeline import training_pipeline
+from torch import fx
+from torch._dynamo.exc import ShortenTraceback
+
+from fxport.capture.dynamo import lower
+from fxport.errors import FxportWarning, PortError, Reason, ReasonCode
+from fxport.report import Decision, Outcome
+
+__all__ = ["vllm_generic"]
+
+
+def vllm_generic(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Compiles a graph that Dynamo captured, with every attention that can be proven rewritten.
+
+    Args:
+        gm: Dynamo's graph; not changed when nothing is rewritten.
+        example_inputs: one value per placeholder.
+        options: ``strict``: raise when an attention is left as it was (default False);
+            ``inductor``: options for Inductor, by its names.
+        mode: as for Inductor: ``"max-autotune"``, ``"reduce-overhead"`` and so on.
+
+    Warns:
+        FxportWarning: once per compilation, when something was left as it was.
+
+    Raises:
+        PortError: ``strict``, and an attention was left as it was.
+        ValueError: an unknown option or mode.
+        FxportError: on a later call, when a buffer that a proof relied on has changed.
+    """
+    chosen = _Options.parse(options, mode)
+    lowered = lower(gm)
+    result = training_pipeline(lowered.graph)
+    left = [d for d in (*lowered.decisions, *result.decisions) if _is_left(d)]
+    if chosen.strict:
+        _refuse([d for d in result.decisions if _is_left(d)])
+    if result.sites:
+        relied_on = {name for site in result.sites for name in site.relied_on}
+        compiled = compile_with_inductor(lowered.graph, example_inputs, chosen.inductor)
+        compiled = watch_buffers(compiled, gm=lowered.graph, names=relied_on)
+    else:
+        compiled = compile_with_inductor(gm, example_inputs, chosen.inductor)
+    # Not earlier: Dynamo may restart the compilation from within Inductor.
+    if left:
+        warnings.warn(_summary(left, len(result.sites)), FxportWarning, stacklevel=2)
+    return compiled
+
+
+@dataclass(frozen=True)
+class _Options:
+    strict: bool = False
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | None, mode: str | None) -> _Options:
+        from torch._inductor import list_mode_options
+
+        given = dict(options or {})
+        strict = given.pop("strict", False)
+        inductor = given.pop("inductor", {})
+        if given:
+            names = ", ".join(sorted(map(repr, given)))
+            raise ValueError(
+                f"vllm_generic has no option {names}; it knows 'strict' (bool) and "
+                "'inductor' (a dict of Inductor's options)"
+            )
+        if not isinstance(strict, bool) or not isinstance(inductor, Mapping):
+            raise ValueError("vllm_generic: 'strict' is a bool, 'inductor' a dict")
+        check_options(inductor)
+        preset: Mapping[str, Any] = list_mode_options(mode) if mode else {}
+        return cls(strict, {**preset, **inductor})
+
+
+class _StrictPortError(PortError, ShortenTraceback):
+    """A PortError that reaches the user as it is: Dynamo wraps any other exception."""
+
+    def __init__(self, reasons: Sequence[Reason]) -> None:
+        here = inspect.currentframe()
+        raised_in = here.f_back if here else None  # Dynamo hides the frames before this one
+        ShortenTraceback.__init__(self, str(PortError(reasons)), first_useful_frame=raised_in)
+        self.reasons = tuple(reasons)
+
+
+def _is_left(decision: Decision) -> bool:
+    if decision.outcome is not Outcome.LEFT:
+        return False
+    return decision.reason is None or decision.reason.code is not ReasonCode.NOT_ATTENTION
+
+
+def _refuse(left: Sequence[Decision]) -> None:
+    reasons = [d.reason for d in left if d.reason is not None]
+    if reasons:
+        raise _StrictPortError(reasons)
+
+
+def _summary(left: Sequence[Decision], rewritten: int) -> str:
+    lines = [f"  {d.reason}" if d.reason else f"  {d.subject}: {d.detail}" for d in left]
+    head = f"vllm_generic rewrote {rewritten} attention(s) and left this as it was:"
+    return "\n".join([head, *lines])

@@ -1,0 +1,290 @@
+"""The op `fxport::attention` and its backward: schemas, kernels, fake kernels, autograd, autocast.
+
+Both are opaque to tracing: a graph holds one node per call, whatever implementation
+`fxport.ops.dispatch` chooses when it runs. What the arguments mean is said in `fxport.ops.params`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxport.ops import dispatch
+from fxport.ops.facts import Facts, Needs
+from fxport.ops.layout import empty_heads
+from fxport.ops.params import AttentionParams
+from fxport.ops.validate import check_arguments, check_segments, check_transforms
+
+__all__ = ["attention"]
+
+_TENSORS = (
+    "Tensor q, Tensor k, Tensor v, {saved}"
+    "Tensor? bias, Tensor? sinks, Tensor? alibi_slopes, Tensor? cu_seqlens, Tensor? seed, "
+)
+_NUMBERS = (
+    "float scale, bool causal, SymInt window_left, SymInt window_right, float softcap, "
+    "float dropout_p, SymInt q_offset, SymInt head_offset"
+)
+_FORWARD_SCHEMA = f"({_TENSORS.format(saved='')}{_NUMBERS}) -> (Tensor out, Tensor lse)"
+_BACKWARD_SCHEMA = (
+    "(Tensor grad_out, Tensor? grad_lse, "
+    f"{_TENSORS.format(saved='Tensor out, Tensor lse, ')}{_NUMBERS}, bool[] needs) -> "
+    "(Tensor grad_q, Tensor grad_k, Tensor grad_v, "
+    "Tensor grad_bias, Tensor grad_sinks, Tensor grad_alibi_slopes)"
+)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    seed: Tensor | None = None,
+    params: AttentionParams,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention as `AttentionParams` defines it; calls ``torch.ops.fxport.attention``.
+
+    Every floating argument is differentiable, and so is lse; once only (no double backward).
+
+    Args:
+        q: ``[B, Hq, Tq, D]``, float32, float64, bfloat16 or float16.
+        k: ``[B, Hkv, Tk, D]`` with ``Hq % Hkv == 0``; query head h uses ``h // (Hq // Hkv)``.
+        v: ``[B, Hkv, Tk, Dv]``.
+        bias: broadcastable to ``[B, Hq, Tq, Tk]``; floating: added after the softcap; bool: False
+            forbids.
+        sinks: ``[Hq]``, floating.
+        alibi_slopes: ``[Hq]``, floating.
+        cu_seqlens: int32 ``[N + 1]``, rising from 0 to Tq == Tk, with B == 1: row i sees only the
+            columns of its own segment. Values are checked on CPU only: elsewhere the check would
+            wait for the device.
+        seed: int64 ``[1]``; required with dropout. Same seed, same mask: `fxport.ops.dropout`.
+        params: the numbers of the call.
+
+    Returns:
+        out ``[B, Hq, Tq, Dv]`` in q's dtype, always laid out as ``[B, Tq, Hq, Dv]`` in memory, so
+        that ``out.transpose(1, 2).reshape(B, Tq, -1)`` copies nothing (the gradients of q, k and v
+        likewise); lse ``[B, Hq, Tq]``, contiguous, float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: an argument is outside the above; the message names it.
+        NotImplementedError: under ``torch.vmap`` or forward-mode differentiation.
+
+    Under autocast q, k and v are cast to autocast's dtype, as in
+    ``F.scaled_dot_product_attention``; the other arguments keep theirs, since softmax runs in
+    float32 anyway. float64 inputs are left alone, again as there.
+    """
+    return torch.ops.fxport.attention(
+        q, k, v, bias, sinks, alibi_slopes, cu_seqlens, seed, *_numbers(params)
+    )
+
+
+def _numbers(params: AttentionParams) -> tuple[float, bool, int, int, float, float, int, int]:
+    """The scalar arguments of the schemas, in order."""
+    return (
+        params.scale,
+        params.causal,
+        params.window_left,
+        params.window_right,
+        params.softcap,
+        params.dropout_p,
+        params.q_offset,
+        params.head_offset,
+    )
+
+
+# -- forward -----------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("fxport::attention", mutates_args=(), schema=_FORWARD_SCHEMA)
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    *numbers: Any,
+) -> tuple[Tensor, Tensor]:
+    params = AttentionParams(*numbers)
+    check_transforms()
+    check_arguments(q, k, v, bias, sinks, alibi_slopes, cu_seqlens, seed, params)
+    if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
+        check_segments(cu_seqlens, q.shape[2])
+    facts = Facts.of(q, k, v, bias, sinks, alibi_slopes, cu_seqlens, params)
+    chosen = dispatch.choose(facts)
+    dispatch.calls[f"{chosen.name}.forward"] += 1
+    return chosen.forward(q, k, v, bias, sinks, alibi_slopes, cu_seqlens, seed, params)
+
+
+@_attention.register_fake
+def _attention_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    *numbers: Any,
+) -> tuple[Tensor, Tensor]:
+    params = AttentionParams(*numbers)
+    check_transforms()
+    check_arguments(q, k, v, bias, sinks, alibi_slopes, cu_seqlens, seed, params)
+    batch, heads, rows, _ = q.shape
+    out = empty_heads(q, batch, heads, rows, v.shape[3])
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return out, q.new_empty((batch, heads, rows), dtype=compute)
+
+
+# -- backward ----------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("fxport::attention_backward", mutates_args=(), schema=_BACKWARD_SCHEMA)
+def _attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    *numbers_and_needs: Any,
+) -> tuple[Tensor, ...]:
+    *numbers, wanted = numbers_and_needs
+    params, needs = AttentionParams(*numbers), tuple(wanted)
+    facts = Facts.of(
+        q, k, v, bias, sinks, alibi_slopes, cu_seqlens, params, needs, grad_lse is not None
+    )
+    chosen = dispatch.choose(facts)
+    dispatch.calls[f"{chosen.name}.backward"] += 1
+    grads = chosen.backward(
+        grad_out,
+        grad_lse,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        bias,
+        sinks,
+        alibi_slopes,
+        cu_seqlens,
+        seed,
+        params,
+        needs,
+    )
+    return tuple(q.new_empty(0) if grad is None else grad for grad in grads)
+
+
+@_attention_backward.register_fake
+def _attention_backward_fake(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    *numbers_and_needs: Any,
+) -> tuple[Tensor, ...]:
+    needs: Needs = tuple(numbers_and_needs[-1])
+    grads: list[Tensor] = []
+    for x, need in zip((q, k, v, bias, sinks, alibi_slopes), needs, strict=True):
+        if x is None or not need:
+            grads.append(q.new_empty(0))
+        elif len(grads) < 3:
+            batch, heads, length, size = x.shape
+            grads.append(empty_heads(x, batch, heads, length, size))
+        else:
+            grads.append(x.new_empty(x.shape))
+    return tuple(grads)
+
+
+# -- autograd, autocast, vmap --------------------------------------------------------------------
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    tensors, ctx.numbers = inputs[:8], inputs[8:]
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)  # an unused lse gives no gradient instead of zeros
+
+
+def _differentiate(
+    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    q, k, v, bias, sinks, alibi_slopes, cu_seqlens, seed, out, lse = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:6])
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    grads = torch.ops.fxport.attention_backward(
+        grad_out,
+        grad_lse,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        bias,
+        sinks,
+        alibi_slopes,
+        cu_seqlens,
+        seed,
+        *ctx.numbers,
+        needs,
+    )
+    wanted = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+    return (*wanted, *([None] * (2 + len(ctx.numbers))))
+
+
+_attention.register_autograd(_differentiate, setup_context=_save)
+
+
+def _register_autocast(device_type: str, key: str) -> None:
+    """Under autocast, cast q, k and v first; the cast is differentiable."""
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def cast_and_call(*arguments: Any) -> tuple[Tensor, Tensor]:
+        dtype = torch.get_autocast_dtype(device_type)
+        qkv = [
+            x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+            for x in arguments[:3]
+        ]
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            result: tuple[Tensor, Tensor] = torch.ops.fxport.attention(*qkv, *arguments[3:])
+        return result
+
+    _autocast_library.impl("attention", cast_and_call, key)
+
+
+_autocast_library = torch.library.Library("fxport", "FRAGMENT")
+_register_autocast("cpu", "AutocastCPU")
+_register_autocast("cuda", "AutocastCUDA")
+
+
+def _refuse_vmap(*_: Any) -> Any:
+    raise NotImplementedError(
+        "fxport::attention has no vmap rule: make the mapped dimension part of the batch"
+    )
+
+
+_attention.register_vmap(_refuse_vmap)
+_attention_backward.register_vmap(_refuse_vmap)

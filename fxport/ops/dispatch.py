@@ -1,0 +1,85 @@
+"""Which implementation computes an attention call, and how often each one ran.
+
+All implementations mean the same by (out, lse), so forward and backward choose independently. A
+choice depends on the call's facts alone, never on values or on earlier calls.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+from torch import Tensor
+
+from fxport.ops import blocked, cpu_flash
+from fxport.ops.facts import Facts
+
+__all__ = ["Implementation", "calls", "choose"]
+
+calls: Counter[str] = Counter()
+"""How often each implementation ran; keys are ``"cpu_flash.forward"``, ``"blocked.backward"``..."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute attention.
+
+    Attributes:
+        name: as it appears in `calls`.
+        refuses: a call's facts -> why this implementation cannot compute it; None if it can.
+        forward: ``(q, k, v, bias, sinks, alibi_slopes, cu_seqlens, seed, params) -> (out, lse)``.
+        backward: ``(grad_out, grad_lse, q, k, v, out, lse, bias, sinks, alibi_slopes, cu_seqlens,
+            seed, params, needs) -> gradients of (q, k, v, bias, sinks, alibi_slopes)``, None where
+            not needed.
+    """
+
+    name: str
+    refuses: Callable[[Facts], str | None]
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor | None, ...]]
+
+
+_BLOCKED = Implementation("blocked", lambda facts: None, blocked.forward, blocked.backward)
+_CPU_FLASH = Implementation("cpu_flash", cpu_flash.refuses, cpu_flash.forward, cpu_flash.backward)
+
+
+@cache
+def _cuda_implementations() -> tuple[Implementation, ...]:
+    """Our Triton kernels where Triton is installed, then the blocked path."""
+    if importlib.util.find_spec("triton") is None:
+        _warn_slow("Triton is not installed")
+        return (_BLOCKED,)
+    from fxport.ops import triton_attention
+
+    triton = Implementation(
+        "triton", triton_attention.refuses, triton_attention.forward, triton_attention.backward
+    )
+    return (triton, _BLOCKED)
+
+
+@cache
+def _warn_slow(reason: str) -> None:
+    """Once per reason. On CPU the blocked path keeps up with ATen's kernel: nothing to warn of."""
+    warnings.warn(
+        f"fxport::attention runs its blocked path on CUDA, right but slow: {reason}", stacklevel=2
+    )
+
+
+def choose(facts: Facts) -> Implementation:
+    """The first implementation for the call's device that does not refuse it.
+
+    Never fails: the blocked path computes everything that the op's checks let through.
+    """
+    if facts.device == "cpu":
+        return _CPU_FLASH if cpu_flash.refuses(facts) is None else _BLOCKED
+    if facts.device == "cuda":
+        for candidate in _cuda_implementations():
+            reason = candidate.refuses(facts)
+            if reason is None:
+                return candidate
+            _warn_slow(reason)
+    return _BLOCKED

@@ -1,0 +1,79 @@
+"""What an implementation may look at when it says whether it can compute a call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fxport.ops.band import Band, band_of
+from fxport.ops.params import AttentionParams
+
+__all__ = ["Facts", "Needs"]
+
+Needs = tuple[bool, ...]
+"""Which of q, k, v, bias, sinks, alibi_slopes want a gradient, in this order."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One forward or backward call without its data.
+
+    Attributes:
+        device: device type, ``"cpu"``.
+        dtype: of q, k and v.
+        q_shape, k_shape, v_shape: ``[B, Hq, Tq, D]``, ``[B, Hkv, Tk, D]``, ``[B, Hkv, Tk, Dv]``.
+        bias_dtype, bias_shape: of the bias; None and () without one.
+        sinks, alibi_slopes, packed: whether given (packed: cu_seqlens).
+        params: the numbers of the call.
+        band: causality and window, reduced to what they forbid for these lengths.
+        needs: None in forward; in backward, the gradients wanted.
+        lse_gradient: whether a gradient comes in on lse (False in forward).
+    """
+
+    device: str
+    dtype: torch.dtype
+    q_shape: torch.Size
+    k_shape: torch.Size
+    v_shape: torch.Size
+    bias_dtype: torch.dtype | None
+    bias_shape: tuple[int, ...]
+    sinks: bool
+    alibi_slopes: bool
+    packed: bool
+    params: AttentionParams
+    band: Band
+    needs: Needs | None
+    lse_gradient: bool
+
+    @staticmethod
+    def of(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        sinks: Tensor | None,
+        alibi_slopes: Tensor | None,
+        cu_seqlens: Tensor | None,
+        params: AttentionParams,
+        needs: Needs | None = None,
+        lse_gradient: bool = False,
+    ) -> Facts:
+        """The facts of a call with these arguments."""
+        return Facts(
+            device=q.device.type,
+            dtype=q.dtype,
+            q_shape=q.shape,
+            k_shape=k.shape,
+            v_shape=v.shape,
+            bias_dtype=None if bias is None else bias.dtype,
+            bias_shape=() if bias is None else tuple(bias.shape),
+            sinks=sinks is not None,
+            alibi_slopes=alibi_slopes is not None,
+            packed=cu_seqlens is not None,
+            params=params,
+            band=band_of(params, q.shape[2], k.shape[2]),
+            needs=needs,
+            lse_gradient=lse_gradient,
+        )

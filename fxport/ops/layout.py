@@ -1,0 +1,43 @@
+"""The strides that `fxport::attention` promises, those of size-1 dimensions included."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+__all__ = ["empty_heads", "in_heads_layout", "in_row_major_layout"]
+
+
+def empty_heads(like: Tensor, batch: int, heads: int, length: int, size: int) -> Tensor:
+    """Uninitialised [batch, heads, length, size] whose memory is [batch, length, heads, size].
+
+    ``transpose(1, 2).reshape(batch, length, heads * size)`` of it copies nothing.
+    """
+    return like.new_empty(batch, length, heads, size).transpose(1, 2)
+
+
+def in_heads_layout(x: Tensor) -> Tensor:
+    """`x` [batch, heads, length, size] with the strides of `empty_heads`, copied if need be."""
+    by_length = x.transpose(1, 2)
+    return x if _is_row_major(by_length) else _row_major(by_length).transpose(1, 2)
+
+
+def in_row_major_layout(x: Tensor) -> Tensor:
+    """`x` with the strides of a new tensor; ``contiguous()`` leaves those of size 1 as they are."""
+    return x if _is_row_major(x) else _row_major(x)
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def _is_row_major(x: Tensor) -> bool:
+    return x.stride() == _strides(x.shape)
+
+
+def _row_major(x: Tensor) -> Tensor:
+    # where contiguous() has nothing to copy, only strides that address nothing are wrong
+    return x.contiguous().as_strided(x.shape, _strides(x.shape))

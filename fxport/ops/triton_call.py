@@ -1,0 +1,226 @@
+"""One attention call prepared for the Triton kernels: aligned tensors, descriptors, arguments.
+
+Loads go through tensor descriptors (TMA), which need a last stride of 1 and everything else aligned
+to 16 bytes: inputs that are not so laid out (odd head sizes, slices) are copied first.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fxport.ops.band import Band, band_of
+from fxport.ops.dropout import keep_scale, threshold
+from fxport.ops.params import AttentionParams
+from fxport.ops.triton_config import Blocks, blocks_for, padded_head_size
+from fxport.ops.triton_tiles import BIAS_KEYS, BIAS_ROWS, BOOL_BIAS, FLOAT_BIAS, score_tile
+
+__all__ = ["FARTHEST", "INTERPRETED", "Call", "Incoming", "aligned"]
+
+FARTHEST = 2**30  # lengths stay below, limits on j - i within: int32 arithmetic is safe
+INTERPRETED = not isinstance(score_tile, triton.JITFunction)  # under TRITON_INTERPRET=1
+_ALIGNMENT = 16  # bytes
+
+
+def aligned(x: Tensor) -> Tensor:
+    """`x`, or a copy of it that a tensor descriptor can address."""
+    unit = _ALIGNMENT // x.element_size()
+    strides = [s for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1]
+    if (
+        (x.stride(-1) == 1 or x.shape[-1] == 1)
+        and all(s > 0 and s % unit == 0 for s in strides)
+        and x.data_ptr() % _ALIGNMENT == 0
+    ):
+        return x
+    batch, heads, length, size = x.shape
+    wide = x.new_empty(batch, heads, length, -(-size // unit) * unit)
+    return wide[..., :size].copy_(x)
+
+
+def _descriptor(x: Tensor, block: int, width: int) -> TensorDescriptor:
+    """Tiles ``[1, 1, block, width]`` of an aligned tensor; zeros beyond its ends."""
+    # the stride of a single entry is arbitrary in torch, but must be aligned here
+    strides = [s if n > 1 else 64 for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, block, width])
+
+
+def _line_descriptor(x: Tensor, block: int) -> TensorDescriptor:
+    """Pieces ``[1, block]`` of `Incoming`'s lines."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, block])
+
+
+def _segments(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """First token and end of each token's segment, int32 [length] each."""
+    token = torch.arange(length, device=cu_seqlens.device, dtype=torch.int32)
+    segment = torch.bucketize(token, cu_seqlens[1:-1], right=True)
+    return cu_seqlens[segment], cu_seqlens[segment + 1]
+
+
+def _limit(value: int | None) -> int:
+    return 0 if value is None else max(-FARTHEST, min(FARTHEST, value))
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """What backward's kernels read beside the inputs.
+
+    Attributes:
+        grad: out's gradient, aligned.
+        norm, delta: float32 ``[B * Hq, Tq rounded up]``, see `delta_kernel`.
+        rest: likewise, see `exact_norm_kernel`; only with a floating bias.
+    """
+
+    grad: Tensor
+    norm: Tensor
+    delta: Tensor
+    rest: Tensor | None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call's tensors and numbers as the kernels want them.
+
+    Attributes:
+        q, k, v: aligned (see `aligned`).
+        bias: expanded to ``[B, Hq, Tq, Tk]`` (broadcast dimensions have stride 0), bool as uint8.
+        bias_kind: the kernels' BIAS, see triton_tiles.py.
+        first, end: of each packed token's segment.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    bias_kind: int
+    sinks: Tensor | None
+    slopes: Tensor | None
+    seed: Tensor | None
+    first: Tensor | None
+    end: Tensor | None
+    band: Band
+    params: AttentionParams
+
+    @staticmethod
+    def of(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        sinks: Tensor | None,
+        slopes: Tensor | None,
+        cu_seqlens: Tensor | None,
+        seed: Tensor | None,
+        params: AttentionParams,
+    ) -> Call:
+        """Prepare the arguments of `forward`."""
+        rows, columns = q.shape[2], k.shape[2]
+        kind = 0
+        if bias is not None:
+            kind = (BOOL_BIAS if bias.dtype == torch.bool else FLOAT_BIAS).value
+            bias = bias.view(torch.uint8) if bias.dtype == torch.bool else bias
+            bias = bias.expand(q.shape[0], q.shape[1], rows, columns)
+            kind |= BIAS_ROWS.value if bias.stride(2) else 0
+            kind |= BIAS_KEYS.value if bias.stride(3) else 0
+        first, end = (None, None) if cu_seqlens is None else _segments(cu_seqlens, rows)
+        return Call(
+            aligned(q), aligned(k), aligned(v), bias, kind,
+            None if sinks is None else sinks.contiguous(),
+            None if slopes is None else slopes.contiguous(),
+            seed if params.dropout_p > 0 else None,
+            first, end, band_of(params, rows, columns), params,
+        )  # fmt: skip
+
+    @property
+    def plain(self) -> bool:
+        """Whether a positive factor is all that happens to the scores."""
+        changed = self.bias is not None or self.slopes is not None or self.params.softcap > 0
+        return not changed and self.params.scale > 0
+
+    @property
+    def has_bias_tiles(self) -> bool:
+        """Whether the bias varies along both lengths, so that it is read in whole tiles."""
+        both = BIAS_ROWS.value | BIAS_KEYS.value
+        return self.bias_kind & both == both
+
+    def blocks(self, kernel: str) -> Blocks:
+        """The block shapes of one of the kernels."""
+        sizes = self.q.shape[3], self.v.shape[3]
+        return blocks_for(kernel, self.q.dtype, *sizes, INTERPRETED)
+
+    def arguments(self, blocks: Blocks, incoming: Incoming | None = None) -> dict[str, Any]:
+        """The arguments that all kernels share; with those of all backward kernels if given."""
+        return {
+            **self._descriptors(blocks, incoming),
+            **self._pointers(),
+            **self._numbers(),
+            **self._constants(blocks),
+        }
+
+    def _descriptors(
+        self, blocks: Blocks, incoming: Incoming | None
+    ) -> dict[str, TensorDescriptor | None]:
+        size, v_size = padded_head_size(self.q.shape[3]), padded_head_size(self.v.shape[3])
+        found: dict[str, TensorDescriptor | None] = {
+            "q_desc": _descriptor(self.q, blocks.m, size),
+            "k_desc": _descriptor(self.k, blocks.n, size),
+            "v_desc": _descriptor(self.v, blocks.n, v_size),
+        }
+        if incoming is not None:
+            found["grad_desc"] = _descriptor(incoming.grad, blocks.m, v_size)
+            found["norm_desc"] = _line_descriptor(incoming.norm, blocks.m)
+            found["delta_desc"] = _line_descriptor(incoming.delta, blocks.m)
+            rest = incoming.rest
+            found["rest_desc"] = None if rest is None else _line_descriptor(rest, blocks.m)
+        return found
+
+    def _pointers(self) -> dict[str, Tensor | None]:
+        return {
+            "bias_ptr": self.bias,
+            "slopes_ptr": self.slopes,
+            "seed_ptr": self.seed,
+            "first_ptr": self.first,
+            "end_ptr": self.end,
+        }
+
+    def _numbers(self) -> dict[str, int | float]:
+        params = self.params
+        strides = (0, 0, 0, 0) if self.bias is None else self.bias.stride()
+        return {
+            **{f"bias_stride_{name}": n for name, n in zip("bhij", strides, strict=True)},
+            "group": self.q.shape[1] // self.k.shape[1],
+            "rows": self.q.shape[2],
+            "columns": self.k.shape[2],
+            "low": _limit(self.band.low),
+            "high": _limit(self.band.high),
+            "q_offset": params.q_offset,
+            "head_offset": params.head_offset,
+            "scale": params.scale * (math.log2(math.e) if self.plain else 1.0),
+            "softcap": params.softcap,
+            "threshold": threshold(params.dropout_p),
+            "keep_scale": keep_scale(params.dropout_p),
+        }
+
+    def _constants(self, blocks: Blocks) -> dict[str, int | bool | str | None]:
+        """Compile-time switches: what a call lacks costs nothing."""
+        return {
+            "BLOCK_M": blocks.m,
+            "BLOCK_N": blocks.n,
+            "BLOCK_D": padded_head_size(self.q.shape[3]),
+            "BLOCK_DV": padded_head_size(self.v.shape[3]),
+            "HAS_LOW": self.band.low is not None,
+            "HAS_HIGH": self.band.high is not None,
+            "PACKED": self.first is not None,
+            "SOFTCAP": self.params.softcap > 0,
+            "ALIBI": self.slopes is not None,
+            "BIAS": self.bias_kind,
+            "DROPOUT": self.seed is not None,
+            "PRECISION": "tf32x3" if self.q.dtype == torch.float32 else None,
+            "num_warps": blocks.warps,
+            "num_stages": blocks.stages,
+        }

@@ -1,0 +1,89 @@
+"""Block shapes of the Triton attention kernels: a table, not an autotuner.
+
+An autotuner would compile dozens of variants of each kernel on the first call of every shape, time
+them on a GPU that may be busy, and could choose differently on each rank or run: other bits from
+the same inputs. The table depends on dtype and head size alone. It is made for Hopper (sm_90):
+tiles that fill its matrix instruction (64 rows for each group of 4 warps), accumulators within 255
+registers a thread, shared memory within 227 KB. `python -m fxport.tools.triton_resources` prints
+what the compiler makes of each entry.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["HALF", "SINGLE", "Blocks", "blocks_for", "group_parts", "padded_head_size"]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How one kernel is cut up: rows of q and of k per tile, warps, stages of the load pipeline."""
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+
+
+HALF: dict[str, dict[int, Blocks]] = {
+    "forward": {
+        64: Blocks(128, 128, 8, 3),
+        128: Blocks(128, 128, 8, 2),
+        256: Blocks(128, 64, 8, 2),
+    },
+    # a tile of bias has to fit as well
+    "forward_bias": {
+        64: Blocks(128, 64, 8, 3),
+        128: Blocks(128, 64, 8, 2),
+        256: Blocks(128, 32, 8, 2),
+    },
+    "key": {64: Blocks(64, 128, 8, 3), 128: Blocks(64, 128, 8, 2), 256: Blocks(32, 64, 8, 2)},
+    "query": {64: Blocks(128, 64, 8, 3), 128: Blocks(128, 64, 8, 2), 256: Blocks(128, 32, 8, 2)},
+    "bias": {64: Blocks(128, 64, 8, 2), 128: Blocks(128, 64, 8, 2), 256: Blocks(128, 64, 8, 1)},
+}
+# float32 goes through the matrix units as three tf32 products whose operands, in two parts each,
+# sit in registers: above head size 64 they spill, whatever the tile. Right, but not fast.
+SINGLE: dict[str, dict[int, Blocks]] = {
+    "forward": {64: Blocks(64, 32, 4, 2), 128: Blocks(64, 16, 4, 2), 256: Blocks(64, 16, 4, 2)},
+    "forward_bias": {
+        64: Blocks(64, 32, 4, 2),
+        128: Blocks(64, 16, 4, 2),
+        256: Blocks(64, 16, 4, 2),
+    },
+    "key": {64: Blocks(16, 64, 4, 2), 128: Blocks(16, 128, 8, 2), 256: Blocks(16, 64, 8, 2)},
+    "query": {64: Blocks(64, 16, 4, 2), 128: Blocks(64, 16, 4, 2), 256: Blocks(64, 16, 4, 2)},
+    "bias": {64: Blocks(64, 32, 4, 2), 128: Blocks(64, 16, 4, 2), 256: Blocks(64, 16, 4, 1)},
+}
+# the interpreter works block by block in NumPy: small blocks make small tests cross many borders
+_INTERPRETED = Blocks(16, 32, 4, 1)
+
+
+# programs that keep the largest GPU of the table busy twice over (132 multiprocessors)
+_MANY_PROGRAMS = 264
+
+
+def group_parts(programs: int, group: int, interpreted: bool) -> int:
+    """Into how many parts `key_kernel` cuts a group of query heads to have enough programs.
+
+    Depends on sizes alone, not on the GPU at hand: the order of additions decides the last bits.
+    """
+    wanted = 8 if interpreted else _MANY_PROGRAMS
+    parts = [n for n in range(1, group + 1) if group % n == 0]
+    return next((n for n in parts if n * programs >= wanted), group)
+
+
+def padded_head_size(size: int) -> int:
+    """The tile width for a head size: a power of two, at least 16 (the least that tl.dot takes)."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def blocks_for(
+    kernel: str, dtype: torch.dtype, size: int, v_size: int, interpreted: bool
+) -> Blocks:
+    """The entry for a kernel (a key of the tables) and head sizes of at most 256."""
+    if interpreted:
+        return _INTERPRETED
+    table = SINGLE if dtype == torch.float32 else HALF
+    return table[kernel][max(64, padded_head_size(max(size, v_size)))]

@@ -1,0 +1,292 @@
+"""Replaces every softmax attention that can be proven to be one by ``fxport::attention``.
+
+Before                                            After
+    kt = transpose(k, -2, -1)                         a = fxport::attention(q, k, v, scale=0.125,
+    s = matmul(q, kt) * 0.125                                               causal=True)
+    s = masked_fill(s, buffer[..:T, :T] == 0, -inf)   out = a[0]
+    p = dropout(softmax(s, -1))
+    out = matmul(p, v)
+
+Found by meaning (`attention_match`): which axes are contracted decides, not how it is written.
+Masks are proven (`masks`); what is not proven stays a dense bias. Everything else stays as it
+was, with a reason.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+import fxport.ops.attention  # noqa: F401  (registers the op)
+from fxport.capture.arguments import arguments
+from fxport.capture.location import module_of, user_location
+from fxport.errors import Reason, ReasonCode
+from fxport.ops.params import AttentionParams
+from fxport.passes.attention_bias import emit_dense, emit_row_scales, restore_nan
+from fxport.passes.attention_emit import Emitter
+from fxport.passes.attention_frame import Frame, frame_of
+from fxport.passes.attention_layout import Size, product
+from fxport.passes.attention_masks import MaskPlan, plan_masks
+from fxport.passes.attention_match import match_softmax
+from fxport.passes.attention_sdpa import is_sdpa, match_sdpa
+from fxport.passes.attention_sinks import emit_sinks
+from fxport.passes.attention_site import AttentionSite, Left, Match
+from fxport.passes.attention_softmax import Softmax, softmaxes
+from fxport.passes.attention_views import moved_input
+from fxport.passes.graph_facts import GraphFacts, erase_dead, erase_if_unused
+from fxport.passes.inplace import without_inplace
+from fxport.passes.masks import Prover
+from fxport.report import Decision, Outcome
+
+__all__ = ["AttentionResult", "AttentionSite", "rewrite_attention"]
+
+aten = torch.ops.aten
+
+_PASS = "attention"
+
+
+@dataclass(frozen=True)
+class AttentionResult:
+    """What the pass did to one graph.
+
+    Attributes:
+        sites: the attentions rewritten, in graph order.
+        decisions: one per softmax or SDPA call, and one per mask that could not be proven.
+    """
+
+    sites: tuple[AttentionSite, ...]
+    decisions: tuple[Decision, ...]
+
+
+def rewrite_attention(gm: fx.GraphModule) -> AttentionResult:
+    """Rewrites a graph of either door in place.
+
+    The new call nodes carry their `AttentionSite` in ``meta["attention"]``.
+    """
+    starts = _starts(gm.graph)
+    if not starts:
+        return AttentionResult((), ())
+    without_inplace(gm)
+    erase_dead(gm)
+    facts = GraphFacts(gm)
+    prover = Prover(facts)
+    sites: list[AttentionSite] = []
+    decisions: list[Decision] = []
+    for start in _starts(gm.graph):
+        node = start.start if isinstance(start, Softmax) else start
+        try:
+            match = (
+                match_softmax(facts, start)
+                if isinstance(start, Softmax)
+                else match_sdpa(facts, start)
+            )
+            site, more = _rewrite(gm, facts, prover, match)
+        except Left as left:
+            decisions.append(_left(node, left.reason(node)))
+            continue
+        sites.append(site)
+        decisions.append(_rewritten(site))
+        decisions.extend(more)
+    if sites:
+        gm.recompile()
+    return AttentionResult(tuple(sites), tuple(decisions))
+
+
+def _starts(graph: fx.Graph) -> list[Softmax | fx.Node]:
+    found: list[Softmax | fx.Node] = list(softmaxes(graph))
+    found += [n for n in graph.nodes if is_sdpa(n)]
+    return sorted(found, key=lambda s: s.start if isinstance(s, Softmax) else s)
+
+
+def _rewrite(
+    gm: fx.GraphModule, facts: GraphFacts, prover: Prover, match: Match
+) -> tuple[AttentionSite, list[Decision]]:
+    _check_unwritten(facts, match)
+    frame = frame_of(match)
+    plan = plan_masks(prover, facts, match, frame)
+    traced = [s.node for trace in (match.q, match.k, match.v) for s in trace]
+    emitter = Emitter(gm, match.output, [*traced, *match.interior])
+    try:
+        call, replacement, site = _emit(emitter, match, frame, plan)
+    except Left:
+        emitter.undo()
+        raise
+    call.meta["attention"] = site
+    match.output.replace_all_uses_with(replacement)
+    _loosen_views(replacement)
+    erase_if_unused(gm, [match.output])
+    return site, _mask_decisions(match, plan, site)
+
+
+def _loosen_views(value: fx.Node) -> None:
+    """The op's result has other strides than a product's: what views it may have to copy."""
+    pending = [value]
+    while pending:
+        for user in list(pending.pop().users):
+            if user.target is aten.view.default:
+                shape = arguments(user)["size"]
+                user.target = aten.reshape.default
+                user.args, user.kwargs = (user.args[0], shape), {}
+            if moved_input(user) is not None and user not in pending:
+                pending.append(user)
+
+
+def _check_unwritten(facts: GraphFacts, match: Match) -> None:
+    """Operands are read at the end of the attention now: nothing may write into them before."""
+    for trace in (match.q, match.k, match.v):
+        for step in trace:
+            write = facts.written_between(step.node, trace[0].node, match.output)
+            if write is not None:
+                raise Left(
+                    ReasonCode.MUTATED_IN_PLACE,
+                    "q, k or v is changed in place before the attention is complete",
+                    write,
+                    "use the out-of-place operation",
+                )
+
+
+def _emit(
+    emitter: Emitter, match: Match, frame: Frame, plan: MaskPlan
+) -> tuple[fx.Node, fx.Node, AttentionSite]:
+    dtype = _compute_dtype(match)
+    (q, fq), (k, fk), (v, fv) = (
+        emitter.operand(trace, wanted, dtype)
+        for trace, wanted in ((match.q, frame.q), (match.k, frame.k), (match.v, frame.v))
+    )
+    if fv != 1:
+        v = emitter.call(aten.mul.Tensor, v, fv)
+    scale = match.scale * fq * fk
+    q = emit_row_scales(emitter, q, match.row_scales, frame)
+    dense = emit_dense(emitter, plan, frame, dtype)
+    if dense.empty is not None:
+        q = emitter.call(aten.masked_fill.Scalar, q, dense.empty, 0.0)
+    params = _params(match, plan, frame, scale)
+    slopes = _constant(emitter, plan.slopes, frame, q) if plan.slopes is not None else None
+    sinks = emit_sinks(emitter, match.sinks, frame) if match.sinks is not None else None
+    seed = _seed(emitter, q) if params.dropout_p else None
+    call = emitter.call(
+        torch.ops.fxport.attention.default, q, k, v, dense.bias, sinks, slopes, None, seed,
+        params.scale, params.causal, params.window_left, params.window_right, params.softcap,
+        params.dropout_p, _q_offset(emitter, plan, frame), 0,
+    )  # fmt: skip
+    out = emitter.call(operator.getitem, call, 0)
+    if dense.nan_rows:
+        out = restore_nan(emitter, out, emitter.call(operator.getitem, call, 1))
+    wanted = [tuple(f.axis for f in dim) for dim in match.out_dims]
+    out = emitter.relayout(out, frame.out, wanted)
+    if out.meta["val"].dtype != match.output.meta["val"].dtype:
+        out = emitter.call(aten.to.dtype, out, match.output.meta["val"].dtype)
+    return call, out, _site(match, frame, plan, params, dense.bias is not None)
+
+
+def _compute_dtype(match: Match) -> torch.dtype:
+    """The dtype of q, k and v in the op.
+
+    An upcast before the products is dropped if all three come from one narrower dtype and the
+    result goes back to it: products of bf16 numbers are exact in float32, where the op adds them.
+    """
+    dtypes = [trace[-1].node.meta["val"].dtype for trace in (match.q, match.k, match.v)]
+    narrow = dtypes[2]
+    stored = [
+        [s.node.meta["val"].dtype for s in trace] for trace in (match.q, match.k, match.v)
+    ]
+    if match.output.meta["val"].dtype == narrow and all(narrow in found for found in stored):
+        return narrow
+    wide = dtypes[0]
+    for dtype in dtypes[1:]:
+        wide = torch.promote_types(wide, dtype)
+    return wide
+
+
+def _params(match: Match, plan: MaskPlan, frame: Frame, scale: float) -> AttentionParams:
+    band = plan.band
+    causal = band.upper == 0
+    offset = 0
+    if band.from_end:
+        difference = product(frame.key) - product(frame.query)
+        offset = difference if isinstance(difference, int) else 0
+    return AttentionParams(
+        scale=scale,
+        causal=causal,
+        window_left=-1 if band.lower is None else -band.lower,
+        window_right=-1 if causal or band.upper is None else band.upper,
+        softcap=match.softcap,
+        dropout_p=match.dropout_p,
+        q_offset=offset,
+    )
+
+
+def _q_offset(emitter: Emitter, plan: MaskPlan, frame: Frame) -> int | fx.Node:
+    if not plan.band.from_end:
+        return 0
+    return emitter.size(product(frame.key) - product(frame.query))
+
+
+def _constant(emitter: Emitter, value: torch.Tensor, frame: Frame, q: fx.Node) -> fx.Node:
+    """Stores a proven constant with the graph."""
+    heads = product(frame.heads)
+    assert isinstance(heads, int)
+    value = value.expand(heads).contiguous().to(q.meta["val"].device)
+    return emitter.constant("alibi_slopes", value)
+
+
+def _seed(emitter: Emitter, q: fx.Node) -> fx.Node:
+    return emitter.call(
+        aten.randint.low, 0, 2**62, [1], dtype=torch.int64, device=q.meta["val"].device
+    )
+
+
+# -- records ---------------------------------------------------------------------------------------
+
+
+def _site(
+    match: Match, frame: Frame, plan: MaskPlan, params: AttentionParams, dense: bool
+) -> AttentionSite:
+    return AttentionSite(
+        module=module_of(match.start),
+        location=user_location(match.start),
+        params=params,
+        mask=str(plan.band),
+        bias=plan.origin if dense else "",
+        heads=_count(product(frame.heads)),
+        kv_heads=_count(product(frame.kv_heads)),
+        head_dim=_count(product(frame.head)),
+        value_dim=_count(product(frame.value)),
+        sinks=match.sinks is not None,
+        alibi=plan.slopes is not None,
+        relied_on=tuple(sorted({*plan.relied_on, *match.relied_on})),
+    )
+
+
+def _count(size: Size) -> int:
+    return size if isinstance(size, int) else -1
+
+
+def _rewritten(site: AttentionSite) -> Decision:
+    return Decision(
+        _PASS, Outcome.REWRITTEN, "softmax", str(site), site.module, site.location
+    )
+
+
+def _left(node: fx.Node, reason: Reason) -> Decision:
+    subject = "softmax" if not is_sdpa(node) else "scaled_dot_product_attention"
+    return Decision(
+        _PASS, Outcome.LEFT, subject, "", module_of(node), user_location(node), reason
+    )
+
+
+def _mask_decisions(match: Match, plan: MaskPlan, site: AttentionSite) -> list[Decision]:
+    """A constant mask that stays dense is reported: it needs memory in T * T."""
+    if not plan.unproven:
+        return []
+    node = plan.dense[-1].node
+    reason = Reason(
+        ReasonCode.MASK_NOT_PROVEN,
+        f"the mask stays a dense tensor: {plan.unproven}",
+        user_location(node) or site.location,
+        "write it so that it depends on positions and constants only",
+    )
+    return [Decision(_PASS, Outcome.LEFT, "mask", "", site.module, site.location, reason)]

@@ -1,0 +1,146 @@
+"""Emits what no flag expresses: dense biases, factors on q, and rows without an allowed key.
+
+The op gives zeros where a row allows no key. The original gives NaN after a fill with -inf and
+the mean of all filled values after a finite fill; both are kept:
+
+    -inf     out * where(lse == -inf, nan, 1)           NaN there in both directions
+    finite   empty = every key of the row is filled
+             q = q.masked_fill(empty, 0), and all filled keys are allowed in empty rows:
+             equal weights, and no gradient to q and k, as with the fill
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from fxport.capture.arguments import shape_of
+from fxport.passes.attention_emit import Emitter
+from fxport.passes.attention_frame import Frame, recipe
+from fxport.passes.attention_masks import MaskPlan
+from fxport.passes.attention_site import MaskKind, MaskStep, RowScale
+
+__all__ = ["Dense", "emit_dense", "emit_row_scales", "restore_nan"]
+
+aten = torch.ops.aten
+
+_MINUS_INF = float("-inf")
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Nodes of the dense part.
+
+    Attributes:
+        bias: for the op, or None.
+        empty: bool, rows of q to set to zero, broadcastable to ``[B, Hq, Tq, 1]``; or None.
+        nan_rows: whether rows without an allowed key give NaN in the original.
+    """
+
+    bias: fx.Node | None
+    empty: fx.Node | None
+    nan_rows: bool
+
+
+def emit_dense(emitter: Emitter, plan: MaskPlan, frame: Frame, dtype: torch.dtype) -> Dense:
+    """Emits the dense steps of a plan; `dtype` is q's."""
+    added: fx.Node | None = None
+    infinite: fx.Node | None = None  # where the score is -inf by a fill
+    filled: fx.Node | None = None  # where it is the finite number
+    may_be_infinite = False
+    for step in plan.dense:
+        tensor = _aligned(emitter, step, frame)
+        is_bool = tensor.meta["val"].dtype == torch.bool
+        if step.kind is MaskKind.ADD and not is_bool:
+            added = _plus(emitter, added, _term(emitter, tensor, step.number, dtype))
+            may_be_infinite = True
+            continue
+        if not is_bool:
+            tensor = emitter.call(aten.to.dtype, tensor, torch.bool)
+        # SDPA's bool mask says what is allowed, like an inverted fill.
+        allows = step.inverted or step.kind is MaskKind.ADD
+        mask = emitter.call(aten.logical_not.default, tensor) if allows else tensor
+        if step.kind is MaskKind.ADD or step.number == _MINUS_INF:
+            infinite = _or(emitter, infinite, mask)
+            filled = _and_not(emitter, filled, mask)
+        else:
+            filled = _or(emitter, filled, mask)
+            infinite = _and_not(emitter, infinite, mask)
+    nan_rows = plan.exact_rows and (infinite is not None or may_be_infinite)
+    blocked = _or(emitter, infinite, filled) if filled is not None else infinite
+    if blocked is None:
+        return Dense(added, None, nan_rows)
+    empty: fx.Node | None = None
+    if filled is not None and plan.exact_rows:
+        empty, blocked, added = _open_empty_rows(emitter, blocked, filled, added)
+    if added is None:
+        return Dense(emitter.call(aten.logical_not.default, blocked), empty, nan_rows)
+    return Dense(emitter.call(aten.masked_fill.Scalar, added, blocked, _MINUS_INF), empty, nan_rows)
+
+
+def _open_empty_rows(
+    emitter: Emitter, blocked: fx.Node, filled: fx.Node, added: fx.Node | None
+) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+    empty = emitter.call(aten.all.dim, blocked, -1, True)
+    opened = emitter.call(aten.logical_and.default, empty, filled)
+    blocked = _and_not(emitter, blocked, opened) or blocked
+    if added is not None:
+        added = emitter.call(aten.masked_fill.Scalar, added, empty, 0.0)
+    return empty, blocked, added
+
+
+def _aligned(emitter: Emitter, step: MaskStep, frame: Frame) -> fx.Node:
+    assert step.tensor is not None
+    return emitter.follow(step.tensor, recipe(shape_of(step.tensor), step.dims, frame))
+
+
+def _term(emitter: Emitter, bias: fx.Node, factor: float, dtype: torch.dtype) -> fx.Node:
+    found = bias.meta["val"].dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    if not found.is_floating_point or found.itemsize > wide.itemsize:
+        bias = emitter.call(aten.to.dtype, bias, wide)
+    return bias if factor == 1 else emitter.call(aten.mul.Tensor, bias, factor)
+
+
+def _plus(emitter: Emitter, left: fx.Node | None, right: fx.Node) -> fx.Node:
+    return right if left is None else emitter.call(aten.add.Tensor, left, right)
+
+
+def _or(emitter: Emitter, left: fx.Node | None, right: fx.Node) -> fx.Node:
+    return right if left is None else emitter.call(aten.logical_or.default, left, right)
+
+
+def _and_not(emitter: Emitter, left: fx.Node | None, right: fx.Node) -> fx.Node | None:
+    if left is None:
+        return None
+    rest = emitter.call(aten.logical_not.default, right)
+    return emitter.call(aten.logical_and.default, left, rest)
+
+
+def emit_row_scales(
+    emitter: Emitter, q: fx.Node, scales: Sequence[RowScale], frame: Frame
+) -> fx.Node:
+    """Moves factors that do not vary along the keys from the scores onto q."""
+    dtype = q.meta["val"].dtype
+    for scale in scales:
+        factor = scale.factor
+        if isinstance(factor.meta["val"], torch.Tensor):
+            factor = emitter.follow(factor, recipe(shape_of(factor), scale.dims, frame))
+        q = emitter.call(aten.div.Tensor if scale.divide else aten.mul.Tensor, q, factor)
+    if q.meta["val"].dtype != dtype:
+        q = emitter.call(aten.to.dtype, q, dtype)
+    return q
+
+
+def restore_nan(emitter: Emitter, out: fx.Node, lse: fx.Node) -> fx.Node:
+    """NaN, in both directions, for rows without an allowed key."""
+    empty = emitter.call(aten.eq.Scalar, lse, _MINUS_INF)
+    ones = emitter.call(aten.ones_like.default, lse)
+    factor = emitter.call(aten.masked_fill.Scalar, ones, empty, math.nan)
+    factor = emitter.call(aten.unsqueeze.default, factor, -1)
+    factor = emitter.call(aten.to.dtype, factor, out.meta["val"].dtype)
+    return emitter.call(aten.mul.Tensor, out, factor)

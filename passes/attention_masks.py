@@ -1,0 +1,149 @@
+"""Decides for each mask of an attention: a flag of the op, ALiBi slopes, or a dense bias.
+
+    constant, proven a band           causal, window_left, window_right
+    constant, linear in the distance  alibi_slopes
+    constant, anything else           bias (reported: it costs memory)
+    learned, or from the data         bias
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fxport.errors import ReasonCode
+from fxport.passes.attention_frame import Frame
+from fxport.passes.attention_site import Left, MaskKind, MaskStep, Match
+from fxport.passes.graph_facts import GraphFacts, Source
+from fxport.passes.masks import FULL, Band, Proof, Prover, is_forbidding
+
+__all__ = ["MaskPlan", "plan_masks"]
+
+
+@dataclass(frozen=True)
+class MaskPlan:
+    """How the masks of one attention are expressed.
+
+    Attributes:
+        band, slopes: proven, for every length.
+        dense: steps that stay a tensor, in order.
+        origin: of those: "constant", "learned" or "data".
+        unproven: why constant steps are among them, or "".
+        relied_on: buffers that the proof read.
+        exact_rows: rows without an allowed key need care (see `attention_bias`).
+    """
+
+    band: Band
+    slopes: Tensor | None
+    dense: tuple[MaskStep, ...]
+    origin: str
+    unproven: str
+    relied_on: tuple[str, ...]
+    exact_rows: bool
+
+
+def plan_masks(prover: Prover, facts: GraphFacts, match: Match, frame: Frame) -> MaskPlan:
+    """Decides.
+
+    Raises:
+        Left: the masks cannot be expressed without changing the result.
+    """
+    sources = [_source(facts, step) for step in match.steps]
+    fixed = [s for s, f in zip(match.steps, sources, strict=True) if f in Source.BUFFER]
+    open_ = [s for s, f in zip(match.steps, sources, strict=True) if f not in Source.BUFFER]
+    from_data = any(Source.DATA in f for f in sources)
+    proof = prover.prove(fixed, frame, match.zero_rows or from_data)
+    dense = list(match.steps)
+    band, slopes, unproven = FULL, None, ""
+    if proof.rest:
+        unproven = proof.why
+    elif not (from_data and not match.zero_rows and _mixes_finite(proof, open_)):
+        assert proof.band is not None
+        band, slopes, dense = proof.band, proof.slopes, open_
+    if not _expressible(band, match):
+        band, slopes, dense = FULL, None, list(match.steps)
+        unproven = "no flag says which keys are allowed"
+    _check_dense(dense, proof)
+    used = [s for s in fixed if s not in dense]
+    return MaskPlan(
+        band=band,
+        slopes=slopes,
+        dense=tuple(dense),
+        origin=_origin([f for s, f in zip(match.steps, sources, strict=True) if s in dense]),
+        unproven=unproven if any(s in dense for s in fixed) else "",
+        relied_on=facts.buffers([s.tensor for s in used if s.tensor is not None]),
+        exact_rows=not match.zero_rows and (from_data or (proof.rest and not proof.known)),
+    )
+
+
+def _source(facts: GraphFacts, step: MaskStep) -> Source:
+    if step.tensor is None:
+        return Source.CONSTANT
+    source = facts.source(step.tensor)
+    if Source.MUTATED in source:
+        raise Left(
+            ReasonCode.MUTATED_IN_PLACE,
+            "the mask is written into in place, so its value cannot be told",
+            step.tensor,
+            "build the mask without in-place assignment (torch.where, tril, comparisons)",
+        )
+    return source
+
+
+def _mixes_finite(proof: Proof, open_: list[MaskStep]) -> bool:
+    """Rows that data may empty depend on every finite fill, constant ones included."""
+    return proof.finite or any(
+        s.kind is MaskKind.FILL and s.number != float("-inf") for s in open_
+    )
+
+
+def _expressible(band: Band, match: Match) -> bool:
+    """Whether flags of the op say it; windows that do not contain the diagonal have none."""
+    lower_fits = band.lower is None or band.lower <= 0
+    upper_fits = band.upper is None or band.upper >= 0
+    return lower_fits and upper_fits and (not band.from_end or band.upper == 0)
+
+
+def _check_dense(dense: list[MaskStep], proof: Proof) -> None:
+    for index, step in enumerate(dense):
+        later = dense[index + 1 :]
+        finite_fill = step.kind is MaskKind.FILL and step.number != float("-inf")
+        if step.kind in (MaskKind.MULTIPLY, MaskKind.FLOOR):
+            raise Left(
+                ReasonCode.MASK_NOT_PROVEN,
+                "scores are multiplied by, or clamped at, a mask that is not proven"
+                + (f": {proof.why}" if proof.why else ""),
+                step.node,
+                "use masked_fill with float('-inf')",
+            )
+        if step.kind is MaskKind.FILL and not is_forbidding(step.number):
+            raise Left(
+                ReasonCode.UNSUPPORTED_FEATURE,
+                f"masked scores become {step.number:g}, which does not forbid them",
+                step.node,
+                "use float('-inf') or torch.finfo(dtype).min",
+            )
+        if finite_fill and any(s.kind is MaskKind.ADD for s in later):
+            raise Left(
+                ReasonCode.ORDER_OF_OPS,
+                "a bias is added after a finite masked_fill",
+                step.node,
+                "fill with float('-inf'), or mask last",
+            )
+    fills = {s.number for s in dense if s.kind is MaskKind.FILL} - {float("-inf")}
+    if len(fills) > 1:
+        raise Left(
+            ReasonCode.EMPTY_ROW,
+            "scores are masked with several finite numbers",
+            dense[-1].node,
+            "use one number for all masks",
+        )
+
+
+def _origin(sources: list[Source]) -> str:
+    if any(Source.DATA in s for s in sources):
+        return "data"
+    if any(Source.PARAMETER in s for s in sources):
+        return "learned"
+    return "constant" if sources else ""

@@ -1,0 +1,25 @@
+"""In-place operations on values that nobody else sees, as their out-of-place form.
+
+    s = matmul(q, k)                      s = matmul(q, k)
+    masked_fill_(s, mask, -inf)     ->    t = masked_fill(s, mask, -inf)
+    softmax(s)                            softmax(t)
+
+Those that cannot be replaced safely stay, and keep their neighbourhood from being rewritten.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from fxport.passes.functional import _replace
+
+__all__ = ["without_inplace"]
+
+
+def without_inplace(gm: fx.GraphModule) -> None:
+    """Replaces what can be replaced."""
+    for node in list(gm.graph.nodes):
+        target = node.target
+        if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+            _replace(gm, node)
