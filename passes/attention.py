@@ -18,13 +18,6 @@ import operator
 from dataclasses import dataclass
 
 import torch
-from torch import fx
-
-import fxport.ops.attention  # noqa: F401  (registers the op)
-from fxport.capture.arguments import arguments
-from fxport.capture.location import module_of, user_location
-from fxport.errors import Reason, ReasonCode
-from fxport.ops.params import AttentionParams
 from fxport.passes.attention_bias import emit_dense, emit_row_scales, restore_nan
 from fxport.passes.attention_emit import Emitter
 from fxport.passes.attention_frame import Frame, frame_of
@@ -39,6 +32,13 @@ from fxport.passes.attention_views import moved_input
 from fxport.passes.graph_facts import GraphFacts, erase_dead, erase_if_unused
 from fxport.passes.inplace import without_inplace
 from fxport.passes.masks import Prover
+from torch import fx
+
+import fxport.ops.attention  # noqa: F401  (registers the op)
+from fxport.capture.arguments import arguments
+from fxport.capture.location import module_of, user_location
+from fxport.errors import Reason, ReasonCode
+from fxport.ops.params import AttentionParams
 from fxport.report import Decision, Outcome
 
 __all__ = ["AttentionResult", "AttentionSite", "rewrite_attention"]

@@ -3,7 +3,7 @@
 The op gives zeros where a row allows no key. The original gives NaN after a fill with -inf and
 the mean of all filled values after a finite fill; both are kept:
 
-    -inf     out * where(lse == -inf, nan, 1)           NaN there in both directions
+    -inf     out * where(lse == -inf, nan, 1)           NaN there, and in the gradients
     finite   empty = every key of the row is filled
              q = q.masked_fill(empty, 0), and all filled keys are allowed in empty rows:
              equal weights, and no gradient to q and k, as with the fill
@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import fx
-
-from fxport.capture.arguments import shape_of
 from fxport.passes.attention_emit import Emitter
 from fxport.passes.attention_frame import Frame, recipe
 from fxport.passes.attention_masks import MaskPlan
 from fxport.passes.attention_site import MaskKind, MaskStep, RowScale
+from torch import fx
+
+from fxport.capture.arguments import shape_of
 
 __all__ = ["Dense", "emit_dense", "emit_row_scales", "restore_nan"]
 

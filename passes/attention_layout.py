@@ -10,7 +10,7 @@ never equality of sizes, says which dimensions are the same: B == H == T confuse
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import sympy
 
@@ -31,7 +31,7 @@ __all__ = [
     "resolve_all",
 ]
 
-Size = int | sympy.Expr
+Size: TypeAlias = int | sympy.Expr
 
 
 class LayoutError(Exception):
@@ -76,8 +76,8 @@ class Factor(NamedTuple):
     repeated: bool = False
 
 
-Dim = tuple[Factor, ...]
-Dims = tuple[Dim, ...]
+Dim: TypeAlias = tuple[Factor, ...]
+Dims: TypeAlias = tuple[Dim, ...]
 
 
 def is_one(size: Size) -> bool:
@@ -117,10 +117,11 @@ def divides(size: Size, whole: Size) -> Size | None:
     """``whole / size`` when it is certainly a whole number."""
     if isinstance(size, int) and isinstance(whole, int):
         return whole // size if size and whole % size == 0 else None
-    ratio = whole / size
+    ratio: Any = whole / size
     if ratio.is_Integer:
         return int(ratio)
-    return ratio if ratio.is_integer and ratio.is_positive else None
+    found: Size | None = ratio if ratio.is_integer and ratio.is_positive else None
+    return found
 
 
 def regroup(dims: Dims, shape: Sequence[Size]) -> Dims:

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from fxport.errors import ReasonCode
 from fxport.passes.attention_frame import Frame
 from fxport.passes.attention_site import Left, MaskKind, MaskStep, Match
 from fxport.passes.graph_facts import GraphFacts, Source
 from fxport.passes.masks import FULL, Band, Proof, Prover, is_forbidding
+from torch import Tensor
+
+from fxport.errors import ReasonCode
 
 __all__ = ["MaskPlan", "plan_masks"]
 

@@ -11,10 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx
-
-from fxport.capture.arguments import arguments, shape_of
-from fxport.errors import ReasonCode
 from fxport.passes.attention_layout import Axis, Dims, LayoutError, axes_of, resolve, resolve_all
 from fxport.passes.attention_products import Contraction, Product, as_product, contract
 from fxport.passes.attention_scores import Scores, Walk, paths, walk
@@ -22,6 +18,10 @@ from fxport.passes.attention_site import Left, MaskKind, Match
 from fxport.passes.attention_softmax import Softmax, subtracted_maximum
 from fxport.passes.attention_views import Step, moved_input, overload_packet, trace, view_dims
 from fxport.passes.graph_facts import GraphFacts, Source, only_checks, value_inputs
+from torch import fx
+
+from fxport.capture.arguments import arguments, shape_of
+from fxport.errors import ReasonCode
 
 __all__ = ["match_softmax"]
 
@@ -317,7 +317,7 @@ def _check_source_of_keys(facts: GraphFacts, k: tuple[Step, ...], forward: _Forw
         if facts.source(value) & Source.DATA:
             return
     raise Left(
-        ReasonCode.NOT_ATTENTION, "keys and values are parameters: a memory look-up", k[0].node
+        ReasonCode.NOT_ATTENTION, "keys and values are parameters: a memory look-up"
     )
 
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from fxport.passes.attention_layout import Dims, Factor, LayoutError, align
+from fxport.passes.attention_views import number, overload_packet
 from torch import fx
 
 from fxport.capture.arguments import arguments, shape_of
-from fxport.passes.attention_layout import Dims, Factor, LayoutError, align
-from fxport.passes.attention_views import number, overload_packet
 
 __all__ = ["Contraction", "Product", "as_product", "contract"]
 

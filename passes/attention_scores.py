@@ -9,10 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
-
-from fxport.capture.arguments import arguments, shape_of
-from fxport.errors import ReasonCode
 from fxport.passes.attention_layout import Axis, Dim, Dims, Factor, LayoutError, is_one, resolve
 from fxport.passes.attention_products import as_product
 from fxport.passes.attention_site import Left, MaskKind, MaskStep, RowScale
@@ -21,6 +17,10 @@ from fxport.passes.attention_views import is_cast, moved_input, number, overload
 from fxport.passes.constants import is_symbolic
 from fxport.passes.graph_facts import GraphFacts, Source
 from fxport.passes.mask_values import constant_value
+from torch import fx
+
+from fxport.capture.arguments import arguments, shape_of
+from fxport.errors import ReasonCode
 
 __all__ = ["Scores", "Walk", "paths", "walk"]
 
@@ -273,7 +273,8 @@ class Scores:
         if first is not carrier or alpha != 1:
             raise Left(ReasonCode.UNSUPPORTED_FEATURE, "the scores are subtracted here", node)
         # x - amax(x) over the keys: the softmax stays the same.
-        if not subtracted_maximum(node) or self._varies_along_keys(second):
+        maximum = isinstance(second, fx.Node) and bool(subtracted_maximum(node))
+        if not maximum or self._varies_along_keys(second):  # type: ignore[arg-type]
             self._add_bias(node, second, -1.0)
 
     def _add_bias(self, node: fx.Node, bias: Any, coefficient: float) -> None:

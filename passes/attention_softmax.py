@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from fxport.passes.attention_views import overload_packet
 from torch import fx
 
 from fxport.capture.arguments import arguments
-from fxport.passes.attention_views import overload_packet
 
 __all__ = ["Softmax", "softmaxes", "subtracted_maximum"]
 

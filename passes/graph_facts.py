@@ -8,12 +8,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from fxport.passes.constants import is_symbolic
 from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from fxport.capture.inputs import InputKind, graph_input
-from fxport.passes.constants import is_symbolic
 
 __all__ = ["GraphFacts", "Source", "erase_dead", "erase_if_unused", "only_checks", "value_inputs"]
 

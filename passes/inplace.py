@@ -10,9 +10,8 @@ Those that cannot be replaced safely stay, and keep their neighbourhood from bei
 from __future__ import annotations
 
 import torch
-from torch import fx
-
 from fxport.passes.functional import _replace
+from torch import fx
 
 __all__ = ["without_inplace"]
 

@@ -19,10 +19,6 @@ from typing import Any
 
 import sympy
 import torch
-from torch import Tensor, fx
-
-from fxport.capture.arguments import shape_of
-from fxport.errors import ReasonCode
 from fxport.passes.attention_frame import Frame, Recipe, recipe
 from fxport.passes.attention_layout import Size, product
 from fxport.passes.attention_site import Left, MaskKind, MaskStep
@@ -30,6 +26,10 @@ from fxport.passes.graph_facts import GraphFacts
 from fxport.passes.mask_keys import Keys
 from fxport.passes.mask_scope import Scope, scope_of, upper_bound
 from fxport.passes.mask_values import constant_value
+from torch import Tensor, fx
+
+from fxport.capture.arguments import shape_of
+from fxport.errors import ReasonCode
 
 __all__ = ["FORBIDDEN", "FULL", "Band", "Proof", "Prover", "band_of", "is_forbidding"]
 

@@ -11,6 +11,7 @@ Arithmetic is float32 (float64 for float64 inputs).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -217,11 +218,13 @@ def _add_tile(tiles: Tiles, totals: _Totals, block: _RowBlock, columns: range) -
 
 
 def _exp_(x: Tensor) -> Tensor:
-    """exp in place, with 0 for subnormal results: a product with many of them is five times slower.
+    """exp in place of scores less their maximum or lse; 0 for weights under 2**-102 (float32).
 
-    ALiBi and wide scores make them; no sum with a weight near 1 in it can tell.
+    ALiBi and wide scores have many of those. Kept, they and their products with gradients would be
+    subnormal numbers, with which a matrix product is five times slower.
     """
-    return torch.threshold_(x.exp_(), torch.finfo(x.dtype).tiny, 0.0)
+    smallest = math.log(torch.finfo(x.dtype).tiny) + 24 * math.log(2)
+    return torch.threshold_(x, smallest, -torch.inf).exp_()
 
 
 def _like(total: Tensor, x: Tensor) -> Tensor:

@@ -140,15 +140,13 @@ def _incoming(
 
 def _split_norm(call: Call, norm: Tensor) -> Tensor:
     """`exact_norm_kernel`: changes norm, returns rest."""
-    batch, heads, rows, _ = call.q.shape
     blocks = call.blocks("bias")
-    # norm's last block is whole, and beyond the blocks of rows nothing is read
     rest = torch.empty_like(norm)
-    exact_norm_kernel[(triton.cdiv(rows, blocks.m) * batch * heads,)](
+    exact_norm_kernel[(norm.shape[1] // blocks.m * norm.shape[0],)](
         norm_ptr=norm,
         rest_ptr=rest,
         sinks_ptr=call.sinks,
-        heads=heads,
+        heads=call.q.shape[1],
         line_length=norm.shape[1],
         SINKS=call.sinks is not None,
         **call.arguments(blocks),

@@ -105,7 +105,8 @@ def weight_tile(
 @triton.jit
 def _down_the_rows(
     dk, dv, k, v, q_desc, grad_desc, norm_desc, rest_desc, delta_desc,
-    batch, head, heads, global_head, column, j, begin, count, left, right_begin, rows, columns, low, high, first_ptr, end_ptr,
+    batch, head, heads, global_head, column, j, begin, count, left, right_begin,
+    rows, columns, low, high, first_ptr, end_ptr,
     scale, softcap, slope, q_offset, bias_ptr, bias_stride_i, bias_stride_j,
     seed, threshold, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -133,8 +134,9 @@ def _down_the_rows(
         else:
             low_i, high_i = i, i
         p, tanh = weight_tile(
-            qk, norm[None, :], rest[None, :], i[None, :], j[:, None], low_i[None, :], high_i[None, :],
-            scale, softcap, slope, q_offset, bias_ptr, bias_stride_i, bias_stride_j, rows, columns,
+            qk, norm[None, :], rest[None, :], i[None, :], j[:, None],
+            low_i[None, :], high_i[None, :], scale, softcap, slope, q_offset,
+            bias_ptr, bias_stride_i, bias_stride_j, rows, columns,
             MASKED, PLAIN, SOFTCAP, ALIBI, BIAS,
         )  # fmt: skip
         grad = grad_desc.load([batch, head, row, 0]).reshape(BLOCK_M, BLOCK_DV)
@@ -239,8 +241,8 @@ def key_kernel(
 
 @triton.jit
 def _along_the_keys(
-    dq, dslope, q, grad, norm, rest, delta, k_desc, v_desc, batch, kv_head, global_head, i, low_i, high_i,
-    begin, count, left, right_begin, rows, columns,
+    dq, dslope, q, grad, norm, rest, delta, k_desc, v_desc, batch, kv_head, global_head,
+    i, low_i, high_i, begin, count, left, right_begin, rows, columns,
     scale, softcap, slope, q_offset, bias_ptr, bias_stride_i, bias_stride_j,
     seed, threshold, keep_scale,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -260,8 +262,9 @@ def _along_the_keys(
         qk = tl.dot(q, k.T, input_precision=PRECISION)
         dp = tl.dot(grad, v.T, input_precision=PRECISION)
         p, tanh = weight_tile(
-            qk, norm[:, None], rest[:, None], i[:, None], j[None, :], low_i[:, None], high_i[:, None],
-            scale, softcap, slope, q_offset, bias_ptr, bias_stride_i, bias_stride_j, rows, columns,
+            qk, norm[:, None], rest[:, None], i[:, None], j[None, :],
+            low_i[:, None], high_i[:, None], scale, softcap, slope, q_offset,
+            bias_ptr, bias_stride_i, bias_stride_j, rows, columns,
             MASKED, PLAIN, SOFTCAP, ALIBI, BIAS,
         )  # fmt: skip
         if DROPOUT:
@@ -329,9 +332,9 @@ def query_kernel(
     if HAS_LOW or HAS_HIGH or PACKED or RAGGED:
         left = full_begin - begin
         dq, dslope = _along_the_keys(
-            dq, dslope, q, grad, norm, rest, delta, k_desc, v_desc, batch, kv_head, head + head_offset,
-            i, low_i, high_i, begin, left + end - full_end, left, full_end, rows, columns,
-            scale, softcap, slope, q_offset, bias_ptr, bias_stride_i, bias_stride_j,
+            dq, dslope, q, grad, norm, rest, delta, k_desc, v_desc, batch, kv_head,
+            head + head_offset, i, low_i, high_i, begin, left + end - full_end, left, full_end,
+            rows, columns, scale, softcap, slope, q_offset, bias_ptr, bias_stride_i, bias_stride_j,
             seed, threshold, keep_scale, BLOCK_N, BLOCK_D, BLOCK_DV, True,
             PLAIN, SOFTCAP, ALIBI, BIAS, DROPOUT, SLOPE_GRAD, PRECISION,
         )  # fmt: skip

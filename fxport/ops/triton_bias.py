@@ -50,10 +50,9 @@ def exact_norm_kernel(
 
     In a row whose scores are all finfo.min the weights are 1 / n each, but lse has rounded log(n)
     away. For such rows norm becomes the largest score and rest the log of the sum, made again from
-    the scores; for all others rest is zero. Grid as in forward.
+    the scores; for all others rest is zero. Grid as in forward, over whole lines.
     """
-    blocks = tl.cdiv(rows, BLOCK_M)
-    lines = tl.num_programs(0) // blocks
+    lines = tl.num_programs(0) // (line_length // BLOCK_M)
     line = tl.program_id(0) % lines
     batch = line // heads
     head = line % heads
@@ -163,8 +162,9 @@ def bias_kernel(
         norm = norm_desc.load([b * heads + h, m]).reshape(BLOCK_M)
         rest = rest_desc.load([b * heads + h, m]).reshape(BLOCK_M)
         p, _tanh = weight_tile(
-            qk, norm[:, None], rest[:, None], i[:, None], j[None, :], low_i[:, None], high_i[:, None],
-            scale, softcap, slope, q_offset, bias, bias_stride_i, bias_stride_j, rows, columns,
+            qk, norm[:, None], rest[:, None], i[:, None], j[None, :],
+            low_i[:, None], high_i[:, None], scale, softcap, slope, q_offset,
+            bias, bias_stride_i, bias_stride_j, rows, columns,
             True, False, SOFTCAP, ALIBI, BIAS,
         )  # fmt: skip
         grad = grad_desc.load([b, h, m, 0]).reshape(BLOCK_M, BLOCK_DV)

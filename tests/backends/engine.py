@@ -76,6 +76,7 @@ def recompute(model: torch.nn.Module, prompt: Sequence[int], count: int) -> Gene
     ids, tokens, logprobs = list(prompt), [], []
     for _ in range(count):
         output = model(torch.tensor([ids]))
+        output = output["logits"] if isinstance(output, dict) else output
         logits = output[0] if isinstance(output, tuple) else output
         row = logits[0, -1].double().log_softmax(-1)
         best = row.topk(2)

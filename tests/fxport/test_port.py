@@ -119,8 +119,9 @@ def test_a_window_off_by_one_is_caught(monkeypatch):
         fxport.port(Gemma())
 
 
-@pytest.mark.parametrize("name", ["gpt", "llama_complex", "llama_rotate_half", "parallel"])
+@pytest.mark.parametrize("name", ["gpt", "parallel"])
 def test_positions_off_by_one_are_caught(monkeypatch, name):
+    """Learned positions; rotary ones are relative, so shifting all of them changes nothing."""
     original = serving_passes.analyse
 
     def broken(*args):
@@ -131,7 +132,7 @@ def test_positions_off_by_one_are_caught(monkeypatch, name):
 
     monkeypatch.setattr(serving_passes, "analyse", broken)
     model = ZOO[name]()
-    with pytest.raises((PortError, IndexError)):
+    with pytest.raises(PortError, match="differs from the model"):
         fxport.port(model, max_seq_len=100)
 
 
@@ -147,6 +148,7 @@ def test_positions_not_gathered_are_caught(monkeypatch):
             with gm.graph.inserting_before(node):
                 size = gm.graph.call_function(torch.ops.aten.sym_size.int, (positions, 0))
                 flat = gm.graph.call_function(torch.ops.aten.arange.default, (size,))
+                flat = gm.graph.call_function(torch.ops.aten.remainder.Scalar, (flat, 50))
             node.replace_input_with(positions, flat)
         return result
 

@@ -201,17 +201,37 @@ def test_parts_of_a_group() -> None:
         _against_reference(case, torch.float32, ROUNDING[torch.float32])
 
 
+@pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("lowest", [-torch.inf, torch.finfo(torch.float32).min, -1e9])
-def test_masks_by_a_bias(lowest: float) -> None:
-    """A row of -inf has no weights (zeros); one of finfo.min or -1e9 is finite: equal weights."""
-    generator = torch.Generator().manual_seed(3)
-    q, k, v = (torch.randn(1, 2, 20, 16, generator=generator).to(DEVICE) for _ in range(3))
-    bias = torch.zeros(1, 1, 20, 20, device=DEVICE)
-    bias[..., 5:] = lowest
-    bias[:, :, 7] = lowest
-    out, _ = triton_attention.forward(q, k, v, bias, None, None, None, None, P(0.25))
-    want, _ = reference_attention(q, k, v, bias, None, None, None, None, P(0.25))
-    torch.testing.assert_close(out, want, rtol=2e-5, atol=2e-5)
+def test_masks_by_a_bias(lowest: float, sinks: bool) -> None:
+    """A row of -inf has no weights (zeros); one of finfo.min or -1e9 is finite: equal weights.
+
+    Their lse cannot say so: at 1e9 float32 has rounded log(n) away.
+    """
+    arguments = make(
+        Case("", batch=1, rows=20, columns=20, bias_shape=(20, 20), sinks=sinks), torch.float32
+    )
+    bias = arguments.tensors[3]
+    assert bias is not None
+    with torch.no_grad():
+        bias[:, 12:] = lowest
+        bias[7] = lowest
+    # the scores are rounded when finfo.min is added: the formula in float32, not in float64
+    want = run(reference_attention, arguments, with_lse=False)
+    assert_same(run(ours, arguments, with_lse=False), want, ROUNDING[torch.float32])
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 20, 20), (20,)])
+def test_rows_that_a_bool_bias_empties(shape: tuple[int, ...]) -> None:
+    case = Case("", rows=20, columns=20, bias_shape=shape, bias_dtype=torch.bool)
+    arguments = make(case, torch.float32)
+    bias = arguments.tensors[3]
+    assert bias is not None
+    bias[..., :] = False
+    if len(shape) == 4:
+        bias[1, :, :9, 3:] = True
+    want = run(reference_attention, arguments.to(torch.float64))
+    assert_same(run(ours, arguments), want, ROUNDING[torch.float32])
 
 
 def test_only_the_gradients_asked_for() -> None:

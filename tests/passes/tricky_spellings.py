@@ -241,7 +241,8 @@ def values_transposed(qkv: Tensor) -> Tensor:
 
 @tricky("changed-in-place")
 def key_changed_in_between(qkv: Tensor) -> Tensor:
-    q, k, v = (x.clone() for x in heads_first(qkv))
+    base = qkv.clone()
+    q, k, v = (base[i].transpose(1, 2) for i in range(3))
     s = q @ k.transpose(-1, -2)
     v.mul_(2.0)
     w = s.softmax(-1)
@@ -266,7 +267,7 @@ def weights_sharpened(qkv: Tensor) -> Tensor:
     return finish(w, v)
 
 
-@tricky("softmax-is-not-attention")
+@tricky("attention-weights-used-elsewhere")
 def squared_weights(qkv: Tensor) -> Tensor:
     q, k, v = heads_first(qkv)
     return finish((q @ k.transpose(-1, -2)).softmax(-1) ** 2, v)

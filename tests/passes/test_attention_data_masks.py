@@ -1,0 +1,189 @@
+"""Masks that come with the data: padding, documents, biases; rows without any key included."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from attention_graphs import Rewritten, Site, compare, rewrite, softmax_count, trace_training
+from spellings import causal_bool, finish, heads_first
+from torch import Tensor
+
+INF = float("-inf")
+
+
+def fill_infinite(qkv: Tensor, keep: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    s = (q @ k.mT).masked_fill(~keep[:, None, None, :], INF)
+    return finish(s.softmax(-1), v)
+
+
+def fill_finite(qkv: Tensor, keep: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    s = (q @ k.mT).masked_fill(keep[:, None, None, :] == 0, -1e9)
+    return finish(s.softmax(-1), v)
+
+
+def causal_and_padding_infinite(qkv: Tensor, keep: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    s = (q @ k.mT * 0.3).masked_fill(~causal_bool(q.size(2)), INF)
+    return finish(s.masked_fill(~keep[:, None, None, :], INF).softmax(-1), v)
+
+
+def causal_and_padding_finite(qkv: Tensor, keep: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    s = (q @ k.mT * 0.3).masked_fill(~causal_bool(q.size(2)), -1e9)
+    return finish(s.masked_fill(~keep[:, None, None, :], -1e9).softmax(-1), v)
+
+
+def causal_infinite_padding_finite(qkv: Tensor, keep: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    s = (q @ k.mT * 0.3).masked_fill(~keep[:, None, None, :], -1e9)
+    return finish(s.masked_fill(~causal_bool(q.size(2)), INF).softmax(-1), v)
+
+
+def joint_mask_where(qkv: Tensor, keep: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    mask = causal_bool(q.size(2)) & keep[:, None, None, :]
+    return finish(torch.where(mask, q @ k.mT, torch.finfo(q.dtype).min).softmax(-1), v)
+
+
+def folded_heads(qkv: Tensor, keep: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    b, h, t, d = q.shape
+    q, k, v = (x.reshape(b * h, t, d) for x in (q, k, v))
+    mask = keep[:, None, None, :].expand(b, h, t, t).reshape(b * h, t, t)
+    s = torch.bmm(q, k.mT).masked_fill(~mask, INF)
+    return torch.bmm(s.softmax(-1), v).view(b, h, t, d)
+
+
+def documents(qkv: Tensor, keep: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    document = keep.cumsum(-1)
+    same = document[:, None, :, None] == document[:, None, None, :]
+    return finish((q @ k.mT).masked_fill(~(same & causal_bool(q.size(2))), INF).softmax(-1), v)
+
+
+def grouped(qkv: Tensor, keep: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    q = q.unflatten(1, (2, 2))
+    s = torch.einsum("bkgtd,bksd->bkgts", q, k[:, :2])
+    s = s.masked_fill(~keep[:, None, None, None, :], -1e4)
+    return torch.einsum("bkgts,bksd->bkgtd", s.softmax(-1), v[:, :2])
+
+
+def sdpa(qkv: Tensor, keep: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=keep[:, None, None, :])
+
+
+def masked_twice(qkv: Tensor, keep: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    mask = ~keep[:, None, None, :]
+    w = (q @ k.mT).masked_fill(mask, INF).softmax(-1).masked_fill(mask, 0.0)
+    return finish(w, v)
+
+
+CASES = [
+    fill_infinite, fill_finite, causal_and_padding_infinite, causal_and_padding_finite,
+    causal_infinite_padding_finite, joint_mask_where, folded_heads, documents, grouped, sdpa,
+]  # fmt: skip
+
+
+def example(batch: int = 3, length: int = 7) -> Tensor:
+    generator = torch.Generator().manual_seed(batch * 100 + length)
+    return torch.randn(3, batch, length, 4, 6, generator=generator, dtype=torch.float64)
+
+
+def keep_mask(batch: int, length: int, empty: bool) -> Tensor:
+    keep = torch.ones(batch, length, dtype=torch.bool)
+    keep[0, length - 2 :] = False  # padding on the right
+    keep[1, 1] = False
+    if empty:
+        keep[2, :] = False  # nothing to see for any query
+        keep[1, :3] = False  # nothing to see for the first queries, if causal
+    return keep
+
+
+def rewritten(function: Callable[..., Tensor], *data: Tensor, symbolic: bool = False) -> Rewritten:
+    dynamic = {0: (1, 2), 1: (0, 1)} if symbolic else {}
+    found = rewrite(trace_training(Site(function), data, dynamic))
+    assert found.count == 1 and softmax_count(found.graph) == 0, found.result.decisions
+    return found
+
+
+@pytest.mark.parametrize("empty", [False, True], ids=["some-key", "empty-rows"])
+@pytest.mark.parametrize("function", CASES, ids=lambda f: f.__name__)
+def test_padding(function: Callable[..., Tensor], empty: bool) -> None:
+    found = rewritten(function, example(), keep_mask(3, 7, False), symbolic=True)
+    assert found.result.sites[0].bias == "data"
+    for batch, length in ((3, 7), (4, 5)):
+        data = (example(batch, length), keep_mask(batch, length, empty))
+        compare(Site(function), found.graph, data)
+
+
+def test_masked_again_after_the_softmax() -> None:
+    data = (example(), keep_mask(3, 7, False))
+    compare(Site(masked_twice), rewritten(masked_twice, *data).graph, data)
+
+
+def test_additive_float_mask_is_kept() -> None:
+    def additive(qkv: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = heads_first(qkv)
+        s = q @ k.mT / math.sqrt(6) + mask[:, None, None, :]
+        return finish((s + torch.full((7, 7), INF, dtype=s.dtype).triu(1)).softmax(-1), v)
+
+    mask = torch.randn(3, 7, dtype=torch.float64)
+    found = rewritten(additive, example(), mask)
+    assert found.result.sites[0].mask == "causal"
+    compare(Site(additive), found.graph, (example(), mask))
+
+
+def test_dropout_keeps_its_distribution() -> None:
+    def dropped(qkv: Tensor) -> Tensor:
+        q, k, v = heads_first(qkv)
+        s = (q @ k.mT).masked_fill(~causal_bool(q.size(2)), INF)
+        return finish(F.dropout(s.softmax(-1), 0.25, True), v)
+
+    data = example()
+    found = rewritten(dropped, data)
+    (call,) = found.calls()
+    assert found.result.sites[0].params.dropout_p == 0.25 and call.args[7] is not None
+    torch.manual_seed(0)
+    runs = torch.stack([found.graph(data)[0] for _ in range(600)])
+    kept = Site(lambda x: finish(
+        (heads_first(x)[0] @ heads_first(x)[1].mT)
+        .masked_fill(~causal_bool(7), INF).softmax(-1), heads_first(x)[2]
+    ))(data)  # fmt: skip
+    assert runs.std(0).amax() > 0.1
+    error = (runs.mean(0) - kept).abs() / (runs.std(0) / math.sqrt(600) + 1e-9)
+    assert float(error.amax()) < 6.0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_softmax_between_narrow_products(dtype: torch.dtype) -> None:
+    def narrow(qkv: Tensor) -> Tensor:
+        q, k, v = heads_first(qkv)
+        s = torch.matmul(q, k.mT) * 0.4
+        s = s + torch.full((7, 7), torch.finfo(s.dtype).min, dtype=s.dtype).triu(1)
+        w = F.softmax(s, dim=-1, dtype=torch.float32).to(q.dtype)
+        return finish(w, v)
+
+    def upcast(qkv: Tensor) -> Tensor:
+        q, k, v = heads_first(qkv)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        s = (q.to(wide) @ k.to(wide).mT).masked_fill(~causal_bool(7), INF)
+        return finish(s.softmax(-1).type_as(v), v)
+
+    for function in (narrow, upcast):
+        data = example().to(dtype)
+        found = rewritten(function, data)
+        (call,) = found.calls()
+        assert call.args[0].meta["val"].dtype == dtype  # type: ignore[union-attr]
+        out, exact = found.graph(data)[0], function(data.double().to(dtype).double())
+        assert out.dtype == dtype
+        bound = 4 * torch.finfo(dtype).eps * float(exact.abs().amax())
+        assert float((out.double() - exact).abs().amax()) <= bound
