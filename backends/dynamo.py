@@ -13,14 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fxport.backends.inductor import check_options, compile_with_inductor
-from fxport.backends.relied import watch_buffers
-from fxport.passes.pipeline import training_pipeline
 from torch import fx
 from torch._dynamo.exc import ShortenTraceback
 
+from fxport.backends.inductor import check_options, compile_with_inductor
+from fxport.backends.relied import watch_buffers
 from fxport.capture.dynamo import lower
 from fxport.errors import FxportWarning, PortError, Reason, ReasonCode
+from fxport.passes.pipeline import training_pipeline
 from fxport.report import Decision, Outcome
 
 __all__ = ["vllm_generic"]

@@ -24,7 +24,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 def main(directory, prompts, max_tokens, result):
     from vllm import LLM, SamplingParams
 
-    llm = LLM(directory, enforce_eager=True)
+    # Without a dtype vLLM would take bfloat16 for a float32 model: fast, but other numbers.
+    llm = LLM(directory, dtype="float32", enforce_eager=True)
     greedy = SamplingParams(temperature=0.0, max_tokens=max_tokens, logprobs=1)
     llm.generate(prompts[:1], greedy, use_tqdm=False)  # the first call warms up
     started = time.perf_counter()

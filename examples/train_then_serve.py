@@ -48,7 +48,7 @@ def make_tokenizer(texts):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END)
 
 
-def train(model, ids, steps, batch=16, peak=2e-3):
+def train(model, ids, steps, batch=8, peak=4e-3):
     """The usual loop; `backend="vllm_generic"` is the only line that differs. Returns losses."""
     length = model.block_size
     compiled = torch.compile(model.train(), backend="vllm_generic")
@@ -85,6 +85,18 @@ def draw(losses, path):
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
+
+
+def serve(saved, out):
+    """Runs serve.py; its warnings go to a file. Returns tokens, log-probabilities and time."""
+    result, log = out / "served.json", out / "serve.log"
+    command = [sys.executable, Path(__file__).parent / "serve.py", saved, *PROMPTS]
+    command += ["--max-tokens", str(MAX_TOKENS), "--json", result]
+    with log.open("w") as errors:
+        status = subprocess.run(command, stderr=errors).returncode
+    if status:
+        sys.exit(f"vLLM failed (status {status}); the end of {log}:\n{log.read_text()[-2000:]}")
+    return json.loads(result.read_text())
 
 
 @torch.no_grad()
@@ -158,12 +170,10 @@ def main(out, steps):
     click.echo(str(port.report))
 
     heading("3. Generate with vLLM: LLM(directory), in a program that never imports fxport")
-    server = [sys.executable, Path(__file__).parent / "serve.py", saved, *PROMPTS]
-    result = out / "served.json"
-    subprocess.run([*server, "--max-tokens", str(MAX_TOKENS), "--json", result], check=True)
+    served = serve(saved, out)
 
     heading("4. Compare")
-    same = compare(model.eval(), tokenizer, json.loads(result.read_text()))
+    same = compare(model.eval(), tokenizer, served)
     click.echo(f"\nIn {out}/: model/ (serve it again: python examples/serve.py {saved} 'Mara')")
     click.echo("  loss.png, report.html, report.json")
     sys.exit(0 if same else 1)

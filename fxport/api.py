@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,7 +15,7 @@ from torch import nn
 from fxport.errors import FxportError, PortError, Reason, ReasonCode
 from fxport.report import Decision, Outcome, Report
 from fxport.saved import Tokenizer, write_port
-from fxport.serving import ServingGraph
+from fxport.serving import Part, ServingGraph
 
 __all__ = ["Port", "port"]
 
@@ -24,12 +25,14 @@ class Port:
     """A proven port of one model.
 
     Attributes:
-        serving: the graphs that vLLM runs.
+        serving: the graphs that vLLM runs in the parameters' own dtype.
+        half: the same for bfloat16 and float16, when the model is in float32.
         parameters: the model's own parameters (shared, not copied) by qualified name.
         report: what was decided, and why.
     """
 
     serving: ServingGraph
+    half: ServingGraph | None
     parameters: Mapping[str, torch.Tensor]
     report: Report
     _model: nn.Module = field(repr=False)
@@ -62,7 +65,13 @@ class Port:
         from fxport.passes.token_rules import has_rule
 
         return write_port(
-            directory, self.serving, self.parameters, self.report, has_rule, tokenizer
+            directory,
+            self.serving,
+            self.half,
+            self.parameters,
+            self.report,
+            has_rule,
+            tokenizer,
         )
 
 
@@ -88,7 +97,9 @@ def port(model: nn.Module, example_inputs: None = None, *, max_seq_len: int | No
     captured = capture(model)
     lowered = lower_for_serving(captured, max_seq_len)
     serving = lowered.serving
-    decisions = (*lowered.decisions, _self_check(model, serving, captured.parameters))
+    half, half_decision = _half(model, serving)
+    checked = _self_check(model, serving, captured.parameters)
+    decisions = (*lowered.decisions, half_decision, checked)
     facts: dict[str, str | int | float | bool | None] = {
         "vocab_size": serving.vocab_size,
         "hidden_size": serving.hidden_size,
@@ -99,7 +110,66 @@ def port(model: nn.Module, example_inputs: None = None, *, max_seq_len: int | No
         "logits": captured.output,
     }
     report = Report(type(model).__name__, facts, decisions)
-    return Port(serving, captured.parameters, report, model)
+    return Port(serving, half, captured.parameters, report, model)
+
+
+def _half(model: nn.Module, serving: ServingGraph) -> tuple[ServingGraph | None, Decision]:
+    """The graph for half precision: vLLM serves float32 checkpoints so unless told otherwise.
+
+    Traced as if the model had been converted, so that its own casts mean what they say.
+    Tables stay in float32 where the model's code allows it.
+    """
+    from fxport.capture.export import capture
+    from fxport.passes.serving import lower_for_serving
+
+    if serving.dtype != torch.float32:
+        detail = f"the model's own: {str(serving.dtype).removeprefix('torch.')}"
+        return None, Decision("precision", Outcome.PROVEN, "serving dtype", detail)
+    length = serving.max_position_embeddings
+    refused: PortError | None = None
+    for buffers in (False, True):
+        try:
+            captured = capture(model, torch.bfloat16, convert_buffers=buffers)
+            half = lower_for_serving(captured, length).serving
+        except PortError as error:
+            refused = refused or error
+            continue
+        kept = "converted, as model.bfloat16() does" if buffers else "float32"
+        detail = f"float32, bfloat16 or float16; constants in half precision: {kept}"
+        return _renamed(half, serving), Decision(
+            "precision", Outcome.PROVEN, "serving dtype", detail
+        )
+    assert refused is not None
+    reason = dataclasses.replace(
+        refused.reasons[0], message=f"float32 only: {refused.reasons[0].message}"
+    )
+    return None, Decision("precision", Outcome.LEFT, "serving dtype", "float32", reason=reason)
+
+
+def _renamed(half: ServingGraph, own: ServingGraph) -> ServingGraph:
+    """Constants that differ from the float32 graph's get names of their own."""
+    names = {
+        name: name
+        if name in own.constants and _identical(value, own.constants[name])
+        else f"fxport_half.{name}"
+        for name, value in half.constants.items()
+    }
+
+    def renamed(part: Part) -> Part:
+        weights = {node: names.get(name, name) for node, name in part.weights.items()}
+        return dataclasses.replace(part, weights=weights)
+
+    return dataclasses.replace(
+        half,
+        embed=renamed(half.embed),
+        body=renamed(half.body),
+        head=renamed(half.head),
+        constants={names[name]: value for name, value in half.constants.items()},
+    )
+
+
+def _identical(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
 
 
 # --- the numeric self-check -------------------------------------------------------------------

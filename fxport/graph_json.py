@@ -2,7 +2,8 @@
 
 A node is ``{"name", "op", "args", "kwargs"}``; arguments are JSON values, with objects of one key
 for what JSON lacks: ``{"node": name}``, ``{"dtype": "float32"}``, ``{"float": "-inf"}``,
-``{"device": "model"}``, ``{"layout": "strided"}``, ``{"memory_format": ...}``.
+``{"dtype": "model"}`` (the parameters' dtype), ``{"device": "model"}``, ``{"layout": "strided"}``,
+``{"memory_format": ...}``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -66,8 +68,8 @@ _SIZE_OPS = {torch.ops.aten.sym_size.int}
 # --- writing ----------------------------------------------------------------------------------
 
 
-def part_to_dict(part: Part, allowed: Allowed) -> dict[str, Any]:
-    """A part as JSON values.
+def part_to_dict(part: Part, allowed: Allowed, dtype: torch.dtype) -> dict[str, Any]:
+    """A part as JSON values; `dtype` is the parameters', written as ``"model"``.
 
     Raises:
         SavedPortError: an op that is not allowed in a saved port.
@@ -77,14 +79,16 @@ def part_to_dict(part: Part, allowed: Allowed) -> dict[str, Any]:
         if node.op == "placeholder":
             nodes.append({"name": node.name, "op": "placeholder"})
         elif node.op == "output":
-            nodes.append({"name": node.name, "op": "output", "args": [_encode(node.args[0])]})
+            nodes.append(
+                {"name": node.name, "op": "output", "args": [_encode(node.args[0], dtype)]}
+            )
         else:
             nodes.append(
                 {
                     "name": node.name,
                     "op": _op_name(node.target, allowed),
-                    "args": [_encode(a) for a in node.args],
-                    "kwargs": {k: _encode(v) for k, v in node.kwargs.items()},
+                    "args": [_encode(a, dtype) for a in node.args],
+                    "kwargs": {k: _encode(v, dtype) for k, v in node.kwargs.items()},
                 }
             )
     return {"inputs": list(part.inputs), "weights": dict(part.weights), "nodes": nodes}
@@ -99,7 +103,7 @@ def _op_name(target: Any, allowed: Allowed) -> str:
     raise SavedPortError(f"the operation `{target}` cannot be saved: it is not on the allow-list")
 
 
-def _encode(value: Any) -> Any:
+def _encode(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, fx.Node):
         return {"node": value.name}
     if isinstance(value, bool | int | str) or value is None:
@@ -107,9 +111,9 @@ def _encode(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else {"float": repr(value)}
     if isinstance(value, list | tuple):
-        return [_encode(v) for v in value]
+        return [_encode(v, dtype) for v in value]
     if isinstance(value, torch.dtype):
-        return {"dtype": str(value).removeprefix("torch.")}
+        return {"dtype": "model" if value == dtype else str(value).removeprefix("torch.")}
     if isinstance(value, torch.device):
         return {"device": "model"}
     if isinstance(value, torch.memory_format):
@@ -122,12 +126,21 @@ def _encode(value: Any) -> Any:
 # --- reading ----------------------------------------------------------------------------------
 
 
-def part_from_dict(data: Any, allowed: Allowed, device: torch.device) -> Part:
+@dataclass(frozen=True)
+class _Model:
+    """What ``"model"`` stands for in a saved graph."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+
+def part_from_dict(data: Any, allowed: Allowed, dtype: torch.dtype, device: torch.device) -> Part:
     """Builds a part from JSON values. Nothing is executed.
 
     Args:
         data: what `part_to_dict` wrote; not trusted.
         allowed: whether an operation may occur.
+        dtype: the parameters' dtype.
         device: where tensors that the graph makes are put.
 
     Raises:
@@ -143,12 +156,13 @@ def part_from_dict(data: Any, allowed: Allowed, device: torch.device) -> Part:
     if len(nodes) > _MAX_NODES:
         raise SavedPortError(f"the graph has {len(nodes)} nodes")
     graph = fx.Graph()
+    model = _Model(dtype, device)
     built: dict[str, fx.Node] = {}
     finished = False
     for entry in nodes:
         if finished:
             raise SavedPortError("the graph goes on after its output")
-        finished = _add(graph, _expect(entry, dict, "a node"), built, allowed, device)
+        finished = _add(graph, _expect(entry, dict, "a node"), built, allowed, model)
     placeholders = {n.name for n in graph.nodes if n.op == "placeholder"}
     if not finished or placeholders != {*inputs, *weights} or set(inputs) & set(weights):
         raise SavedPortError("the graph's inputs and output do not fit its record")
@@ -160,12 +174,12 @@ def _add(
     entry: dict[str, Any],
     built: dict[str, fx.Node],
     allowed: Allowed,
-    device: torch.device,
+    model: _Model,
 ) -> bool:
     name, op = _name(entry.get("name")), _expect(entry.get("op"), str, "an operation")
     if name in built:
         raise SavedPortError(f"the node `{name}` occurs twice")
-    args = [_decode(a, built, device) for a in _expect(entry.get("args", []), list, "arguments")]
+    args = [_decode(a, built, model) for a in _expect(entry.get("args", []), list, "arguments")]
     if op == "output":
         if len(args) != 1 or not isinstance(args[0], fx.Node):
             raise SavedPortError("the output is not one node")
@@ -175,7 +189,7 @@ def _add(
         node = graph.placeholder(name)
     else:
         keywords = _expect(entry.get("kwargs", {}), dict, "arguments")
-        kwargs = {_name(k): _decode(v, built, device) for k, v in keywords.items()}
+        kwargs = {_name(k): _decode(v, built, model) for k, v in keywords.items()}
         node = graph.create_node("call_function", _op(op, allowed), tuple(args), kwargs, name=name)
     if node.name != name:
         raise SavedPortError(f"`{name}` is not a possible node name")
@@ -196,30 +210,30 @@ def _op(name: str, allowed: Allowed) -> Any:
     raise SavedPortError(f"the operation `{name}` is not on the allow-list")
 
 
-def _decode(value: Any, built: Mapping[str, fx.Node], device: torch.device) -> Any:
+def _decode(value: Any, built: Mapping[str, fx.Node], model: _Model) -> Any:
     if isinstance(value, bool | int | float | str) or value is None:
         return value
     if isinstance(value, list):
-        return [_decode(v, built, device) for v in value]
+        return [_decode(v, built, model) for v in value]
     if isinstance(value, dict) and len(value) == 1:
         ((kind, content),) = value.items()
-        found = _object(kind, content, built, device)
+        found = _object(kind, content, built, model)
         if found is not None:
             return found
     raise SavedPortError(f"an argument cannot be read: {str(value)[:80]}")
 
 
-def _object(kind: str, content: Any, built: Mapping[str, fx.Node], device: torch.device) -> Any:
+def _object(kind: str, content: Any, built: Mapping[str, fx.Node], model: _Model) -> Any:
     if not isinstance(content, str):
         return None
     if kind == "node":
         return built.get(content)
     if kind == "dtype":
-        return _DTYPES.get(content)
+        return model.dtype if content == "model" else _DTYPES.get(content)
     if kind == "float" and content in ("inf", "-inf", "nan"):
         return float(content)
     if kind == "device" and content == "model":
-        return device
+        return model.device
     if kind == "layout" and content == "strided":
         return torch.strided
     if kind == "memory_format":

@@ -9,11 +9,12 @@ tokenizer files      if a tokenizer was given
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,6 +43,7 @@ class Tokenizer(Protocol):
 def write_port(
     directory: str | Path,
     serving: ServingGraph,
+    half: ServingGraph | None,
     parameters: Mapping[str, torch.Tensor],
     report: Report,
     allowed: Allowed,
@@ -51,6 +53,8 @@ def write_port(
 
     Args:
         directory: must not exist, or be empty.
+        serving: the graph for the parameters' own dtype.
+        half: the graph for half precision, where that is another one.
         parameters: real tensors for every name in ``serving.parameters``.
         tokenizer: an object with `save_pretrained`, or a directory whose files are copied.
 
@@ -66,10 +70,15 @@ def write_port(
     final.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
     try:
-        _write_json(staging / GRAPH_FILE, _graph_dict(serving, allowed))
+        graphs = {"own": _graph_dict(serving, allowed)}
+        if half is not None:
+            graphs["half"] = _graph_dict(half, allowed)
+        content = {"format_version": FORMAT_VERSION, "dtype": _name(serving.dtype), **graphs}
+        _write_json(staging / GRAPH_FILE, content)
         _write_json(staging / "config.json", _config_dict(serving))
         report.to_json(staging / "port_report.json")
-        _write_weights(staging, serving, parameters)
+        constants = {**(half.constants if half is not None else {}), **serving.constants}
+        _write_weights(staging, {**{n: parameters[n] for n in serving.parameters}, **constants})
         _write_tokenizer(staging, tokenizer)
         staging.chmod(0o755)
         if final.exists():
@@ -87,14 +96,13 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def _graph_dict(serving: ServingGraph, allowed: Allowed) -> dict[str, Any]:
     return {
-        "format_version": FORMAT_VERSION,
-        "embed": part_to_dict(serving.embed, allowed),
-        "body": part_to_dict(serving.body, allowed),
-        "head": part_to_dict(serving.head, allowed),
+        "embed": part_to_dict(serving.embed, allowed, serving.dtype),
+        "body": part_to_dict(serving.body, allowed, serving.dtype),
+        "head": part_to_dict(serving.head, allowed, serving.dtype),
         "attention": [asdict(layer) for layer in serving.attention],
         "parameters": {name: list(shape) for name, shape in serving.parameters.items()},
         "constants": {
-            name: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")}
+            name: {"shape": list(t.shape), "dtype": _name(t.dtype)}
             for name, t in serving.constants.items()
         },
         "aliases": dict(serving.aliases),
@@ -102,8 +110,11 @@ def _graph_dict(serving: ServingGraph, allowed: Allowed) -> dict[str, Any]:
         "vocab_size": serving.vocab_size,
         "hidden_size": serving.hidden_size,
         "max_position_embeddings": serving.max_position_embeddings,
-        "dtype": str(serving.dtype).removeprefix("torch."),
     }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _config_dict(serving: ServingGraph) -> dict[str, Any]:
@@ -120,7 +131,7 @@ def _config_dict(serving: ServingGraph) -> dict[str, Any]:
         "num_key_value_heads": first.num_kv_heads,
         "head_dim": first.head_size,
         "max_position_embeddings": serving.max_position_embeddings,
-        "dtype": str(serving.dtype).removeprefix("torch."),
+        "dtype": _name(serving.dtype),
         "tie_word_embeddings": False,
     }
 
@@ -128,27 +139,20 @@ def _config_dict(serving: ServingGraph) -> dict[str, Any]:
 # --- weights ----------------------------------------------------------------------------------
 
 
-def _write_weights(
-    directory: Path, serving: ServingGraph, parameters: Mapping[str, torch.Tensor]
-) -> None:
+def _write_weights(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     from safetensors.torch import save_file
 
     shards: list[list[str]] = [[]]
     size = 0
-    tensors: dict[str, Callable[[], torch.Tensor]] = {}
-    for name in serving.parameters:
-        tensors[name] = lambda name=name: parameters[name]  # type: ignore[misc]
-    for name, constant in serving.constants.items():
-        tensors[name] = lambda constant=constant: constant  # type: ignore[misc]
     for name, tensor in tensors.items():
-        count = tensor().numel() * tensor().element_size()
+        count = tensor.numel() * tensor.element_size()
         if shards[-1] and size + count > _MAX_SHARD_BYTES:
             shards.append([])
             size = 0
         shards[-1].append(name)
         size += count
     for number, names in enumerate(shards, start=1):
-        content = {name: _storable(tensors[name]()) for name in names}
+        content = {name: _storable(tensors[name]) for name in names}
         file = directory / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(content, str(file), metadata={"format": "pt"})
 
@@ -192,34 +196,55 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     return config
 
 
-def read_serving(directory: str | Path, allowed: Allowed, device: torch.device) -> ServingGraph:
+def read_serving(
+    directory: str | Path, allowed: Allowed, dtype: torch.dtype, device: torch.device
+) -> ServingGraph:
     """The serving graph of a saved port; constants stay on the meta device (weights come later).
 
+    Args:
+        dtype: in which the parameters will be; half precision has a graph of its own.
+        device: where tensors that the graph makes are put.
+
     Raises:
-        SavedPortError: the directory is damaged, hostile, or of another version.
+        SavedPortError: the directory is damaged, hostile, of another version, or holds no graph
+            for this dtype.
     """
     data = _read_json(Path(directory) / GRAPH_FILE)
     if data.get("format_version") != FORMAT_VERSION:
         raise SavedPortError(
             f"format version {data.get('format_version')!r}; this fxport reads {FORMAT_VERSION}"
         )
-    try:
-        return ServingGraph(
-            embed=part_from_dict(data["embed"], allowed, device),
-            body=part_from_dict(data["body"], allowed, device),
-            head=part_from_dict(data["head"], allowed, device),
-            attention=tuple(_attention_layer(a) for a in data["attention"]),
-            constants={n: _meta_tensor(n, t) for n, t in data["constants"].items()},
-            parameters={str(n): _shape(n, s) for n, s in data["parameters"].items()},
-            aliases={str(k): str(v) for k, v in data["aliases"].items()},
-            unused=tuple(str(u) for u in data["unused"]),
-            vocab_size=_size(data["vocab_size"]),
-            hidden_size=_size(data["hidden_size"]),
-            max_position_embeddings=_size(data["max_position_embeddings"]),
-            dtype=_dtype(data["dtype"]),
+    half = dtype in (torch.bfloat16, torch.float16) and "half" in data
+    if not half and data.get("dtype") != _name(dtype):
+        raise SavedPortError(
+            f"this port is for {data.get('dtype')} and cannot be served in {_name(dtype)} "
+            "(port_report.json says why); pass dtype to LLM, or port the model in that dtype"
         )
+    graph = data.get("half" if half else "own")
+    try:
+        serving = _serving(graph, allowed, dtype, device)
+        stored = {n for g in ("own", "half") if g in data for n in data[g]["constants"]}
+        others = sorted(stored - set(serving.constants))
+        return dataclasses.replace(serving, unused=(*serving.unused, *others))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise SavedPortError(f"{GRAPH_FILE} is damaged: {error!r}") from error
+
+
+def _serving(data: Any, allowed: Allowed, dtype: torch.dtype, device: torch.device) -> ServingGraph:
+    return ServingGraph(
+        embed=part_from_dict(data["embed"], allowed, dtype, device),
+        body=part_from_dict(data["body"], allowed, dtype, device),
+        head=part_from_dict(data["head"], allowed, dtype, device),
+        attention=tuple(_attention_layer(a) for a in data["attention"]),
+        constants={n: _meta_tensor(n, t) for n, t in data["constants"].items()},
+        parameters={str(n): _shape(n, s) for n, s in data["parameters"].items()},
+        aliases={str(k): str(v) for k, v in data["aliases"].items()},
+        unused=tuple(str(u) for u in data["unused"]),
+        vocab_size=_size(data["vocab_size"]),
+        hidden_size=_size(data["hidden_size"]),
+        max_position_embeddings=_size(data["max_position_embeddings"]),
+        dtype=dtype,
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -18,6 +18,13 @@ import operator
 from dataclasses import dataclass
 
 import torch
+from torch import fx
+
+import fxport.ops.attention  # noqa: F401  (registers the op)
+from fxport.capture.arguments import arguments
+from fxport.capture.location import module_of, user_location
+from fxport.errors import Reason, ReasonCode
+from fxport.ops.params import AttentionParams
 from fxport.passes.attention_bias import emit_dense, emit_row_scales, restore_nan
 from fxport.passes.attention_emit import Emitter
 from fxport.passes.attention_frame import Frame, frame_of
@@ -32,13 +39,6 @@ from fxport.passes.attention_views import moved_input
 from fxport.passes.graph_facts import GraphFacts, erase_dead, erase_if_unused
 from fxport.passes.inplace import without_inplace
 from fxport.passes.masks import Prover
-from torch import fx
-
-import fxport.ops.attention  # noqa: F401  (registers the op)
-from fxport.capture.arguments import arguments
-from fxport.capture.location import module_of, user_location
-from fxport.errors import Reason, ReasonCode
-from fxport.ops.params import AttentionParams
 from fxport.report import Decision, Outcome
 
 __all__ = ["AttentionResult", "AttentionSite", "rewrite_attention"]
@@ -190,9 +190,7 @@ def _compute_dtype(match: Match) -> torch.dtype:
     """
     dtypes = [trace[-1].node.meta["val"].dtype for trace in (match.q, match.k, match.v)]
     narrow = dtypes[2]
-    stored = [
-        [s.node.meta["val"].dtype for s in trace] for trace in (match.q, match.k, match.v)
-    ]
+    stored = [[s.node.meta["val"].dtype for s in trace] for trace in (match.q, match.k, match.v)]
     if match.output.meta["val"].dtype == narrow and all(narrow in found for found in stored):
         return narrow
     wide = dtypes[0]
@@ -266,16 +264,12 @@ def _count(size: Size) -> int:
 
 
 def _rewritten(site: AttentionSite) -> Decision:
-    return Decision(
-        _PASS, Outcome.REWRITTEN, "softmax", str(site), site.module, site.location
-    )
+    return Decision(_PASS, Outcome.REWRITTEN, "softmax", str(site), site.module, site.location)
 
 
 def _left(node: fx.Node, reason: Reason) -> Decision:
     subject = "softmax" if not is_sdpa(node) else "scaled_dot_product_attention"
-    return Decision(
-        _PASS, Outcome.LEFT, subject, "", module_of(node), user_location(node), reason
-    )
+    return Decision(_PASS, Outcome.LEFT, subject, "", module_of(node), user_location(node), reason)
 
 
 def _mask_decisions(match: Match, plan: MaskPlan, site: AttentionSite) -> list[Decision]:

@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import fx
+
+from fxport.capture.arguments import shape_of
 from fxport.passes.attention_emit import Emitter
 from fxport.passes.attention_frame import Frame, recipe
 from fxport.passes.attention_masks import MaskPlan
 from fxport.passes.attention_site import MaskKind, MaskStep, RowScale
-from torch import fx
-
-from fxport.capture.arguments import shape_of
 
 __all__ = ["Dense", "emit_dense", "emit_row_scales", "restore_nan"]
 

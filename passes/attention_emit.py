@@ -8,15 +8,15 @@ from typing import Any
 
 import sympy
 import torch
-from fxport.passes.attention_frame import Axes, Recipe
-from fxport.passes.attention_layout import Dims, Size, product, resolve, resolve_all
-from fxport.passes.attention_site import Left
-from fxport.passes.attention_views import Step
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fxport.capture.arguments import shape_of
 from fxport.errors import ReasonCode
+from fxport.passes.attention_frame import Axes, Recipe
+from fxport.passes.attention_layout import Dims, Size, product, resolve, resolve_all
+from fxport.passes.attention_site import Left
+from fxport.passes.attention_views import Step
 
 __all__ = ["Emitter"]
 

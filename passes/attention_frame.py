@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fxport.errors import ReasonCode
 from fxport.passes.attention_layout import Axis, Dims, Size, axes_of, is_one, product, resolve
 from fxport.passes.attention_site import Left, Match
-
-from fxport.errors import ReasonCode
 
 __all__ = ["Axes", "Frame", "Recipe", "frame_of", "recipe"]
 

@@ -1,22 +1,22 @@
 """Decides for each mask of an attention: a flag of the op, ALiBi slopes, or a dense bias.
 
-    constant, proven a band           causal, window_left, window_right
-    constant, linear in the distance  alibi_slopes
-    constant, anything else           bias (reported: it costs memory)
-    learned, or from the data         bias
+constant, proven a band           causal, window_left, window_right
+constant, linear in the distance  alibi_slopes
+constant, anything else           bias (reported: it costs memory)
+learned, or from the data         bias
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from fxport.errors import ReasonCode
 from fxport.passes.attention_frame import Frame
 from fxport.passes.attention_site import Left, MaskKind, MaskStep, Match
 from fxport.passes.graph_facts import GraphFacts, Source
 from fxport.passes.masks import FULL, Band, Proof, Prover, is_forbidding
-from torch import Tensor
-
-from fxport.errors import ReasonCode
 
 __all__ = ["MaskPlan", "plan_masks"]
 
@@ -93,9 +93,7 @@ def _source(facts: GraphFacts, step: MaskStep) -> Source:
 
 def _mixes_finite(proof: Proof, open_: list[MaskStep]) -> bool:
     """Rows that data may empty depend on every finite fill, constant ones included."""
-    return proof.finite or any(
-        s.kind is MaskKind.FILL and s.number != float("-inf") for s in open_
-    )
+    return proof.finite or any(s.kind is MaskKind.FILL and s.number != float("-inf") for s in open_)
 
 
 def _expressible(band: Band, match: Match) -> bool:

@@ -11,17 +11,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import fx
+
+from fxport.capture.arguments import arguments, shape_of
+from fxport.errors import ReasonCode
 from fxport.passes.attention_layout import Axis, Dims, LayoutError, axes_of, resolve, resolve_all
 from fxport.passes.attention_products import Contraction, Product, as_product, contract
 from fxport.passes.attention_scores import Scores, Walk, paths, walk
 from fxport.passes.attention_site import Left, MaskKind, Match
 from fxport.passes.attention_softmax import Softmax, subtracted_maximum
 from fxport.passes.attention_views import Step, moved_input, overload_packet, trace, view_dims
-from fxport.passes.graph_facts import GraphFacts, Source, only_checks, value_inputs
-from torch import fx
-
-from fxport.capture.arguments import arguments, shape_of
-from fxport.errors import ReasonCode
+from fxport.passes.graph_facts import GraphFacts, Source, lends_shape_only, only_checks
 
 __all__ = ["match_softmax"]
 
@@ -173,7 +173,7 @@ def _to_values(softmax: Softmax, walked: Walk) -> _Forward:
 
 
 def _only_user(node: fx.Node, softmax: Softmax) -> fx.Node:
-    users = [u for u in node.users if not only_checks(u) and node in value_inputs(u)]
+    users = [u for u in node.users if not only_checks(u) and not lends_shape_only(node, u)]
     if len(users) == 1 and users[0].op != "output":
         return users[0]
     products = [u for u in users if as_product(u) is not None]
@@ -316,9 +316,7 @@ def _check_source_of_keys(facts: GraphFacts, k: tuple[Step, ...], forward: _Forw
     for value in (k[0].node, forward.product.right):
         if facts.source(value) & Source.DATA:
             return
-    raise Left(
-        ReasonCode.NOT_ATTENTION, "keys and values are parameters: a memory look-up"
-    )
+    raise Left(ReasonCode.NOT_ATTENTION, "keys and values are parameters: a memory look-up")
 
 
 def _check_closed(interior: tuple[fx.Node, ...], output: fx.Node) -> None:
@@ -326,7 +324,7 @@ def _check_closed(interior: tuple[fx.Node, ...], output: fx.Node) -> None:
     inside = {*interior, output}
     for node in interior:
         for user in node.users:
-            if user in inside or only_checks(user) or node not in value_inputs(user):
+            if user in inside or only_checks(user) or lends_shape_only(node, user):
                 continue
             written = isinstance(user.target, torch._ops.OpOverload) and (
                 user.target._schema.is_mutable

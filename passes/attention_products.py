@@ -1,6 +1,6 @@
 """Products of two tensors, whatever they are spelled as, by the labels of their dimensions.
 
-    matmul(a, b)  [.., i, c] [.., c, j] -> [.., i, j]        einsum("bthd,bshd->bhts", a, b)
+matmul(a, b)  [.., i, c] [.., c, j] -> [.., i, j]        einsum("bthd,bshd->bhts", a, b)
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fxport.passes.attention_layout import Dims, Factor, LayoutError, align
-from fxport.passes.attention_views import number, overload_packet
 from torch import fx
 
 from fxport.capture.arguments import arguments, shape_of
+from fxport.passes.attention_layout import Dims, Factor, LayoutError, align
+from fxport.passes.attention_views import number, overload_packet
 
 __all__ = ["Contraction", "Product", "as_product", "contract"]
 
@@ -98,9 +98,7 @@ def _einsum(node: fx.Node) -> Product | None:
     ranks = [len(shape_of(o)) for o in operands]
     widths = [r - len(t.replace("...", "")) for t, r in zip(terms, ranks, strict=True)]
     dots = _names(max(widths))
-    left, right = (
-        _labels(t, dots[len(dots) - w :]) for t, w in zip(terms, widths, strict=True)
-    )
+    left, right = (_labels(t, dots[len(dots) - w :]) for t, w in zip(terms, widths, strict=True))
     if not arrow:
         letters = inputs.replace("...", "").replace(",", "")
         once = "".join(sorted(c for c in set(letters) if letters.count(c) == 1))

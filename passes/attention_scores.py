@@ -9,6 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
+
+from fxport.capture.arguments import arguments, shape_of
+from fxport.errors import ReasonCode
 from fxport.passes.attention_layout import Axis, Dim, Dims, Factor, LayoutError, is_one, resolve
 from fxport.passes.attention_products import as_product
 from fxport.passes.attention_site import Left, MaskKind, MaskStep, RowScale
@@ -17,10 +21,6 @@ from fxport.passes.attention_views import is_cast, moved_input, number, overload
 from fxport.passes.constants import is_symbolic
 from fxport.passes.graph_facts import GraphFacts, Source
 from fxport.passes.mask_values import constant_value
-from torch import fx
-
-from fxport.capture.arguments import arguments, shape_of
-from fxport.errors import ReasonCode
 
 __all__ = ["Scores", "Walk", "paths", "walk"]
 
@@ -115,9 +115,7 @@ def walk(path: list[fx.Node], dims: Dims) -> Walk:
     return Walk(tuple(path), tuple(found), *(sink or ()))
 
 
-def _with_sink(
-    node: fx.Node, carrier: fx.Node, dims: Dims
-) -> tuple[tuple[Axis, bool, Dim], Dims]:
+def _with_sink(node: fx.Node, carrier: fx.Node, dims: Dims) -> tuple[tuple[Axis, bool, Dim], Dims]:
     given = arguments(node)
     tensors, along = list(given["tensors"]), given["dim"] % len(dims)
     other = [t for t in tensors if t is not carrier]

@@ -1,6 +1,7 @@
 """``scaled_dot_product_attention`` as a match: the call names its parts, axes as elsewhere.
 
-    sdpa(q [.., H, Tq, D], k [.., Hkv, Tk, D], v, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+sdpa(q [.., H, Tq, D], k [.., Hkv, Tk, D], v, attn_mask, dropout_p, is_causal, scale,
+     enable_gqa)
 """
 
 from __future__ import annotations
@@ -8,15 +9,15 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import fx
+
+from fxport.capture.arguments import arguments, shape_of
+from fxport.errors import ReasonCode
 from fxport.passes.attention_layout import Axis, Dims, Factor, LayoutError, axes_of, resolve_all
 from fxport.passes.attention_products import contract
 from fxport.passes.attention_site import Left, MaskKind, MaskStep, Match
 from fxport.passes.attention_views import number, overload_packet, trace
 from fxport.passes.graph_facts import GraphFacts
-from torch import fx
-
-from fxport.capture.arguments import arguments, shape_of
-from fxport.errors import ReasonCode
 
 __all__ = ["is_sdpa", "match_sdpa"]
 

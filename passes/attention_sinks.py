@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch import fx
+
+from fxport.errors import ReasonCode
 from fxport.passes.attention_emit import Emitter
 from fxport.passes.attention_frame import Frame
 from fxport.passes.attention_layout import Dims, LayoutError, align, axes_of
 from fxport.passes.attention_site import Left
 from fxport.passes.attention_views import trace
-from torch import fx
-
-from fxport.errors import ReasonCode
 
 __all__ = ["emit_sinks"]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from fxport.passes.attention_layout import Dim, Dims
-from fxport.passes.attention_views import Step
 from torch import fx
 
 from fxport.capture.location import user_location
 from fxport.errors import Location, Reason, ReasonCode
 from fxport.ops.params import AttentionParams
+from fxport.passes.attention_layout import Dim, Dims
+from fxport.passes.attention_views import Step
 
 __all__ = ["AttentionSite", "Left", "MaskKind", "MaskStep", "Match", "RowScale"]
 

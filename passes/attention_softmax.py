@@ -1,6 +1,6 @@
 """Where attentions may be: every softmax of a graph, written as one call or out in full.
 
-    softmax(x)     log_softmax(x).exp()     e = exp(x - amax(x)); e / sum(e)
+softmax(x)     log_softmax(x).exp()     e = exp(x - amax(x)); e / sum(e)
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from fxport.passes.attention_views import overload_packet
 from torch import fx
 
 from fxport.capture.arguments import arguments
+from fxport.passes.attention_views import overload_packet
 
 __all__ = ["Softmax", "softmaxes", "subtracted_maximum"]
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
+
+from fxport.capture.arguments import arguments, shape_of
 from fxport.passes.attention_layout import (
     Axis,
     Dim,
@@ -17,9 +20,6 @@ from fxport.passes.attention_layout import (
     is_one,
     regroup,
 )
-from torch import fx
-
-from fxport.capture.arguments import arguments, shape_of
 
 __all__ = ["Step", "is_cast", "moved_input", "number", "overload_packet", "trace", "view_dims"]
 

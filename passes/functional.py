@@ -19,7 +19,7 @@ from fxport.capture.inputs import graph_input
 from fxport.capture.location import user_location
 from fxport.errors import PortError, Reason, ReasonCode
 
-__all__ = ["functionalise"]
+__all__ = ["functionalise", "replace_mutation"]
 
 
 def functionalise(gm: fx.GraphModule) -> None:
@@ -32,7 +32,7 @@ def functionalise(gm: fx.GraphModule) -> None:
     for node in list(gm.graph.nodes):
         target = node.target
         if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
-            reason = _replace(gm, node)
+            reason = replace_mutation(gm, node)
             if reason is not None:
                 reasons.append(reason)
     if reasons:
@@ -41,7 +41,8 @@ def functionalise(gm: fx.GraphModule) -> None:
     gm.recompile()
 
 
-def _replace(gm: fx.GraphModule, node: fx.Node) -> Reason | None:
+def replace_mutation(gm: fx.GraphModule, node: fx.Node) -> Reason | None:
+    """Rewrites one in-place op; a reason when that would not be exact."""
     target = node.target
     assert isinstance(target, torch._ops.OpOverload)
     functional = _out_of_place(target)
@@ -52,9 +53,8 @@ def _replace(gm: fx.GraphModule, node: fx.Node) -> Reason | None:
     with gm.graph.inserting_before(node):
         new = gm.graph.call_function(functional, node.args, node.kwargs)
     new.meta = dict(node.meta)
-    order = {n: i for i, n in enumerate(gm.graph.nodes)}
     for user in list(changed.users):
-        if order[user] > order[node]:
+        if node < user:
             user.replace_input_with(changed, new)
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)

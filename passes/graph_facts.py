@@ -8,14 +8,22 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from fxport.passes.constants import is_symbolic
 from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from fxport.capture.inputs import InputKind, graph_input
+from fxport.passes.constants import is_symbolic
 
-__all__ = ["GraphFacts", "Source", "erase_dead", "erase_if_unused", "only_checks", "value_inputs"]
+__all__ = [
+    "GraphFacts",
+    "Source",
+    "erase_dead",
+    "erase_if_unused",
+    "lends_shape_only",
+    "only_checks",
+    "value_inputs",
+]
 
 aten = torch.ops.aten
 
@@ -50,6 +58,14 @@ def value_inputs(node: fx.Node) -> list[fx.Node]:
     if packet in _LENT_BY_OTHER:
         return [n for n in node.args[:1] if isinstance(n, fx.Node)]
     return node.all_input_nodes
+
+
+def lends_shape_only(node: fx.Node, user: fx.Node) -> bool:
+    """Whether `user` looks at the shape of `node` alone, maybe through views."""
+    if node not in value_inputs(user) or is_symbolic(user):
+        return True
+    views = _may_alias_input(user) and user.target is not operator.getitem
+    return views and bool(user.users) and all(lends_shape_only(user, u) for u in user.users)
 
 
 class GraphFacts:

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 
 import sympy
 import torch
-from fxport.passes.constants import depends_on
 from torch import fx
 
 from fxport.capture.arguments import arguments, shape_of
 from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.location import module_of, user_location
 from fxport.errors import PortError, Reason, ReasonCode
+from fxport.passes.constants import depends_on
 from fxport.report import Decision, Outcome
 
 __all__ = ["Head", "find_head"]

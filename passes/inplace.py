@@ -10,8 +10,9 @@ Those that cannot be replaced safely stay, and keep their neighbourhood from bei
 from __future__ import annotations
 
 import torch
-from fxport.passes.functional import _replace
 from torch import fx
+
+from fxport.passes.functional import replace_mutation
 
 __all__ = ["without_inplace"]
 
@@ -21,4 +22,4 @@ def without_inplace(gm: fx.GraphModule) -> None:
     for node in list(gm.graph.nodes):
         target = node.target
         if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
-            _replace(gm, node)
+            replace_mutation(gm, node)

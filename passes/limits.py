@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import sympy
 import torch
-from fxport.passes.constants import depends_on, evaluate
 from torch import fx
 
 from fxport.capture.arguments import arguments, shape_of
 from fxport.capture.inputs import InputKind
+from fxport.passes.constants import depends_on, evaluate
 
 __all__ = ["longest_sequence"]
 

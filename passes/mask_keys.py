@@ -6,11 +6,11 @@ import operator
 from typing import Any
 
 import torch
-from fxport.passes.constants import is_symbolic
-from fxport.passes.graph_facts import value_inputs
 from torch import fx
 
 from fxport.capture.inputs import InputKind, graph_input
+from fxport.passes.constants import is_symbolic
+from fxport.passes.graph_facts import value_inputs
 
 __all__ = ["Keys"]
 

@@ -21,13 +21,13 @@ from typing import Any
 
 import sympy
 import torch
+from torch import fx
+
+from fxport.capture.arguments import arguments, shape_of
 from fxport.passes.attention_views import overload_packet
 from fxport.passes.constants import is_symbolic
 from fxport.passes.graph_facts import value_inputs
 from fxport.passes.mask_values import constant_value
-from torch import fx
-
-from fxport.capture.arguments import arguments, shape_of
 
 __all__ = ["Scope", "scope_of", "upper_bound"]
 
@@ -138,9 +138,7 @@ def _is_local(node: fx.Node) -> bool:
     if not any(packet in group for group in known):
         return False
     given = arguments(node)
-    return not any(
-        _varies(value) for name, value in given.items() if name not in _SHAPE_ARGUMENTS
-    )
+    return not any(_varies(value) for name, value in given.items() if name not in _SHAPE_ARGUMENTS)
 
 
 def _without_ones(shape: tuple[Any, ...]) -> list[Any]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from fxport.passes.attention_views import overload_packet
-from fxport.passes.constants import Sizes, evaluate, is_symbolic
-from fxport.passes.graph_facts import value_inputs
 from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fxport.capture.arguments import arguments, shape_of
+from fxport.passes.attention_views import overload_packet
+from fxport.passes.constants import Sizes, evaluate, is_symbolic
+from fxport.passes.graph_facts import value_inputs
 
 __all__ = ["constant_value"]
 

@@ -19,6 +19,10 @@ from typing import Any
 
 import sympy
 import torch
+from torch import Tensor, fx
+
+from fxport.capture.arguments import shape_of
+from fxport.errors import ReasonCode
 from fxport.passes.attention_frame import Frame, Recipe, recipe
 from fxport.passes.attention_layout import Size, product
 from fxport.passes.attention_site import Left, MaskKind, MaskStep
@@ -26,10 +30,6 @@ from fxport.passes.graph_facts import GraphFacts
 from fxport.passes.mask_keys import Keys
 from fxport.passes.mask_scope import Scope, scope_of, upper_bound
 from fxport.passes.mask_values import constant_value
-from torch import Tensor, fx
-
-from fxport.capture.arguments import shape_of
-from fxport.errors import ReasonCode
 
 __all__ = ["FORBIDDEN", "FULL", "Band", "Proof", "Prover", "band_of", "is_forbidding"]
 
@@ -171,9 +171,10 @@ def _prove(
         if effect is None:
             why = "masks are combined in a way that is not understood"
             return Proof(None, rest=True, why=why, known=False)
-        if not zero_rows and not effect.allowed.expand(*effect.allowed.shape[:-1], columns).any(
-            -1
-        ).all():
+        if (
+            not zero_rows
+            and not effect.allowed.expand(*effect.allowed.shape[:-1], columns).any(-1).all()
+        ):
             raise Left(
                 ReasonCode.EMPTY_ROW,
                 "the mask leaves some query without any key",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fxport.passes.attention import AttentionSite, rewrite_attention
 from torch import fx
 
 from fxport.capture.dynamo import lowered_graphs
+from fxport.passes.attention import AttentionSite, rewrite_attention
 from fxport.report import Decision
 
 __all__ = ["PipelineResult", "training_pipeline"]

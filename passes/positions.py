@@ -10,10 +10,10 @@ Before                                    After (positions: [N] int64, a placeho
 from __future__ import annotations
 
 import torch
-from fxport.passes.token_locality import Locality, Rows
 from torch import fx
 
 from fxport.capture.location import module_of, user_location
+from fxport.passes.token_locality import Locality, Rows
 from fxport.report import Decision, Outcome
 
 __all__ = ["gather_by_position"]

@@ -9,6 +9,12 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
+from torch import fx
+
+from fxport.capture.arguments import shape_of
+from fxport.capture.export import Captured
+from fxport.capture.inputs import InputKind, graph_input
+from fxport.errors import FxportError, PortError, Reason, ReasonCode
 from fxport.passes.attention import rewrite_attention
 from fxport.passes.axes import Axis, Symbols
 from fxport.passes.functional import functionalise
@@ -17,12 +23,6 @@ from fxport.passes.limits import longest_sequence
 from fxport.passes.positions import gather_by_position
 from fxport.passes.split import Splitter, attention_layers, token_embedding
 from fxport.passes.token_locality import Locality, analyse
-from torch import fx
-
-from fxport.capture.arguments import shape_of
-from fxport.capture.export import Captured
-from fxport.capture.inputs import InputKind, graph_input
-from fxport.errors import FxportError, PortError, Reason, ReasonCode
 from fxport.report import Decision, Outcome
 from fxport.serving import ServingGraph
 
@@ -72,7 +72,13 @@ def lower_for_serving(captured: Captured, max_seq_len: int | None) -> Lowered:
         f"{len(locality.axes)} operations",
         "every operation outside attention treats each token on its own",
     )
-    decisions = (length_decision, *head.decisions, *map(_as_proven, attention.decisions), proven, *gathered)
+    decisions = (
+        length_decision,
+        *head.decisions,
+        *map(_as_proven, attention.decisions),
+        proven,
+        *gathered,
+    )
     return Lowered(serving, decisions)
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fxport.passes.constants import evaluate
 from torch import fx
 
 from fxport.capture.arguments import arguments, shape_of
@@ -21,6 +20,7 @@ from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.location import user_location
 from fxport.errors import PortError, Reason, ReasonCode
 from fxport.ops.params import AttentionParams
+from fxport.passes.constants import evaluate
 from fxport.serving import AttentionLayer, Part
 
 __all__ = ["Splitter", "attention_layers", "token_embedding"]

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fxport.passes.axes import Axes, Dim, Refusal, Symbols, has_axis, name
 from torch import fx
 
 from fxport.capture.arguments import shape_of
 from fxport.errors import ReasonCode
+from fxport.passes.axes import Axes, Dim, Refusal, Symbols, has_axis, name
 
 __all__ = ["RULES", "Call", "Rule", "free", "rule"]
 

@@ -17,15 +17,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fxport.passes.axes import Axes, Axis, Refusal, Symbols
-from fxport.passes.constants import depends_on, evaluate, is_symbolic
-from fxport.passes.token_rules import propagate
 from torch import fx
 
 from fxport.capture.arguments import arguments, shape_of
 from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.location import user_location
 from fxport.errors import Reason, ReasonCode
+from fxport.passes.axes import Axes, Axis, Refusal, Symbols
+from fxport.passes.constants import depends_on, evaluate, is_symbolic
+from fxport.passes.token_rules import propagate
 
 __all__ = ["Locality", "Rows", "analyse"]
 

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 from typing import Any
 
-import fxport.passes.token_rules_compute
-import fxport.passes.token_rules_shape
 import torch
-from fxport.passes.axes import Axes, Refusal, Symbols, join
-from fxport.passes.token_call import RULES, Call
 from torch import fx
 
-import fxport.ops.attention  # noqa: F401  (registers the op that has a rule)
 from fxport.capture.arguments import arguments
 from fxport.errors import ReasonCode
+from fxport.passes import token_rules_compute, token_rules_shape
+from fxport.passes.axes import Axes, Refusal, Symbols, join
+from fxport.passes.token_call import RULES, Call
 
 __all__ = ["has_rule", "propagate"]
 
 aten = torch.ops.aten
+
+# Importing them is what fills the table.
+RULE_MODULES = (token_rules_shape, token_rules_compute)
 
 
 def has_rule(target: Any) -> bool:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from fxport.passes.axes import Axes, Axis, Dim, Refusal, checked, has_axis, join, name
-from fxport.passes.token_call import RULES, Call, free, rule
 from torch import fx
 
 import fxport.ops.attention  # noqa: F401  (registers the op)
 from fxport.capture.arguments import shape_of
 from fxport.errors import ReasonCode
+from fxport.passes.axes import Axes, Axis, Dim, Refusal, checked, has_axis, join, name
+from fxport.passes.token_call import RULES, Call, free, rule
 
 __all__: list[str] = []
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from fxport.passes.axes import Axes, Refusal, checked, has_axis, join, name, reshape
-from fxport.passes.token_call import Call, free, rule
 
 from fxport.capture.arguments import shape_of
 from fxport.errors import ReasonCode
+from fxport.passes.axes import Axes, Refusal, checked, has_axis, join, name, reshape
+from fxport.passes.token_call import Call, free, rule
 
 __all__: list[str] = []
 

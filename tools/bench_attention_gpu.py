@@ -29,6 +29,7 @@ import triton
 from tabulate import tabulate
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
 from fxport.ops import triton_attention, triton_config
@@ -161,7 +162,10 @@ def libraries(flex: bool) -> None:
             for name, make in makers.items():
                 try:
                     passes = make(inputs, grad)
-                except RuntimeError as error:  # a library that does not take the shape says so
+                except (
+                    RuntimeError,
+                    OutOfResources,
+                ) as error:  # the library does not take the shape
                     print(f"{name} D={size} T={length}: {str(error).splitlines()[0]}")
                     cells.append("-")
                     continue
@@ -299,7 +303,7 @@ def sweep(length: int = 8192) -> None:
                 with _instead(kernel, size, blocks):
                     try:
                         forward, backward = _rates(_ours(inputs, grad), length, size)
-                    except triton.runtime.errors.OutOfResources as error:
+                    except OutOfResources as error:
                         rows.append([kernel, size, blocks, str(error)[:60]])
                         continue
                 rate = forward if kernel == "forward" else backward

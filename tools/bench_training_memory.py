@@ -140,9 +140,7 @@ def _in_own_process(variant: str, length: int, batch: int, steps: int, layers: i
     command = [sys.executable, "-m", "fxport.tools.bench_training_memory", "one", *arguments]
     with tempfile.TemporaryDirectory() as cache:  # nobody compiles less because another did
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
-        run = subprocess.run(
-            command, capture_output=True, text=True, check=False, env=environment
-        )
+        run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if run.returncode:
         raise click.ClickException(f"{variant} at T={length} failed:\n{run.stderr}")
     return Measured(**json.loads(run.stdout.splitlines()[-1]))

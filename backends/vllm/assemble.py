@@ -13,11 +13,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
-from fxport.backends.vllm.layers import Linear, PagedAttention
 from torch import fx, nn
 from vllm.config import VllmConfig
 
 import fxport.ops.attention  # noqa: F401  (registers the op)
+from fxport.backends.vllm.layers import Linear, PagedAttention
 from fxport.capture.arguments import arguments
 from fxport.errors import FxportError, SavedPortError
 from fxport.serving import Part, ServingGraph

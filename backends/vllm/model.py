@@ -6,16 +6,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from fxport.backends.vllm.assemble import assemble
-from fxport.backends.vllm.dtypes import serve_in
-from fxport.passes.token_rules import has_rule
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.sequence import IntermediateTensors
 
+from fxport.backends.vllm.assemble import assemble
 from fxport.errors import FxportError, SavedPortError
+from fxport.passes.token_rules import has_rule
 from fxport.saved import GRAPH_FILE, read_serving
 
 __all__ = ["FxportForCausalLM", "FxportModel"]
@@ -42,11 +41,10 @@ class FxportModel(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        device = torch.get_default_device()
-        serving = read_serving(_directory(vllm_config), has_rule, device)
         dtype = vllm_config.model_config.dtype
         assert isinstance(dtype, torch.dtype)  # vLLM has resolved "auto" by now
-        serving = serve_in(serving, dtype)
+        device = torch.get_default_device()
+        serving = read_serving(_directory(vllm_config), has_rule, dtype, device)
         assembled = assemble(serving, vllm_config, prefix)
         self.embed = assembled.embed
         self.body = assembled.body
@@ -54,7 +52,8 @@ class FxportModel(nn.Module):
         self.needs_input_ids = "input_ids" in serving.body.inputs
         self.targets = assembled.targets
         self.aliases = serving.aliases
-        self.unused = frozenset(serving.unused)
+        constants = set(serving.constants) - set(assembled.targets)  # e.g. slopes: numbers by now
+        self.unused = frozenset(serving.unused) | constants
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """``[N]`` -> ``[N, C]``"""
@@ -106,7 +105,8 @@ class FxportForCausalLM(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Fills parameters and constants, in place (CUDA graphs keep their addresses).
 
-        Names of the original's state_dict that serving does not need are passed over.
+        Names of the original's state_dict that serving does not need are passed over, and so are
+        constants of the graph for another dtype.
 
         Raises:
             SavedPortError: an unknown name, or a shape that does not fit.

@@ -9,9 +9,10 @@ ARCHITECTURE = "FxportForCausalLM"
 
 def register() -> None:
     """Registers config and model class with vLLM; may be called any number of times."""
-    from fxport.backends.vllm.config import FxportConfig
     from transformers import AutoConfig
     from vllm import ModelRegistry
+
+    from fxport.backends.vllm.config import FxportConfig
 
     AutoConfig.register(FxportConfig.model_type, FxportConfig, exist_ok=True)
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():

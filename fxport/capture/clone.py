@@ -13,7 +13,7 @@ from torch import nn
 from fxport.capture.location import direct_caller, location_at
 from fxport.errors import PortError, Reason, ReasonCode
 
-__all__ = ["clone_for_capture", "watch_attributes"]
+__all__ = ["clone_for_capture", "convert", "watch_attributes"]
 
 
 def clone_for_capture(model: nn.Module) -> nn.Module:
@@ -33,6 +33,27 @@ def clone_for_capture(model: nn.Module) -> nn.Module:
         )
         raise PortError([reason]) from error
     return clone.eval()
+
+
+def convert(model: nn.Module, dtype: torch.dtype, *, buffers: bool) -> None:
+    """Gives a clone parameters of another dtype, without data: what `model.to(dtype)` would see.
+
+    Args:
+        model: from `clone_for_capture`; changed in place, ties kept.
+        buffers: convert floating point buffers too (their values are kept).
+    """
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or not parameter.is_floating_point():
+                continue
+            if id(parameter) not in made:
+                empty = torch.empty_like(parameter, dtype=dtype)
+                made[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
+            module._parameters[name] = made[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffers and buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.to(dtype)
 
 
 def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:

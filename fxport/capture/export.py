@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind as ExportInput
 
-from fxport.capture.clone import clone_for_capture, watch_attributes
+from fxport.capture.clone import clone_for_capture, convert, watch_attributes
 from fxport.capture.inputs import GraphInput, InputKind
 from fxport.capture.location import is_library, location_at, location_in, record_user_lines
 from fxport.errors import Location, PortError, Reason, ReasonCode
@@ -64,15 +64,23 @@ class Captured:
     output: str
 
 
-def capture(model: nn.Module) -> Captured:
+def capture(
+    model: nn.Module, dtype: torch.dtype | None = None, *, convert_buffers: bool = False
+) -> Captured:
     """Captures `model(tokens)` in eval mode, without gradient, for dynamic batch and length.
 
     The model itself is not run and not changed: a copy that shares its tensors is.
+
+    Args:
+        dtype: capture as if the parameters had this dtype; they have no values then.
+        convert_buffers: with `dtype`, convert floating point buffers too.
 
     Raises:
         PortError: when the model cannot be captured as one graph that holds for every length.
     """
     clone = clone_for_capture(model)
+    if dtype is not None:
+        convert(clone, dtype, buffers=convert_buffers)
     with watch_attributes(clone) as changed:
         exported = _export(clone)
     if changed:

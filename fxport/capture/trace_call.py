@@ -1,8 +1,8 @@
 """One call of a Dynamo graph as pre-dispatch ATen.
 
-    torch.nn.functional.linear(x, w)        ->  aten.linear.default(x, w)
-    x.split(16, dim=2)                      ->  aten.split.Tensor(x, 16, 2), three getitems
-    x[:, :n] = 0                            ->  aten.slice.Tensor, aten.fill_.Tensor
+torch.nn.functional.linear(x, w)        ->  aten.linear.default(x, w)
+x.split(16, dim=2)                      ->  aten.split.Tensor(x, 16, 2), three getitems
+x[:, :n] = 0                            ->  aten.slice.Tensor, aten.fill_.Tensor
 """
 
 from __future__ import annotations

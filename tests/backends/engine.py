@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,11 +32,13 @@ def engine(directory: Path, **options: Any) -> Iterator[Any]:
         "distributed_executor_backend": "uni",
         **options,
     }
-    llm = LLM(str(directory), **settings)
+    # An engine that is collected late takes its successor's process groups with it.
+    gc.collect()
     try:
+        llm = LLM(str(directory), **settings)
         yield llm
     finally:
-        del llm
+        llm = None
         cleanup_dist_env_and_memory()
 
 

@@ -15,16 +15,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fxport.backends.inductor import compile_with_inductor
-from fxport.passes.pipeline import training_pipeline
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
 from torch._inductor import metrics
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
+from fxport.backends.inductor import compile_with_inductor
 from fxport.capture.dynamo import lower
 from fxport.errors import FxportError, FxportWarning, PortError
+from fxport.passes.pipeline import training_pipeline
 from tests.backends.models_training import GPT, Llama, Sizes
 
 ATTENTION = torch.ops.fxport.attention.default

@@ -284,9 +284,7 @@ def test_checkpoint_stays_and_its_body_is_lowered() -> None:
     compiled = torch.compile(model, backend=recorder)
     loss = model(tokens, extra).square().sum()
     expected = torch.autograd.grad(loss, list(model.parameters()))
-    actual = torch.autograd.grad(
-        compiled(tokens, extra).square().sum(), list(model.parameters())
-    )
+    actual = torch.autograd.grad(compiled(tokens, extra).square().sum(), list(model.parameters()))
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-6)
     hop = torch.ops.higher_order.tag_activation_checkpoint

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from fxport.passes.functional import functionalise
 from torch import nn
 
 from fxport.capture.export import capture
 from fxport.capture.inputs import InputKind, graph_input
 from fxport.errors import PortError, ReasonCode
+from fxport.passes.functional import functionalise
 from tests.zoo.gpt import GPT
 from tests.zoo.llama import Llama
 

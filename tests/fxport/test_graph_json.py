@@ -9,13 +9,13 @@ import math
 
 import pytest
 import torch
-from fxport.passes.token_rules import has_rule
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
 
 from fxport.errors import SavedPortError
 from fxport.graph_json import part_from_dict, part_to_dict
+from fxport.passes.token_rules import has_rule
 from fxport.serving import Part
 
 aten = torch.ops.aten
@@ -39,7 +39,7 @@ def example() -> Part:
 
 
 def text(part: Part) -> dict:
-    return json.loads(json.dumps(part_to_dict(part, has_rule), allow_nan=False))
+    return json.loads(json.dumps(part_to_dict(part, has_rule, torch.bfloat16), allow_nan=False))
 
 
 def run(part: Part, *inputs: torch.Tensor) -> torch.Tensor:
@@ -49,7 +49,7 @@ def run(part: Part, *inputs: torch.Tensor) -> torch.Tensor:
 def test_round_trip_is_exact():
     x, w = torch.randn(1, 5, 4), torch.randn(6, 4)
     record = text(example())
-    again = part_from_dict(record, has_rule, CPU)
+    again = part_from_dict(record, has_rule, torch.bfloat16, CPU)
     assert torch.equal(run(again, x, w), run(example(), x, w))
     assert text(again) == record
     assert again.inputs == ("x",)
@@ -90,7 +90,9 @@ def test_damage_gives_one_clear_error(damage):
     record = copy.deepcopy(text(example()))
     changed = damage(record)
     with pytest.raises(SavedPortError):
-        part_from_dict(changed if isinstance(changed, list) else record, has_rule, CPU)
+        part_from_dict(
+            changed if isinstance(changed, list) else record, has_rule, torch.bfloat16, CPU
+        )
 
 
 JSON = st.recursive(
@@ -112,4 +114,4 @@ def test_any_value_anywhere_is_read_or_refused(data):
         key = data.draw(st.sampled_from(list(keys)))
     holder[key] = data.draw(JSON)
     with contextlib.suppress(SavedPortError):
-        part_from_dict(record, has_rule, CPU)
+        part_from_dict(record, has_rule, torch.bfloat16, CPU)

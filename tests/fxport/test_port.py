@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from fxport.backends.torch import PackedModel
-from fxport.passes import serving as serving_passes
-from fxport.passes.token_rules import has_rule
 from safetensors.torch import load_file
 from torch import nn
 
 import fxport
+from fxport.backends.torch import PackedModel
 from fxport.errors import FxportError, PortError, ReasonCode, SavedPortError
+from fxport.passes import serving as serving_passes
+from fxport.passes.token_rules import has_rule
 from fxport.saved import read_serving
 from tests.zoo.gemma import Gemma
 from tests.zoo.gpt import GPT
@@ -260,7 +260,7 @@ def test_saved_graph_runs_without_the_source(saved, tmp_path):
         "from fxport.passes.token_rules import has_rule;"
         "from fxport.backends.torch import PackedModel;"
         "case = torch.load('case.pt');"
-        "serving = read_serving('port', has_rule, torch.device('cpu'));"
+        "serving = read_serving('port', has_rule, torch.float32, torch.device('cpu'));"
         "weights = load_file('port/model-00001-of-00001.safetensors');"
         "found = PackedModel(serving, weights)([case['ids']])[0][-1];"
         "torch.testing.assert_close(found, case['expected'], rtol=1e-4, atol=1e-4)"
@@ -292,10 +292,10 @@ def test_a_failed_save_leaves_nothing(tmp_path):
         lambda d: (d / "fxport_graph.json").write_text("[1]"),
         lambda d: (d / "fxport_graph.json").write_text('{"format_version": 99}'),
         lambda d: (d / "fxport_graph.json").write_text('{"format_version": 1}'),
-        lambda d: _edit(d, lambda g: g["attention"][0].update(num_heads=-1)),
-        lambda d: _edit(d, lambda g: g["parameters"].update({"x": [2**40, 2**40]})),
-        lambda d: _edit(d, lambda g: g.update(hidden_size=math.pi)),
-        lambda d: _edit(d, lambda g: g["body"]["nodes"].reverse()),
+        lambda d: _edit(d, lambda g: g["own"]["attention"][0].update(num_heads=-1)),
+        lambda d: _edit(d, lambda g: g["own"]["parameters"].update({"x": [2**40, 2**40]})),
+        lambda d: _edit(d, lambda g: g["own"].update(hidden_size=math.pi)),
+        lambda d: _edit(d, lambda g: g["own"]["body"]["nodes"].reverse()),
     ],
 )
 def test_a_damaged_port_is_refused(saved, tmp_path, damage):
@@ -304,7 +304,7 @@ def test_a_damaged_port_is_refused(saved, tmp_path, damage):
     shutil.copytree(directory, copy)
     damage(copy)
     with pytest.raises(SavedPortError):
-        read_serving(copy, has_rule, torch.device("cpu"))
+        read_serving(copy, has_rule, torch.float32, torch.device("cpu"))
 
 
 def _edit(directory: Path, change) -> None:

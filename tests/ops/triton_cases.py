@@ -108,7 +108,7 @@ def test_float32(case: Case) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("name", ["causal-bottom-right", "everything"])
+@pytest.mark.parametrize("name", ["window-left", "everything"])
 def test_half_precision(name: str, dtype: torch.dtype) -> None:
     case = next(c for c in CASES if c.name == name)
     _against_reference(case, dtype, ROUNDING[dtype])
@@ -130,7 +130,7 @@ def test_head_sizes(sizes: tuple[int, int]) -> None:
     _against_reference(case, torch.float32, ROUNDING[torch.float32])
 
 
-@pytest.mark.parametrize("seed", [0, 0x0123_4567_89AB_CDEF, -3])
+@pytest.mark.parametrize("seed", [0x0123_4567_89AB_CDEF, -3])
 def test_dropout_bits(seed: int) -> None:
     """Equal weights and an identity for v: out shows which weights were kept."""
     rows, columns, p = 37, 48, 0.4

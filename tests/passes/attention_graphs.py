@@ -1,4 +1,4 @@
-"""Graphs of small attention functions in the form of both doors, and their comparison with eager."""
+"""Graphs of small attention functions in the form of both doors, compared with eager."""
 
 from __future__ import annotations
 
@@ -95,7 +95,8 @@ def run_like(graph: fx.GraphModule, module: nn.Module, data: Sequence[Tensor]) -
         source = node.meta["input"]
         index = re.search(r"data_(\d+)", str(node.target))
         found = int(index[1]) if index else None
-        given[node] = held.get(source.name, source.value) if found is None else data[found]
+        stored = held.get(source.name, source.value)
+        given[node] = data[found or 0] if stored is None else stored
         for size, real in zip(node.meta["val"].shape, given[node].shape, strict=True):
             if isinstance(size, torch.SymInt):
                 sizes[size.node.expr] = real

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_graphs import Rewritten, Site, compare, rewrite, softmax_count, trace_training
-from spellings import causal_bool, finish, heads_first
+from spellings_base import causal_bool, finish, heads_first
 from torch import Tensor
 
 INF = float("-inf")

@@ -2,6 +2,7 @@
 
 import pytest
 import sympy
+
 from fxport.passes.axes import Axis, Refusal, Symbols, join, reshape
 
 B, T = sympy.Symbol("s1", integer=True, positive=True), sympy.Symbol("s2", integer=True)

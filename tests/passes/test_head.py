@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from fxport.passes.head import find_head
 from torch import nn
 
 from fxport.capture.arguments import shape_of
 from fxport.capture.export import capture
 from fxport.errors import PortError, ReasonCode
+from fxport.passes.head import find_head
 
 V, C = 45, 18
 

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 from attention_graphs import Site, compare, rewrite, run_like, trace_serving, trace_training
-from fxport.passes import masks
-from fxport.passes.masks import Band, band_of
 from hypothesis import given, settings, strategies
-from spellings import LEGAL, finish, heads_first
+from spellings import LEGAL
+from spellings_base import finish, heads_first
 from torch import Tensor, nn
 
+from fxport.passes import masks
+from fxport.passes.masks import Band, band_of
 from fxport.report import Outcome
 
 
@@ -102,7 +103,7 @@ def test_the_largest_served_length_is_looked_at() -> None:
 
     auto = torch.export.Dim.AUTO
     data = torch.randn(3, 2, 9, 4, 6)
-    found = rewrite(trace_serving(Model(), [data], [({1: auto, 2: auto},)]))
+    found = rewrite(trace_serving(Model(), [data], [{1: auto, 2: auto}]))
     (site,) = found.result.sites
     assert site.bias == "constant" and site.relied_on == ()
     (left,) = [d for d in found.result.decisions if d.outcome is Outcome.LEFT]

@@ -8,15 +8,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+from fxport.capture.export import capture
+from fxport.errors import PortError, ReasonCode
 from fxport.passes.axes import Axis, Symbols
 from fxport.passes.functional import functionalise
 from fxport.passes.head import find_head
 from fxport.passes.limits import longest_sequence
 from fxport.passes.token_locality import Locality, analyse
-from torch import nn
-
-from fxport.capture.export import capture
-from fxport.errors import PortError, ReasonCode
 
 V, C = 41, 24
 

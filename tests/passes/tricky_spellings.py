@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from spellings import causal_bool, finish, heads_first
+from spellings_base import causal_bool, finish, heads_first
 from torch import Tensor
 
 __all__ = ["TRICKY", "Tricky"]
