@@ -224,10 +224,10 @@ def _points(
         if len(of_length) == 1:
             return [others | {of_length[0]: scope.length}], ""
         longest, shorter = scope.length, max(scope.length - 7, 2)
-        a, b = of_length[0], of_length[1:]
+        first, rest = of_length[0], of_length[1:]
         return [
-            others | {a: longest} | dict.fromkeys(b, shorter),
-            others | {a: shorter} | dict.fromkeys(b, longest),
+            others | {first: longest} | dict.fromkeys(rest, shorter),
+            others | {first: shorter} | dict.fromkeys(rest, longest),
         ], ""
     if scope.every is not None and len(of_length) == 1:
         return [others | {of_length[0]: n} for n in range(scope.every, 1, -1)], ""
