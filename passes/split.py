@@ -20,7 +20,7 @@ from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.location import user_location
 from fxport.errors import PortError, Reason, ReasonCode
 from fxport.ops.params import AttentionParams
-from fxport.passes.constants import evaluate
+from fxport.passes.constants import evaluate, is_symbolic
 from fxport.serving import AttentionLayer, Part
 
 __all__ = ["Splitter", "attention_layers", "token_embedding"]
@@ -37,7 +37,7 @@ def token_embedding(tokens: fx.Node) -> fx.Node:
     for node in tokens.users:
         if node.target is aten.embedding.default and arguments(node)["indices"] is tokens:
             return node
-    first = next(iter(tokens.users), tokens)
+    first = next((user for user in tokens.users if not is_symbolic(user)), tokens)
     reason = Reason(
         ReasonCode.NO_VOCABULARY,
         "the token ids do not go into an embedding",

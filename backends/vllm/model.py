@@ -10,6 +10,7 @@ from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from fxport.backends.vllm.assemble import assemble
@@ -33,6 +34,16 @@ def _directory(vllm_config: VllmConfig) -> Path:
     return Path(found).parent
 
 
+def _request_matrix_unit() -> None:
+    """Asks Linux for the CPU's AMX registers, where there are any.
+
+    vLLM's bfloat16 attention on CPUs uses them without asking, and dies of SIGILL where nothing
+    before it (a oneDNN product, say) has asked.
+    """
+    if current_platform.is_cpu():
+        torch.cpu._init_amx()
+
+
 @support_torch_compile(
     dynamic_arg_dims={"input_ids": 0, "positions": 0, "intermediate_tensors": 0, "inputs_embeds": 0}
 )
@@ -43,6 +54,7 @@ class FxportModel(nn.Module):
         super().__init__()
         dtype = vllm_config.model_config.dtype
         assert isinstance(dtype, torch.dtype)  # vLLM has resolved "auto" by now
+        _request_matrix_unit()
         device = torch.get_default_device()
         serving = read_serving(_directory(vllm_config), has_rule, dtype, device)
         assembled = assemble(serving, vllm_config, prefix)
