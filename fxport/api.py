@@ -97,8 +97,8 @@ def port(model: nn.Module, example_inputs: None = None, *, max_seq_len: int | No
     captured = capture(model)
     lowered = lower_for_serving(captured, max_seq_len)
     serving = lowered.serving
-    half, half_decision = _half(model, serving)
     checked = _self_check(model, serving, captured.parameters)
+    half, half_decision = _half(model, serving)
     decisions = (*lowered.decisions, half_decision, checked)
     facts: dict[str, str | int | float | bool | None] = {
         "vocab_size": serving.vocab_size,

@@ -225,10 +225,16 @@ def test_module_shares_parameters_and_matches_in_both_modes():
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> tuple[GPT, Path]:
+def gpt_port() -> tuple[GPT, fxport.Port]:
     torch.manual_seed(1)
     model = GPT()
-    return model, fxport.port(model).save(tmp_path_factory.mktemp("saved") / "port")
+    return model, fxport.port(model)
+
+
+@pytest.fixture(scope="module")
+def saved(gpt_port, tmp_path_factory) -> tuple[GPT, Path]:
+    model, port = gpt_port
+    return model, port.save(tmp_path_factory.mktemp("saved") / "port")
 
 
 def test_saved_files(saved):
@@ -270,15 +276,15 @@ def test_saved_graph_runs_without_the_source(saved, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_an_existing_directory_is_refused_and_untouched(saved, tmp_path):
+def test_an_existing_directory_is_refused_and_untouched(gpt_port, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(FxportError, match="exists already"):
-        fxport.port(GPT()).save(tmp_path)
+        gpt_port[1].save(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_failed_save_leaves_nothing(tmp_path):
-    port = fxport.port(GPT())
+def test_a_failed_save_leaves_nothing(gpt_port, tmp_path):
+    _, port = gpt_port
     with pytest.raises(FxportError, match="tokenizer"):
         port.save(tmp_path / "port", tokenizer=tmp_path / "no such directory")
     assert not list(tmp_path.iterdir())
