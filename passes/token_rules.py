@@ -15,6 +15,7 @@ from fxport.capture.arguments import arguments
 from fxport.errors import ReasonCode
 from fxport.passes import token_rules_compute, token_rules_shape
 from fxport.passes.axes import Axes, Refusal, Symbols, join
+from fxport.passes.constants import is_symbolic
 from fxport.passes.token_call import RULES, Call
 
 __all__ = ["has_rule", "propagate"]
@@ -56,10 +57,9 @@ _SIZE_ARGUMENTS = {"size", "shape", "start", "end", "repeats", "sizes", "implici
 
 def _no_sizes_as_numbers(call: Call) -> None:
     for argument, value in call.arguments.items():
-        numbers = isinstance(value, fx.Node) and not isinstance(
-            value.meta.get("val"), torch.Tensor | tuple | list
-        )
-        if numbers and argument not in _SIZE_ARGUMENTS:
+        values = value if isinstance(value, list | tuple) else [value]
+        varies = any(isinstance(v, fx.Node) and is_symbolic(v) for v in values)
+        if varies and argument not in _SIZE_ARGUMENTS:
             raise Refusal(
                 ReasonCode.DEPENDS_ON_LENGTH,
                 "the number of tokens (or the batch size) enters the computation as a number",

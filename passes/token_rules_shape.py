@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import fx
 
 from fxport.capture.arguments import shape_of
 from fxport.errors import ReasonCode
@@ -75,7 +76,6 @@ def _factory_like(call: Call) -> Axes:
     aten._unsafe_view,
     aten.flatten,
     aten.unflatten,
-    aten.squeeze,
     aten.unsqueeze,
     aten.view_as,
     aten.reshape_as,
@@ -83,6 +83,21 @@ def _factory_like(call: Call) -> Axes:
 def _regroup(call: Call) -> Axes:
     source = call.axes[call.node.all_input_nodes[0]]
     return reshape(source, call.sizes(), call.symbols)
+
+
+@rule(aten.squeeze)
+def _squeeze(call: Call) -> Axes:
+    """By name only: the batch and a single token have size 1 in vLLM, unlike at capture."""
+    axes = call.of("self")
+    given = call.arguments.get("dim")
+    dims = [given] if isinstance(given, int) else given
+    if dims is None or any(has_axis(axes[d]) for d in dims):
+        raise Refusal(
+            ReasonCode.UNSUPPORTED_OP,
+            "squeeze would drop the batch or token axis when it has size 1",
+            "name the dimensions to squeeze",
+        )
+    return reshape(axes, call.sizes(), call.symbols)
 
 
 @rule(aten.view_as_real)
@@ -179,6 +194,13 @@ def _slice(call: Call) -> Axes:
     before = shape_of(call.arguments["self"])[index]
     if call.sizes()[index] == before and call.arguments.get("step", 1) == 1:
         return axes
+    bounds = [call.arguments.get(name) for name in ("start", "end", "length")]
+    if any(isinstance(bound, fx.Node) for bound in bounds) and not has_axis(axes[index]):
+        raise Refusal(
+            ReasonCode.POSITION_UNKNOWN,
+            "the rows cut out here depend on the number of tokens",
+            "cut from the first row: table[:T]",
+        )
     if has_axis(axes[index]):
         raise Refusal(
             ReasonCode.MIXES_TOKENS,

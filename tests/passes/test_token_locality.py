@@ -105,6 +105,27 @@ def reversed_positions(self, x, idx):
     return x + self.wpe(torch.arange(T - 1, -1, -1))  # HERE
 
 
+def last_rows_of_a_table(self, x, idx):
+    return x + self.pe[:, 64 - x.size(1) :]  # HERE
+
+
+def rows_that_start_at_the_length(self, x, idx):
+    T = x.size(1)
+    return x + self.wpe.weight[T : T + 1]  # HERE
+
+
+def padded_on_the_left(self, x, idx):
+    return x + F.pad(self.inv_freq[:2], (x.size(1) - 2, 0))[:, None]  # HERE
+
+
+def squeezed(self, x, idx):
+    return x[..., None].squeeze()  # HERE
+
+
+def squeezed_batch(self, x, idx):
+    return x + x.squeeze(0)  # HERE
+
+
 def fraction_of_the_length(self, x, idx):
     T = idx.shape[1]
     return x + (torch.arange(T) / T)[:, None]  # HERE
@@ -124,6 +145,11 @@ MIXING = [
     (length_as_a_number_of_a_tensor, ReasonCode.DEPENDS_ON_LENGTH),
     (scrambled, ReasonCode.MIXES_TOKENS),
     (reversed_positions, ReasonCode.POSITION_UNKNOWN),
+    (last_rows_of_a_table, ReasonCode.POSITION_UNKNOWN),
+    (rows_that_start_at_the_length, ReasonCode.POSITION_UNKNOWN),
+    (padded_on_the_left, ReasonCode.DEPENDS_ON_LENGTH),
+    (squeezed, ReasonCode.UNSUPPORTED_OP),
+    (squeezed_batch, ReasonCode.UNSUPPORTED_OP),
     (fraction_of_the_length, ReasonCode.DEPENDS_ON_LENGTH),
 ]
 
@@ -199,6 +225,10 @@ def padded_features(self, x, idx):
     return F.pad(x, (1, 2))[..., 1:-2] + x
 
 
+def squeezed_by_name(self, x, idx):
+    return x[..., None].squeeze(-1) + x.unsqueeze(1).squeeze(1)
+
+
 def like_zeros(self, x, idx):
     return x + torch.zeros_like(x) + torch.ones(x.shape[0], x.shape[1], 1)
 
@@ -233,6 +263,7 @@ LOCAL = [
     (learned, 1), (learned_offset, 1), (learned_rows, 1), (expanded, 1), (counted, 1),
     (inv_freq_in_forward, 1), (unknown_op_on_constants, 0), (padded_features, 0),
     (buffer_rows, 1), (narrowed, 1), (on_the_fly, 1), (einsum_angles, 1), (like_zeros, 0),
+    (squeezed_by_name, 0),
     (folded, 0), (time_first, 0), (per_head, 0), (routed, 0), (in_place, 0),
 ]  # fmt: skip
 
