@@ -19,9 +19,12 @@ from torch._dynamo.exc import ShortenTraceback
 from fxport.backends.inductor import check_options, compile_with_inductor
 from fxport.backends.relied import watch_buffers
 from fxport.capture.dynamo import lower
-from fxport.errors import FxportWarning, PortError, Reason, ReasonCode
+from fxport.errors import FxportWarning, PortError, Reason
+from fxport.explain_records import Site
+from fxport.explain_text import left_text
+from fxport.passes.decisions import sites_of
 from fxport.passes.pipeline import training_pipeline
-from fxport.report import Decision, Outcome
+from fxport.report import Outcome
 
 __all__ = ["vllm_generic"]
 
@@ -38,12 +41,15 @@ def vllm_generic(
     Args:
         gm: Dynamo's graph; not changed when nothing is rewritten.
         example_inputs: one value per placeholder.
-        options: ``strict``: raise when an attention is left as it was (default False);
+        options: ``strict``: raise when an attention is left as it was (default False). An
+            attention whose constant mask no flag expresses is rewritten with a dense bias: slower,
+            not left, so it is warned about and does not raise;
             ``inductor``: options for Inductor, by its names.
         mode: as for Inductor: ``"max-autotune"``, ``"reduce-overhead"`` and so on.
 
     Warns:
-        FxportWarning: once per compilation, when something was left as it was.
+        FxportWarning: once per compilation, with a summary, when something was left as it was
+            or is slower than it could be; silent when all is well.
 
     Raises:
         PortError: ``strict``, and an attention was left as it was.
@@ -53,9 +59,9 @@ def vllm_generic(
     chosen = _Options.parse(options, mode)
     lowered = lower(gm)
     result = training_pipeline(lowered.graph)
-    left = [d for d in (*lowered.decisions, *result.decisions) if _is_left(d)]
+    sites = sites_of(result.decisions)
     if chosen.strict:
-        _refuse([d for d in result.decisions if _is_left(d)])
+        _refuse(sites)
     if result.sites:
         relied_on = {name for site in result.sites for name in site.relied_on}
         compiled = compile_with_inductor(lowered.graph, example_inputs, chosen.inductor)
@@ -63,8 +69,10 @@ def vllm_generic(
     else:
         compiled = compile_with_inductor(gm, example_inputs, chosen.inductor)
     # Not earlier: Dynamo may restart the compilation from within Inductor.
-    if left:
-        warnings.warn(_summary(left, len(result.sites)), FxportWarning, stacklevel=2)
+    untraced = [d.reason for d in lowered.decisions if d.reason is not None]
+    if untraced or any(s.outcome is Outcome.LEFT or s.notes for s in sites):
+        text = f"vllm_generic: {left_text(sites, untraced)}"
+        warnings.warn(text, FxportWarning, stacklevel=2)
     return compiled
 
 
@@ -103,19 +111,8 @@ class _StrictPortError(PortError, ShortenTraceback):
         self.reasons = tuple(reasons)
 
 
-def _is_left(decision: Decision) -> bool:
-    if decision.outcome is not Outcome.LEFT:
-        return False
-    return decision.reason is None or decision.reason.code is not ReasonCode.NOT_ATTENTION
-
-
-def _refuse(left: Sequence[Decision]) -> None:
-    reasons = [d.reason for d in left if d.reason is not None]
+def _refuse(sites: Sequence[Site]) -> None:
+    """A dense mask is no reason: that attention was rewritten, exactly; it is warned about."""
+    reasons = [s.reason for s in sites if s.outcome is Outcome.LEFT and s.reason is not None]
     if reasons:
         raise _StrictPortError(reasons)
-
-
-def _summary(left: Sequence[Decision], rewritten: int) -> str:
-    lines = [f"  {d.reason}" if d.reason else f"  {d.subject}: {d.detail}" for d in left]
-    head = f"vllm_generic rewrote {rewritten} attention(s) and left this as it was:"
-    return "\n".join([head, *lines])

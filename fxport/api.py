@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxport.diff.stages import Stage
 from fxport.errors import FxportError, PortError, Reason, ReasonCode
 from fxport.report import Decision, Outcome, Report
 from fxport.saved import Tokenizer, write_port
@@ -29,6 +30,7 @@ class Port:
         half: the same for bfloat16 and float16, when the model is in float32.
         parameters: the model's own parameters (shared, not copied) by qualified name.
         report: what was decided, and why.
+        stages: the graph after every pass, and what the pass changed.
     """
 
     serving: ServingGraph
@@ -36,6 +38,7 @@ class Port:
     parameters: Mapping[str, torch.Tensor]
     report: Report
     _model: nn.Module = field(repr=False)
+    stages: tuple[Stage, ...] = field(default=(), repr=False)
 
     @cached_property
     def module(self) -> nn.Module:
@@ -110,7 +113,7 @@ def port(model: nn.Module, example_inputs: None = None, *, max_seq_len: int | No
         "logits": captured.output,
     }
     report = Report(type(model).__name__, facts, decisions)
-    return Port(serving, half, captured.parameters, report, model)
+    return Port(serving, half, captured.parameters, report, model, lowered.stages)
 
 
 def _half(model: nn.Module, serving: ServingGraph) -> tuple[ServingGraph | None, Decision]:
@@ -133,6 +136,9 @@ def _half(model: nn.Module, serving: ServingGraph) -> tuple[ServingGraph | None,
             half = lower_for_serving(captured, length).serving
         except PortError as error:
             refused = refused or error
+            continue
+        except FxportError as error:  # it does not take sequences as long in half precision
+            refused = refused or PortError([Reason(ReasonCode.LENGTH_SPECIALISED, str(error))])
             continue
         kept = "converted, as model.bfloat16() does" if buffers else "float32"
         detail = f"float32, bfloat16 or float16; constants in half precision: {kept}"

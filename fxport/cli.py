@@ -1,4 +1,4 @@
-"""The command line: ``fxport port`` and ``fxport explain``.
+"""The command line: ``fxport port``, ``fxport explain`` and ``fxport diff``.
 
 Exit status: 0 done, 1 refused or failed (reasons on stderr), 2 wrong usage. Heavy imports wait
 until the arguments have been checked.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import json
 import sys
 import sysconfig
 import traceback
@@ -22,9 +23,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from fxport.api import Port
+    from fxport.diff.command import Side
 
 __all__ = ["main"]
 
+_REFUSED = "the model cannot be ported\n\n"
 _WEIGHTS_HELP = "Load these weights (a .safetensors file) into what the factory returns."
 
 
@@ -76,16 +79,70 @@ def port(
 
 @main.command()
 @_model_arguments
-def explain(factory: str, weights: Path | None, max_seq_len: int | None) -> None:
-    """Say what a port would do with a model, or what is in its way; writes nothing."""
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+def explain(factory: str, weights: Path | None, max_seq_len: int | None, as_json: bool) -> None:
+    """Say what a port would do with a model, and everything in its way; writes nothing."""
     with _stages(2) as stage, _refusals():
-        ported = _port(factory, weights, max_seq_len, stage)
-    click.echo(str(ported.report))
+        model = _prepared(factory, weights, stage)
+        from fxport.errors import PortError
+        from fxport.explain_serving import explain_serving
+
+        explanation = explain_serving(model, max_seq_len)
+    click.echo(
+        json.dumps(explanation.to_dict(), indent=2, allow_nan=False)
+        if as_json
+        else str(explanation)
+    )
+    if explanation.obstacles:
+        _fail(f"{_REFUSED}{PortError(explanation.obstacles)}")
+
+
+@main.command()
+@click.argument("one", metavar="A")
+@click.argument("other", metavar="B")
+@click.option("--json", "how", flag_value="json", help="Print JSON instead of a table.")
+@click.option("--text", "how", flag_value="text", help="Print a unified diff.")
+@click.option("--html", type=click.Path(path_type=Path), help="Write the body's page here.")
+def diff(one: str, other: str, how: str | None, html: Path | None) -> None:
+    """Compare two saved ports, or two models given as PKG.MOD:FACTORY.
+
+    Exit status: 0 the same, 1 different (or not comparable), 2 wrong usage.
+    """
+    with _refusals():
+        from fxport.diff.command import compare, other_differences, rendered
+
+        sides = [_side(one), _side(other)]
+        diffs, others = compare(*sides), other_differences(*sides)
+        click.echo(rendered(diffs, others, how or "table"))
+        if html is not None:
+            diffs["body"].to_html(html)
+    if others or any(diffs.values()):
+        sys.exit(1)
+
+
+def _side(given: str) -> Side:
+    from fxport.diff.command import Side, read_side
+
+    if Path(given).is_dir():
+        return read_side(Path(given))
+    if ":" not in given:
+        raise click.BadParameter(f"{given!r} is neither a directory nor pkg.mod:factory")
+    from fxport.capture.export import capture
+
+    return Side({"body": capture(_make_model(given)).graph}, {}, None)
 
 
 def _port(
     spec: str, weights: Path | None, max_seq_len: int | None, stage: Callable[[str], None]
 ) -> Port:
+    model = _prepared(spec, weights, stage)
+    import fxport
+
+    return fxport.port(model, max_seq_len=max_seq_len)
+
+
+def _prepared(spec: str, weights: Path | None, stage: Callable[[str], None]) -> nn.Module:
+    """The model with its weights; the next stage is named."""
     if weights is not None:
         _check_weights_file(weights)
     stage(f"making {spec}")
@@ -93,9 +150,7 @@ def _port(
     if weights is not None:
         _load_weights(model, weights)
     stage("capturing and proving")
-    import fxport
-
-    return fxport.port(model, max_seq_len=max_seq_len)
+    return model
 
 
 # --- errors and progress ----------------------------------------------------------------
@@ -114,7 +169,7 @@ def _refusals() -> Iterator[None]:
     try:
         yield
     except PortError as error:
-        _fail(f"the model cannot be ported\n\n{error}")
+        _fail(f"{_REFUSED}{error}")
     except (FxportError, OSError) as error:
         _fail(str(error))
 

@@ -1,6 +1,7 @@
 """Graphs as JSON: data only, no code, an allow-list of operations.
 
-A node is ``{"name", "op", "args", "kwargs"}``; arguments are JSON values, with objects of one key
+A node is ``{"name", "op", "args", "kwargs"}``, with ``"module"`` where the user's is known;
+arguments are JSON values, with objects of one key
 for what JSON lacks: ``{"node": name}``, ``{"dtype": "float32"}``, ``{"float": "-inf"}``,
 ``{"dtype": "model"}`` (the parameters' dtype), ``{"device": "model"}``, ``{"layout": "strided"}``,
 ``{"memory_format": ...}``.
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxport.capture.location import module_of
 from fxport.errors import SavedPortError
 from fxport.serving import Part
 
@@ -27,6 +29,7 @@ Allowed = Callable[[Any], bool]
 
 _MAX_NODES = 1_000_000
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,200}\Z")
+_MODULE = re.compile(r"[\w.\[\]'-]{1,500}\Z")
 _DTYPES = {
     str(d).removeprefix("torch."): d
     for d in (
@@ -89,9 +92,16 @@ def part_to_dict(part: Part, allowed: Allowed, dtype: torch.dtype) -> dict[str, 
                     "op": _op_name(node.target, allowed),
                     "args": [_encode(a, dtype) for a in node.args],
                     "kwargs": {k: _encode(v, dtype) for k, v in node.kwargs.items()},
+                    **_module_entry(node),
                 }
             )
     return {"inputs": list(part.inputs), "weights": dict(part.weights), "nodes": nodes}
+
+
+def _module_entry(node: fx.Node) -> dict[str, str]:
+    """The user's module, for `fxport diff`; readers that do not know it pass it over."""
+    module = module_of(node)
+    return {"module": module} if _MODULE.match(module) else {}
 
 
 def _op_name(target: Any, allowed: Allowed) -> str:
@@ -191,6 +201,9 @@ def _add(
         keywords = _expect(entry.get("kwargs", {}), dict, "arguments")
         kwargs = {_name(k): _decode(v, built, model) for k, v in keywords.items()}
         node = graph.create_node("call_function", _op(op, allowed), tuple(args), kwargs, name=name)
+    module = entry.get("module", "")
+    if isinstance(module, str) and _MODULE.match(module):
+        node.meta["nn_module_stack"] = {module: (module, "")}
     if node.name != name:
         raise SavedPortError(f"`{name}` is not a possible node name")
     built[name] = node

@@ -41,11 +41,13 @@ from fxport.passes.inplace import without_inplace
 from fxport.passes.masks import Prover
 from fxport.report import Decision, Outcome
 
-__all__ = ["AttentionResult", "AttentionSite", "rewrite_attention"]
+__all__ = ["MASK", "AttentionResult", "AttentionSite", "rewrite_attention"]
 
 aten = torch.ops.aten
 
 _PASS = "attention"
+# Subject of the decision that follows a site whose constant mask stays dense.
+MASK = "mask"
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def rewrite_attention(gm: fx.GraphModule) -> AttentionResult:
             decisions.append(_left(node, left.reason(node)))
             continue
         sites.append(site)
-        decisions.append(_rewritten(site))
+        decisions.append(_rewritten(node, site))
         decisions.extend(more)
     if sites:
         gm.recompile()
@@ -263,13 +265,17 @@ def _count(size: Size) -> int:
     return size if isinstance(size, int) else -1
 
 
-def _rewritten(site: AttentionSite) -> Decision:
-    return Decision(_PASS, Outcome.REWRITTEN, "softmax", str(site), site.module, site.location)
+def _rewritten(node: fx.Node, site: AttentionSite) -> Decision:
+    return Decision(_PASS, Outcome.REWRITTEN, _subject(node), str(site), site.module, site.location)
 
 
 def _left(node: fx.Node, reason: Reason) -> Decision:
-    subject = "softmax" if not is_sdpa(node) else "scaled_dot_product_attention"
-    return Decision(_PASS, Outcome.LEFT, subject, "", module_of(node), user_location(node), reason)
+    where = user_location(node)
+    return Decision(_PASS, Outcome.LEFT, _subject(node), "", module_of(node), where, reason)
+
+
+def _subject(node: fx.Node) -> str:
+    return "scaled_dot_product_attention" if is_sdpa(node) else "softmax"
 
 
 def _mask_decisions(match: Match, plan: MaskPlan, site: AttentionSite) -> list[Decision]:
@@ -283,4 +289,4 @@ def _mask_decisions(match: Match, plan: MaskPlan, site: AttentionSite) -> list[D
         user_location(node) or site.location,
         "write it so that it depends on positions and constants only",
     )
-    return [Decision(_PASS, Outcome.LEFT, "mask", "", site.module, site.location, reason)]
+    return [Decision(_PASS, Outcome.LEFT, MASK, "", site.module, site.location, reason)]

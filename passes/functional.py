@@ -17,6 +17,7 @@ from torch import fx
 from fxport.capture.arguments import arguments
 from fxport.capture.inputs import graph_input
 from fxport.capture.location import user_location
+from fxport.capture.memory import is_fresh
 from fxport.errors import PortError, Reason, ReasonCode
 
 __all__ = ["functionalise", "replace_mutation"]
@@ -63,7 +64,7 @@ def replace_mutation(gm: fx.GraphModule, node: fx.Node) -> Reason | None:
 
 def _refusal(node: fx.Node) -> Reason:
     base: fx.Node | None = node.all_input_nodes[0]
-    while base is not None and base.op == "call_function" and not _is_fresh(base):
+    while base is not None and base.op == "call_function" and not is_fresh(base):
         base = next(iter(base.all_input_nodes), None)
     if base is not None and base.op == "placeholder":
         return Reason(
@@ -99,30 +100,8 @@ def _out_of_place(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None
 
 def _is_shared(value: fx.Node, mutation: fx.Node) -> bool:
     """Whether memory of `value` may be seen by anybody but its direct users."""
-    if value.op != "call_function" or not _is_fresh(value):
+    if value.op != "call_function" or not is_fresh(value):
         return True
     if value.meta["val"].dtype != mutation.meta["val"].dtype:
         return True
-    return any(not _is_fresh(user) for user in value.users if user is not mutation)
-
-
-def _is_fresh(node: fx.Node) -> bool:
-    """Whether the op returns memory of its own: no output aliases an input."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    # May return its input: ATen's schema does not say so for these.
-    maybe_alias = (
-        torch.ops.aten.to,
-        torch.ops.aten.reshape,
-        torch.ops.aten.contiguous,
-        torch.ops.aten.flatten,
-        torch.ops.aten.dropout,
-        torch.ops.aten.type_as,
-        torch.ops.aten.feature_dropout,
-        torch.ops.aten.reshape_as,
-        torch.ops.aten.lift_fresh,
-    )
-    if target.overloadpacket in maybe_alias:
-        return False
-    return all(r.alias_info is None for r in target._schema.returns)
+    return any(not is_fresh(user) for user in value.users if user is not mutation)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from fxport.capture.dynamo import lowered_graphs
+from fxport.diff.stages import Recorder, Stage
 from fxport.passes.attention import AttentionSite, rewrite_attention
 from fxport.report import Decision
 
@@ -20,18 +21,24 @@ class PipelineResult:
     Attributes:
         sites: every attention that was rewritten.
         decisions: one line of the report for each place that a pass looked at.
+        stages: what was done to each lowered graph, inner ones first.
     """
 
     sites: tuple[AttentionSite, ...]
     decisions: tuple[Decision, ...]
+    stages: tuple[Stage, ...] = ()
 
 
 def training_pipeline(gm: fx.GraphModule) -> PipelineResult:
     """Rewrites a graph from the training door, in place, bodies of higher-order ops included."""
     sites: list[AttentionSite] = []
     decisions: list[Decision] = []
+    stages: list[Stage] = []
     for graph in lowered_graphs(gm):
-        attention = rewrite_attention(graph)
+        recorder = Recorder(graph)
+        with recorder.stage("attention"):
+            attention = rewrite_attention(graph)
+        stages.extend(recorder.stages)
         sites.extend(attention.sites)
         decisions.extend(attention.decisions)
-    return PipelineResult(tuple(sites), tuple(decisions))
+    return PipelineResult(tuple(sites), tuple(decisions), tuple(stages))

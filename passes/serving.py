@@ -14,6 +14,7 @@ from torch import fx
 from fxport.capture.arguments import shape_of
 from fxport.capture.export import Captured
 from fxport.capture.inputs import InputKind, graph_input
+from fxport.diff.stages import Recorder, Stage
 from fxport.errors import FxportError, PortError, Reason, ReasonCode
 from fxport.passes.attention import rewrite_attention
 from fxport.passes.axes import Axis, Symbols
@@ -35,6 +36,7 @@ class Lowered:
 
     serving: ServingGraph
     decisions: tuple[Decision, ...]
+    stages: tuple[Stage, ...] = ()
 
 
 def lower_for_serving(captured: Captured, max_seq_len: int | None) -> Lowered:
@@ -50,11 +52,15 @@ def lower_for_serving(captured: Captured, max_seq_len: int | None) -> Lowered:
     """
     gm = captured.graph
     symbols = Symbols(captured.batch, captured.length)
-    functionalise(gm)
+    recorder = Recorder(gm)
+    with recorder.stage("functionalise"):
+        functionalise(gm)
     limit = longest_sequence(gm, captured.length, captured.limit)
     max_seq_len, length_decision = _choose_length(limit, max_seq_len)
-    head = find_head(gm, captured.length)
-    attention = rewrite_attention(gm)
+    with recorder.stage("head"):
+        head = find_head(gm, captured.length)
+    with recorder.stage("attention"):
+        attention = rewrite_attention(gm)
     tokens = next(n for n in gm.graph.nodes if n.name == captured.tokens)
     embedding = token_embedding(tokens)
     locality = analyse(gm, symbols, max_seq_len)
@@ -64,7 +70,8 @@ def lower_for_serving(captured: Captured, max_seq_len: int | None) -> Lowered:
     if reasons:
         raise PortError(reasons)
     hidden = head.hidden
-    positions, gathered = gather_by_position(gm, locality, tokens)
+    with recorder.stage("positions"):
+        positions, gathered = gather_by_position(gm, locality, tokens)
     serving = _split(captured, gm, tokens, positions, embedding, hidden, head.logits, max_seq_len)
     proven = Decision(
         "token locality",
@@ -79,7 +86,7 @@ def lower_for_serving(captured: Captured, max_seq_len: int | None) -> Lowered:
         proven,
         *gathered,
     )
-    return Lowered(serving, decisions)
+    return Lowered(serving, decisions, recorder.stages)
 
 
 def _obstacles(decisions: tuple[Decision, ...], locality: Locality) -> list[Reason]:

@@ -1,27 +1,29 @@
-"""Attention kernels on one GPU, side by side: TFLOP/s, milliseconds, peak memory.
+"""Attention kernels on one GPU, side by side, where libraries have one too: TFLOP/s.
 
-    python -m fxport.tools.bench_attention_gpu [ceilings] [libraries] [features] [sweep] [--flex]
+    python -m fxport.tools.bench_attention_gpu [ceilings] [libraries] [shapes] [lengths] [sweep]
+                                               [--flex]
 
 * ceilings: copy bandwidth and bf16 matrix product, to read the rest against;
 * libraries: forward and backward, bf16, causal, 16,384 tokens in all, by PyTorch's flash and cuDNN
-  kernels, FlexAttention (with --flex: each length is compiled, which takes a while) and ours;
-* features: what no library covers in both directions (learned bias, ALiBi slopes, sinks), forward
-  and backward together at T = 8192, ours against the dense formula under `torch.compile`;
+  kernels, FlexAttention (with --flex, at two lengths: each is compiled), our Triton
+  kernels, and what `fxport::attention` chooses, called as a model's graph calls it;
+* shapes: the same at other head sizes, with grouped heads, without causality, in float16;
+* lengths: what the first call at a length never seen costs;
 * sweep: other block shapes for our kernels, to check `fxport.ops.triton_config` against.
 
 Operations are counted as everybody does: 4 B H Tq Tk D forward, 2.5 times that backward, half of it
 when causal, whatever a kernel recomputes. Times are medians by CUDA events with a cold L2 cache.
+What no library covers: `fxport.tools.bench_features_gpu`.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -32,35 +34,72 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
-from fxport.ops import triton_attention, triton_config
+from fxport.ops import attention, dispatch, triton_attention, triton_config
 from fxport.ops.params import AttentionParams
 from fxport.ops.triton_config import Blocks
 
-__all__ = ["main"]
+__all__ = ["ceilings", "main", "milliseconds"]
 
 _TOKENS = 16384
-_WIDTH = 2048  # heads * head size
-_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+_WIDTH = 2048  # query heads * head size
+_LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+_FLEX_LENGTHS = (2048, 8192)
 _NOTHING = (None,) * 5  # bias, sinks, alibi_slopes, cu_seqlens, seed
+_QKV = (True, True, True, False, False, False)
 
 
-def _milliseconds(call: Callable[[], object]) -> float:
+@dataclass(frozen=True)
+class _Shape:
+    """One row of a table; `groups`: query heads per key head."""
+
+    size: int
+    length: int
+    causal: bool = True
+    groups: int = 1
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def params(self) -> AttentionParams:
+        return AttentionParams(scale=1 / math.sqrt(self.size), causal=self.causal)
+
+    def inputs(self) -> list[Tensor]:
+        """q, k, v and out's gradient, laid out [B, T, H, D] as a model makes them."""
+        heads = _WIDTH // self.size
+        return [
+            torch.randn(
+                _TOKENS // self.length, self.length, n, self.size, device="cuda", dtype=self.dtype
+            ).transpose(1, 2)
+            for n in (heads, heads // self.groups, heads // self.groups, heads)
+        ]
+
+    def work(self) -> float:
+        """Operations of a forward pass."""
+        pairs = _TOKENS * self.length / (2 if self.causal else 1)
+        return 4 * pairs * (_WIDTH // self.size * self.size)
+
+
+_OTHER_SHAPES = (
+    *(_Shape(size, 2048) for size in (32, 80, 96, 192)),
+    *(_Shape(128, length, groups=4) for length in (512, 2048, 8192)),
+    *(_Shape(64, length, groups=8) for length in (512, 4096)),
+    *(_Shape(128, length, causal=False) for length in (256, 1024, 8192)),
+    *(_Shape(128, length, dtype=torch.float16) for length in (512, 4096)),
+)
+
+
+def milliseconds(call: Callable[[], object], warmup: int = 25, rep: int = 100) -> float:
     """Median time of a call."""
-    return float(do_bench(call, warmup=50, rep=200, return_mode="median"))
-
-
-def _fresh(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.randn(*shape, device="cuda", dtype=dtype)
+    return float(do_bench(call, warmup=warmup, rep=rep, return_mode="median"))
 
 
 def ceilings() -> None:
     """Print copy bandwidth (read plus written) and the rate of a bf16 matrix product."""
     source = torch.randn(2**30, device="cuda")
     target = torch.empty_like(source)
-    copied = 2 * source.nbytes / _milliseconds(lambda: target.copy_(source)) / 1e9
-    a, b = _fresh(8192, 8192), _fresh(8192, 8192)
-    product = 2 * 8192**3 / _milliseconds(lambda: a @ b) / 1e9
-    print(f"copy {copied:.2f} TB/s, bf16 matrix product 8192^3 {product:.0f} TFLOP/s\n")
+    copied = 2 * source.nbytes / milliseconds(lambda: target.copy_(source)) / 1e9
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product = 2 * 8192**3 / milliseconds(lambda: a @ b) / 1e9
+    print(f"copy {copied:.2f} TB/s, bf16 matrix product 8192^3 {product:.0f} TFLOP/s\n", flush=True)
 
 
 # -- libraries -----------------------------------------------------------------------------------
@@ -90,171 +129,121 @@ def _by_autograd(function: Callable[..., Tensor], inputs: list[Tensor], grad: Te
     return _Passes(forward, lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True))
 
 
-def _sdpa(backend: SDPBackend) -> Callable[[list[Tensor], Tensor], _Passes]:
-    def make(inputs: list[Tensor], grad: Tensor) -> _Passes:
+def _sdpa(backend: SDPBackend) -> Callable[[_Shape, list[Tensor], Tensor], _Passes]:
+    def make(shape: _Shape, inputs: list[Tensor], grad: Tensor) -> _Passes:
         def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+                return F.scaled_dot_product_attention(
+                    q, k, v, is_causal=shape.causal, enable_gqa=shape.groups > 1
+                )
 
         return _by_autograd(function, inputs, grad)
 
     return make
 
 
-def _flex(inputs: list[Tensor], grad: Tensor) -> _Passes:
+def _flex(shape: _Shape, inputs: list[Tensor], grad: Tensor) -> _Passes:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    length = inputs[0].shape[2]
-    mask = create_block_mask(lambda b, h, i, j: j <= i, None, None, length, length, device="cuda")
+    length, mask = shape.length, None
+    if shape.causal:
+        mask = create_block_mask(lambda b, h, i, j: j <= i, None, None, length, length, "cuda")
     torch.compiler.reset()
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = compiled(q, k, v, block_mask=mask)
+        out = compiled(q, k, v, block_mask=mask, enable_gqa=shape.groups > 1)
         assert isinstance(out, Tensor)
         return out
 
     return _by_autograd(function, inputs, grad)
 
 
-def _ours(inputs: list[Tensor], grad: Tensor) -> _Passes:
+def _ours(shape: _Shape, inputs: list[Tensor], grad: Tensor) -> _Passes:
     q, k, v = inputs
-    params = AttentionParams(scale=1 / math.sqrt(q.shape[3]), causal=True)
-    needs = (True, True, True, False, False, False)
-    out, lse = triton_attention.forward(q, k, v, *_NOTHING, params)
+    out, lse = triton_attention.forward(q, k, v, *_NOTHING, shape.params)
 
     def backward() -> object:
-        return triton_attention.backward(grad, None, q, k, v, out, lse, *_NOTHING, params, needs)
+        return triton_attention.backward(
+            grad, None, q, k, v, out, lse, *_NOTHING, shape.params, _QKV
+        )
 
-    return _Passes(lambda: triton_attention.forward(q, k, v, *_NOTHING, params)[0], backward)
-
-
-def _inputs(length: int, size: int) -> list[Tensor]:
-    """q, k, v and out's gradient, laid out [B, T, H, D] as a model makes them."""
-    shape = (_TOKENS // length, length, _WIDTH // size, size)
-    return [_fresh(*shape).transpose(1, 2) for _ in range(4)]
+    return _Passes(lambda: triton_attention.forward(q, k, v, *_NOTHING, shape.params)[0], backward)
 
 
-def _rates(passes: _Passes, length: int, size: int) -> tuple[float, float]:
-    """TFLOP/s forward and backward of a causal call."""
-    work = 4 * _TOKENS * length * _WIDTH / 2
+def _dispatched(shape: _Shape, inputs: list[Tensor], grad: Tensor) -> _Passes:
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, params=shape.params)[0]
+
+    return _by_autograd(function, inputs, grad)
+
+
+def _rates(passes: _Passes, shape: _Shape) -> tuple[float, float]:
+    """TFLOP/s forward and backward."""
+    work = shape.work()
     return (
-        work / _milliseconds(passes.forward) / 1e9,
-        2.5 * work / _milliseconds(passes.backward) / 1e9,
+        work / milliseconds(passes.forward) / 1e9,
+        2.5 * work / milliseconds(passes.backward) / 1e9,
     )
 
 
-def libraries(flex: bool) -> None:
-    """Print the table of rates; check on the way that all compute the same."""
-    makers: dict[str, Callable[[list[Tensor], Tensor], _Passes]] = {
+def _makers(flex: bool) -> dict[str, Callable[[_Shape, list[Tensor], Tensor], _Passes]]:
+    return {
         "SDPA flash": _sdpa(SDPBackend.FLASH_ATTENTION),
         "SDPA cuDNN": _sdpa(SDPBackend.CUDNN_ATTENTION),
+        **({"FlexAttention": _flex} if flex else {}),
+        "our Triton": _ours,
+        "fxport::attention": _dispatched,
     }
-    if flex:
-        makers["FlexAttention"] = _flex
-    makers["ours"] = _ours
+
+
+def table(shapes: Iterator[_Shape], flex: bool) -> None:
+    """Print rates, and what the dispatcher chose; check on the way that all compute the same."""
+    makers = _makers(flex)
     rows: list[list[object]] = []
-    for size in (64, 128, 256):
-        for length in _LENGTHS:
-            *inputs, grad = _inputs(length, size)
-            want = _sdpa(SDPBackend.FLASH_ATTENTION)(inputs, grad).forward()
-            cells: list[str] = []
-            for name, make in makers.items():
-                try:
-                    passes = make(inputs, grad)
-                except (
-                    RuntimeError,
-                    OutOfResources,
-                ) as error:  # the library does not take the shape
-                    print(f"{name} D={size} T={length}: {str(error).splitlines()[0]}")
-                    cells.append("-")
-                    continue
-                torch.testing.assert_close(passes.forward(), want, rtol=3e-2, atol=3e-2)
-                forward, backward = _rates(passes, length, size)
-                cells.append(f"{forward:.0f} / {backward:.0f}")
-            rows.append([size, length, *cells])
-    print("TFLOP/s forward / backward, bf16, causal\n")
-    print(tabulate(rows, ["D", "T", *makers], tablefmt="github"), end="\n\n")
-
-
-# -- features ------------------------------------------------------------------------------------
-
-
-def _features(length: int, heads: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    yield "bias [1, H, T, T]", {"bias": _fresh(1, heads, length, length)}
-    yield "bias [B, 1, 1, T]", {"bias": _fresh(2, 1, 1, length)}
-    yield "ALiBi slopes", {"alibi_slopes": torch.rand(heads, device="cuda") / 8}
-    yield "sinks", {"sinks": torch.randn(heads, device="cuda")}
-
-
-def _training_call(
-    inputs: tuple[Any, ...], grad: Tensor, params: AttentionParams, needs: tuple[bool, ...]
-) -> object:
-    """Forward and backward by our kernels; `inputs`: q, k, v, bias, sinks, slopes."""
-    q, k, v, bias, sinks, slopes = inputs
-    out, lse = triton_attention.forward(q, k, v, bias, sinks, slopes, None, None, params)
-    return triton_attention.backward(
-        grad, None, q, k, v, out, lse, bias, sinks, slopes, None, None, params, needs
-    )
-
-
-def _dense(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None,
-    slopes: Tensor | None, scale: float,
-) -> Tensor:  # fmt: skip
-    """Causal attention as a model writes it out: products in bf16, softmax in float32."""
-    length = q.shape[2]
-    position = torch.arange(length, device=q.device)
-    distance = position - position[:, None]
-    scores = (q @ k.mT).float() * scale
-    if bias is not None:
-        scores = scores + bias
-    if slopes is not None:
-        scores = scores + slopes[:, None, None] * distance
-    scores = scores.masked_fill(distance > 0, -torch.inf)
-    if sinks is not None:
-        sink = sinks[:, None, None].expand(*q.shape[:3], 1)
-        scores = torch.cat([scores, sink], -1)
-    return scores.softmax(-1)[..., :length].to(q.dtype) @ v
-
-
-def _dense_call(
-    dense: Callable[..., Tensor], leaves: list[Tensor | None], grad: Tensor, scale: float
-) -> object:
-    """Forward and backward by the dense formula."""
-    out = dense(*leaves, scale)
-    return torch.autograd.grad(out, [x for x in leaves if x is not None], grad)
-
-
-def features() -> None:
-    """Print times and peak memory of a training call against the compiled dense formula."""
-    batch, length, heads, size = 2, 8192, 8, 128
-    params = AttentionParams(scale=1 / math.sqrt(size), causal=True)
-    rows: list[list[object]] = []
-    for name, extra in _features(length, heads):
-        q, k, v, grad = (_fresh(batch, length, heads, size).transpose(1, 2) for _ in range(4))
-        bias, sinks, slopes = (extra.get(n) for n in ("bias", "sinks", "alibi_slopes"))
-        inputs = (q, k, v, bias, sinks, slopes)
-        needs = tuple(x is not None for x in inputs)
-        ours = partial(_training_call, inputs, grad, params, needs)
-        torch.compiler.reset()
-        dense = torch.compile(_dense, dynamic=False)
-        leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
-        formula = partial(_dense_call, dense, leaves, grad, params.scale)
+    for shape in shapes:
+        *inputs, grad = shape.inputs()
+        want = _sdpa(SDPBackend.FLASH_ATTENTION)(shape, inputs, grad).forward()
         cells: list[str] = []
-        times: list[float] = []
-        for call in (ours, formula):
-            call()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            call()
-            peak = (torch.cuda.max_memory_allocated() - before) / 2**30
-            times.append(_milliseconds(call))
-            cells.append(f"{times[-1]:.2f} ms, {peak:.2f} GiB")
-        rows.append([name, *cells, f"{times[1] / times[0]:.1f}"])
-    print(f"forward + backward, bf16, causal, B={batch} T={length} H={heads} D={size}\n")
-    print(tabulate(rows, ["", "ours", "dense, compiled", "times faster"], tablefmt="github"))
-    print()
+        before = dispatch.calls.copy()
+        for name, make in makers.items():
+            if make is _flex and shape.length not in _FLEX_LENGTHS:
+                cells.append("")
+                continue
+            try:
+                passes = make(shape, inputs, grad)
+            except (RuntimeError, OutOfResources) as error:  # the library does not take the shape
+                print(f"{name} {shape}: {str(error).splitlines()[0]}")
+                cells.append("-")
+                continue
+            torch.testing.assert_close(passes.forward(), want, rtol=3e-2, atol=3e-2)
+            forward, backward = _rates(passes, shape)
+            cells.append(f"{forward:.0f} / {backward:.0f}")
+        ran = ", ".join(sorted(dispatch.calls - before))
+        kind = ("" if shape.causal else "full ") + str(shape.dtype).removeprefix("torch.")
+        rows.append([shape.size, shape.length, kind, shape.groups, *cells, ran])
+    print("TFLOP/s forward / backward\n")
+    headers = ["D", "T", "kind", "groups", *makers, "ran"]
+    print(tabulate(rows, headers, tablefmt="github"), end="\n\n", flush=True)
+
+
+def lengths(count: int = 8) -> None:
+    """Print the wall time of the first call, forward and backward, at lengths never seen."""
+    makers = {name: make for name, make in _makers(False).items() if name != "SDPA flash"}
+    rows: list[list[object]] = []
+    for name, make in makers.items():
+        seconds = []
+        for index in range(count):
+            shape = replace(_Shape(128, 1024), length=1000 + 24 * index)
+            *inputs, grad = shape.inputs()
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            make(shape, inputs, grad).backward()
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        rows.append([name, *(f"{1e3 * s:.1f}" for s in seconds)])
+    print("ms of the first call, forward + backward, at one new length after another (D=128)\n")
+    print(tabulate(rows, tablefmt="github"), end="\n\n", flush=True)
 
 
 # -- sweep ---------------------------------------------------------------------------------------
@@ -298,24 +287,26 @@ def sweep(length: int = 8192) -> None:
     rows: list[list[object]] = []
     for kernel, sizes in _CANDIDATES.items():
         for size, candidates in sizes.items():
-            *inputs, grad = _inputs(length, size)
+            shape = _Shape(size, length)
+            *inputs, grad = shape.inputs()
             for blocks in candidates:
                 with _instead(kernel, size, blocks):
                     try:
-                        forward, backward = _rates(_ours(inputs, grad), length, size)
+                        forward, backward = _rates(_ours(shape, inputs, grad), shape)
                     except OutOfResources as error:
                         rows.append([kernel, size, blocks, str(error)[:60]])
                         continue
                 rate = forward if kernel == "forward" else backward
                 rows.append([kernel, size, blocks, f"{rate:.0f}"])
     print(f"TFLOP/s by block shape, bf16, causal, T={length}\n")
-    print(tabulate(rows, ["kernel", "D", "blocks", "TFLOP/s"], tablefmt="github"), end="\n\n")
+    headers = ["kernel", "D", "blocks", "TFLOP/s"]
+    print(tabulate(rows, headers, tablefmt="github"), end="\n\n", flush=True)
 
 
 def main() -> None:
     """Print the parts asked for, all of them by default."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parts = ("ceilings", "libraries", "features", "sweep")
+    parts = ("ceilings", "libraries", "shapes", "lengths", "sweep")
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(parts)}; default: all")
     parser.add_argument("--flex", action="store_true", help="FlexAttention too")
     arguments = parser.parse_args()
@@ -324,13 +315,16 @@ def main() -> None:
     wanted = arguments.parts or parts
     torch.manual_seed(0)
     name = torch.cuda.get_device_name()
-    print(f"{name}, torch {torch.__version__}, triton {triton.__version__}\n")
+    versions = f"torch {torch.__version__}, triton {triton.__version__}"
+    print(f"{name}, {versions}, cuDNN {torch.backends.cudnn.version()}\n", flush=True)
     if "ceilings" in wanted:
         ceilings()
     if "libraries" in wanted:
-        libraries(arguments.flex)
-    if "features" in wanted:
-        features()
+        table((_Shape(size, n) for size in (64, 128, 256) for n in _LENGTHS), arguments.flex)
+    if "shapes" in wanted:
+        table(iter(_OTHER_SHAPES), arguments.flex)
+    if "lengths" in wanted:
+        lengths()
     if "sweep" in wanted:
         sweep()
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["arguments", "shape_of"]
+__all__ = ["arguments", "shape_of", "shape_of_tensor"]
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
@@ -26,7 +26,12 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 
 def shape_of(node: fx.Node) -> tuple[Any, ...]:
     """Shape in ``meta["val"]`` as plain ints and sympy expressions."""
-    sizes = node.meta["val"].shape
+    return shape_of_tensor(node.meta["val"])
+
+
+def shape_of_tensor(value: torch.Tensor) -> tuple[Any, ...]:
+    """A fake tensor's shape as plain ints and sympy expressions."""
+    sizes: tuple[Any, ...] = tuple(value.shape)
     return tuple(s if isinstance(s, int) else _expression(s) for s in sizes)
 
 

@@ -6,6 +6,7 @@ innermost line of the user, helper functions included, on every node.
 
 from __future__ import annotations
 
+import inspect
 import linecache
 import re
 import sys
@@ -25,6 +26,7 @@ from fxport.errors import Location
 
 __all__ = [
     "direct_caller",
+    "forward_line",
     "is_library",
     "location_at",
     "location_in",
@@ -37,6 +39,8 @@ _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<functio
 _TORCH = str(Path(torch.__file__).parent)
 _STDLIB = sysconfig.get_path("stdlib")
 _OWN = str(Path(__file__).parents[1])
+# Dynamo's name for the variable that holds the model: L['self'].blocks, G['model'].blocks
+_ROOT = re.compile(r"^[LG]\['\w+'\]\.?")
 _KEY = "fxport_line"
 
 
@@ -109,10 +113,20 @@ def user_location(node: fx.Node) -> Location | None:
     return location_in(trace) if trace else None
 
 
+def forward_line(model: torch.nn.Module) -> Location | None:
+    """Where the model's forward begins; None when it was made at a prompt."""
+    try:
+        file = inspect.getsourcefile(type(model).forward)
+        lines, first = inspect.getsourcelines(type(model).forward)
+    except (OSError, TypeError):  # made at a prompt: there is no file to name
+        return None
+    return Location(file or "", first, "forward", lines[0].strip())
+
+
 def module_of(node: fx.Node) -> str:
     """Qualified name of the innermost user module around this node, or ""."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
     path, _ = list(stack.values())[-1]
-    return path.removeprefix("L['self'].").removeprefix("L['self']")
+    return _ROOT.sub("", path)

@@ -1,7 +1,9 @@
 """Which implementation computes an attention call, and how often each one ran.
 
 All implementations mean the same by (out, lse), so forward and backward choose independently. A
-choice depends on the call's facts alone, never on values or on earlier calls.
+choice depends on the call's facts and on torch's settings, never on values, timings or earlier
+calls. On CUDA: cuDNN where it covers the call and was measured faster (`fxport.ops.cudnn`), else
+our Triton kernels, else, with a warning, the blocked path.
 """
 
 from __future__ import annotations
@@ -13,15 +15,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
+import torch
 from torch import Tensor
 
-from fxport.ops import blocked, cpu_flash
+from fxport.ops import blocked, cpu_flash, cudnn
 from fxport.ops.facts import Facts
 
 __all__ = ["Implementation", "calls", "choose"]
 
 calls: Counter[str] = Counter()
-"""How often each implementation ran; keys are ``"cpu_flash.forward"``, ``"blocked.backward"``..."""
+"""How often each implementation ran; keys are ``"cudnn.forward"``, ``"blocked.backward"``..."""
 
 
 @dataclass(frozen=True)
@@ -45,20 +48,17 @@ class Implementation:
 
 _BLOCKED = Implementation("blocked", lambda facts: None, blocked.forward, blocked.backward)
 _CPU_FLASH = Implementation("cpu_flash", cpu_flash.refuses, cpu_flash.forward, cpu_flash.backward)
+_CUDNN = Implementation("cudnn", cudnn.refuses, cudnn.forward, cudnn.backward)
 
 
 @cache
-def _cuda_implementations() -> tuple[Implementation, ...]:
-    """Our Triton kernels where Triton is installed, then the blocked path."""
+def _triton() -> Implementation | None:
+    """Our own kernels, where Triton is installed."""
     if importlib.util.find_spec("triton") is None:
-        _warn_slow("Triton is not installed")
-        return (_BLOCKED,)
-    from fxport.ops import triton_attention
+        return None
+    from fxport.ops import triton_attention as kernels
 
-    triton = Implementation(
-        "triton", triton_attention.refuses, triton_attention.forward, triton_attention.backward
-    )
-    return (triton, _BLOCKED)
+    return Implementation("triton", kernels.refuses, kernels.forward, kernels.backward)
 
 
 @cache
@@ -77,9 +77,16 @@ def choose(facts: Facts) -> Implementation:
     if facts.device == "cpu":
         return _CPU_FLASH if cpu_flash.refuses(facts) is None else _BLOCKED
     if facts.device == "cuda":
-        for candidate in _cuda_implementations():
-            reason = candidate.refuses(facts)
-            if reason is None:
-                return candidate
-            _warn_slow(reason)
+        return _choose_cuda(facts)
+    return _BLOCKED
+
+
+def _choose_cuda(facts: Facts) -> Implementation:
+    if torch.backends.cudnn.is_available() and cudnn.refuses(facts) is None:
+        return _CUDNN
+    triton = _triton()
+    reason = "Triton is not installed" if triton is None else triton.refuses(facts)
+    if triton is not None and reason is None:
+        return triton
+    _warn_slow(str(reason))
     return _BLOCKED

@@ -30,6 +30,8 @@ class Facts:
         band: causality and window, reduced to what they forbid for these lengths.
         needs: None in forward; in backward, the gradients wanted.
         lse_gradient: whether a gradient comes in on lse (False in forward).
+        capability: of the NVIDIA GPU, (9, 0) for Hopper; None on other devices.
+        deterministic: whether ``torch.use_deterministic_algorithms`` is on.
     """
 
     device: str
@@ -46,6 +48,8 @@ class Facts:
     band: Band
     needs: Needs | None
     lse_gradient: bool
+    capability: tuple[int, int] | None
+    deterministic: bool
 
     @staticmethod
     def of(
@@ -76,4 +80,13 @@ class Facts:
             band=band_of(params, q.shape[2], k.shape[2]),
             needs=needs,
             lse_gradient=lse_gradient,
+            capability=_capability(q.device),
+            deterministic=torch.are_deterministic_algorithms_enabled(),
         )
+
+
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    # AMD's GPUs are "cuda" too, and one of them calls itself (9, 0)
+    if device.type != "cuda" or torch.version.cuda is None:
+        return None
+    return torch.cuda.get_device_capability(device)

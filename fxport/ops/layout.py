@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ["empty_heads", "in_heads_layout", "in_row_major_layout"]
+__all__ = ["addressable", "empty_heads", "in_heads_layout", "in_row_major_layout"]
 
 
 def empty_heads(like: Tensor, batch: int, heads: int, length: int, size: int) -> Tensor:
@@ -24,6 +24,27 @@ def in_heads_layout(x: Tensor) -> Tensor:
 def in_row_major_layout(x: Tensor) -> Tensor:
     """`x` with the strides of a new tensor; ``contiguous()`` leaves those of size 1 as they are."""
     return x if _is_row_major(x) else _row_major(x)
+
+
+_ALIGNMENT = 16  # bytes
+
+
+def addressable(x: Tensor) -> Tensor:
+    """`x`, or a copy that bulk loads can address: last stride 1, all else aligned to 16 bytes.
+
+    Zero strides (expanded tensors) count as not addressable. A copy keeps the shape; its rows lie
+    far enough apart to be aligned, whatever the head size.
+    """
+    unit = _ALIGNMENT // x.element_size()
+    strides = [s for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1]
+    if (
+        (x.stride(-1) == 1 or x.shape[-1] == 1)
+        and all(s > 0 and s % unit == 0 for s in strides)
+        and x.data_ptr() % _ALIGNMENT == 0
+    ):
+        return x
+    batch, heads, length, size = x.shape
+    return empty_heads(x, batch, heads, length, -(-size // unit) * unit)[..., :size].copy_(x)
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -12,11 +12,11 @@ import triton
 from torch import Tensor
 
 from fxport.ops.facts import Facts
-from fxport.ops.layout import empty_heads
+from fxport.ops.layout import addressable, empty_heads
 from fxport.ops.params import AttentionParams
 from fxport.ops.triton_backward import delta_kernel, key_kernel, query_kernel
 from fxport.ops.triton_bias import bias_kernel, exact_norm_kernel
-from fxport.ops.triton_call import FARTHEST, INTERPRETED, Call, Incoming, aligned
+from fxport.ops.triton_call import FARTHEST, INTERPRETED, Call, Incoming, tile_descriptor
 from fxport.ops.triton_config import group_parts, padded_head_size
 from fxport.ops.triton_forward import forward_kernel
 from fxport.ops.triton_tiles import FLOAT_BIAS
@@ -29,18 +29,12 @@ _DELTA_ROWS = 32
 _LINE = 128  # every kernel's block of rows divides it
 
 
-# Above it the gradient kernel of k and v reads out of bounds on Hopper (Triton 3.6); unexplained.
-_MAX_FLOAT32 = 128
-
-
 def refuses(facts: Facts) -> str | None:
     """Why these kernels cannot compute a call; None if they can."""
     if facts.dtype not in _DTYPES:
         return f"no Triton kernel for {facts.dtype}"
     if max(facts.q_shape[3], facts.v_shape[3]) > MAX_HEAD_SIZE:
         return f"head size above {MAX_HEAD_SIZE}"
-    if facts.dtype == torch.float32 and max(facts.q_shape[3], facts.v_shape[3]) > _MAX_FLOAT32:
-        return f"float32 with a head size above {_MAX_FLOAT32}"
     if 0 in (*facts.q_shape, *facts.k_shape, *facts.v_shape):
         return "an empty tensor has no tiles"
     if max(facts.q_shape[2], facts.k_shape[2]) >= FARTHEST:
@@ -134,14 +128,17 @@ def _incoming(
     line = triton.cdiv(rows, _LINE) * _LINE
     norm = lse.new_empty((batch * heads, line))
     delta = torch.empty_like(norm)
+    grad = addressable(grad_out)
+    width = padded_head_size(v_size)
     delta_kernel[(line // _DELTA_ROWS * batch * heads,)](
-        out, grad_out, lse, None if grad_lse is None else grad_lse.contiguous(), norm, delta,
-        *out.stride(), *grad_out.stride(), heads, rows, line, v_size,
-        BLOCK_M=_DELTA_ROWS, BLOCK_DV=padded_head_size(v_size), LSE_GRAD=grad_lse is not None,
+        tile_descriptor(addressable(out), _DELTA_ROWS, width),
+        tile_descriptor(grad, _DELTA_ROWS, width),
+        lse, None if grad_lse is None else grad_lse.contiguous(), norm, delta, heads, rows, line,
+        BLOCK_M=_DELTA_ROWS, BLOCK_DV=width, LSE_GRAD=grad_lse is not None,
         LOG2=not call.bias_kind & FLOAT_BIAS.value,
     )  # fmt: skip
     rest = _split_norm(call, norm) if call.bias_kind & FLOAT_BIAS.value else None
-    return Incoming(aligned(grad_out), norm, delta, rest)
+    return Incoming(grad, norm, delta, rest)
 
 
 def _split_norm(call: Call, norm: Tensor) -> Tensor:

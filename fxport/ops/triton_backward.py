@@ -35,10 +35,7 @@ __all__ = ["delta_kernel", "key_kernel", "query_kernel", "weight_tile"]
 
 @triton.jit
 def delta_kernel(
-    out_ptr, grad_out_ptr, lse_ptr, grad_lse_ptr, norm_ptr, delta_ptr,
-    out_stride_b, out_stride_h, out_stride_t, out_stride_d,
-    grad_stride_b, grad_stride_h, grad_stride_t, grad_stride_d,
-    heads, rows, line, v_size,
+    out_desc, grad_desc, lse_ptr, grad_lse_ptr, norm_ptr, delta_ptr, heads, rows, line,
     BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr, LSE_GRAD: tl.constexpr, LOG2: tl.constexpr,
 ):  # fmt: skip
     """One number each per row, in lines of `line` numbers (BLOCK_M divides it).
@@ -46,32 +43,27 @@ def delta_kernel(
     delta: sum over d of out * grad_out, minus lse's own gradient; 0 beyond the last row.
     norm: lse in the units of the scores (LOG2: those of log 2); +inf for a row without weights and
     beyond the last row.
+
+    The loads go through descriptors so that the order of the sum over d is that of the tile: with
+    pointers, the strides would decide which thread holds what, and with it the last bits.
     """
     blocks = line // BLOCK_M
-    batch = (tl.program_id(0) // blocks // heads).to(tl.int64)
-    head = (tl.program_id(0) // blocks % heads).to(tl.int64)
-    i = (tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    d = tl.arange(0, BLOCK_DV)
-    inside = (i[:, None] < rows) & (d[None, :] < v_size)
-    out_ptr += batch * out_stride_b + head * out_stride_h
-    grad_out_ptr += batch * grad_stride_b + head * grad_stride_h
-    out = tl.load(
-        out_ptr + i[:, None] * out_stride_t + d[None, :] * out_stride_d, mask=inside, other=0.0
-    )
-    grad = tl.load(
-        grad_out_ptr + i[:, None] * grad_stride_t + d[None, :] * grad_stride_d,
-        mask=inside,
-        other=0.0,
-    )
+    batch = tl.program_id(0) // blocks // heads
+    head = tl.program_id(0) // blocks % heads
+    row = tl.program_id(0) % blocks * BLOCK_M
+    out = out_desc.load([batch, head, row, 0]).reshape(BLOCK_M, BLOCK_DV)
+    grad = grad_desc.load([batch, head, row, 0]).reshape(BLOCK_M, BLOCK_DV)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
-    given = (batch * heads + head) * rows + i
+    i = row + tl.arange(0, BLOCK_M)
+    entry = batch.to(tl.int64) * heads + head
+    given = entry * rows + i
     norm = tl.load(lse_ptr + given, mask=i < rows, other=float("inf"))
     norm = tl.where(norm == float("-inf"), float("inf"), norm)
     if LOG2:
         norm *= LOG2E
     if LSE_GRAD:
         delta -= tl.load(grad_lse_ptr + given, mask=i < rows, other=0.0)
-    made = (batch * heads + head) * line + i
+    made = entry * line + i
     tl.store(norm_ptr + made, norm)
     tl.store(delta_ptr + made, delta)
 

@@ -1,4 +1,4 @@
-"""One attention call prepared for the Triton kernels: aligned tensors, descriptors, arguments.
+"""One attention call prepared for the Triton kernels: addressable tensors, descriptors, arguments.
 
 Loads go through tensor descriptors (TMA), which need a last stride of 1 and everything else aligned
 to 16 bytes: inputs that are not so laid out (odd head sizes, slices) are copied first.
@@ -17,34 +17,19 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fxport.ops.band import Band, band_of
 from fxport.ops.dropout import keep_scale, threshold
+from fxport.ops.layout import addressable
 from fxport.ops.params import AttentionParams
 from fxport.ops.triton_config import Blocks, blocks_for, padded_head_size
 from fxport.ops.triton_tiles import BIAS_KEYS, BIAS_ROWS, BOOL_BIAS, FLOAT_BIAS, score_tile
 
-__all__ = ["FARTHEST", "INTERPRETED", "Call", "Incoming", "aligned"]
+__all__ = ["FARTHEST", "INTERPRETED", "Call", "Incoming", "tile_descriptor"]
 
 FARTHEST = 2**30  # lengths stay below, limits on j - i within: int32 arithmetic is safe
 INTERPRETED = not isinstance(score_tile, triton.JITFunction)  # under TRITON_INTERPRET=1
-_ALIGNMENT = 16  # bytes
 
 
-def aligned(x: Tensor) -> Tensor:
-    """`x`, or a copy of it that a tensor descriptor can address."""
-    unit = _ALIGNMENT // x.element_size()
-    strides = [s for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1]
-    if (
-        (x.stride(-1) == 1 or x.shape[-1] == 1)
-        and all(s > 0 and s % unit == 0 for s in strides)
-        and x.data_ptr() % _ALIGNMENT == 0
-    ):
-        return x
-    batch, heads, length, size = x.shape
-    wide = x.new_empty(batch, heads, length, -(-size // unit) * unit)
-    return wide[..., :size].copy_(x)
-
-
-def _descriptor(x: Tensor, block: int, width: int) -> TensorDescriptor:
-    """Tiles ``[1, 1, block, width]`` of an aligned tensor; zeros beyond its ends."""
+def tile_descriptor(x: Tensor, block: int, width: int) -> TensorDescriptor:
+    """Tiles ``[1, 1, block, width]`` of an addressable tensor; zeros beyond its ends."""
     # the stride of a single entry is arbitrary in torch, but must be aligned here
     strides = [s if n > 1 else 64 for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
     return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, block, width])
@@ -71,7 +56,7 @@ class Incoming:
     """What backward's kernels read beside the inputs.
 
     Attributes:
-        grad: out's gradient, aligned.
+        grad: out's gradient, addressable.
         norm, delta: float32 ``[B * Hq, Tq rounded up]``, see `delta_kernel`.
         rest: likewise, see `exact_norm_kernel`; only with a floating bias.
     """
@@ -87,7 +72,7 @@ class Call:
     """One call's tensors and numbers as the kernels want them.
 
     Attributes:
-        q, k, v: aligned (see `aligned`).
+        q, k, v: as `addressable` gives them.
         bias: expanded to ``[B, Hq, Tq, Tk]`` (broadcast dimensions have stride 0), bool as uint8.
         bias_kind: the kernels' BIAS, see triton_tiles.py.
         first, end: of each packed token's segment.
@@ -129,7 +114,7 @@ class Call:
             kind |= BIAS_KEYS.value if bias.stride(3) else 0
         first, end = (None, None) if cu_seqlens is None else _segments(cu_seqlens, rows)
         return Call(
-            aligned(q), aligned(k), aligned(v), bias, kind,
+            addressable(q), addressable(k), addressable(v), bias, kind,
             None if sinks is None else sinks.contiguous(),
             None if slopes is None else slopes.contiguous(),
             seed if params.dropout_p > 0 else None,
@@ -167,12 +152,12 @@ class Call:
     ) -> dict[str, TensorDescriptor | None]:
         size, v_size = padded_head_size(self.q.shape[3]), padded_head_size(self.v.shape[3])
         found: dict[str, TensorDescriptor | None] = {
-            "q_desc": _descriptor(self.q, blocks.m, size),
-            "k_desc": _descriptor(self.k, blocks.n, size),
-            "v_desc": _descriptor(self.v, blocks.n, v_size),
+            "q_desc": tile_descriptor(self.q, blocks.m, size),
+            "k_desc": tile_descriptor(self.k, blocks.n, size),
+            "v_desc": tile_descriptor(self.v, blocks.n, v_size),
         }
         if incoming is not None:
-            found["grad_desc"] = _descriptor(incoming.grad, blocks.m, v_size)
+            found["grad_desc"] = tile_descriptor(incoming.grad, blocks.m, v_size)
             found["norm_desc"] = _line_descriptor(incoming.norm, blocks.m)
             found["delta_desc"] = _line_descriptor(incoming.delta, blocks.m)
             rest = incoming.rest

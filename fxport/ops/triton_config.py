@@ -52,7 +52,7 @@ SINGLE: dict[str, dict[int, Blocks]] = {
         128: Blocks(64, 16, 4, 2),
         256: Blocks(64, 16, 4, 2),
     },
-    "key": {64: Blocks(16, 64, 4, 2), 128: Blocks(16, 128, 8, 2), 256: Blocks(16, 64, 8, 2)},
+    "key": {64: Blocks(16, 64, 4, 2), 128: Blocks(16, 128, 8, 2), 256: Blocks(32, 64, 8, 1)},
     "query": {64: Blocks(64, 16, 4, 2), 128: Blocks(64, 16, 4, 2), 256: Blocks(64, 16, 4, 2)},
     "bias": {64: Blocks(64, 32, 4, 2), 128: Blocks(64, 16, 4, 2), 256: Blocks(64, 16, 4, 1)},
 }

@@ -149,15 +149,15 @@ def test_several_required_arguments_are_refused():
     assert "mask" in refusal(Model()).message
 
 
-def test_another_path_for_short_sequences_is_noted():
+def test_another_path_for_short_sequences_is_refused_at_its_line():
     class Model(Tiny):
         def forward(self, ids):
             x = super().forward(ids)
             return x if ids.shape[1] > 4 else x * 2  # HERE
 
-    captured = capture(Model())
-    assert captured.shortest == 5
-    assert "# HERE" in captured.length_line.source
+    reason = refusal(Model())
+    assert reason.code is ReasonCode.DEPENDS_ON_LENGTH
+    assert "# HERE" in line_of(reason)
 
 
 def test_an_error_of_the_model_itself_names_its_line():

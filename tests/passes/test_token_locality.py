@@ -145,7 +145,7 @@ MIXING = [
     (length_as_a_number_of_a_tensor, ReasonCode.DEPENDS_ON_LENGTH),
     (scrambled, ReasonCode.MIXES_TOKENS),
     (reversed_positions, ReasonCode.POSITION_UNKNOWN),
-    (last_rows_of_a_table, ReasonCode.POSITION_UNKNOWN),
+    (last_rows_of_a_table, ReasonCode.DEPENDS_ON_LENGTH),
     (rows_that_start_at_the_length, ReasonCode.POSITION_UNKNOWN),
     (padded_on_the_left, ReasonCode.DEPENDS_ON_LENGTH),
     (squeezed, ReasonCode.UNSUPPORTED_OP),
@@ -292,10 +292,10 @@ def test_limit_of_a_learned_table_without_an_assertion():
 
 def test_length_as_a_number_is_refused():
     model = type("Model", (Base,), {"between": length_as_a_number})()
-    with pytest.raises(PortError, match="one length only") as caught:
+    with pytest.raises(PortError, match=r"a number \(6\.08") as caught:
         run(model)
     reason = caught.value.reasons[0]
-    assert reason.code is ReasonCode.LENGTH_SPECIALISED
+    assert reason.code is ReasonCode.DEPENDS_ON_LENGTH
     assert "# HERE" in linecache.getline(__file__, reason.location.line)
 
 

@@ -1,0 +1,252 @@
+"""The second way in: capture at several plain lengths, and unify.
+
+For models whose code asks what the length is: tables that grow, masks made row by row, another
+path beyond a window. A plain length answers every such question; that the answers do not matter
+is shown by the graphs of the lengths on either side of each.
+
+model  ->  lengths that matter  ->  a `Sample` of each  ->  one symbolic graph
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import sympy
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+from fxport.capture.emitter import symbolic_tokens
+from fxport.capture.sample import Sample, device_of, take_sample
+from fxport.capture.state import State
+from fxport.capture.trace import quiet, token_argument
+from fxport.capture.traced import Traced
+from fxport.capture.unify import NeedsTable, Unified, unify
+from fxport.errors import PortError, Reason, ReasonCode
+
+__all__ = ["continues", "trace_at_lengths"]
+
+# Lengths that share no factors with each other or with usual feature sizes. The first gives the
+# hints of the symbolic graph; 1 is checked with numbers, as many models treat it apart.
+_LENGTHS = (37, 53, 41, 29, 23, 17, 11, 7, 5, 3)
+_BATCHES = (2, 3, 5)
+# Without a limit in the model, tables are made up to here; also the longest [T, T] constant.
+_UNBOUNDED = 4096
+_FAR = 2**17
+# A forward that asks more than this about the length is refused where its graphs differ.
+_MOST_PATHS = 24
+
+
+def continues(model: nn.Module, limit: int | None) -> bool:
+    """Whether forward also runs beyond a limit: then it was the graph's, not the model's."""
+    return limit is not None and _runs(model, limit + 1)
+
+
+def trace_at_lengths(model: nn.Module) -> Traced:
+    """Captures a clone at several lengths and unifies the graphs.
+
+    Raises:
+        PortError: forward cannot be traced at a plain length, its result depends on earlier
+            calls, or the graphs differ in more than sizes and constants.
+    """
+    token_argument(model)
+    fresh = _first(model)
+    limit = _longest(model, fresh.length)
+    lengths, limit = _lengths(model, limit)
+    history = _history(model, fresh, limit or _UNBOUNDED)
+    samples = [take_sample(model, _batch(length), length, history) for length in lengths]
+    try:
+        unified, longest = unify(samples), limit
+    except NeedsTable as needed:
+        longest = limit or _UNBOUNDED
+        if needed.axes > 1:
+            longest = min(longest, _UNBOUNDED)
+        whole = take_sample(model, _batch(longest), longest, history)
+        unified = unify(samples, whole)
+    return Traced(
+        graph=unified.graph,
+        tokens=unified.tokens,
+        batch=unified.batch,
+        length=unified.length,
+        shortest=2,
+        limit=_smaller(longest, _bound(unified)),
+        length_line=None,
+        output=samples[0].logits,
+        way=f"torch.export at the lengths {', '.join(map(str, lengths))}, unified",
+    )
+
+
+def _first(model: nn.Module) -> Sample:
+    """A sample at the first usual length that forward takes.
+
+    Raises:
+        PortError: it takes none; what the first said.
+    """
+    errors = []
+    for length in _LENGTHS[::3]:
+        try:
+            return take_sample(model, _batch(length), length)
+        except PortError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _batch(length: int) -> int:
+    """Batch sizes that differ from the length, and from sample to sample."""
+    return _BATCHES[length % 3] if length > 5 else 5 - length
+
+
+def _smaller(one: int | None, other: int | None) -> int | None:
+    return min((n for n in (one, other) if n is not None), default=None)
+
+
+# --- which lengths -----------------------------------------------------------------------------
+
+
+def _lengths(model: nn.Module, limit: int | None) -> tuple[list[int], int | None]:
+    """The usual lengths, and both sides of every number that forward compares the length with.
+
+    Returns:
+        The lengths, and the longest for which they say anything.
+    """
+    allowed = [*[n for n in _LENGTHS if limit is None or n <= limit][:3], 2]
+    if len(allowed) < 3:
+        reason = Reason(
+            ReasonCode.LENGTH_SPECIALISED, f"forward accepts sequences of at most {limit} tokens"
+        )
+        raise PortError([reason])
+    longest = limit or _UNBOUNDED
+    known: set[int] = set()
+    pending = {allowed[0]}
+    while pending and len(known) < _MOST_PATHS:
+        sides = _sides(model, pending.pop()) - known
+        known |= sides
+        pending |= {n for n in sides if n <= longest}
+    beyond = [n for n in known if n > longest]
+    if beyond and limit is None:
+        limit = min(beyond) - 1
+    lengths = dict.fromkeys([*allowed, *sorted(n for n in known if n <= longest)])
+    return list(lengths), limit
+
+
+def _sides(model: nn.Module, hint: int) -> set[int]:
+    """Lengths on both sides of every question about the length that a run at `hint` asks.
+
+    Forward may fail half-way (a length as a dictionary key): what was asked before counts.
+    """
+    shapes = ShapeEnv()
+    mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
+    ids = torch.zeros(1, hint, dtype=torch.long, device=device_of(model))
+    _, length, fake = symbolic_tokens(mode, ids, [DimDynamic.STATIC, DimDynamic.DYNAMIC])
+    # The sample at this length says what is wrong, if anything is.
+    with _forward_only(model), mode, contextlib.suppress(Exception):
+        model(fake)
+    found: set[int] = set()
+    for guard in shapes.guards:
+        question = guard.expr
+        if isinstance(question, sympy.Eq) and question.subs({length: hint}) == sympy.true:
+            continue  # asked for the number itself (``range(T)``): every plain length answers
+        if isinstance(question, sympy.Rel) and question.free_symbols == {length}:
+            found |= _flips(question, length)
+    return found
+
+
+def _flips(question: sympy.Rel, length: sympy.Symbol) -> set[int]:
+    """Neighbouring lengths with different answers, near every number that the question names."""
+    difference = question.lhs - question.rhs
+    if difference.is_polynomial(length) and sympy.degree(difference, length) == 1:
+        slope = difference.coeff(length, 1)
+        near = {int(sympy.floor(-difference.subs({length: 0}) / slope))}
+    else:
+        near = {int(n) for n in difference.atoms(sympy.Integer)}
+    found: set[int] = set()
+    for number in near:
+        candidates = [n for n in range(number - 1, number + 3) if n > 1]
+        answers = [question.subs({length: n}) for n in candidates]
+        for (one, a), (other, b) in itertools.pairwise(zip(candidates, answers, strict=True)):
+            if a != b:
+                found |= {one, other}
+    return found
+
+
+@contextmanager
+def _forward_only(model: nn.Module) -> Iterator[None]:
+    """Runs that leave no trace on the model."""
+    state = State(model)
+    try:
+        with quiet(), torch.no_grad():
+            yield
+    finally:
+        state.restore()
+
+
+def _runs(model: nn.Module, length: int) -> bool:
+    """Whether forward accepts this many tokens, by shapes alone."""
+    ids = torch.zeros(1, length, dtype=torch.long, device=device_of(model))
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with _forward_only(model), mode:
+        try:
+            model(mode.from_tensor(ids))
+        except Exception:  # an assertion, an index, a shape: the model does not take it
+            return False
+    return True
+
+
+def _longest(model: nn.Module, known: int) -> int | None:
+    """The largest length that forward accepts; None when that is beyond what is tried."""
+    if _runs(model, _UNBOUNDED + 1):
+        return None
+    low, high = known, _UNBOUNDED + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if _runs(model, middle) else (low, middle)
+    return low
+
+
+def _bound(unified: Unified) -> int | None:
+    """The largest T that satisfies what torch had to know while the shapes were derived."""
+    guards = [
+        g.expr
+        for g in unified.shapes.guards
+        if isinstance(g.expr, sympy.Rel)
+        and not isinstance(g.expr, sympy.Ne)
+        and g.expr.free_symbols == {unified.length}
+    ]
+
+    def holds(length: int) -> bool:
+        return all(g.subs({unified.length: length}) == sympy.true for g in guards)
+
+    if holds(_FAR):
+        return None
+    low, high = 2, _FAR
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
+
+
+# --- earlier calls -------------------------------------------------------------------------------
+
+
+def _history(model: nn.Module, fresh: Sample, longest: int) -> tuple[int, ...]:
+    """Earlier calls to make before each sample: none, or one of the longest length.
+
+    A model that keeps nothing between calls has no history. One that does must give the same
+    graph after any history: none, a longer call, a shorter and a longer one.
+
+    Raises:
+        PortError: the result depends on earlier calls.
+    """
+    if not fresh.changed:
+        return ()
+    histories = ((longest,), (2, longest))
+    samples = [take_sample(model, fresh.batch, fresh.length, h) for h in histories]
+    try:
+        unify([fresh, *samples])
+    except (PortError, NeedsTable) as error:
+        raise PortError(fresh.changed) from error
+    return (longest,)

@@ -1,0 +1,116 @@
+"""Which values of a graph may share memory, and who writes to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import fx
+
+from fxport.capture.arguments import arguments
+
+__all__ = ["Memory", "is_fresh", "is_mutation"]
+
+# May return their input: ATen's schema does not say so for these.
+_MAYBE_ALIAS = (
+    torch.ops.aten.to,
+    torch.ops.aten.reshape,
+    torch.ops.aten.contiguous,
+    torch.ops.aten.flatten,
+    torch.ops.aten.dropout,
+    torch.ops.aten.type_as,
+    torch.ops.aten.feature_dropout,
+    torch.ops.aten.reshape_as,
+    torch.ops.aten.lift_fresh,
+)
+
+
+def is_fresh(node: fx.Node) -> bool:
+    """Whether the op returns memory of its own: no output aliases an input."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.overloadpacket in _MAYBE_ALIAS:
+        return False
+    return all(r.alias_info is None for r in target._schema.returns)
+
+
+def is_mutation(node: fx.Node) -> bool:
+    """Whether the op writes to one of its arguments."""
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+class Memory:
+    """Groups the nodes of a graph by the memory that they may share (views, in-place results).
+
+    An op that is not known to return fresh memory counts as sharing that of every tensor argument.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._parent: dict[fx.Node, fx.Node] = {}
+        for node in graph.nodes:
+            self._parent[node] = node
+            if node.op == "call_function" and not is_fresh(node):
+                for argument in node.all_input_nodes:
+                    self._parent[self._root(argument)] = self._root(node)
+        self.writes: dict[fx.Node, list[fx.Node]] = {}
+        for node in graph.nodes:
+            for changed in _written(node):
+                self.writes.setdefault(self._root(changed), []).append(node)
+
+    def _root(self, node: fx.Node) -> fx.Node:
+        while self._parent[node] is not node:
+            self._parent[node] = self._parent[self._parent[node]]
+            node = self._parent[node]
+        return node
+
+    def shared(self, node: fx.Node) -> fx.Node:
+        """A representative of the memory that `node` lives in."""
+        return self._root(node)
+
+    def written_by(self, node: fx.Node) -> list[fx.Node]:
+        """Every op that writes to the memory of `node`, in graph order."""
+        return self.writes.get(self._root(node), [])
+
+    def reaching(self, starts: Iterable[fx.Node], graph: fx.Graph) -> set[fx.Node]:
+        """All nodes whose value depends on `starts`, through arguments or through memory."""
+        found = set(starts)
+        tainted = {self._root(n) for n in found}
+        size = -1
+        while size != len(found):
+            size = len(found)
+            for node in graph.nodes:
+                depends = self._root(node) in tainted or any(
+                    i in found for i in node.all_input_nodes
+                )
+                if not depends or node.op == "output":
+                    continue
+                found.add(node)
+                tainted.update(self._root(changed) for changed in _written(node))
+        return found
+
+    def needed(self, graph: fx.Graph) -> set[fx.Node]:
+        """Nodes that the output depends on; writes count when their memory is read."""
+        live = {n for n in graph.nodes if n.op == "output"}
+        roots: set[fx.Node] = set()
+        size = -1
+        while size != len(live):
+            size = len(live)
+            for node in reversed(graph.nodes):
+                if node not in live and not any(self._root(c) in roots for c in _written(node)):
+                    continue
+                live.add(node)
+                for argument in node.all_input_nodes:
+                    live.add(argument)
+                    roots.add(self._root(argument))
+        return live
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    if not is_mutation(node):
+        return []
+    assert isinstance(node.target, torch._ops.OpOverload)
+    bound = arguments(node)
+    written = [a for a in node.target._schema.arguments if a.alias_info and a.alias_info.is_write]
+    flat: list[fx.Node] = []
+    fx.node.map_arg([bound[a.name] for a in written if a.name in bound], flat.append)
+    return flat

@@ -1,0 +1,214 @@
+"""The graph of one plain length, and which of its values are constants.
+
+model, B=3, T=53  ->  Sample(graph of plain sizes, what depends on tokens, constants by value)
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxport.capture.clone import watch_attributes
+from fxport.capture.inputs import InputKind, graph_input
+from fxport.capture.location import forward_line, user_location
+from fxport.capture.logits import keep_logits
+from fxport.capture.memory import Memory
+from fxport.capture.state import State
+from fxport.capture.trace import aliases_of, explain_failure, export, graph_of
+from fxport.errors import PortError, Reason, ReasonCode
+
+__all__ = ["Sample", "device_of", "take_sample"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A graph of plain sizes.
+
+    Attributes:
+        batch, length: B and T.
+            graph: placeholders carry `GraphInput`; the only output is the logits.
+        tokens: the DATA placeholder.
+        output: the output node.
+        memory: who shares memory with whom.
+        needed: nodes that the output depends on.
+        data: nodes that depend on the token ids, through memory too.
+        learned: nodes that depend on parameters.
+        varying: the nodes of `data` that the output needs, in order.
+        logits: which output of the model is kept, in words.
+        changed: what forward changed in the model's state: path -> reason.
+    """
+
+    batch: int
+    length: int
+    graph: fx.GraphModule
+    tokens: fx.Node
+    output: fx.Node
+    memory: Memory
+    needed: frozenset[fx.Node]
+    data: frozenset[fx.Node]
+    learned: frozenset[fx.Node]
+    varying: tuple[fx.Node, ...]
+    logits: str
+    changed: tuple[Reason, ...]
+    _values: dict[fx.Node, Any] = field(default_factory=dict, repr=False)
+
+    def value(self, node: fx.Node) -> Any:
+        """What a constant holds when others read it.
+
+        Raises:
+            PortError: it is written to after something that is no constant has read it.
+        """
+        if not self._values:
+            self._run_constants()
+        self._check_order(node)
+        return self._values[node]
+
+    def _run_constants(self) -> None:
+        """Everything that depends on neither tokens nor parameters, in order, writes included."""
+        for node in self.graph.graph.nodes:
+            if node in self.data or node in self.learned or node not in self.needed:
+                continue
+            if node.op in ("placeholder", "get_attr"):
+                value = _stored(node)
+                # The model's own memory stays as it is.
+                self._values[node] = value.clone() if self.memory.written_by(node) else value
+            elif node.op == "call_function":
+                args, kwargs = fx.node.map_arg(
+                    (node.args, dict(node.kwargs)), lambda n: self._values[n]
+                )
+                target: Any = node.target
+                with torch.no_grad():
+                    self._values[node] = target(*args, **kwargs)
+
+    def _check_order(self, node: fx.Node) -> None:
+        writes = self.memory.written_by(node)
+        if not writes:
+            return
+        root = self.memory.shared(node)
+        order = {n: i for i, n in enumerate(self.graph.graph.nodes)}
+        last = max(order[n] for n in writes)
+        for reader in self.graph.graph.nodes:
+            reads = any(self.memory.shared(i) is root for i in reader.all_input_nodes)
+            outside = reader in self.data or reader in self.learned
+            if reads and outside and order[reader] < last:
+                reason = Reason(
+                    ReasonCode.MUTATED_IN_PLACE,
+                    "a constant is changed in place after it was used",
+                    user_location(writes[-1]),
+                    "use the out-of-place operation",
+                )
+                raise PortError([reason])
+
+
+def _stored(node: fx.Node) -> torch.Tensor:
+    if node.op == "get_attr":
+        value = operator.attrgetter(str(node.target))(node.graph.owning_module)
+    else:
+        value = graph_input(node).value
+    assert isinstance(value, torch.Tensor), node
+    return value
+
+
+def take_sample(model: nn.Module, batch: int, length: int, history: Sequence[int] = ()) -> Sample:
+    """Captures `model` at one batch size and length.
+
+    Args:
+        model: a clone from `clone_for_capture`; its state is put back afterwards.
+        history: lengths of earlier calls, on other tokens, that the model has seen before.
+
+    Raises:
+        PortError: forward fails at these sizes, or keeps tokens of earlier calls.
+    """
+    inputs = tuple(
+        torch.zeros(batch, n, dtype=torch.long, device=device_of(model)) for n in (length, *history)
+    )
+    aliases = aliases_of(model)
+    with _watched(model) as changed:
+        try:
+            exported = export(model, inputs, None)
+        except Exception as error:  # any failure of user code
+            raise PortError([explain_failure(error)]) from error
+    graph = graph_of(exported, aliases)
+    logits = keep_logits(graph)
+    return _analysed(graph, batch, length, logits, changed)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the token ids of a model live."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+@contextmanager
+def _watched(model: nn.Module) -> Iterator[list[Reason]]:
+    """Every call goes through its history first; the model's state is put back inside the trace.
+
+    torch.export refuses a model whose attributes it finds changed.
+    """
+    own = vars(model).get("forward")
+    call = model.forward
+    changed: list[Reason] = []
+
+    def forward(ids: torch.Tensor, *earlier: torch.Tensor) -> Any:
+        for other in earlier:
+            call(other)
+        result = call(ids)
+        changed.extend(_as_reason(model, path) for path in state.changes())
+        state.restore()
+        return result
+
+    vars(model)["forward"] = forward
+    state = State(model)
+    try:
+        with watch_attributes(model) as attributes:
+            yield changed
+            changed[:0] = attributes.values()
+    finally:
+        state.restore()
+        del vars(model)["forward"]
+        if own is not None:
+            vars(model)["forward"] = own
+
+
+def _as_reason(model: nn.Module, path: str) -> Reason:
+    return Reason(
+        ReasonCode.MUTATED_STATE,
+        f"forward changes `{path}`, so its result may depend on earlier calls",
+        forward_line(model),
+        hint="compute the value in __init__, or pass it through forward",
+    )
+
+
+def _analysed(
+    gm: fx.GraphModule, batch: int, length: int, logits: str, changed: list[Reason]
+) -> Sample:
+    memory = Memory(gm.graph)
+    needed = memory.needed(gm.graph)
+    inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    given = [n for n in inputs if graph_input(n).kind is InputKind.DATA]
+    if any(n in needed for n in given[1:]):
+        raise PortError(changed)
+    learned = memory.reaching(
+        [n for n in inputs if graph_input(n).kind is InputKind.PARAMETER], gm.graph
+    )
+    data = memory.reaching(given, gm.graph)
+    output = next(n for n in gm.graph.nodes if n.op == "output")
+    return Sample(
+        batch=batch,
+        length=length,
+        graph=gm,
+        tokens=given[0],
+        output=output,
+        memory=memory,
+        needed=frozenset(needed),
+        data=frozenset(data),
+        learned=frozenset(learned),
+        varying=tuple(n for n in gm.graph.nodes if n in data and n in needed),
+        logits=logits,
+        changed=tuple(changed),
+    )

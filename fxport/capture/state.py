@@ -1,0 +1,94 @@
+"""What a model keeps between calls: attributes of its modules and of plain objects they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["State"]
+
+_LEAVES = (
+    torch.Tensor,
+    nn.Module,
+    type,
+    FunctionType,
+    BuiltinFunctionType,
+    MethodType,
+    ModuleType,
+    torch.dtype,
+    torch.device,
+)
+
+
+class State:
+    """A snapshot of every mapping, list and object that a model's modules lead to.
+
+    Tensors are noted by identity: what is written into them is seen in the graph.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._containers: list[tuple[str, Any, Any]] = []
+        seen: set[int] = set()
+        for path, module in model.named_modules():
+            for found, container in _containers(path, vars(module), seen):
+                self._containers.append((found, container, container.copy()))
+
+    def restore(self) -> None:
+        """Puts every container back as it was, in place."""
+        for _, container, copy in self._containers:
+            if isinstance(container, list):
+                container[:] = copy
+            else:
+                container.clear()
+                container.update(copy)
+
+    def changes(self) -> list[str]:
+        """Dotted paths of what differs now: added, removed, or another object."""
+        found = []
+        for path, container, copy in self._containers:
+            if isinstance(container, list):
+                same = len(container) == len(copy) and all(map(_same, container, copy))
+                if not same:
+                    found.append(path)
+            elif isinstance(container, set):
+                if container != copy:
+                    found.append(path)
+            else:
+                for key in {**copy, **container}:
+                    missing = key not in copy or key not in container
+                    if missing or not _same(copy[key], container[key]):
+                        found.append(f"{path}.{key}".removeprefix("."))
+        return found
+
+
+def _same(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    if isinstance(one, tuple) and type(one) is type(other):  # torch.export puts equal ones back
+        return len(one) == len(other) and all(map(_same, one, other))
+    plain = (int, float, bool, str, bytes, type(None))
+    return type(one) is type(other) and isinstance(one, plain) and one == other
+
+
+def _containers(path: str, value: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    if id(value) in seen or isinstance(value, _LEAVES):
+        return
+    seen.add(id(value))
+    if isinstance(value, dict):
+        yield path, value
+        for key, held in list(value.items()):
+            # The registries of a module are containers of the module itself.
+            yield from _containers(f"{path}.{key}".removeprefix("."), held, seen)
+    elif isinstance(value, list | set):
+        yield path, value
+        for index, held in enumerate(value):
+            yield from _containers(f"{path}.{index}", held, seen)
+    elif isinstance(value, tuple):
+        for index, held in enumerate(value):
+            yield from _containers(f"{path}.{index}", held, seen)
+    elif isinstance(getattr(value, "__dict__", None), dict):
+        yield from _containers(path, vars(value), seen)

@@ -1,0 +1,129 @@
+"""The first way in: torch.export with symbolic batch and length.
+
+model(tokens[2, 37])  ->  graph over the symbols B and T, and the range of T that torch inferred
+"""
+
+from __future__ import annotations
+
+from traceback import FrameSummary
+
+import sympy
+import torch
+from torch import nn
+
+from fxport.capture.clone import watch_attributes
+from fxport.capture.inputs import InputKind, graph_input
+from fxport.capture.location import forward_line, is_library, location_at
+from fxport.capture.logits import keep_logits
+from fxport.capture.sample import device_of
+from fxport.capture.state import State
+from fxport.capture.trace import (
+    aliases_of,
+    explain_failure,
+    export,
+    graph_of,
+    token_argument,
+)
+from fxport.capture.traced import Traced
+from fxport.errors import Location, PortError, Reason, ReasonCode
+
+__all__ = ["trace_symbolically"]
+
+# Sizes that share no factors and are unlikely to be a feature size, longest first: a model
+# with a short limit is traced at a short length.
+_BATCH = 2
+_LENGTHS = (37, 23, 11, 5, 3)
+
+
+def trace_symbolically(model: nn.Module) -> Traced:
+    """Captures a clone for all lengths at once.
+
+    Raises:
+        PortError: tracing failed, the length was specialised, or forward changes the model.
+    """
+    state = State(model)
+    with watch_attributes(model) as changed:
+        exported = _export(model)
+    paths = state.changes()
+    state.restore()
+    if changed:
+        raise PortError(list(changed.values()))
+    if paths:
+        raise PortError([_changes(model, path) for path in paths])
+    graph = graph_of(exported, aliases_of(model))
+    tokens = next(
+        n for n in graph.graph.find_nodes(op="placeholder") if graph_input(n).kind is InputKind.DATA
+    )
+    batch, length = (s.node.expr for s in tokens.meta["val"].shape)
+    shortest, limit = _range(exported, length, model)
+    return Traced(
+        graph=graph,
+        tokens=tokens,
+        batch=batch,
+        length=length,
+        shortest=shortest,
+        limit=limit,
+        length_line=_guard_line(exported, sympy.Rel),
+        output=keep_logits(graph),
+        way="torch.export with a symbolic length",
+    )
+
+
+def _changes(model: nn.Module, path: str) -> Reason:
+    return Reason(
+        ReasonCode.MUTATED_STATE,
+        f"forward changes `{path}`, so its result may depend on earlier calls",
+        forward_line(model),
+        hint="compute the value in __init__, or pass it through forward",
+    )
+
+
+def _export(model: nn.Module) -> torch.export.ExportedProgram:
+    name = token_argument(model)
+    errors: list[Exception] = []
+    for length in _LENGTHS:
+        ids = torch.zeros(_BATCH, length, dtype=torch.long, device=device_of(model))
+        dynamic = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+        try:
+            return export(model, (ids,), {name: dynamic})
+        except Exception as error:  # any failure of user code; all of them are reported below
+            errors.append(error)
+    # The shortest length failed too: the cause is not a limit. The first error is the plainest.
+    raise PortError([explain_failure(errors[0])]) from errors[0]
+
+
+def _range(
+    exported: torch.export.ExportedProgram, length: sympy.Expr, model: nn.Module
+) -> tuple[int, int | None]:
+    """The lengths for which the captured graph holds."""
+    if not isinstance(length, sympy.Symbol):
+        reason = Reason(
+            ReasonCode.LENGTH_SPECIALISED,
+            f"the captured graph holds for one length only (T = {length})",
+            _guard_line(exported, sympy.Eq) or forward_line(model),
+            hint="sizes must come from the input's shape, not from a stored number, and the "
+            "number of tokens must not enter the computation",
+        )
+        raise PortError([reason])
+    bounds = exported.range_constraints[length]
+    # Beyond 2**30 the bound is torch's own, not the model's.
+    upper = int(bounds.upper) if bounds.upper < 2**30 else None
+    return max(int(bounds.lower), 2), upper
+
+
+def _guard_line(exported: torch.export.ExportedProgram, kind: type[sympy.Basic]) -> Location | None:
+    """The user's line at which torch had to know something of this kind about a size."""
+    environments = {
+        id(env): env
+        for node in exported.graph.nodes
+        for value in [node.meta.get("val")]
+        if hasattr(value, "fake_mode") and (env := value.fake_mode.shape_env) is not None
+    }
+    for environment in environments.values():
+        for guard in environment.guards:
+            frame = guard.sloc.framework_loc
+            numeric = any(argument.is_Integer for argument in guard.expr.args)
+            user = isinstance(frame, FrameSummary) and not is_library(frame.filename)
+            if isinstance(guard.expr, kind) and numeric and user:
+                return location_at(frame.filename, frame.lineno or 0, frame.name)
+    return None

@@ -1,0 +1,173 @@
+"""One run of torch.export, and the graph that comes out of it as an own GraphModule.
+
+exported program (guards, hooks, numbered inputs)  ->  graph whose placeholders are `GraphInput`
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export.graph_signature import InputKind as ExportInput
+
+from fxport.capture.inputs import GraphInput, InputKind
+from fxport.capture.location import location_in, record_user_lines
+from fxport.errors import PortError, Reason, ReasonCode
+
+__all__ = ["aliases_of", "explain_failure", "export", "graph_of", "quiet", "token_argument"]
+
+
+def export(
+    model: nn.Module, inputs: tuple[torch.Tensor, ...], dynamic: dict[str, Any] | None
+) -> torch.export.ExportedProgram:
+    """Exports in inference mode with the user's lines on the nodes.
+
+    Args:
+        dynamic: argument name -> dynamic dimensions, as `torch.export.export` takes them; None
+            for plain sizes.
+
+    Raises:
+        Exception: whatever the user's code or torch raises; see `explain_failure`.
+    """
+    with (
+        _no_fast_path(),
+        quiet(),
+        record_user_lines(),
+        torch.no_grad(),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        return torch.export.export(model, inputs, dynamic_shapes=dynamic, strict=False)
+
+
+@contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """The fused inference path of nn.MultiheadAttention is one opaque node."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Torch logs what it then raises; the reason that we give says it once."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def token_argument(model: nn.Module) -> str:
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    required = [
+        p
+        for p in parameters
+        if p.default is p.empty and p.kind is not p.VAR_KEYWORD and p.kind is not p.VAR_POSITIONAL
+    ]
+    if not parameters or len(required) > 1:
+        names = ", ".join(p.name for p in required)
+        reason = Reason(
+            ReasonCode.CAPTURE_FAILED,
+            f"forward must be callable with the token ids alone, but needs ({names})",
+            hint="give the other arguments defaults",
+        )
+        raise PortError([reason])
+    return (required or parameters)[0].name
+
+
+def explain_failure(error: Exception) -> Reason:
+    """A capture error in the user's terms: the innermost line of theirs, the first sentence."""
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    where = location_in(frames) or location_in(str(error))
+    message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    data_dependent = "data-dependent" in str(error) or "Data-dependent" in str(error)
+    return Reason(
+        ReasonCode.CAPTURE_FAILED,
+        f"{type(error).__name__}: {message}",
+        where,
+        hint="control flow must not depend on the values of the tokens" if data_dependent else "",
+    )
+
+
+def graph_of(exported: torch.export.ExportedProgram, aliases: Mapping[str, str]) -> fx.GraphModule:
+    """An own GraphModule (no guards, no hooks) whose placeholders know what they are."""
+    gm = fx.GraphModule(dict(exported.graph_module.named_children()), fx.Graph())
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(exported.graph, copied)
+    graph.output(output)
+    for name, value in exported.graph_module.named_buffers(recurse=False):
+        gm.register_buffer(name, value, persistent=False)
+    gm.graph = graph
+    specs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
+    for old, new in copied.items():
+        if old.op == "placeholder":
+            new.meta["input"] = _input(specs[old.name], exported)
+    _merge_tied(graph, aliases)
+    for node in list(graph.nodes):
+        if _only_checks(node):
+            graph.erase_node(node)
+    gm.recompile()
+    return gm
+
+
+def _merge_tied(graph: fx.Graph, aliases: Mapping[str, str]) -> None:
+    """One placeholder for each parameter, under its first name."""
+    first: dict[str, fx.Node] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        source: GraphInput = node.meta["input"]
+        name = aliases.get(source.name, source.name)
+        node.meta["input"] = dataclasses.replace(source, name=name)
+        if source.kind is InputKind.PARAMETER and first.setdefault(name, node) is not node:
+            node.replace_all_uses_with(first[name])
+            graph.erase_node(node)
+
+
+def _only_checks(node: fx.Node) -> bool:
+    """Assertions that torch or the user put in: they return nothing and change nothing."""
+    target = node.target
+    return (
+        isinstance(target, torch._ops.OpOverload)
+        and not target._schema.returns
+        and not target._schema.is_mutable
+    )
+
+
+def _input(spec: Any, exported: torch.export.ExportedProgram) -> GraphInput:
+    target = spec.target
+    if spec.kind is ExportInput.PARAMETER:
+        return GraphInput(InputKind.PARAMETER, target, exported.state_dict[target])
+    if spec.kind is ExportInput.BUFFER:
+        held = exported.state_dict if spec.persistent else exported.constants
+        return GraphInput(InputKind.BUFFER, target, held[target])
+    if spec.kind is ExportInput.CONSTANT_TENSOR:
+        return GraphInput(InputKind.BUFFER, target, exported.constants[target])
+    if spec.kind is ExportInput.USER_INPUT:
+        return GraphInput(InputKind.DATA, spec.arg.name)
+    reason = Reason(ReasonCode.CAPTURE_FAILED, f"the model takes an input of kind {spec.kind}")
+    raise PortError([reason])
+
+
+def aliases_of(model: nn.Module) -> dict[str, str]:
+    first: dict[int, str] = {}
+    aliases = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if id(p) in first:
+            aliases[name] = first[id(p)]
+        else:
+            first[id(p)] = name
+    return aliases

@@ -1,0 +1,38 @@
+"""What both ways of capture give: one symbolic graph and the lengths for which it holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sympy
+from torch import fx
+
+from fxport.errors import Location
+
+__all__ = ["Traced"]
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A symbolic graph.
+
+    Attributes:
+        graph: placeholders carry `GraphInput`; one of them is DATA, the only output is the logits.
+        tokens: the DATA placeholder.
+        batch, length: the symbols of B and T.
+        shortest: the smallest T (at least 2) for which the graph holds.
+        limit: the largest T for which the graph holds, None when nothing bounds it.
+        length_line: the user's line that asked about the length, where one did.
+        output: which output of the model the logits are, in words.
+        way: how it was captured, in words.
+    """
+
+    graph: fx.GraphModule
+    tokens: fx.Node
+    batch: sympy.Symbol
+    length: sympy.Symbol
+    shortest: int
+    limit: int | None
+    length_line: Location | None
+    output: str
+    way: str

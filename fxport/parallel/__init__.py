@@ -1,0 +1,1 @@
+"""Tensor parallelism: the rank's context, the collectives and the plan."""

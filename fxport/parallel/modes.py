@@ -1,0 +1,53 @@
+"""Whether a model computes the same in training mode as in eval mode, which is what is captured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxport.capture.clone import clone_for_capture
+from fxport.capture.state import State
+
+__all__ = ["training_differs"]
+
+_BATCH, _LENGTH = 2, 5
+
+
+def training_differs(model: nn.Module) -> str | None:
+    """What runs in training mode and not in eval mode, in words; None when nothing does.
+
+    Compares the operations of both, by shapes alone.
+    """
+    clone = clone_for_capture(model)
+    for module, original in zip(clone.modules(), model.modules(), strict=True):
+        module.training = original.training
+    training = _operations(clone)
+    evaluating = _operations(clone.eval())
+    if training == evaluating:
+        return None
+    extra = [name for name in dict.fromkeys(training) if name not in evaluating]
+    return f"the model runs {', '.join(extra)}" if extra else "the model takes another path"
+
+
+class _Record(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace != "prim":  # questions about a tensor, not computations
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def _operations(model: nn.Module) -> list[str]:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    state, record = State(model), _Record()
+    with FakeTensorMode(allow_non_fake_inputs=True), record, torch.no_grad():
+        model(torch.zeros(_BATCH, _LENGTH, dtype=torch.long, device=device))
+    state.restore()
+    return record.names

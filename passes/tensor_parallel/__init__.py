@@ -1,0 +1,1 @@
+"""Tensor parallelism from the dataflow: label, solve, emit, check."""

@@ -1,0 +1,72 @@
+"""Which positions of a value each rank holds, dimension by dimension."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from fxport.passes.tensor_parallel.factors import Labels
+from fxport.passes.tensor_parallel.solver import Solution
+
+__all__ = ["Box", "Boxes", "Undividable"]
+
+# One index vector per dimension; None: all positions.
+Box = tuple[tuple[int, ...] | None, ...]
+
+
+class Undividable(Exception):
+    """A divided value reached an op that cannot work on a part of it."""
+
+    def __init__(self, node: fx.Node, why: str, atoms: list[Tensor]) -> None:
+        super().__init__(f"{node}: {why}")
+        self.node, self.why, self.atoms = node, why, atoms
+
+
+class Boxes:
+    """Positions by rank, from the owners of their classes."""
+
+    def __init__(self, labels: Labels, solution: Solution) -> None:
+        self.labels, self.solution = labels, solution
+
+    def mask(self, atoms: Tensor, rank: int) -> Tensor:
+        """True where the rank holds the position; shape of `atoms`."""
+        owners, find = self.solution.owners, self.labels.classes.find
+        held = []
+        for atom in atoms.reshape(-1).tolist():
+            ranks = owners.get(find(atom))
+            held.append(ranks is None or rank in ranks)
+        return torch.tensor(held, dtype=torch.bool).reshape(atoms.shape)
+
+    def box(self, node: fx.Node, atoms: Tensor, rank: int) -> Box:
+        """Index vectors by dimension.
+
+        Raises:
+            Undividable: the positions held are no product of index vectors.
+        """
+        mask = self.mask(atoms, rank)
+        result: list[tuple[int, ...] | None] = []
+        product = torch.ones_like(mask)
+        for dim in range(mask.dim()):
+            others = [d for d in range(mask.dim()) if d != dim]
+            line = mask.amax(others) if others else mask
+            shape = [1] * mask.dim()
+            shape[dim] = -1
+            product = product & line.reshape(shape)
+            whole = bool(line.all())
+            result.append(None if whole else tuple(line.nonzero().reshape(-1).tolist()))
+        if not torch.equal(product, mask):
+            raise Undividable(node, "the positions of a rank are no rectangle", [atoms])
+        return tuple(result)
+
+    def complete(self, atoms: Tensor) -> bool:
+        """Whether every rank holds every position."""
+        find = self.labels.classes.find
+        return not any(find(a) in self.solution.owners for a in set(atoms.reshape(-1).tolist()))
+
+
+def select(value: Tensor, box: Box) -> Tensor:
+    """The part of a tensor in the box."""
+    for dim, index in enumerate(box):
+        if index is not None:
+            value = value.index_select(dim, torch.tensor(index, device=value.device))
+    return value

@@ -1,0 +1,235 @@
+"""Label, solve, emit, until every divided value meets only ops that have a rule for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from fxport.capture.arguments import arguments
+from fxport.capture.export import Captured, capture
+from fxport.capture.inputs import InputKind, graph_input
+from fxport.capture.location import module_of, user_location
+from fxport.errors import FxportError
+from fxport.parallel.context import ParallelContext
+from fxport.parallel.modules import CopyTo, Gather, SharedGradient
+from fxport.parallel.plan import CollectiveRecord, ParameterShard, Plan, Replicated
+from fxport.passes.attention import rewrite_attention
+from fxport.passes.functional import functionalise
+from fxport.passes.head import find_head
+from fxport.passes.tensor_parallel.boxes import Undividable, select
+from fxport.passes.tensor_parallel.emission import Emission, WholeParameter
+from fxport.passes.tensor_parallel.emit import emit
+from fxport.passes.tensor_parallel.factors import label, unit_shape
+from fxport.passes.tensor_parallel.solver import Solution, solve
+from fxport.report import Outcome
+
+__all__ = ["Divided", "Prepared", "divide", "prepare", "rank_module"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A captured model after the attention rewrite, ready to be divided."""
+
+    captured: Captured
+    graph: fx.GraphModule
+    vocabulary: tuple[fx.Node, ...]
+    left: tuple[Replicated, ...]
+
+
+@dataclass(frozen=True)
+class Divided:
+    """The graph of one rank, and the plan of all of them."""
+
+    prepared: Prepared
+    emission: Emission
+    plan: Plan
+
+
+def prepare(model: nn.Module) -> Prepared:
+    """Captures a model in eval mode (dropout off) and rewrites its attention.
+
+    Raises:
+        PortError: the model cannot be captured.
+    """
+    captured = capture(model)
+    gm = captured.graph
+    functionalise(gm)
+    head = find_head(gm, captured.length)
+    result = rewrite_attention(gm)
+    left = tuple(
+        Replicated(d.module or d.subject, f"attention left as it is: {d.reason.message}")
+        for d in result.decisions
+        if d.outcome is Outcome.LEFT and d.reason is not None
+    )
+    vocabulary = [n for n in gm.graph.nodes if _is_lookup(n, captured.tokens)]
+    if head.projection.target is aten.linear.default and _is_parameter(head.projection):
+        vocabulary.append(head.projection)
+    return Prepared(captured, gm, tuple(vocabulary), left)
+
+
+def _is_parameter(node: fx.Node) -> bool:
+    weight = arguments(node)["weight"]
+    return weight.op == "placeholder" and graph_input(weight).kind is InputKind.PARAMETER
+
+
+def _is_lookup(node: fx.Node, tokens: str) -> bool:
+    if node.target is not aten.embedding.default or not _is_parameter(node):
+        return False
+    found = arguments(node)
+    plain = found["padding_idx"] < 0 and not found["scale_grad_by_freq"] and not found["sparse"]
+    return plain and bool(found["indices"].name == tokens)
+
+
+def divide(prepared: Prepared, context: ParallelContext) -> Divided:
+    """Plans for ``context.world_size`` ranks and emits the graph of ``context.rank``.
+
+    Raises:
+        FxportError: nothing that was tried could be emitted.
+    """
+    labels = label(prepared.graph, context.world_size)
+    vocabulary = tuple(
+        n for n in prepared.vocabulary
+        if unit_shape(arguments(n)["weight"])[0] >= context.world_size
+    )  # fmt: skip
+    whole: frozenset[str] = frozenset()
+    for _ in range(len(labels.leaves) + len(prepared.captured.parameters) + 1):
+        solution = solve(labels, context.world_size)
+        try:
+            found = emit(prepared.graph, labels, solution, context, vocabulary, whole)
+        except WholeParameter as conflict:
+            whole |= {conflict.name}
+            continue
+        except Undividable as stop:
+            where = user_location(stop.node)
+            why = stop.why + (f" ({where})" if where else "")
+            labels.full += [(atoms, stop.node, why) for atoms in stop.atoms]
+            if not stop.atoms:
+                raise FxportError(f"cannot be divided: {why}") from stop
+            continue
+        return Divided(prepared, found, _plan(prepared, found, solution, whole))
+    raise FxportError("no division of this model can be emitted")
+
+
+def _plan(
+    prepared: Prepared, emission: Emission, solution: Solution, whole: frozenset[str]
+) -> Plan:
+    shards = []
+    for name, value in prepared.captured.parameters.items():
+        full = ((None,) * value.dim(),) * solution.world_size
+        kind, boxes = emission.shards.get(name, ("replicated", full))
+        divided = any(index is not None for box in boxes for index in box)
+        reason = "" if divided else "used by replicated work, or by all heads"
+        if name in whole:
+            reason = "two uses want different parts"
+        shared = any(
+            isinstance(m, SharedGradient) and _serves(emission, key, name)
+            for key, m in emission.modules.items()
+        )
+        shards.append(
+            ParameterShard(
+                name, tuple(value.shape), kind if divided else "replicated", boxes, shared, reason
+            )
+        )
+    replicated = [
+        Replicated(" ".join(sorted({module_of(n) or n.name for n in c.leaves})), c.kept)
+        for c in solution.components
+        if c.kept and c.weight and not set(c.leaves) <= set(emission.vocabulary)
+    ]
+    return Plan(
+        solution.world_size,
+        tuple(shards),
+        tuple(_collectives(emission)),
+        (*prepared.left, *replicated),
+    )
+
+
+def _serves(emission: Emission, key: str, name: str) -> bool:
+    node = next(n for n in emission.graph.nodes if n.op == "call_module" and n.target == key)
+    source = node.args[0]
+    return isinstance(source, fx.Node) and source.op == "get_attr" and source.target == name
+
+
+def _collectives(emission: Emission) -> list[CollectiveRecord]:
+    records = []
+    for key, origin in emission.calls:
+        module = emission.modules[key]
+        backward = isinstance(module, (CopyTo, SharedGradient))
+        kind = "all_gather" if isinstance(module, Gather) else "all_reduce"
+        caller = next(n for n in emission.graph.nodes if n.target == key)
+        source = caller.args[0]
+        parameter = isinstance(source, fx.Node) and source.op == "get_attr"
+        if backward and parameter:
+            kind = "all_reduce of a parameter's gradient"
+        shape = unit_shape(origin) if isinstance(origin.meta["val"], torch.Tensor) else (0,)
+        if (
+            backward
+            and isinstance(source, fx.Node)
+            and isinstance(source.meta.get("val"), torch.Tensor)
+        ):
+            shape = unit_shape(source)
+        elements = int(torch.Size(shape).numel())
+        value = origin.meta["val"]
+        size = value.element_size() if isinstance(value, torch.Tensor) else 4
+        records.append(
+            CollectiveRecord(
+                kind,
+                "backward" if backward else "forward",
+                elements,
+                elements * size,
+                module_of(origin),
+                user_location(origin),
+            )
+        )
+    return records
+
+
+def rank_module(divided: Divided) -> fx.GraphModule:
+    """The module of one rank: shards as parameters under the original qualified names."""
+    prepared, emission = divided.prepared, divided.emission
+    rank = emission.rank
+    root = nn.Module()
+    for shard in divided.plan.parameters:
+        value = prepared.captured.parameters[shard.name]
+        part = select(value.detach(), shard.indices[rank]).clone()
+        _attach(root, shard.name, nn.Parameter(part, value.requires_grad))
+    for alias, first in prepared.captured.aliases.items():
+        _attach(root, alias, root.get_parameter(first))
+    state = set(prepared.captured.state)
+    for node in prepared.graph.graph.nodes:
+        if node.op == "placeholder" and graph_input(node).kind is InputKind.BUFFER:
+            found = graph_input(node)
+            assert found.value is not None
+            _attach(root, found.name, found.value, persistent=found.name in state)
+        elif node.op == "get_attr":
+            _attach(root, str(node.target), getattr(prepared.graph, str(node.target)))
+    for key, module in emission.modules.items():
+        root.add_module(key, module)
+    gm = fx.GraphModule(root, emission.graph)
+    _keep_all(gm, root)
+    return gm
+
+
+def _attach(root: nn.Module, name: str, value: torch.Tensor, persistent: bool = False) -> None:
+    *path, last = name.split(".")
+    for part in path:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root.get_submodule(part)
+    if isinstance(value, nn.Parameter):
+        root.register_parameter(last, value)
+    else:
+        root.register_buffer(last, value, persistent=persistent)
+
+
+def _keep_all(gm: fx.GraphModule, root: nn.Module) -> None:
+    """GraphModule copies only what the graph names; parameters it does not use stay too."""
+    for name, child in root.named_children():
+        gm.add_module(name, child)
+    for name, parameter in root.named_parameters(recurse=False):
+        gm.register_parameter(name, parameter)
+    for name, buffer in root.named_buffers(recurse=False):
+        gm.register_buffer(name, buffer, persistent=name in root.state_dict())

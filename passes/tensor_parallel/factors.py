@@ -1,0 +1,303 @@
+"""Labels every position of every activation's features with the class it belongs to.
+
+Batch and time have size 1 here; views, splits, slices and permutations run on the labels
+themselves, so that every layout of a fused projection is understood without a rule of its own.
+
+    h [B, T, C] -> linear -> [B, T, 3C] -> split, view, transpose -> q [B, H, T, D]
+    labels of the 3C outputs: one class for each head, spread over q, k and v rows
+
+Two positions are in one class when they must live on the same rank: operands of a pointwise op,
+the channels of one head, a query head and its kv head.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxport.capture.arguments import arguments, shape_of
+from fxport.capture.inputs import InputKind, graph_input
+from fxport.passes.tensor_parallel.classes import Classes
+from fxport.passes.tensor_parallel.ops import KINDS, Kind
+
+__all__ = ["Attention", "Labels", "Linear", "label", "unit_shape", "unit_value"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A projection ``[.., K] -> [.., N]``."""
+
+    node: fx.Node
+    inputs: Tensor
+    outputs: Tensor
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Atoms ``[1, H, 1, D]`` of one attention."""
+
+    node: fx.Node
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    shared: bool
+    """Query heads of one kv head may be on several ranks."""
+
+
+@dataclass
+class Labels:
+    """What labelling found.
+
+    Attributes:
+        atoms: node -> atoms with batch and time of size 1; a tuple for ops with several outputs.
+            Absent: the value does not depend on the tokens.
+        full: atoms that every rank must have, each with the reason.
+        leaves: nodes that made new atoms.
+    """
+
+    classes: Classes = field(default_factory=Classes)
+    atoms: dict[fx.Node, Any] = field(default_factory=dict)
+    full: list[tuple[Tensor, fx.Node, str]] = field(default_factory=list)
+    leaves: dict[fx.Node, Tensor] = field(default_factory=dict)
+    linears: list[Linear] = field(default_factory=list)
+    attentions: list[Attention] = field(default_factory=list)
+    reductions: list[tuple[fx.Node, Tensor, Tensor]] = field(default_factory=list)
+    """(node, atoms reduced ``[groups, n]``, atoms of the results ``[groups]``)."""
+
+
+def unit_value(value: Any) -> Any:
+    """An argument with every symbol replaced by 1."""
+    if isinstance(value, fx.Node):
+        value = value.meta["val"]
+    if isinstance(value, torch.SymInt):
+        expression = value.node.expr
+        return int(expression.subs(dict.fromkeys(expression.free_symbols, 1)))
+    if isinstance(value, (list, tuple)):
+        return [unit_value(v) for v in value]
+    return value
+
+
+def unit_shape(node: fx.Node) -> tuple[int, ...]:
+    """Shape of a value with batch and time 1."""
+    found = []
+    for size in shape_of(node):
+        symbols = getattr(size, "free_symbols", ())
+        found.append(size if isinstance(size, int) else int(size.subs(dict.fromkeys(symbols, 1))))
+    return tuple(found)
+
+
+def label(gm: fx.GraphModule, world_size: int) -> Labels:
+    """Labels a captured graph after the attention rewrite."""
+    labels = Labels()
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            if graph_input(node).kind is InputKind.DATA and _is_tensor(node):
+                labels.atoms[node] = labels.classes.fresh(unit_shape(node))
+                _force(labels, node, labels.atoms[node], "input of the model")
+        elif node.op == "output":
+            for value in node.all_input_nodes:
+                if value in labels.atoms:
+                    _force(labels, node, labels.atoms[value], "output of the model")
+        elif node.op == "call_function" and any(i in labels.atoms for i in node.all_input_nodes):
+            _label_call(labels, node, world_size)
+    _settle(labels)
+    return labels
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)
+
+
+def _label_call(labels: Labels, node: fx.Node, world_size: int) -> None:
+    if node.target is operator.getitem:
+        source, index = node.args
+        assert isinstance(source, fx.Node)
+        found = labels.atoms[source]
+        labels.atoms[node] = found[index]
+        return
+    if not isinstance(node.meta["val"], (Tensor, tuple, list)):
+        return
+    kind = KINDS.get(node.target)
+    if kind is Kind.STRUCTURE and _structure(labels, node):
+        return
+    if kind is Kind.POINTWISE:
+        _pointwise(labels, node)
+    elif kind is Kind.LINEAR and arguments(node)["weight"] not in labels.atoms:
+        _linear(labels, node)
+    elif kind is Kind.EMBEDDING:
+        _leaf(labels, node)
+    elif kind is Kind.NORM:
+        _norm(labels, node)
+    elif kind is Kind.MEAN:
+        _mean(labels, node)
+    elif kind is Kind.COMPLEX:
+        _complex(labels, node)
+    elif kind is Kind.ATTENTION:
+        _attention(labels, node, world_size)
+    else:
+        _unknown(labels, node)
+
+
+def _leaf(labels: Labels, node: fx.Node) -> Tensor:
+    atoms = labels.classes.fresh(unit_shape(node))
+    labels.atoms[node] = labels.leaves[node] = atoms
+    return atoms
+
+
+def _force(labels: Labels, node: fx.Node, atoms: Any, why: str) -> None:
+    for part in atoms if isinstance(atoms, (tuple, list)) else (atoms,):
+        labels.full.append((part, node, why))
+
+
+def _unknown(labels: Labels, node: fx.Node) -> None:
+    why = f"no rule for {node.target}"
+    for value in node.all_input_nodes:
+        if value in labels.atoms:
+            _force(labels, node, labels.atoms[value], why)
+    value = node.meta["val"]
+    if isinstance(value, Tensor):
+        _force(labels, node, _leaf(labels, node), why)
+        return
+    parts = []
+    for part in value:
+        shape = [unit_value(s) for s in part.shape]
+        parts.append(labels.classes.fresh(shape))
+    labels.atoms[node] = tuple(parts)
+    _force(labels, node, labels.atoms[node], why)
+
+
+def _structure(labels: Labels, node: fx.Node) -> bool:
+    """Runs the op on the labels; False when it has an operand without labels."""
+    if any(_is_tensor(i) and i not in labels.atoms for i in node.all_input_nodes):
+        return False
+
+    def known(value: fx.Node) -> Any:
+        return labels.atoms[value] if value in labels.atoms else unit_value(value)
+
+    args = fx.map_arg(node.args, known)
+    kwargs = fx.map_arg(node.kwargs, known)
+    target: Any = node.target
+    if target is aten.view.default:
+        target = aten.reshape.default
+    try:
+        result = target(*args, **kwargs)
+    except (RuntimeError, IndexError):  # has another meaning at size 1: no rule
+        return False
+    if isinstance(result, Tensor):
+        if tuple(result.shape) != unit_shape(node):
+            return False
+        labels.atoms[node] = result
+    else:
+        labels.atoms[node] = tuple(result)
+    return True
+
+
+def _pointwise(labels: Labels, node: fx.Node) -> None:
+    shape = unit_shape(node)
+    chosen: Tensor | None = None
+    for value in node.all_input_nodes:
+        if value not in labels.atoms:
+            continue
+        atoms = labels.atoms[value]
+        if atoms.numel() != math.prod(shape) or atoms.unique().numel() != atoms.numel():
+            continue  # spread over several positions: it is wanted wherever they are
+        atoms = atoms.reshape(shape)
+        if chosen is None:
+            chosen = atoms
+        else:
+            labels.classes.pair(chosen, atoms)
+    if chosen is None:
+        broadcast = [labels.atoms[v] for v in node.all_input_nodes if v in labels.atoms]
+        largest = max(broadcast, key=lambda a: a.numel())
+        if largest.numel() != math.prod(shape):
+            _unknown(labels, node)
+            return
+        chosen = largest.reshape(shape)
+        for atoms in broadcast:
+            if atoms.numel() == chosen.numel():
+                labels.classes.pair(chosen, atoms.reshape(shape))
+    labels.atoms[node] = chosen
+
+
+def _linear(labels: Labels, node: fx.Node) -> None:
+    inputs = labels.atoms[arguments(node)["input"]]
+    outputs = _leaf(labels, node)
+    if inputs.numel() == inputs.shape[-1]:
+        labels.linears.append(Linear(node, inputs.reshape(-1), outputs.reshape(-1)))
+        return
+    for one, other in zip(
+        inputs.reshape(-1, inputs.shape[-1]), outputs.reshape(-1, outputs.shape[-1]), strict=True
+    ):  # one small projection for each head
+        labels.classes.union_all(torch.cat([one, other]))
+
+
+def _norm(labels: Labels, node: fx.Node) -> None:
+    found = arguments(node)
+    atoms = labels.atoms[found["input"]]
+    width = math.prod(found["normalized_shape"])
+    groups = atoms.reshape(-1, width)
+    statistics = labels.classes.fresh([groups.shape[0]])
+    labels.reductions.append((node, groups, statistics))
+    labels.atoms[node] = atoms
+
+
+def _mean(labels: Labels, node: fx.Node) -> None:
+    found = arguments(node)
+    atoms = labels.atoms[found["self"]]
+    dims = found["dim"]
+    if not dims or len(dims) != 1:
+        _unknown(labels, node)
+        return
+    moved = atoms.movedim(dims[0], -1)
+    result = labels.classes.fresh(unit_shape(node))
+    labels.reductions.append((node, moved.reshape(-1, moved.shape[-1]), result.reshape(-1)))
+    labels.atoms[node] = result
+
+
+def _complex(labels: Labels, node: fx.Node) -> None:
+    atoms = labels.atoms[arguments(node)["self"]]
+    if node.target is aten.view_as_real.default:
+        labels.atoms[node] = torch.stack([atoms, atoms], dim=-1)
+        return
+    labels.classes.pair(atoms[..., 0], atoms[..., 1])
+    labels.atoms[node] = atoms[..., 0]
+
+
+def _attention(labels: Labels, node: fx.Node, world_size: int) -> None:
+    found = arguments(node)
+    q, k, v = (labels.atoms.get(found[name]) for name in ("q", "k", "v"))
+    if q is None or k is None or v is None or found["bias"] in labels.atoms or q.shape[0] != 1:
+        _unknown(labels, node)
+        return
+    heads, kv_heads = q.shape[1], k.shape[1]
+    out = labels.classes.fresh((1, heads, 1, v.shape[3]))
+    stats = labels.classes.fresh((1, heads, 1))
+    labels.atoms[node] = (out, stats)
+    labels.leaves[node] = out
+    shared = kv_heads < world_size and kv_heads < heads
+    for head in range(heads):
+        labels.classes.union_all(torch.cat([x[:, head].reshape(-1) for x in (q, out, stats)]))
+    for head in range(kv_heads):
+        labels.classes.union_all(torch.cat([k[:, head].reshape(-1), v[:, head].reshape(-1)]))
+    if not shared:
+        for head in range(heads):
+            kv = head // (heads // kv_heads)
+            labels.classes.union(int(q[0, head, 0, 0]), int(k[0, kv, 0, 0]))
+    labels.attentions.append(Attention(node, q, k, v, shared))
+
+
+def _settle(labels: Labels) -> None:
+    """A statistic over positions of one class belongs to it; any other is everybody's."""
+    for node, groups, results in labels.reductions:
+        for group, result in zip(groups, results.tolist(), strict=True):
+            if len(labels.classes.of(group)) == 1:
+                labels.classes.union(int(group[0]), result)
+            else:
+                labels.full.append((torch.tensor([result]), node, "a moment over several classes"))

@@ -1,0 +1,204 @@
+"""Capture at several plain lengths: what it copes with, and what it must refuse."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from fxport.capture.export import Captured, capture
+from fxport.capture.inputs import InputKind, graph_input
+from fxport.capture.memory import Memory
+from fxport.errors import PortError, ReasonCode
+from fxport.passes.serving import lower_for_serving
+from tests.zoo import awkward
+from tests.zoo.awkward import LIMIT, MODELS, VOCAB, Decoder, rotate, tables
+
+WINDOWS = {"mask by rows": [8, -1, 8, -1], "window branch": [23] * 4}
+UNIFIED = [name for name in MODELS if "experts" not in name]
+
+
+def run(captured: Captured, ids: Tensor) -> Tensor:
+    """The captured graph on real tensors; symbolic sizes come out of the graph itself."""
+    values = []
+    for node in captured.graph.graph.find_nodes(op="placeholder"):
+        source = graph_input(node)
+        if source.kind is InputKind.DATA:
+            values.append(ids)
+        elif source.kind is InputKind.PARAMETER:
+            values.append(captured.parameters[source.name])
+        else:
+            values.append(source.value)
+    with torch.no_grad():
+        return fx.Interpreter(captured.graph).run(*values)
+
+
+def differences(model: nn.Module, captured: Captured, lengths: list[int]) -> list[float]:
+    """Of logits, in float32; the model makes each call after all shorter and longer ones."""
+    found = []
+    for length in lengths:
+        ids = torch.randint(0, VOCAB, (1 if length % 2 else 4, length))
+        with torch.no_grad():
+            found.append((run(captured, ids) - model(ids)).abs().max().item())
+    return found
+
+
+@pytest.mark.parametrize("name", UNIFIED)
+def test_the_unified_graph_is_the_model_at_every_length(name):
+    torch.manual_seed(3)
+    model = MODELS[name]().eval()
+    captured = capture(model)
+    assert "unified" in captured.way
+    longest = min(captured.limit or LIMIT, LIMIT)
+    # 9 and 24 are the windows, 16 the first table; 7 and 96 equal nothing on purpose
+    lengths = [2, 9, 10, 16, 17, 24, 25, 37, 64, longest, 7]
+    assert max(differences(model, captured, lengths)) < 2e-5
+    layers = lower_for_serving(captured, None).serving.attention
+    assert [layer.params.window_left for layer in layers] == WINDOWS.get(name, [-1] * 4)
+    assert all(layer.params.causal for layer in layers)
+
+
+def test_a_model_that_was_called_gives_the_same_graph_and_keeps_its_state():
+    torch.manual_seed(3)
+    model = MODELS["cached mask"]().eval()
+    fresh = capture(model)
+    model(torch.zeros(2, 11, dtype=torch.long))
+    kept = model.blocks[1].attention.mask.mask
+    called = capture(model)
+    assert model.blocks[1].attention.mask.mask is kept
+    assert called.limit == fresh.limit == LIMIT
+    targets = [
+        [n.target for n in c.graph.graph.nodes if n.op == "call_function"] for c in (fresh, called)
+    ]
+    assert targets[0] == targets[1]
+
+
+def refused(model: nn.Module) -> tuple[ReasonCode, str]:
+    with pytest.raises(PortError) as caught:
+        capture(model.eval())
+    reason = caught.value.reasons[0]
+    return reason.code, reason.location.source if reason.location else ""
+
+
+class DynamicRotary(nn.Module):
+    """The angles depend on the longest sequence seen so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.longest = 16
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.longest = max(self.longest, x.shape[2])  # HERE
+        cos, sin = tables(x.shape[2])
+        return rotate(x, cos / self.longest, sin / self.longest)
+
+
+class Counting(Decoder):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.calls += 1  # HERE
+        return super().forward(ids) * self.calls
+
+
+class Remembering(Decoder):
+    """What the last call computed enters this one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: Tensor | None = None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits = super().forward(ids)
+        if self.last is not None:
+            logits = logits + self.last.mean()
+        self.last = logits  # HERE
+        return logits
+
+
+class HiddenCounter(Decoder):
+    """The same in an object that is no module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.box = SimpleNamespace(calls=0)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.box.calls += 1
+        return super().forward(ids) * self.box.calls
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: Decoder(DynamicRotary), Counting, Remembering],
+    ids=["longest so far", "count", "last logits"],
+)
+def test_state_that_enters_the_result_is_refused_at_its_line(make):
+    code, line = refused(make())
+    assert code is ReasonCode.MUTATED_STATE
+    assert "# HERE" in line
+
+
+def test_state_in_a_plain_object_is_refused():
+    with pytest.raises(PortError, match=r"box\.calls") as caught:
+        capture(HiddenCounter().eval())
+    assert caught.value.reasons[0].code is ReasonCode.MUTATED_STATE
+
+
+class NarrowerWhenLong(nn.Module):
+    """Short sequences see everything, long ones a window: no table of one length serves both."""
+
+    def forward(self, length: int) -> Tensor:
+        causal = torch.ones(length, length, dtype=torch.bool).tril()
+        if length > 30:
+            causal = causal & ~causal.tril(-9)
+        return causal
+
+
+class LogScaled(Decoder):
+    def forward(self, ids: Tensor) -> Tensor:
+        scale = float(ids.shape[1]) ** 0.5
+        return super().forward(ids) * scale  # HERE
+
+
+class Doubled(Decoder):
+    def forward(self, ids: Tensor) -> Tensor:
+        logits = super().forward(ids)
+        if ids.shape[1] >= 70:
+            logits = logits * 2  # HERE
+        return logits
+
+
+def test_masks_of_two_lengths_that_disagree_are_refused():
+    code, _ = refused(Decoder(mask=NarrowerWhenLong))
+    assert code is ReasonCode.DEPENDS_ON_LENGTH
+
+
+def test_another_path_for_long_sequences_is_refused_at_its_line():
+    code, line = refused(Doubled())
+    assert code is ReasonCode.DEPENDS_ON_LENGTH
+    assert "# HERE" in line
+
+
+def test_memory_knows_writes_through_views():
+    def forward(x: Tensor) -> Tensor:
+        out = torch.zeros(4, 5)
+        out[1:, 2] = x
+        other = torch.ones(3)
+        return out, other
+
+    gm = torch.fx.experimental.proxy_tensor.make_fx(forward)(torch.randn(3))
+    memory = Memory(gm.graph)
+    x = next(iter(gm.graph.nodes))
+    reached = memory.reaching([x], gm.graph)
+    names = {str(n.target) for n in reached}
+    assert "aten.zeros.default" in names
+    assert "aten.ones.default" not in names
+
+
+def test_every_awkward_model_is_tested():
+    assert set(UNIFIED) | {"experts", "experts with skip"} == set(awkward.MODELS)

@@ -1,0 +1,53 @@
+"""A sharded model never leaves out what the original does in training mode."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fxport
+from fxport.parallel.modes import training_differs
+from tests.zoo.gpt import GPT
+
+
+class Noisy(nn.Module):
+    """Dropout as a function: no module says so."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(61, 24), nn.Linear(24, 61)
+        self.p = p
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(F.dropout(self.embed(ids), self.p, self.training))
+
+
+def test_dropout_in_training_mode_is_refused():
+    model = Noisy(0.1).train()
+    with pytest.raises(fxport.FxportError, match="dropout"):
+        fxport.parallelize(model, fxport.ParallelContext(0, 2))
+    assert model.training
+
+
+def test_no_difference_without_dropout_or_in_eval_mode():
+    assert training_differs(Noisy(0.0).train()) is None
+    assert training_differs(Noisy(0.1).eval()) is None
+    assert training_differs(GPT(dropout=0.0).train()) is None
+
+
+def test_linears_are_planned_and_counted():
+    model = GPT(n_head=4)
+    layers = len([m for m in model.modules() if type(m).__name__ == "Block"])
+    ids = torch.zeros(2, 11, dtype=torch.long)
+    found = fxport.explain(model).linears
+    assert found is not None
+    kinds = [site.sharding for site in found]
+    assert kinds.count("column") == 2 * layers and kinds.count("row") == 2 * layers
+    counts = {kind: kinds.count(kind) for kind in kinds}
+    from fxport.testing import assert_rewrites
+
+    assert_rewrites(model, (ids,), attention=layers, linear=counts)
+    with pytest.raises(AssertionError, match="linear"):
+        assert_rewrites(model, (ids,), attention=layers, linear={"column": 1})
