@@ -43,6 +43,8 @@ class Boxes:
         Raises:
             Undividable: the positions held are no product of index vectors.
         """
+        if not atoms.numel():  # x[..., 32:] of 32 features: no position, nothing to divide
+            return (None,) * atoms.dim()
         mask = self.mask(atoms, rank)
         result: list[tuple[int, ...] | None] = []
         product = torch.ones_like(mask)

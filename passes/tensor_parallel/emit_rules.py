@@ -118,6 +118,8 @@ def _check_positions(
         raise Undividable(node, f"not possible on a part: {error}", where) from error
     pairs = zip(got, atoms, strict=True) if isinstance(atoms, tuple) else [(got, atoms)]
     for found, wanted in pairs:
+        if not wanted.numel() and not found.numel():
+            continue
         if not torch.equal(found, select(wanted, e.boxes.box(node, wanted, e.rank))):
             raise Undividable(node, "a part of the input gives another part of the output", where)
 

@@ -148,7 +148,9 @@ class Block(nn.Module):
         super().__init__()
         self.c = c
         self.attn, self.mlp = Attention(c, layer), MLP(c)
-        self.norm1, self.norm2 = norm(c, c.n_embd), norm(c, c.n_embd)
+        self.norm1 = norm(c, c.n_embd)
+        if c.residual != "parallel":
+            self.norm2 = norm(c, c.n_embd)
         if c.residual == "sandwich":
             self.norm3, self.norm4 = norm(c, c.n_embd), norm(c, c.n_embd)
 
