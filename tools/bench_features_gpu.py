@@ -149,7 +149,7 @@ def _flex(length: int, f: _Feature) -> Callable[[Tensor, Tensor, Tensor, _Featur
             q, k, v, None if plain else change, block_mask=mask, scale=g.params.scale,
             return_aux=AuxRequest(lse=True),
         )  # fmt: skip
-        if g.sinks is not None:  # one more column in the denominator
+        if g.sinks is not None and aux.lse is not None:  # one more column in the denominator
             share = torch.sigmoid(aux.lse - g.sinks[:, None])
             out = (out * share[..., None]).to(q.dtype)
         return out
@@ -166,7 +166,8 @@ def _training_call(
     grad: Tensor,
     f: _Feature,
 ) -> tuple[Tensor, ...]:
-    out = function(*leaves[:3], f.with_learned(leaves[3:]))
+    q, k, v, *learned = leaves
+    out = function(q, k, v, f.with_learned(learned))
     return out.detach(), *torch.autograd.grad(out, leaves, grad)
 
 

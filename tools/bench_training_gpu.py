@@ -26,6 +26,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -131,7 +132,7 @@ def _compiled(model: nn.Module, variant: str) -> nn.Module:
     if variant == "vllm_generic":
         from fxport.backends.dynamo import vllm_generic
 
-        options = {"strict": True}
+        options: dict[str, Any] = {"strict": True}
         compiled = torch.compile(model, backend=vllm_generic, dynamic=False, options=options)
     else:
         compiled = torch.compile(model, dynamic=False)

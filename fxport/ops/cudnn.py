@@ -81,7 +81,7 @@ def _not_exact(facts: Facts) -> str | None:
 def _not_faster(facts: Facts) -> str | None:
     if not torch.backends.cuda.cudnn_sdp_enabled():
         return "cuDNN attention is switched off (torch.backends.cuda.enable_cudnn_sdp)"
-    for entry in _MEASURED.get(facts.capability, ()):
+    for entry in _MEASURED.get(facts.capability or (0, 0), ()):
         if facts.q_shape[3] <= entry.size:
             least = entry.forward if facts.needs is None else entry.backward
             if min(facts.q_shape[2], facts.k_shape[2]) >= least:
