@@ -35,7 +35,7 @@ __all__ = ["FORBIDDEN", "FULL", "Band", "Proof", "Prover", "band_of", "is_forbid
 
 FORBIDDEN = -1e4
 HARD = -1e8
-MAX_ENTRIES = 5000 * 5000  # of a mask that is computed
+MAX_ENTRIES = 2**27  # of a mask that is computed: 11,585 tokens square, 1 GiB as int64
 
 
 @dataclass(frozen=True)

@@ -331,7 +331,7 @@ def _changes_shapes_in_place(gm: fx.GraphModule) -> fx.Node | None:
             continue
         for node in module.graph.nodes:
             packet = getattr(torch.ops.aten, str(node.target), None)
-            if node.op == "call_method" and packet is not None:
+            if node.op == "call_method" and isinstance(packet, torch._ops.OpOverloadPacket):
                 overloads = (getattr(packet, name) for name in packet.overloads())
                 if any(torch.Tag.inplace_view in o.tags for o in overloads):
                     return node
