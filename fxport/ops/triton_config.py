@@ -45,6 +45,7 @@ HALF: dict[str, dict[int, Blocks]] = {
 }
 # float32 goes through the matrix units as three tf32 products whose operands, in two parts each,
 # sit in registers: above head size 64 they spill, whatever the tile. Right, but not fast.
+# No 16 rows by 64 keys with 8 warps: Triton 3.6 makes `key_kernel` read past its shared memory.
 SINGLE: dict[str, dict[int, Blocks]] = {
     "forward": {64: Blocks(64, 32, 4, 2), 128: Blocks(64, 16, 4, 2), 256: Blocks(64, 16, 4, 2)},
     "forward_bias": {
