@@ -27,10 +27,19 @@ from fxport.errors import Reason, ReasonCode
 from fxport.ops.params import AttentionParams
 from fxport.passes.attention_bias import emit_dense, emit_row_scales, restore_nan
 from fxport.passes.attention_emit import Emitter
+from fxport.passes.attention_flex import (
+    FlexCall,
+    erase_calls,
+    flex_calls,
+    is_flex,
+    put_back,
+    write_out,
+)
 from fxport.passes.attention_frame import Frame, frame_of
 from fxport.passes.attention_layout import Size, product
 from fxport.passes.attention_masks import MaskPlan, plan_masks
 from fxport.passes.attention_match import match_softmax
+from fxport.passes.attention_repeats import spell_out_repeats
 from fxport.passes.attention_sdpa import is_sdpa, match_sdpa
 from fxport.passes.attention_sinks import emit_sinks
 from fxport.passes.attention_site import AttentionSite, Left, Match
@@ -46,6 +55,7 @@ __all__ = ["MASK", "AttentionResult", "AttentionSite", "rewrite_attention"]
 aten = torch.ops.aten
 
 _PASS = "attention"
+_WRITTEN_AS = "fxport_written_as"  # in the meta of a softmax: the call that it stands for
 # Subject of the decision that follows a site whose constant mask stays dense.
 MASK = "mask"
 
@@ -56,7 +66,7 @@ class AttentionResult:
 
     Attributes:
         sites: the attentions rewritten, in graph order.
-        decisions: one per softmax or SDPA call, and one per mask that could not be proven.
+        decisions: one per softmax, SDPA or FlexAttention call, and one per mask not proven.
     """
 
     sites: tuple[AttentionSite, ...]
@@ -68,15 +78,16 @@ def rewrite_attention(gm: fx.GraphModule) -> AttentionResult:
 
     The new call nodes carry their `AttentionSite` in ``meta["attention"]``.
     """
-    starts = _starts(gm.graph)
-    if not starts:
+    if not _starts(gm.graph) and not flex_calls(gm.graph):
         return AttentionResult((), ())
     without_inplace(gm)
+    decisions: list[Decision] = []
+    flex = _write_out_flex(gm, decisions)
     erase_dead(gm)
+    spell_out_repeats(gm)
     facts = GraphFacts(gm)
     prover = Prover(facts)
     sites: list[AttentionSite] = []
-    decisions: list[Decision] = []
     for start in _starts(gm.graph):
         node = start.start if isinstance(start, Softmax) else start
         try:
@@ -88,13 +99,30 @@ def rewrite_attention(gm: fx.GraphModule) -> AttentionResult:
             site, more = _rewrite(gm, facts, prover, match)
         except Left as left:
             decisions.append(_left(node, left.reason(node)))
+            if node in flex:
+                put_back(gm, flex.pop(node))
             continue
         sites.append(site)
         decisions.append(_rewritten(node, site))
         decisions.extend(more)
+    erase_calls(gm, flex.values())
     if sites:
         gm.recompile()
     return AttentionResult(tuple(sites), tuple(decisions))
+
+
+def _write_out_flex(gm: fx.GraphModule, decisions: list[Decision]) -> dict[fx.Node, FlexCall]:
+    """FlexAttention calls written out, by their softmax."""
+    found: dict[fx.Node, FlexCall] = {}
+    for node in flex_calls(gm.graph):
+        try:
+            call = write_out(gm, node)
+        except Left as left:
+            decisions.append(_left(node, left.reason(node)))
+            continue
+        call.softmax.meta[_WRITTEN_AS] = "flex_attention"
+        found[call.softmax] = call
+    return found
 
 
 def _starts(graph: fx.Graph) -> list[Softmax | fx.Node]:
@@ -176,7 +204,8 @@ def _emit(
     )  # fmt: skip
     out = emitter.call(operator.getitem, call, 0)
     if dense.nan_rows:
-        out = restore_nan(emitter, out, emitter.call(operator.getitem, call, 1))
+        lse = emitter.call(operator.getitem, call, 1)
+        out = restore_nan(emitter, out, lse, v, dense.nan_in_scores)
     wanted = [tuple(f.axis for f in dim) for dim in match.out_dims]
     out = emitter.relayout(out, frame.out, wanted)
     if out.meta["val"].dtype != match.output.meta["val"].dtype:
@@ -275,7 +304,10 @@ def _left(node: fx.Node, reason: Reason) -> Decision:
 
 
 def _subject(node: fx.Node) -> str:
-    return "scaled_dot_product_attention" if is_sdpa(node) else "softmax"
+    if is_flex(node):
+        return "flex_attention"
+    default = "scaled_dot_product_attention" if is_sdpa(node) else "softmax"
+    return str(node.meta.get(_WRITTEN_AS, default))
 
 
 def _mask_decisions(match: Match, plan: MaskPlan, site: AttentionSite) -> list[Decision]:

@@ -3,7 +3,9 @@
 The op gives zeros where a row allows no key. The original gives NaN after a fill with -inf and
 the mean of all filled values after a finite fill; both are kept:
 
-    -inf     out * where(lse == -inf, nan, 1)           NaN there, and in the gradients
+    -inf     where(lse == -inf, nan * sum(v), out)       NaN there, and in the gradient of v; a
+             fill keeps it from q and k. Where -inf is added they get it as well:
+             out * where(lse == -inf, nan, 1)
     finite   empty = every key of the row is filled
              q = q.masked_fill(empty, 0), and all filled keys are allowed in empty rows:
              equal weights, and no gradient to q and k, as with the fill
@@ -39,11 +41,13 @@ class Dense:
         bias: for the op, or None.
         empty: bool, rows of q to set to zero, broadcastable to ``[B, Hq, Tq, 1]``; or None.
         nan_rows: whether rows without an allowed key give NaN in the original.
+        nan_in_scores: and that NaN may reach the gradients of q and k.
     """
 
     bias: fx.Node | None
     empty: fx.Node | None
     nan_rows: bool
+    nan_in_scores: bool
 
 
 def emit_dense(emitter: Emitter, plan: MaskPlan, frame: Frame, dtype: torch.dtype) -> Dense:
@@ -73,13 +77,15 @@ def emit_dense(emitter: Emitter, plan: MaskPlan, frame: Frame, dtype: torch.dtyp
     nan_rows = plan.exact_rows and (infinite is not None or may_be_infinite)
     blocked = _or(emitter, infinite, filled) if filled is not None else infinite
     if blocked is None:
-        return Dense(added, None, nan_rows)
+        return Dense(added, None, nan_rows, plan.adds)
     empty: fx.Node | None = None
     if filled is not None and plan.exact_rows:
         empty, blocked, added = _open_empty_rows(emitter, blocked, filled, added)
     if added is None:
-        return Dense(emitter.call(aten.logical_not.default, blocked), empty, nan_rows)
-    return Dense(emitter.call(aten.masked_fill.Scalar, added, blocked, _MINUS_INF), empty, nan_rows)
+        bias = emitter.call(aten.logical_not.default, blocked)
+    else:
+        bias = emitter.call(aten.masked_fill.Scalar, added, blocked, _MINUS_INF)
+    return Dense(bias, empty, nan_rows, plan.adds)
 
 
 def _open_empty_rows(
@@ -136,11 +142,29 @@ def emit_row_scales(
     return q
 
 
-def restore_nan(emitter: Emitter, out: fx.Node, lse: fx.Node) -> fx.Node:
-    """NaN, in both directions, for rows without an allowed key."""
+def restore_nan(
+    emitter: Emitter, out: fx.Node, lse: fx.Node, v: fx.Node, in_scores: bool
+) -> fx.Node:
+    """NaN for rows without an allowed key, and in the gradients that the original spoils.
+
+    Args:
+        out, lse: of the op, ``[B, Hq, Tq, Dv]`` and ``[B, Hq, Tq]``.
+        v: its operand ``[B, Hkv, Tk, Dv]``.
+        in_scores: the NaN reaches q and k too.
+    """
     empty = emitter.call(aten.eq.Scalar, lse, _MINUS_INF)
-    ones = emitter.call(aten.ones_like.default, lse)
-    factor = emitter.call(aten.masked_fill.Scalar, ones, empty, math.nan)
+    like = aten.ones_like.default if in_scores else aten.zeros_like.default
+    factor = emitter.call(aten.masked_fill.Scalar, emitter.call(like, lse), empty, math.nan)
     factor = emitter.call(aten.unsqueeze.default, factor, -1)
     factor = emitter.call(aten.to.dtype, factor, out.meta["val"].dtype)
-    return emitter.call(aten.mul.Tensor, out, factor)
+    if in_scores:
+        return emitter.call(aten.mul.Tensor, out, factor)
+    total = emitter.call(aten.sum.dim_IntList, v, [2], True)
+    heads, kv_heads = shape_of(out)[1], shape_of(v)[1]
+    if heads != kv_heads:
+        assert isinstance(heads, int) and isinstance(kv_heads, int)
+        total = emitter.call(aten.repeat_interleave.self_int, total, heads // kv_heads, 1)
+    spoilt = emitter.call(aten.mul.Tensor, factor, total)
+    return emitter.call(
+        aten.where.self, emitter.call(aten.unsqueeze.default, empty, -1), spoilt, out
+    )

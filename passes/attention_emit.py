@@ -9,7 +9,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fxport.capture.arguments import shape_of
 from fxport.errors import ReasonCode
@@ -42,6 +42,11 @@ class Emitter:
         self.made: list[fx.Node] = []
         example = anchor.meta["val"]
         self._mode = example.fake_mode if isinstance(example, FakeTensor) else None
+
+    @property
+    def fake_mode(self) -> FakeTensorMode:
+        assert self._mode is not None
+        return self._mode
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """A call, with its fake value in ``meta["val"]``."""

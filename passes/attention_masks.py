@@ -32,6 +32,7 @@ class MaskPlan:
         unproven: why constant steps are among them, or "".
         relied_on: buffers that the proof read.
         exact_rows: rows without an allowed key need care (see `attention_bias`).
+        adds: some mask, proven or not, is added to the scores rather than filled in.
     """
 
     band: Band
@@ -41,6 +42,7 @@ class MaskPlan:
     unproven: str
     relied_on: tuple[str, ...]
     exact_rows: bool
+    adds: bool
 
 
 def plan_masks(prover: Prover, facts: GraphFacts, match: Match, frame: Frame) -> MaskPlan:
@@ -58,13 +60,17 @@ def plan_masks(prover: Prover, facts: GraphFacts, match: Match, frame: Frame) ->
     band, slopes, unproven = FULL, None, ""
     if proof.rest:
         unproven = proof.why
-    elif not (from_data and not match.zero_rows and _mixes_finite(proof, open_)):
+    elif not (from_data and _matters(match) and _mixes_finite(proof, open_)):
         assert proof.band is not None
         band, slopes, dense = proof.band, proof.slopes, open_
     if not _expressible(band, match):
         band, slopes, dense = FULL, None, list(match.steps)
         unproven = "no flag says which keys are allowed"
     _check_dense(dense, proof)
+    if from_data and not match.zero_rows:
+        lowering = proof.lowered or not proof.known
+        sure = [s for s, f in zip(match.steps, sources, strict=True) if _never_low(f, lowering)]
+        _check_emptied(dense, sure)
     used = [s for s in fixed if s not in dense]
     return MaskPlan(
         band=band,
@@ -74,6 +80,7 @@ def plan_masks(prover: Prover, facts: GraphFacts, match: Match, frame: Frame) ->
         unproven=unproven if any(s in dense for s in fixed) else "",
         relied_on=facts.buffers([s.tensor for s in used if s.tensor is not None]),
         exact_rows=not match.zero_rows and (from_data or (proof.rest and not proof.known)),
+        adds=any(s.kind is MaskKind.ADD for s in match.steps),
     )
 
 
@@ -84,11 +91,16 @@ def _source(facts: GraphFacts, step: MaskStep) -> Source:
     if Source.MUTATED in source:
         raise Left(
             ReasonCode.MUTATED_IN_PLACE,
-            "the mask is written into in place, so its value cannot be told",
+            "something may write into the mask in place, so its value cannot be told",
             step.tensor,
             "build the mask without in-place assignment (torch.where, tril, comparisons)",
         )
     return source
+
+
+def _matters(match: Match) -> bool:
+    """Whether more than a row's emptiness may depend on a finite number: sinks excuse no more."""
+    return not match.zero_rows or match.sinks is not None
 
 
 def _mixes_finite(proof: Proof, open_: list[MaskStep]) -> bool:
@@ -136,6 +148,24 @@ def _check_dense(dense: list[MaskStep], proof: Proof) -> None:
             "scores are masked with several finite numbers",
             dense[-1].node,
             "use one number for all masks",
+        )
+
+
+def _never_low(source: Source, lowering: bool) -> bool:
+    """Whether adding this value forbids no key: learned, or a constant that was looked at."""
+    return Source.DATA not in source and (Source.PARAMETER in source or not lowering)
+
+
+def _check_emptied(dense: list[MaskStep], sure: list[MaskStep]) -> None:
+    """Rows left without keys by an added finite number share their weight with filled keys."""
+    fill = next((s for s in dense if s.kind is MaskKind.FILL and s.number != float("-inf")), None)
+    if fill is not None and any(s.kind is MaskKind.ADD and s not in sure for s in dense):
+        raise Left(
+            ReasonCode.EMPTY_ROW,
+            "one mask is added and another is filled in with a finite number: "
+            "rows without any key come out as a mixture of both",
+            fill.node,
+            "use masked_fill with float('-inf'), or one mask for both",
         )
 
 

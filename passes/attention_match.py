@@ -16,7 +16,7 @@ from torch import fx
 from fxport.capture.arguments import arguments, shape_of
 from fxport.errors import ReasonCode
 from fxport.passes.attention_layout import Axis, Dims, LayoutError, axes_of, resolve, resolve_all
-from fxport.passes.attention_products import Contraction, Product, as_product, contract
+from fxport.passes.attention_products import Contraction, Product, as_product, contract, factors_of
 from fxport.passes.attention_scores import Scores, Walk, paths, walk
 from fxport.passes.attention_site import Left, MaskKind, Match
 from fxport.passes.attention_softmax import Softmax, subtracted_maximum
@@ -75,11 +75,14 @@ def _match_path(facts: GraphFacts, softmax: Softmax, path: list[fx.Node]) -> Mat
         scores.apply(node, before, dims)
     maxima = (n for node in path for n in subtracted_maximum(node))
     interior = (*path, *maxima, *softmax.nodes, *forward.nodes)
-    _check_closed(interior, forward.product.node)
+    output = forward.product.node
+    if softmax.quotient is not None:
+        interior, output = (*interior, output), softmax.quotient
+    _check_closed(interior, output)
     key = forward.key_dim
     return Match(
         start=softmax.start,
-        output=forward.product.node,
+        output=output,
         interior=interior,
         q=q,
         k=k,
@@ -95,7 +98,8 @@ def _match_path(facts: GraphFacts, softmax: Softmax, path: list[fx.Node]) -> Mat
         steps=_without_repeated_zero(scores, forward),
         sinks=scores.sinks,
         dropout_p=forward.dropout_p,
-        zero_rows=softmax.zero_rows or forward.zeroed is not None,
+        # Where no key is allowed a sink takes all the weight.
+        zero_rows=softmax.zero_rows or forward.zeroed is not None or scores.sinks is not None,
         relied_on=facts.buffers(scores.read),
     )
 
@@ -151,6 +155,9 @@ def _to_values(softmax: Softmax, walked: Walk) -> _Forward:
         if product is not None:
             break
         nodes.append(user)
+        product = factors_of(user)
+        if product is not None:
+            break
         packet = overload_packet(user)
         if packet is aten.dropout:
             dropout_p = _dropout(user, dropout_p)
@@ -174,6 +181,8 @@ def _to_values(softmax: Softmax, walked: Walk) -> _Forward:
 
 def _only_user(node: fx.Node, softmax: Softmax) -> fx.Node:
     users = [u for u in node.users if not only_checks(u) and not lends_shape_only(node, u)]
+    if softmax.quotient is not None and node is softmax.weights:
+        users = [u for u in users if u not in softmax.nodes]
     if len(users) == 1 and users[0].op != "output":
         return users[0]
     products = [u for u in users if as_product(u) is not None]
@@ -193,7 +202,7 @@ def _only_user(node: fx.Node, softmax: Softmax) -> fx.Node:
 def _leads_to_product(node: fx.Node) -> bool:
     """Whether a product follows through casts, views and dropout."""
     for _ in range(8):
-        if as_product(node) is not None:
+        if as_product(node) is not None or factors_of(node) is not None:
             return True
         if moved_input(node) is None and overload_packet(node) is not aten.dropout:
             return False

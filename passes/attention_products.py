@@ -1,6 +1,7 @@
 """Products of two tensors, whatever they are spelled as, by the labels of their dimensions.
 
 matmul(a, b)  [.., i, c] [.., c, j] -> [.., i, j]        einsum("bthd,bshd->bhts", a, b)
+(a[.., :, None, :] * b[.., None, :, :]).sum(-1)
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from fxport.capture.arguments import arguments, shape_of
 from fxport.passes.attention_layout import Dims, Factor, LayoutError, align
 from fxport.passes.attention_views import number, overload_packet
 
-__all__ = ["Contraction", "Product", "as_product", "contract"]
+__all__ = ["Contraction", "Product", "as_product", "contract", "factors_of"]
 
 aten = torch.ops.aten
 
@@ -114,6 +115,40 @@ def _labels(term: str, dots: tuple[str, ...]) -> tuple[str, ...]:
     return (*before, *(dots if ellipsis else ()), *after)
 
 
+def _summed(node: fx.Node) -> Product | None:
+    """``(a * b).sum(dim)`` of broadcast factors."""
+    given = arguments(node)
+    factors, dims = given["self"], given.get("dim")
+    if overload_packet(factors) is not aten.mul or dims is None or len(dims) != 1:
+        return None
+    left, right = factors.args[:2]
+    if given.get("keepdim") or given.get("dtype") is not None:
+        return None
+    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node) or left is right:
+        return None
+    if not all(isinstance(x.meta["val"], torch.Tensor) for x in (left, right)):
+        return None
+    dtypes = {x.meta["val"].dtype for x in (left, right, node)}
+    names = _names(len(shape_of(factors)))
+    if len(dtypes) != 1 or len(names) < 3:
+        return None
+    gone = dims[0] % len(names)
+    labels = (
+        names[len(names) - len(shape_of(left)) :],
+        names[len(names) - len(shape_of(right)) :],
+        names[:gone] + names[gone + 1 :],
+    )
+    return Product(node, left, right, labels)
+
+
+def factors_of(node: fx.Node) -> Product | None:
+    """The product whose factors a node multiplies entry by entry, to be summed by its user."""
+    if overload_packet(node) is not aten.mul or len(node.users) != 1:
+        return None
+    user = next(iter(node.users))
+    return _summed(user) if overload_packet(user) is aten.sum else None
+
+
 _RULES: dict[Any, Callable[[fx.Node], Product | None]] = {
     aten.matmul: _matmul,
     aten.bmm: _matmul,
@@ -121,6 +156,7 @@ _RULES: dict[Any, Callable[[fx.Node], Product | None]] = {
     aten.linear: _linear,
     aten.baddbmm: _baddbmm,
     aten.einsum: _einsum,
+    aten.sum: _summed,
 }
 
 

@@ -5,8 +5,9 @@ buffers by pointwise operations does not depend on the length T, which only says
 there are: the mask of a shorter length is a corner of the mask of a longer one. So one length
 decides all shorter ones. It decides the longer ones too, once it exceeds what the constants can
 tell apart: entries change along lines such as ``i - j = 5`` or ``j = 7``, all corners of which lie
-within the sum of the constants that enter comparisons (times those that multiply), so that no new
-pattern begins beyond that sum. A stored table is looked at whole.
+within a bound on the constants (`mask_reach`). A slice ``table[:T, :T]`` bounds T by the table's
+length there, and the table is looked at whole. Nothing is claimed of what differs by the place in
+the batch.
 
 Where T itself enters as a number (``i - j + T``), or an operation is none of these, all lengths
 that can occur are looked at if they are few; otherwise nothing is claimed.
@@ -14,8 +15,7 @@ that can occur are looked at if they are few; otherwise nothing is claimed.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from fxport.capture.arguments import arguments, shape_of
 from fxport.passes.attention_views import overload_packet
 from fxport.passes.constants import is_symbolic
 from fxport.passes.graph_facts import value_inputs
-from fxport.passes.mask_values import constant_value
+from fxport.passes.mask_reach import PRODUCTS, is_plain_position, reach, unbounded
 
 __all__ = ["Scope", "scope_of", "upper_bound"]
 
@@ -36,9 +36,8 @@ aten = torch.ops.aten
 MARGIN = 32
 FEW = 300  # lengths that are cheap to try one by one
 
-_COMPARISONS = {aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge}
-_PRODUCTS = {aten.mul, aten.div, aten.floor_divide, aten.remainder, aten.fmod, aten.true_divide}
-_POINTWISE = _COMPARISONS | _PRODUCTS | {
+_POINTWISE = PRODUCTS | {
+    aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge,
     aten.add, aten.sub, aten.rsub, aten.neg, aten.abs, aten.logical_and, aten.logical_or,
     aten.logical_not, aten.logical_xor, aten.bitwise_and, aten.bitwise_or, aten.bitwise_not,
     aten.bitwise_xor, aten.where, aten.masked_fill, aten.to, aten._to_copy, aten.clone,
@@ -55,9 +54,9 @@ _SHAPES = {
     aten.expand_as, aten.broadcast_to, aten.mT,
 }  # fmt: skip
 _RESHAPES = {aten.view, aten.reshape, aten.flatten, aten.view_as, aten.reshape_as}
+_GATHERS = {aten.index, aten.embedding, aten.index_select}
 _PREFIXES = {aten.tril, aten.triu, aten.cumsum}
 _LOOKUPS = {aten.slice, aten.index, aten.select, aten.embedding, aten.index_select, aten.narrow}
-_BENDS = {aten.clamp, aten.clamp_min, aten.clamp_max, aten.minimum, aten.maximum, aten.abs}
 # Sizes may stand here without becoming numbers that the mask is computed from.
 _SHAPE_ARGUMENTS = {"size", "shape", "end", "sizes", "length"}
 
@@ -67,13 +66,11 @@ class Scope:
     """What to look at.
 
     Attributes:
-        length: one length that decides all, or None.
-        every: all lengths have to be tried, from 1 up to this one; None: not needed.
-        why: when both are None: why nothing can be claimed.
+        points: a number for each length symbol, points that together decide all; or none.
+        why: without points: why nothing can be claimed.
     """
 
-    length: int | None = None
-    every: int | None = None
+    points: tuple[dict[sympy.Symbol, int], ...] = ()
     why: str = ""
 
 
@@ -89,25 +86,63 @@ def upper_bound(symbol: sympy.Symbol, nodes: Iterable[fx.Node]) -> int | None:
     return None
 
 
-def scope_of(tensors: Iterable[fx.Node], bound: int | None) -> Scope:
-    """The scope of the masks that `tensors` are, whose length is symbolic.
+def scope_of(tensors: Sequence[fx.Node], symbols: Sequence[sympy.Symbol]) -> Scope:
+    """The scope of the masks that `tensors` are.
 
     Args:
-        bound: the largest length that can occur, if known.
+        symbols: those that the lengths of queries and keys are made of; at least one.
     """
     nodes = _ancestors(tensors)
-    strange = next((n for n in nodes if not _is_local(n)), None)
-    table = _table_length(nodes)
-    if table is not None:
-        bound = table if bound is None else min(bound, table)
+    foreign = next((n for n in nodes if _varies_along_others(n, symbols)), None)
+    if foreign is not None:
+        return Scope(why=f"`{_name(foreign)}` may treat every entry of the batch differently")
+    tables = _table_lengths(nodes)
+    bounds = {s: b for s in symbols if (b := _bound(s, nodes, tables)) is not None}
+    strange = next((n for n in nodes if not _is_local(n)), None) or unbounded(nodes)
+    if strange is None:
+        strange = next((n for n in tables if not tables[n][0].is_Symbol), None)
     if strange is not None:
-        if bound is not None and bound <= FEW:
-            return Scope(every=bound)
+        only = bounds.get(symbols[0]) if len(symbols) == 1 else None
+        if only is not None and only <= FEW:
+            return Scope(tuple({symbols[0]: n} for n in range(only, 1, -1)))
         return Scope(why=f"`{_name(strange)}` may treat every length differently")
-    reach = _reach(nodes) + MARGIN
-    if table is not None:
-        return Scope(length=bound)
-    return Scope(length=reach if bound is None else min(bound, reach))
+    whole = max((length for _, length in tables.values()), default=0)
+    far = whole + reach(nodes) + MARGIN
+    return Scope(_corners({s: min(far, bounds.get(s, far)) for s in symbols}))
+
+
+def _corners(lengths: dict[sympy.Symbol, int]) -> tuple[dict[sympy.Symbol, int], ...]:
+    """All at their largest; lengths that differ (queries and keys) in both orders as well."""
+    if len(lengths) == 1:
+        return (lengths,)
+    shorter = tuple(lengths | {s: max(n - 7, 2)} for s, n in lengths.items())
+    return (lengths, *shorter)
+
+
+def _bound(
+    symbol: sympy.Symbol, nodes: Iterable[fx.Node], tables: dict[fx.Node, tuple[sympy.Expr, int]]
+) -> int | None:
+    known = [length for size, length in tables.values() if size == symbol]
+    traced = upper_bound(symbol, nodes)
+    return min([*known, *([] if traced is None else [traced])], default=None)
+
+
+def _varies_along_others(node: fx.Node, symbols: Sequence[sympy.Symbol]) -> bool:
+    """Whether entries are told apart along a symbolic dimension that is no length."""
+    packet = overload_packet(node)
+    if packet is aten.arange or packet in _LOOKUPS:
+        before = [s for n in value_inputs(node) if not is_symbolic(n) for s in shape_of(n)]
+        sizes = [s for s in shape_of(node) if s not in before or packet in _GATHERS]
+    elif packet is aten.cumsum:
+        sizes = [shape_of(node)[arguments(node)["dim"]]]
+    elif packet in (aten.tril, aten.triu):
+        sizes = list(shape_of(node)[-2:])
+    else:
+        return False
+    return any(
+        not isinstance(s, int) and not s.free_symbols <= set(symbols) and not s.is_Integer
+        for s in sizes
+    )
 
 
 def _ancestors(tensors: Iterable[fx.Node]) -> list[fx.Node]:
@@ -153,100 +188,40 @@ def _varies(value: object) -> bool:
     )
 
 
-def _table_length(nodes: list[fx.Node]) -> int | None:
-    """Length of the shortest stored table of which a part is taken; None without tables."""
-    lengths: list[int] = []
-    stored = _depends_on_storage(nodes)
+def _table_lengths(nodes: list[fx.Node]) -> dict[fx.Node, tuple[sympy.Expr, int]]:
+    """Where a part of a stored table is taken: the size of the part, and the table's length."""
+    found: dict[fx.Node, tuple[sympy.Expr, int]] = {}
     for node in nodes:
-        if overload_packet(node) not in _LOOKUPS:
+        packet = overload_packet(node)
+        if packet not in _LOOKUPS or packet is aten.select:
             continue
-        source = next((n for n in node.all_input_nodes if n in stored), None)
-        if source is None:
+        given = arguments(node)
+        table = next(iter(given.values()))
+        before, after = shape_of(table), shape_of(node)
+        if packet not in _GATHERS:
+            along = given["dim"] % len(before)
+            if isinstance(before[along], int) and not isinstance(after[along], int):
+                found[node] = after[along], before[along]
             continue
-        before = shape_of(source)
-        after = shape_of(node)
-        if any(not isinstance(s, int) for s in after):
-            lengths += [s for s in before if isinstance(s, int) and s > 1]
-    return min(lengths, default=None)
-
-
-def _depends_on_storage(nodes: list[fx.Node]) -> set[fx.Node]:
-    inside = set(nodes)
-    stored: set[fx.Node] = set()
-    for node in sorted(inside):
-        if node.op in ("placeholder", "get_attr") or any(i in stored for i in node.all_input_nodes):
-            stored.add(node)
-    return stored
-
-
-def _reach(nodes: list[fx.Node]) -> int:
-    """A bound on the offsets of the lines between the pieces of a mask."""
-    indices = _index_valued(nodes)
-    total, factor = 1.0, 1.0
-    for node in _compared(nodes, indices):
-        constants = [abs(c) for c in _constants(node)]
-        if overload_packet(node) in _PRODUCTS:
-            factor *= math.prod(max(c, 1 / c if c else 1.0, 1.0) for c in constants)
-        else:
-            total += sum(constants)
-    return math.ceil(min(total * factor, 1e9))
-
-
-def _index_valued(nodes: list[fx.Node]) -> set[fx.Node]:
-    """Values that grow with the position: made from arange or cumsum, not yet compared."""
-    found: set[fx.Node] = set()
-    for node in sorted(nodes):
-        value = node.meta["val"]
-        if value.dtype == torch.bool:
-            continue
-        grows = overload_packet(node) in (aten.arange, aten.cumsum)
-        if grows or any(i in found for i in node.all_input_nodes):
-            found.add(node)
+        for size, length in _gathered(node, before):
+            if node not in found or length < found[node][1]:
+                found[node] = size, length
     return found
 
 
-def _compared(nodes: list[fx.Node], indices: set[fx.Node]) -> set[fx.Node]:
-    """Operations on positions that decide an entry, and the constants that enter them."""
-    found: set[fx.Node] = set()
-    pending = [n for n in nodes if _decides(n, indices)]
-    while pending:
-        node = pending.pop()
-        if node in found:
-            continue
-        found.add(node)
-        values = node.all_input_nodes
-        if overload_packet(node) in _PREFIXES:  # it moves values and compares positions
-            values = [n for n in values if n in indices]
-        pending.extend(n for n in values if not is_symbolic(n) and not _is_decided(n))
-    return found
-
-
-def _decides(node: fx.Node, indices: set[fx.Node]) -> bool:
-    packet = overload_packet(node)
-    if packet in (aten.tril, aten.triu):
-        return True
-    bent = packet in _COMPARISONS or packet in _BENDS or node.meta["val"].dtype == torch.bool
-    return bent and any(i in indices for i in node.all_input_nodes)
-
-
-def _is_decided(node: fx.Node) -> bool:
-    return bool(node.meta["val"].dtype == torch.bool) and overload_packet(node) not in _PREFIXES
-
-
-def _constants(node: fx.Node) -> list[float]:
-    """Numbers in a call, or in a stored tensor; infinities are values, not positions."""
-    if node.op in ("placeholder", "get_attr"):
-        stored = constant_value(node, {})
-        if stored.numel() == 0 or stored.numel() > 4096 or stored.dtype == torch.bool:
-            return []
-        return [c for c in [float(stored.abs().max())] if math.isfinite(c)]
-    found: list[float] = []
+def _gathered(node: fx.Node, table: tuple[Any, ...]) -> list[tuple[sympy.Expr, int]]:
+    """Positions that index a table as they are: their count, and the table's length there."""
     given = arguments(node)
-    if overload_packet(node) in _LOOKUPS:
-        given = {"start": given.get("start")}
-    for name, value in given.items():
-        if name == "dim" or isinstance(value, bool):
-            continue
-        numbers = value if isinstance(value, list | tuple) and name != "size" else [value]
-        found += [float(n) for n in numbers if isinstance(n, int | float)]
-    return [c for c in found if math.isfinite(c)]
+    packet = overload_packet(node)
+    if packet is aten.index:
+        pairs = list(zip(given["indices"], table, strict=False))
+    elif packet is aten.embedding:
+        pairs = [(given["indices"], table[0])]
+    else:
+        pairs = [(given["index"], table[given["dim"] % len(table)])]
+    found: list[tuple[sympy.Expr, int]] = []
+    for index, length in pairs:
+        if isinstance(index, fx.Node) and isinstance(length, int) and is_plain_position(index):
+            sizes = [s for s in shape_of(index) if not isinstance(s, int)]
+            found += [(size, length) for size in sizes if len(sizes) == 1]
+    return found

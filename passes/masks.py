@@ -13,6 +13,7 @@ not forbid: they are a bias.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,7 @@ from fxport.passes.attention_layout import Size, product
 from fxport.passes.attention_site import Left, MaskKind, MaskStep
 from fxport.passes.graph_facts import GraphFacts
 from fxport.passes.mask_keys import Keys
-from fxport.passes.mask_scope import Scope, scope_of, upper_bound
+from fxport.passes.mask_scope import scope_of
 from fxport.passes.mask_values import constant_value
 
 __all__ = ["FORBIDDEN", "FULL", "Band", "Proof", "Prover", "band_of", "is_forbidding"]
@@ -83,6 +84,7 @@ class Proof:
         why: in words, why.
         known: whether the values could be looked at.
         finite: some key is forbidden by a finite number rather than by -inf.
+        lowered: and by adding it, not by filling.
     """
 
     band: Band | None
@@ -91,6 +93,7 @@ class Proof:
     why: str = ""
     known: bool = True
     finite: bool = False
+    lowered: bool = False
 
 
 def is_forbidding(value: float) -> bool:
@@ -157,7 +160,7 @@ def _prove(
     found: Proof | None = None
     for sizes in points:  # the largest first
         rows, columns = (_number(size, sizes) for size in lengths)
-        if rows * columns > MAX_ENTRIES:
+        if max([rows * columns, *(_entries(t, sizes) for t in _reachable(tensors))]) > MAX_ENTRIES:
             return Proof(None, rest=True, why="the mask is too large to look at", known=False)
         try:
             values = [
@@ -198,6 +201,12 @@ def _value(tensor: fx.Node, how: Recipe, sizes: dict[sympy.Symbol, int]) -> Tens
     return value.reshape((1,) * (4 - value.dim()) + tuple(value.shape)).cpu()
 
 
+def _entries(node: fx.Node, sizes: dict[sympy.Symbol, int]) -> int:
+    if not isinstance(node.meta.get("val"), Tensor):
+        return 0
+    return math.prod(_number(size, sizes) for size in shape_of(node))
+
+
 def _number(size: Size, sizes: dict[sympy.Symbol, int]) -> int:
     return size if isinstance(size, int) else int(size.subs(sizes))
 
@@ -216,22 +225,8 @@ def _points(
     others = {s: 2 for s in symbols if s not in of_length}
     if not of_length:
         return [others], ""
-    nodes = _reachable(tensors)
-    bounds = [b for s in of_length if (b := upper_bound(s, nodes)) is not None]
-    scope: Scope = scope_of(tensors, min(bounds, default=None))
-    if scope.length is not None:
-        # Lengths that differ (queries and keys) must be seen in both orders.
-        if len(of_length) == 1:
-            return [others | {of_length[0]: scope.length}], ""
-        longest, shorter = scope.length, max(scope.length - 7, 2)
-        first, rest = of_length[0], of_length[1:]
-        return [
-            others | {first: longest} | dict.fromkeys(rest, shorter),
-            others | {first: shorter} | dict.fromkeys(rest, longest),
-        ], ""
-    if scope.every is not None and len(of_length) == 1:
-        return [others | {of_length[0]: n} for n in range(scope.every, 1, -1)], ""
-    return [], scope.why or "its shape depends on several lengths"
+    scope = scope_of(tensors, of_length)
+    return [others | point for point in scope.points], scope.why
 
 
 def _reachable(tensors: Sequence[fx.Node]) -> list[fx.Node]:
@@ -270,7 +265,7 @@ class Effect:
         bias: what is added to allowed scores, broadcastable likewise; None: nothing.
         hard: like `allowed`, but biases down to `HARD` forbid nothing: far keys under ALiBi.
         raw: the sum of those biases, wherever they are.
-        finite: see `Proof`.
+        finite, lowered: see `Proof`.
     """
 
     allowed: Tensor
@@ -278,21 +273,24 @@ class Effect:
     hard: Tensor
     raw: Tensor | None
     finite: bool
+    lowered: bool
 
     def proof(self) -> Proof:
         slopes = alibi_slopes(self)
         if slopes is not None:
             band = band_of(_only(self.hard))
             if band is not None:
-                return Proof(band, slopes, finite=self.finite)
+                return Proof(band, slopes, finite=self.finite, lowered=self.lowered)
         allowed = _only(self.allowed)
         band = None if allowed is None else band_of(allowed)
         if self.bias is not None:
-            return Proof(None, rest=True, why="it adds a bias", finite=self.finite)
+            return Proof(
+                None, rest=True, why="it adds a bias", finite=self.finite, lowered=self.lowered
+            )
         if band is None:
             why = "the allowed keys are no band around the diagonal"
-            return Proof(None, rest=True, why=why, finite=self.finite)
-        return Proof(band, finite=self.finite)
+            return Proof(None, rest=True, why=why, finite=self.finite, lowered=self.lowered)
+        return Proof(band, finite=self.finite, lowered=self.lowered)
 
     def agrees(self, proof: Proof) -> bool:
         """Whether a proof made at another length says the truth here."""
@@ -318,7 +316,7 @@ def joint_effect(
     allowed = torch.ones(1, 1, rows, columns, dtype=torch.bool)
     zeroed = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
     bias: Tensor | None = None
-    finite = False
+    finite = lowered = False
     for step, value in zip(steps, values, strict=True):
         if step.kind is MaskKind.CAUSAL:
             allowed = allowed & Band(None, 0).matrix(rows, columns)
@@ -347,7 +345,7 @@ def joint_effect(
             added = value.double() * step.number
             if bool(added.isnan().any()) or bool((added > -FORBIDDEN / 2).any()):
                 return None  # a forbidden score might come back by it
-            finite = finite or bool(((added <= FORBIDDEN) & added.isfinite()).any())
+            lowered = lowered or bool(((added <= FORBIDDEN) & added.isfinite()).any())
             allowed = allowed & (added > HARD)
             bias = _sum(bias, added.masked_fill(added <= HARD, 0.0))
     hard = allowed
@@ -356,7 +354,7 @@ def joint_effect(
     if bool((zeroed & allowed).any()):
         return None
     nothing = bias is None or not bool(((bias != 0) & allowed).any())
-    return Effect(allowed, None if nothing else bias, hard, bias, finite)
+    return Effect(allowed, None if nothing else bias, hard, bias, finite or lowered, lowered)
 
 
 def _sum(left: Tensor | None, right: Tensor) -> Tensor:

@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export.graph_signature import InputKind as ExportInput
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from fxport.capture.dynamo import lower
 from fxport.capture.inputs import GraphInput, InputKind
@@ -83,6 +86,33 @@ def trace_training(
     return graph
 
 
+def trace_directly(
+    site: Site, data: Sequence[Tensor], dynamic: Mapping[int, Sequence[int]] = MappingProxyType({})
+) -> fx.GraphModule:
+    """The same vocabulary without Dynamo, in a tenth of the time; no symbol is shared by chance."""
+    mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False))
+    held = [(InputKind.DATA, f"data_{i}", x) for i, x in enumerate(data)]
+    held += [(InputKind.PARAMETER, n, x.detach()) for n, x in site.named_parameters()]
+    held += [(InputKind.BUFFER, n, x) for n, x in site.named_buffers()]
+    fakes = []
+    for index, (_, _, value) in enumerate(held):
+        dims = dynamic.get(index, ()) if index < len(data) else ()
+        sizes = [DimDynamic.DYNAMIC if d in dims else DimDynamic.STATIC for d in range(value.dim())]
+        context = StatelessSymbolicContext(dynamic_sizes=sizes)
+        fakes.append(mode.from_tensor(value, symbolic_context=context))
+    with mode:
+        graph = make_fx(site.function, pre_dispatch=True)(*fakes)
+    placeholders = graph.graph.find_nodes(op="placeholder")
+    for node, (kind, name, value) in zip(placeholders, held, strict=True):
+        stored = value if kind is InputKind.BUFFER else None
+        node.meta["input"] = GraphInput(kind, name, stored)
+        node.target = name.replace(".", "_")
+    for node in graph.graph.find_nodes(op="get_attr"):
+        node.meta.setdefault("val", mode.from_tensor(getattr(graph, str(node.target))))
+    graph.recompile()
+    return graph
+
+
 def run_like(graph: fx.GraphModule, module: nn.Module, data: Sequence[Tensor]) -> Any:
     """Runs a captured graph on the tensors of `module` and on `data`."""
     held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
@@ -148,20 +178,22 @@ def compare(
     graph: fx.GraphModule,
     data: Sequence[Tensor],
     tolerance: float = 1e-9,
+    nan_spreads: bool = False,
 ) -> None:
     """Outputs and the gradients of all floating inputs and parameters, against eager.
 
     NaN must be in the same places of the outputs. Where the original's gradient is NaN, ours must
-    be; if any of it is, ours may be so in more places.
+    be; if any of it is, ours may be so in more places (with `nan_spreads`: of any gradient).
     """
     expected = _run(module, module, data)
     actual = _run(lambda *x: run_like(graph, module, x), module, data)
     assert len(expected) == len(actual)
     outputs = module(*data)
     count = len(outputs) if isinstance(outputs, tuple) else 1
+    spoilt = nan_spreads and any(bool(a.isnan().any()) for a in expected[count:])
     for index, (a, b) in enumerate(zip(expected, actual, strict=True)):
         assert a.shape == b.shape and a.dtype == b.dtype, (index, a.shape, b.shape)
-        more_nan_allowed = index >= count and bool(a.isnan().any())
+        more_nan_allowed = index >= count and (spoilt or bool(a.isnan().any()))
         same = a.isnan() & ~b.isnan() if more_nan_allowed else a.isnan() != b.isnan()
         assert not bool(same.any()), f"NaN differ in value {index}"
         a, b = (x.masked_fill(b.isnan(), 0.0) for x in (a, b))

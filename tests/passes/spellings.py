@@ -206,3 +206,4 @@ def keys_in_rows(qkv: Tensor) -> Tensor:
 
 
 import spellings_layouts  # noqa: E402, F401  (adds its spellings to LEGAL)
+import spellings_rare  # noqa: E402, F401

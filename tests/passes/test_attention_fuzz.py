@@ -1,214 +1,119 @@
 """Random compositions of scale, mask, layout, grouping and extras, against eager in float64.
 
-Legal compositions must be found and be right; nothing else may be different either.
-``FXPORT_FUZZ`` sets the number of cases.
+Legal compositions must be found and be right; nothing else may be different either. Most cases
+are traced directly; every one of a smaller number goes through Dynamo. ``FXPORT_FUZZ`` sets the
+number of direct cases; with ``FXPORT_FUZZ_SEED`` they are others than those of CI.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
+import hypothesis
+import pytest
 import torch
-import torch.nn.functional as F
-from attention_graphs import Site, compare, rewrite, trace_training
-from hypothesis import HealthCheck, Phase, given, settings, strategies
-from torch import Tensor
+from attention_graphs import Site, compare, rewrite, trace_directly, trace_training
+from hypothesis import HealthCheck, Phase, given, settings
+from random_attention import Recipe, recipes
+from torch import Tensor, fx
 
-INF = float("-inf")
-CASES = int(os.environ.get("FXPORT_FUZZ", "40"))
+from fxport.passes.attention_masks import MaskPlan
 
+CASES = int(os.environ.get("FXPORT_FUZZ", "500"))
+SEED = os.environ.get("FXPORT_FUZZ_SEED")
+DYNAMO_CASES = 25
 
-@dataclass(frozen=True)
-class Recipe:
-    """One composition; every field is one decision a writer makes."""
+Trace = Callable[..., fx.GraphModule]
 
-    batch: int
-    length: int
-    kv_heads: int
-    groups: int
-    size: int
-    value_size: int
-    repeat: str
-    layout: str
-    scale: str
-    pattern: str
-    width: int
-    spelling: str
-    fill: float
-    extra: str
-    softmax: str
-    dynamic: bool
-
-    def __call__(self, x: Tensor, y: Tensor, extra: Tensor) -> Tensor:
-        q, k, v = self._operands(x, y)
-        s = self._scores(q, k)
-        if self.extra == "softcap":
-            s = 3.0 * torch.tanh(s / 3.0)
-        elif self.extra == "temperature":
-            s = s * extra.view(-1, 1, 1)
-        elif self.extra == "bias":
-            t = torch.arange(q.size(2))
-            s = s + extra.view(-1, 1, 1) * ((t[None] - t[:, None]) % 3)
-        s = self._masked(s)
-        if self.extra == "sinks":
-            column = extra.view(1, -1, 1, 1).expand(s.size(0), -1, s.size(2), 1)
-            w = torch.cat([s, column], -1).softmax(-1)[..., :-1]
-        else:
-            w = self._softmax(s)
-        return self._output(w, v)
-
-    def _operands(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        heads = self.kv_heads * self.groups
-        b, t, _ = x.shape
-        qk = heads * self.size, self.kv_heads * self.size, self.kv_heads * self.value_size
-        q, k, v = torch.cat([x, y], -1).split(qk, dim=-1)
-        q = q.view(b, t, heads, self.size).transpose(1, 2)
-        k = k.reshape(b, t, self.kv_heads, self.size).transpose(1, 2)
-        v = v.unflatten(-1, (self.kv_heads, self.value_size)).permute(0, 2, 1, 3)
-        return q, self._repeated(k), self._repeated(v)
-
-    def _repeated(self, x: Tensor) -> Tensor:
-        b, h, t, d = x.shape
-        if self.groups == 1:
-            return x
-        if self.repeat == "interleave":
-            return x.repeat_interleave(self.groups, dim=1)
-        if self.repeat == "tile":
-            return x.repeat(1, self.groups, 1, 1)
-        return x[:, :, None].expand(b, h, self.groups, t, d).reshape(b, h * self.groups, t, d)
-
-    def _scores(self, q: Tensor, k: Tensor) -> Tensor:
-        factor = self.size**-0.5
-        if self.scale == "q":
-            q = q * factor
-        elif self.scale == "k":
-            k = k / self.size**0.5
-        b, h, t, d = q.shape
-        if self.layout == "einsum":
-            s = torch.einsum("bhid,bhjd->bhij", q, k)
-        elif self.layout == "tokens":
-            s = torch.einsum("bihd,bjhd->bhij", q.transpose(1, 2), k.transpose(1, 2))
-        elif self.layout == "folded":
-            s = torch.bmm(q.reshape(b * h, t, d), k.reshape(b * h, t, d).mT).view(b, h, t, t)
-        elif self.layout == "reversed":
-            s = (k @ q.mT).transpose(2, 3)
-        else:
-            s = q @ k.transpose(-1, -2)
-        if self.scale == "after":
-            return s * factor
-        return s / self.size**0.5 if self.scale == "divided" else s
-
-    def _allowed(self, t: int) -> Tensor:
-        i = torch.arange(t)
-        d = i[:, None] - i[None, :]
-        return {
-            "causal": d >= 0,
-            "window": (d >= 0) & (d < self.width),
-            "band": (d >= -self.width) & (d <= 2),
-            "future": d <= 0,
-            "prefix": (d >= 0) | (i[None, :] < self.width),
-            "blocks": (d >= 0) & (i[:, None] // self.width == i[None, :] // self.width),
-            "hole": (d >= 0) & ~((d == self.width) & (i[:, None] == 5)),
-            "full": d > -(10**6),
-        }[self.pattern]
-
-    def _masked(self, s: Tensor) -> Tensor:
-        if self.pattern == "none":
-            return s
-        allowed = self._allowed(s.size(-1))
-        if self.spelling == "fill":
-            return s.masked_fill(~allowed, self.fill)
-        if self.spelling == "where":
-            return torch.where(allowed, s, self.fill)
-        if self.spelling == "add":
-            return s + torch.zeros_like(s[0, 0]).masked_fill(~allowed, self.fill)
-        if self.spelling == "inplace":
-            s = s + 0.0
-            s.masked_fill_(~allowed[None, None], self.fill)
-            return s
-        return s + (1.0 - allowed.to(s.dtype)) * max(self.fill, torch.finfo(s.dtype).min)
-
-    def _softmax(self, s: Tensor) -> Tensor:
-        if self.softmax == "written":
-            e = (s - s.amax(-1, keepdim=True)).exp()
-            return e / e.sum(-1, keepdim=True)
-        if self.softmax == "log":
-            return F.log_softmax(s, -1).exp()
-        return F.softmax(s, dim=3)
-
-    def _output(self, w: Tensor, v: Tensor) -> Tensor:
-        if self.layout == "tokens":
-            return torch.einsum("bhij,bjhd->bihd", w, v.transpose(1, 2)).flatten(2)
-        if self.layout == "folded":
-            b, h, t, _ = w.shape
-            out = torch.bmm(w.reshape(b * h, t, t), v.reshape(b * h, t, -1))
-            return out.view(b, h, t, -1).transpose(1, 2).reshape(b, t, -1)
-        if self.layout == "einsum":
-            return torch.einsum("bhij,bhjd->bihd", w, v).flatten(-2)
-        return (w @ v).transpose(1, 2).contiguous().flatten(2)
+# Why a composition may be refused: it has rows without keys, by its constant mask or by the data.
+REFUSALS = {"fully-masked-row", "order-of-operations", "unsupported-feature", "mask-not-proven"}
 
 
-def one_of(*values: str) -> strategies.SearchStrategy[str]:
-    return strategies.sampled_from(values)
-
-
-recipes = strategies.builds(
-    Recipe,
-    batch=strategies.integers(1, 4),
-    length=strategies.integers(2, 9),
-    kv_heads=strategies.integers(1, 4),
-    groups=strategies.integers(1, 3),
-    size=strategies.integers(2, 9),
-    value_size=strategies.integers(2, 9),
-    repeat=one_of("interleave", "tile", "expand"),
-    layout=one_of("matmul", "einsum", "tokens", "folded", "reversed"),
-    scale=one_of("none", "q", "k", "after", "divided"),
-    pattern=one_of(
-        "none", "causal", "window", "band", "future", "prefix", "blocks", "hole", "full"
-    ),
-    width=strategies.integers(1, 4),
-    spelling=one_of("fill", "where", "add", "inplace", "one-minus"),
-    fill=strategies.sampled_from([INF, -1e9, -1e4, torch.finfo(torch.float64).min]),
-    extra=one_of("none", "softcap", "temperature", "bias", "sinks"),
-    softmax=one_of("call", "written", "log"),
-    dynamic=strategies.booleans(),
-)
-
-
-def _inputs(recipe: Recipe, batch: int, length: int) -> list[Tensor]:
+def data_of(recipe: Recipe, batch: int, length: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(batch * 31 + length)
-    heads = recipe.kv_heads * recipe.groups
-
-    def random(width: int) -> Tensor:
-        return torch.randn(batch, length, width, generator=generator, dtype=torch.float64)
-
     both = recipe.size + recipe.value_size
-    return [random(heads * recipe.size), random(recipe.kv_heads * both)]
+    keys = length + recipe.more
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    pad = torch.randint(0, 3, (batch, keys), generator=generator)
+    x = random(batch, length, recipe.heads * recipe.size)
+    return [x, random(batch, keys, recipe.kv_heads * both), pad]
 
 
-@settings(
-    max_examples=CASES,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-    derandomize=True,
-    phases=[Phase.explicit, Phase.generate],  # shrinking would take minutes of compilation
-)
-@given(recipe=recipes)
+def may_be_refused(recipe: Recipe, lengths: list[int]) -> bool:
+    if recipe.padding or recipe.length == 1:
+        return True
+    if recipe.pattern == "none":
+        return False
+    if not recipe.dynamic:
+        return not recipe.allowed(recipe.length, recipe.length + recipe.more).any(-1).all()
+    # Queries and keys have lengths of their own: there may be more queries than keys.
+    longest = max(*lengths, 40)
+    return not recipe.allowed(longest + 10, longest).any(-1).all()
+
+
+def check(recipe: Recipe, trace: Trace) -> None:
+    function: Callable[..., Tensor] = lambda *x: recipe(*x)  # noqa: E731
+    module = Site(function, [torch.linspace(0.5, 1.5, recipe.heads, dtype=torch.float64)])
+    data = data_of(recipe, recipe.batch, recipe.length)
+    symbolic = recipe.dynamic and recipe.batch > 1 and recipe.length > 1
+    dynamic = {0: (0, 1), 1: (0, 1), 2: (0, 1)} if symbolic else {}
+    found = rewrite(trace(module, data, dynamic))
+    others = [(recipe.batch + 1, recipe.length + 3), (2, 13), (2, 29)] if symbolic else []
+    if found.count == 0:
+        assert may_be_refused(recipe, [n for _, n in others]), found.result.decisions
+        if recipe.length > 1:
+            assert set(found.left()) <= REFUSALS, found.result.decisions
+    # A row without keys is NaN in both; where a mask is added, eager lets that NaN through to some
+    # gradients of q and k, we to all of that row.
+    compare(module, found.graph, data, 1e-6, nan_spreads=True)
+    for batch, length in others:
+        compare(module, found.graph, data_of(recipe, batch, length), 1e-6, nan_spreads=True)
+
+
+def fuzz(count: int) -> Callable[..., Callable[..., None]]:
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        test = settings(
+            max_examples=count,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            derandomize=SEED is None,
+            database=None,
+            phases=[Phase.explicit, Phase.generate],  # the case is small as it is
+        )(given(recipe=recipes)(test))
+        return test if SEED is None else hypothesis.seed(int(SEED))(test)
+
+    return decorate
+
+
+@fuzz(CASES)
 def test_random_attention(recipe: Recipe) -> None:
-    check(recipe)
+    check(recipe, trace_directly)
 
 
-def check(recipe: Recipe) -> None:
-    heads = recipe.kv_heads * recipe.groups
-    function: Callable[..., Tensor] = lambda x, y, extra: recipe(x, y, extra)  # noqa: E731
-    module = Site(function, [torch.linspace(0.5, 1.5, heads, dtype=torch.float64)])
-    data = _inputs(recipe, recipe.batch, recipe.length)
-    dynamic = {0: (0, 1), 1: (0, 1)} if recipe.dynamic and recipe.batch > 1 else {}
-    found = rewrite(trace_training(module, data, dynamic))
-    assert found.count == 1, found.result.decisions
-    compare(module, found.graph, data, 1e-8)
-    if dynamic:
-        for batch, length in ((recipe.batch + 1, recipe.length + 3), (2, 13)):
-            compare(module, found.graph, _inputs(recipe, batch, length), 1e-8)
+@fuzz(DYNAMO_CASES)
+def test_random_attention_through_dynamo(recipe: Recipe) -> None:
+    check(recipe, trace_training)
+
+
+def test_the_fuzzer_notices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every window one key too wide, some case of the first hundred must fail."""
+    from fxport.passes import attention
+
+    real = attention.plan_masks
+
+    def wider(*given: Any) -> MaskPlan:
+        plan = real(*given)
+        lower = plan.band.lower
+        if lower is None:
+            return plan
+        return dataclasses.replace(plan, band=dataclasses.replace(plan.band, lower=lower - 1))
+
+    monkeypatch.setattr(attention, "plan_masks", wider)
+    with pytest.raises((AssertionError, hypothesis.errors.HypothesisException, ExceptionGroup)):
+        fuzz(100)(lambda recipe: check(recipe, trace_directly))()

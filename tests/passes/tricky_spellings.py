@@ -1,7 +1,7 @@
 """What looks like attention, or like a causal mask, and is not: must stay right, or stay alone.
 
 Each: qkv ``[3, B, T, H, D]`` -> a tensor. `reason`: the code of the refusal, or "" when the site
-is rewritten, and then never as plain causal.
+is rewritten or left, and rewritten never as plain causal unless `found` words say what it is.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ class Tricky:
     reason: str
     buffers: tuple[Callable[[], Tensor], ...] = ()
     parameters: tuple[Callable[[], Tensor], ...] = ()
+    found: str = ""
 
     def __str__(self) -> str:
         return self.function.__name__
@@ -286,3 +287,6 @@ def maximum_over_queries_subtracted(qkv: Tensor) -> Tensor:
     q, k, v = heads_first(qkv)
     s = q @ k.transpose(-1, -2)
     return finish((s - s.amax(-2, keepdim=True).detach()).softmax(-1), v)
+
+
+import tricky_rare  # noqa: E402, F401  (adds its cases to TRICKY)

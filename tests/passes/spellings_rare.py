@@ -1,0 +1,128 @@
+"""Rarer ways to write attention: heads repeated by indexing, products and softmax by hand."""
+
+from __future__ import annotations
+
+import torch
+from spellings_base import causal_bool, finish, heads_first, legal, parameter
+from torch import Tensor
+
+INF = float("-inf")
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = (q @ k.transpose(-1, -2)).masked_fill(~causal_bool(q.size(2)), INF)
+    return finish(s.softmax(-1), v)
+
+
+# -- repeated heads --------------------------------------------------------------------------------
+
+
+@legal("causal", "2 kv heads")
+def gqa_index_select(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    index = torch.arange(2).repeat_interleave(2)
+    k, v = (torch.index_select(x[:, :2], 1, index) for x in (k, v))
+    return causal_attention(q, k, v)
+
+
+@legal("causal", "2 kv heads")
+def gqa_indexed_by_a_list(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    k, v = (x[:, :2][:, [0, 0, 1, 1]] for x in (k, v))
+    return causal_attention(q, k, v)
+
+
+@legal("causal", "2 kv heads")
+def gqa_indexed_in_turns(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    k, v = (x[:, :2][:, torch.arange(4) % 2] for x in (k, v))
+    return causal_attention(q, k, v)
+
+
+@legal("causal", "4 heads")
+def heads_permuted_by_indexing(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    k, v = (x[:, [0, 2, 1, 3]] for x in (k, v))
+    return causal_attention(q, k, v)
+
+
+@legal("causal", "2 kv heads")
+def gqa_cat_of_slices(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    k, v = (torch.cat([x[:, i : i + 1] for i in (0, 0, 1, 1)], 1) for x in (k[:, :2], v[:, :2]))
+    return causal_attention(q, k, v)
+
+
+@legal("causal", "2 kv heads")
+def gqa_cat_of_everything(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    k, v = (torch.cat([x, x], dim=1) for x in (k[:, :2], v[:, :2]))
+    return causal_attention(q, k, v)
+
+
+@legal("causal", "2 kv heads")
+def gqa_stack_of_heads(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    k, v = (torch.stack([x[:, i] for i in (0, 0, 1, 1)], dim=1) for x in (k[:, :2], v[:, :2]))
+    return causal_attention(q, k, v)
+
+
+@legal("causal", "2 kv heads")
+def gqa_stack_of_unbound_heads(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    k, v = (torch.stack([*x.unbind(1), *x.unbind(1)], 1) for x in (k[:, :2], v[:, :2]))
+    return causal_attention(q, k, v)
+
+
+@legal("causal", "2 kv heads")
+def gqa_stack_of_everything(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    k, v = (torch.stack([x, x], dim=2).flatten(1, 2) for x in (k[:, :2], v[:, :2]))
+    return causal_attention(q, k, v)
+
+
+# -- products --------------------------------------------------------------------------------------
+
+
+@legal("causal", "scale 0.4")
+def scores_by_elementwise_product(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    s = (q.unsqueeze(-2) * k.unsqueeze(-3)).sum(-1) * 0.4
+    return finish(s.masked_fill(~causal_bool(q.size(2)), INF).softmax(-1), v)
+
+
+@legal("causal")
+def both_by_elementwise_products(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    s = (q[:, :, :, None] * k[:, :, None]).sum(dim=-1)
+    w = s.masked_fill(~causal_bool(q.size(2)), INF).softmax(-1)
+    return (w[..., None] * v[:, :, None]).sum(3).transpose(1, 2).flatten(2)
+
+
+# -- softmax ---------------------------------------------------------------------------------------
+
+
+@legal("causal")
+def divided_after_the_values(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    s = (q @ k.transpose(-1, -2)).masked_fill(~causal_bool(q.size(2)), INF)
+    e = torch.exp(s - s.amax(-1, keepdim=True))
+    return ((e @ v) / e.sum(-1, keepdim=True)).transpose(1, 2).flatten(2)
+
+
+@legal("causal", parameters=(parameter(4, 1, 1),))
+def divided_after_the_values_by_einsum(qkv: Tensor, temperature: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    s = torch.einsum("bhid,bhjd->bhij", q, k) * temperature
+    s = s.masked_fill(~causal_bool(q.size(2)), -1e9)
+    e = (s - s.max(-1, keepdim=True).values).exp()
+    out: Tensor = torch.einsum("bhij,bhjd->bhid", e, v) / e.sum(dim=3)[..., None]
+    return out
+
+
+@legal("causal")
+def sum_without_kept_dimension(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    s = (q @ k.transpose(-1, -2)).masked_fill(~causal_bool(q.size(2)), INF)
+    e = (s - s.amax(-1).unsqueeze(-1)).exp()
+    return finish(e / e.sum(-1).unsqueeze(-1), v)

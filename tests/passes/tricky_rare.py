@@ -1,0 +1,117 @@
+"""Look-alikes of the rarer spellings: near repetitions, wrong divisors, sums over other axes."""
+
+from __future__ import annotations
+
+import torch
+from spellings_base import causal_bool, finish, heads_first
+from torch import Tensor
+from tricky_spellings import tricky
+
+INF = float("-inf")
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = (q @ k.transpose(-1, -2)).masked_fill(~causal_bool(q.size(2)), INF)
+    return finish(s.softmax(-1), v)
+
+
+def exponentials(qkv: Tensor) -> tuple[Tensor, Tensor]:
+    q, k, v = heads_first(qkv)
+    s = (q @ k.transpose(-1, -2)).masked_fill(~causal_bool(q.size(2)), INF)
+    return torch.exp(s - s.amax(-1, keepdim=True)), v
+
+
+# -- found, but not as what they look like ---------------------------------------------------------
+
+
+@tricky(found="4 heads")
+def heads_in_another_order_for_values(qkv: Tensor) -> Tensor:
+    """K in blocks, V in turns: no grouping of heads says both."""
+    q, k, v = heads_first(qkv)
+    return attention(q, k[:, [0, 0, 1, 1]], v[:, [0, 1, 0, 1]])
+
+
+@tricky(found="4 heads")
+def heads_mirrored(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    return attention(q, k[:, [0, 1, 1, 0]], v[:, [0, 1, 1, 0]])
+
+
+@tricky(found="4 heads")
+def heads_unevenly_repeated(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    k, v = (torch.cat([x[:, :1], x[:, :1], x[:, :1], x[:, 1:2]], 1) for x in (k, v))
+    return attention(q, k, v)
+
+
+@tricky(found="4 heads")
+def heads_stacked_from_two_tensors(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    k = torch.stack([k[:, 0], v[:, 0], k[:, 1], v[:, 1]], 1)
+    return attention(q, k, v)
+
+
+@tricky(found="4 heads", buffers=(lambda: torch.tensor([0, 0, 1, 1]),))
+def heads_chosen_by_a_buffer(qkv: Tensor, index: Tensor) -> Tensor:
+    """A buffer may be written to: its present value proves nothing."""
+    q, k, v = heads_first(qkv)
+    return attention(q, k[:, index], v[:, index])
+
+
+@tricky(found="4 heads")
+def last_heads_repeated(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    return attention(q, k[:, [2, 2, 3, 3]], v[:, [2, 2, 3, 3]])
+
+
+# -- left alone ------------------------------------------------------------------------------------
+
+
+@tricky("softmax-is-not-attention")
+def einsum_of_three(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    scale = torch.linspace(0.5, 1.0, 4, dtype=q.dtype)
+    s = torch.einsum("bhid,bhjd,h->bhij", q, k, scale)
+    return finish(s.softmax(-1), v)
+
+
+@tricky("attention-weights-used-elsewhere")
+def divided_by_the_sum_and_returned(qkv: Tensor) -> tuple[Tensor, Tensor]:
+    e, v = exponentials(qkv)
+    total = e.sum(-1, keepdim=True)
+    return (e @ v) / total, total
+
+
+@tricky("attention-weights-used-elsewhere")
+def product_before_the_division_used(qkv: Tensor) -> Tensor:
+    e, v = exponentials(qkv)
+    out = e @ v
+    return out / e.sum(-1, keepdim=True) + out
+
+
+@tricky("attention-weights-used-elsewhere")
+def elementwise_factors_used(qkv: Tensor) -> tuple[Tensor, Tensor]:
+    q, k, v = heads_first(qkv)
+    w = (q @ k.transpose(-1, -2)).softmax(-1)
+    parts = w[..., None] * v[:, :, None]
+    return parts.sum(3), parts.amax(3)
+
+
+@tricky()
+def divided_by_a_sum_over_the_queries(qkv: Tensor) -> Tensor:
+    e, v = exponentials(qkv)
+    return (e @ v) / e.sum(-2).unsqueeze(-1)
+
+
+@tricky()
+def divided_by_another_sum(qkv: Tensor) -> Tensor:
+    e, v = exponentials(qkv)
+    return (e @ v) / (e * 2).sum(-1, keepdim=True)
+
+
+@tricky()
+def values_summed_along_the_queries(qkv: Tensor) -> Tensor:
+    """With the keys in the wrong place nothing is contracted with the softmax's axis."""
+    e, v = exponentials(qkv)
+    w = e / e.sum(-1, keepdim=True)
+    return (w[..., None] * v[:, :, :, None]).sum(2)
