@@ -14,9 +14,44 @@ import fxport.ops.attention  # noqa: F401  (registers the op)
 from fxport.errors import PortError, Reason, ReasonCode
 from fxport.serving import Part, ServingGraph
 
-__all__ = ["Difference", "PackedModel", "check_against"]
+__all__ = ["Difference", "PackedModel", "PortedModel", "check_against"]
 
 _ATTENTION = torch.ops.fxport.attention.default
+
+
+class _Graphs:
+    """The three parts as one function of weights, flat tokens, positions and segment ends."""
+
+    def __init__(self, serving: ServingGraph) -> None:
+        self._embed = _callable(serving.embed)
+        self._body = _callable(_with_segments(serving.body))
+        self._head = _callable(serving.head)
+
+    def __call__(
+        self, weights: Mapping[str, torch.Tensor], ids: torch.Tensor, lengths: Sequence[int]
+    ) -> torch.Tensor:
+        """ids ``[1, N]``, sequences of these lengths end to end -> logits ``[1, N, V]``."""
+        positions = torch.cat([torch.arange(n, device=ids.device) for n in lengths])
+        ends = torch.tensor([0, *lengths], device=ids.device).cumsum(0).to(torch.int32)
+        hidden = self._body(
+            weights,
+            embeddings=self._embed(weights, input_ids=ids),
+            positions=positions,
+            input_ids=ids,
+            cu_seqlens=ends,
+        )
+        return self._head(weights, hidden=hidden)
+
+
+def _callable(part: Part) -> Callable[..., torch.Tensor]:
+    module = fx.GraphModule(nn.Module(), part.graph)
+    names = [n.name for n in part.graph.nodes if n.op == "placeholder"]
+
+    def call(weights: Mapping[str, torch.Tensor], **inputs: torch.Tensor) -> torch.Tensor:
+        given = {**inputs, **{node: weights[name] for node, name in part.weights.items()}}
+        return module(*(given[name] for name in names))
+
+    return call
 
 
 class PackedModel:
@@ -24,36 +59,53 @@ class PackedModel:
 
     def __init__(self, serving: ServingGraph, parameters: Mapping[str, torch.Tensor]) -> None:
         self._weights = {**parameters, **serving.constants}
-        self._embed = self._callable(serving.embed)
-        self._head = self._callable(serving.head)
-        self._body = self._callable(_with_segments(serving.body))
-
-    def _callable(self, part: Part) -> Callable[..., torch.Tensor]:
-        module = fx.GraphModule(nn.Module(), part.graph)
-        weights = {node: self._weights[name] for node, name in part.weights.items()}
-        names = [n.name for n in part.graph.nodes if n.op == "placeholder"]
-
-        def call(**inputs: torch.Tensor) -> torch.Tensor:
-            given = {**inputs, **weights}
-            return module(*(given[name] for name in names))
-
-        return call
+        self._graphs = _Graphs(serving)
 
     @torch.no_grad()
     def __call__(self, sequences: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Logits ``[T_i, V]`` for each sequence of token ids ``[T_i]`` int64."""
         lengths = [len(s) for s in sequences]
-        device = sequences[0].device
-        input_ids = torch.cat(list(sequences))[None]
-        positions = torch.cat([torch.arange(n, device=device) for n in lengths])
-        ends = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
-        hidden = self._body(
-            embeddings=self._embed(input_ids=input_ids),
-            positions=positions,
-            input_ids=input_ids,
-            cu_seqlens=ends,
-        )
-        return list(self._head(hidden=hidden)[0].split(lengths))
+        logits = self._graphs(self._weights, torch.cat(list(sequences))[None], lengths)
+        return list(logits[0].split(lengths))
+
+
+class PortedModel(nn.Module):
+    """A serving graph as a module: the original's parameter names, differentiable."""
+
+    def __init__(self, serving: ServingGraph, parameters: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        for name, tensor in parameters.items():
+            owner, last = _owner(self, name)
+            owner.register_parameter(last, nn.Parameter(tensor, tensor.is_floating_point()))
+        for name, tensor in serving.constants.items():
+            owner, last = _owner(self, name)
+            owner.register_buffer(last, tensor, persistent=False)
+        self._graphs = _Graphs(serving)
+        self.max_position_embeddings = serving.max_position_embeddings
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """``[B, T]`` int64 -> logits ``[B, T, V]``.
+
+        Raises:
+            ValueError: T is beyond what the port was made for.
+        """
+        batch, length = tokens.shape
+        if length > self.max_position_embeddings:
+            limit = self.max_position_embeddings
+            raise ValueError(f"{length} tokens; this port takes at most {limit}")
+        weights = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        logits = self._graphs(weights, tokens.reshape(1, -1), [length] * batch)
+        return logits[0].unflatten(0, (batch, length))
+
+
+def _owner(root: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The submodule that holds a dotted name, made where it is missing."""
+    *parents, last = path.split(".")
+    for name in parents:
+        if name not in root._modules:
+            root.add_module(name, nn.Module())
+        root = root.get_submodule(name)
+    return root, last
 
 
 def _with_segments(part: Part) -> Part:

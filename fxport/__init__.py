@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fxport.errors import FxportError, Location, PortError, Reason, ReasonCode, SavedPortError
     from fxport.explain_api import explain
     from fxport.explain_records import Explanation
+    from fxport.loading import Loaded, load
     from fxport.parallel.api import gather_state_dict, parallelize, plan, shard_state_dict
     from fxport.parallel.context import ParallelContext
     from fxport.parallel.plan import Plan
@@ -28,6 +29,7 @@ __all__ = [
     "Explanation",
     "FxportError",
     "GraphDiff",
+    "Loaded",
     "Location",
     "Outcome",
     "ParallelContext",
@@ -40,6 +42,7 @@ __all__ = [
     "SavedPortError",
     "explain",
     "gather_state_dict",
+    "load",
     "parallelize",
     "plan",
     "port",
@@ -53,6 +56,7 @@ _HOMES = {
     "Explanation": "fxport.explain_records",
     "FxportError": "fxport.errors",
     "GraphDiff": "fxport.diff.record",
+    "Loaded": "fxport.loading",
     "Location": "fxport.errors",
     "Outcome": "fxport.report",
     "ParallelContext": "fxport.parallel.context",
@@ -65,6 +69,7 @@ _HOMES = {
     "SavedPortError": "fxport.errors",
     "explain": "fxport.explain_api",
     "gather_state_dict": "fxport.parallel.api",
+    "load": "fxport.loading",
     "parallelize": "fxport.parallel.api",
     "plan": "fxport.parallel.api",
     "port": "fxport.api",

@@ -10,6 +10,7 @@ tokenizer files      if a tokenizer was given
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import shutil
@@ -31,6 +32,7 @@ __all__ = ["FORMAT_VERSION", "Tokenizer", "read_config", "read_serving", "write_
 
 FORMAT_VERSION = 1
 GRAPH_FILE = "fxport_graph.json"
+_DIGEST = "fxport_graph_sha256"  # in config.json: a flipped bit must not become another graph
 _MAX_SHARD_BYTES = 4 * 2**30
 
 
@@ -75,7 +77,8 @@ def write_port(
             graphs["half"] = _graph_dict(half, allowed)
         content = {"format_version": FORMAT_VERSION, "dtype": _name(serving.dtype), **graphs}
         _write_json(staging / GRAPH_FILE, content)
-        _write_json(staging / "config.json", _config_dict(serving))
+        digest = hashlib.sha256((staging / GRAPH_FILE).read_bytes()).hexdigest()
+        _write_json(staging / "config.json", {**_config_dict(serving), _DIGEST: digest})
         report.to_json(staging / "port_report.json")
         constants = {**(half.constants if half is not None else {}), **serving.constants}
         _write_weights(staging, {**{n: parameters[n] for n in serving.parameters}, **constants})
@@ -152,15 +155,29 @@ def _write_weights(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None
         shards[-1].append(name)
         size += count
     for number, names in enumerate(shards, start=1):
-        content = {name: _storable(tensors[name]) for name in names}
+        content = _storable({name: tensors[name] for name in names})
         file = directory / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(content, str(file), metadata={"format": "pt"})
 
 
-def _storable(tensor: torch.Tensor) -> torch.Tensor:
-    """Dense, on the CPU; complex numbers as pairs, which every safetensors version reads."""
-    plain = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return plain.detach().cpu().contiguous().clone()
+def _storable(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Dense, on the CPU; complex numbers as pairs, which every safetensors version reads.
+
+    Copies only what is not so already, or shares its memory with another: the file is written
+    from where the tensors lie.
+    """
+    seen: set[int] = set()
+    content: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        plain = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        plain = plain.detach().cpu().contiguous()
+        storage = plain.untyped_storage()
+        alone = storage.nbytes() == plain.numel() * plain.element_size()
+        if not alone or storage.data_ptr() in seen:
+            plain = plain.clone()
+        seen.add(plain.untyped_storage().data_ptr())
+        content[name] = plain
+    return content
 
 
 def _write_tokenizer(directory: Path, tokenizer: Tokenizer | str | Path | None) -> None:
@@ -189,8 +206,12 @@ def _tokenizer_files(source: Path) -> Iterator[Path]:
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
-    """`config.json` of a saved port, checked to be one."""
-    config = _read_json(Path(directory) / "config.json")
+    """`config.json` of a saved port, checked to be one.
+
+    Raises:
+        SavedPortError: it is missing, damaged, or some other model's.
+    """
+    config = _parsed(Path(directory) / "config.json", _bytes(Path(directory) / "config.json"))
     if config.get("model_type") != "fxport":
         raise SavedPortError(f"{directory} is not a saved port (model_type is not fxport)")
     return config
@@ -209,7 +230,11 @@ def read_serving(
         SavedPortError: the directory is damaged, hostile, of another version, or holds no graph
             for this dtype.
     """
-    data = _read_json(Path(directory) / GRAPH_FILE)
+    file = Path(directory) / GRAPH_FILE
+    content = _bytes(file)
+    if hashlib.sha256(content).hexdigest() != read_config(directory).get(_DIGEST):
+        raise SavedPortError(f"{file} is not the file that config.json was written for")
+    data = _parsed(file, content)
     if data.get("format_version") != FORMAT_VERSION:
         raise SavedPortError(
             f"format version {data.get('format_version')!r}; this fxport reads {FORMAT_VERSION}"
@@ -247,16 +272,23 @@ def _serving(data: Any, allowed: Allowed, dtype: torch.dtype, device: torch.devi
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _bytes(path: Path) -> bytes:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return path.read_bytes()
     except FileNotFoundError as error:
         raise SavedPortError(f"{path} is missing") from error
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    except OSError as error:
         raise SavedPortError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
+
+
+def _parsed(path: Path, content: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(content.decode("utf-8"))
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise SavedPortError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
         raise SavedPortError(f"{path} does not hold an object")
-    return content
+    return found
 
 
 def _attention_layer(data: Any) -> AttentionLayer:

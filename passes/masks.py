@@ -30,6 +30,7 @@ from fxport.passes.attention_site import Left, MaskKind, MaskStep
 from fxport.passes.graph_facts import GraphFacts
 from fxport.passes.mask_keys import Keys
 from fxport.passes.mask_scope import scope_of
+from fxport.passes.mask_slopes import same_slopes, slopes_of
 from fxport.passes.mask_values import constant_value
 
 __all__ = ["FORBIDDEN", "FULL", "Band", "Proof", "Prover", "band_of", "is_forbidding"]
@@ -266,6 +267,7 @@ class Effect:
         hard: like `allowed`, but biases down to `HARD` forbid nothing: far keys under ALiBi.
         raw: the sum of those biases, wherever they are.
         finite, lowered: see `Proof`.
+        rounding: unit roundoff of what is added, 0 where it is float32's or finer.
     """
 
     allowed: Tensor
@@ -274,9 +276,10 @@ class Effect:
     raw: Tensor | None
     finite: bool
     lowered: bool
+    rounding: float
 
     def proof(self) -> Proof:
-        slopes = alibi_slopes(self)
+        slopes = None if self.raw is None else slopes_of(self.raw, self.hard, self.rounding)
         if slopes is not None:
             band = band_of(_only(self.hard))
             if band is not None:
@@ -300,8 +303,9 @@ class Effect:
         expected = proof.band.matrix(*self.allowed.shape[-2:])
         if proof.slopes is None:
             return self.bias is None and bool((self.allowed == expected).all())
-        slopes = alibi_slopes(self)
-        same = slopes is not None and torch.allclose(slopes, proof.slopes, rtol=1e-6, atol=0)
+        same = self.raw is not None and same_slopes(
+            proof.slopes, self.raw, self.hard, self.rounding
+        )
         return same and bool((self.hard == expected).all())
 
 
@@ -317,6 +321,7 @@ def joint_effect(
     zeroed = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
     bias: Tensor | None = None
     finite = lowered = False
+    rounding = 0.0
     for step, value in zip(steps, values, strict=True):
         if step.kind is MaskKind.CAUSAL:
             allowed = allowed & Band(None, 0).matrix(rows, columns)
@@ -348,13 +353,23 @@ def joint_effect(
             lowered = lowered or bool(((added <= FORBIDDEN) & added.isfinite()).any())
             allowed = allowed & (added > HARD)
             bias = _sum(bias, added.masked_fill(added <= HARD, 0.0))
+            rounding = max(rounding, _rounding(step))
     hard = allowed
     if bias is not None:
         allowed = allowed & (bias > FORBIDDEN)
     if bool((zeroed & allowed).any()):
         return None
     nothing = bias is None or not bool(((bias != 0) & allowed).any())
-    return Effect(allowed, None if nothing else bias, hard, bias, finite or lowered, lowered)
+    return Effect(
+        allowed, None if nothing else bias, hard, bias, finite or lowered, lowered, rounding
+    )
+
+
+def _rounding(step: MaskStep) -> float:
+    """Of the sum: a coarse table added to finer scores is not rounded by them."""
+    dtype = step.node.meta["val"].dtype
+    half = dtype in (torch.bfloat16, torch.float16)
+    return torch.finfo(dtype).eps / 2 if half else 0.0
 
 
 def _sum(left: Tensor | None, right: Tensor) -> Tensor:
@@ -396,27 +411,3 @@ def _readings(lower: int | None, upper: int | None, rows: int, columns: int) -> 
             )
         )
     return sorted(readings, key=lambda b: b.upper != 0)  # causal, if one of them is
-
-
-def alibi_slopes(effect: Effect) -> Tensor | None:
-    """Slopes ``[h]`` if the bias is ``slope_h * (j - i)`` up to a constant per row, else None."""
-    raw = effect.raw
-    if raw is None or raw.shape[-1] < 2 or raw.shape[0] != 1:
-        return None
-    rows, columns = effect.allowed.shape[-2:]
-    raw = raw.expand(1, -1, rows, columns)[0]
-    seen = effect.hard.expand(1, raw.shape[0], -1, -1)[0]
-    # The longest stretch of allowed neighbours is in the last row or in the first.
-    row = -1 if bool((seen[0, -1, 1:] & seen[0, -1, :-1]).any()) else 0
-    pairs = (seen[0, row, 1:] & seen[0, row, :-1]).nonzero().flatten()
-    if len(pairs) == 0:
-        return None
-    first, last = int(pairs[0]), int(pairs[-1]) + 1
-    slopes = (raw[:, row, last] - raw[:, row, first]) / (last - first)
-    line = slopes[:, None, None] * torch.arange(columns, dtype=torch.float64)
-    rest = torch.where(seen, raw - line, torch.nan)
-    spread = rest.nan_to_num(-torch.inf).amax(-1) - rest.nan_to_num(torch.inf).amin(-1)
-    bound = 8 * torch.finfo(torch.float32).eps * raw.abs().amax((-2, -1)).clamp_min(1e-30)
-    if not bool((spread.clamp_min(0) <= bound[:, None]).all()) or bool((slopes == 0).all()):
-        return None
-    return slopes.float()

@@ -13,7 +13,7 @@ from torch import nn
 from fxport.capture.location import direct_caller, location_at
 from fxport.errors import PortError, Reason, ReasonCode
 
-__all__ = ["clone_for_capture", "convert", "watch_attributes"]
+__all__ = ["clone_for_capture", "convert", "off_meta", "watch_attributes"]
 
 
 def clone_for_capture(model: nn.Module) -> nn.Module:
@@ -54,6 +54,40 @@ def convert(model: nn.Module, dtype: torch.dtype, *, buffers: bool) -> None:
         for name, buffer in module._buffers.items():
             if buffers and buffer is not None and buffer.is_floating_point():
                 module._buffers[name] = buffer.to(dtype)
+
+
+def off_meta(model: nn.Module) -> None:
+    """Gives a clone parameters on the CPU where they were on the meta device, without data.
+
+    Their memory is never touched, so the system never provides it. Buffers must have values:
+    masks and position tables decide what the model computes.
+
+    Args:
+        model: from `clone_for_capture`; changed in place, ties kept.
+
+    Raises:
+        PortError: a buffer is on the meta device; each one is named.
+    """
+    reasons = [
+        Reason(
+            ReasonCode.CAPTURE_FAILED,
+            f"the buffer `{name}` is on the meta device, so nobody knows its values",
+            hint="parameters may be on the meta device; give buffers their values on the CPU",
+        )
+        for name, buffer in model.named_buffers()
+        if buffer.is_meta
+    ]
+    if reasons:
+        raise PortError(reasons)
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or not parameter.is_meta:
+                continue
+            if id(parameter) not in made:
+                empty = torch.empty_like(parameter, device="cpu")
+                made[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
+            module._parameters[name] = made[id(parameter)]
 
 
 def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:

@@ -12,7 +12,7 @@ import sympy
 import torch
 from torch import fx, nn
 
-from fxport.capture.clone import clone_for_capture, convert
+from fxport.capture.clone import clone_for_capture, convert, off_meta
 from fxport.capture.lengths import continues, trace_at_lengths
 from fxport.capture.location import forward_line
 from fxport.capture.symbolic import trace_symbolically
@@ -35,7 +35,7 @@ class Captured:
         shortest: the smallest T (at least 2) for which the graph is valid; a model that takes one
             path for every length has 2 here, and length 1 is checked with numbers.
         limit: the largest T for which the graph is valid, None when nothing bounds it.
-        parameters: qualified name -> real parameter (tied weights under their first name).
+        parameters: qualified name -> the own parameter of the model (tied: under the first name).
         length_line: the user's line that asked about the length, else where forward begins.
         state: every name of the original's state_dict.
         aliases: further names of tied parameters -> first name.
@@ -72,8 +72,11 @@ def capture(
         PortError: when the model cannot be captured as one graph that holds for every length.
     """
     clone = clone_for_capture(model)
+    parameters = dict(clone.named_parameters(remove_duplicate=True))
+    off_meta(clone)
     if dtype is not None:
         convert(clone, dtype, buffers=convert_buffers)
+        parameters = dict(clone.named_parameters(remove_duplicate=True))
     traced = _trace(clone)
     return Captured(
         graph=traced.graph,
@@ -82,7 +85,7 @@ def capture(
         length=traced.length,
         shortest=traced.shortest,
         limit=traced.limit,
-        parameters=dict(clone.named_parameters(remove_duplicate=True)),
+        parameters=parameters,
         length_line=traced.length_line or forward_line(model),
         state=tuple(clone.state_dict()),
         aliases=aliases_of(clone),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import shutil
@@ -294,10 +295,10 @@ def test_a_failed_save_leaves_nothing(gpt_port, tmp_path):
     "damage",
     [
         lambda d: (d / "fxport_graph.json").unlink(),
-        lambda d: (d / "fxport_graph.json").write_text("{"),
-        lambda d: (d / "fxport_graph.json").write_text("[1]"),
-        lambda d: (d / "fxport_graph.json").write_text('{"format_version": 99}'),
-        lambda d: (d / "fxport_graph.json").write_text('{"format_version": 1}'),
+        lambda d: _write(d, "{"),
+        lambda d: _write(d, "[1]"),
+        lambda d: _write(d, '{"format_version": 99}'),
+        lambda d: _write(d, '{"format_version": 1}'),
         lambda d: _edit(d, lambda g: g["own"]["attention"][0].update(num_heads=-1)),
         lambda d: _edit(d, lambda g: g["own"]["parameters"].update({"x": [2**40, 2**40]})),
         lambda d: _edit(d, lambda g: g["own"].update(hidden_size=math.pi)),
@@ -313,8 +314,21 @@ def test_a_damaged_port_is_refused(saved, tmp_path, damage):
         read_serving(copy, has_rule, torch.float32, torch.device("cpu"))
 
 
+def _write(directory: Path, text: str) -> None:
+    (directory / "fxport_graph.json").write_text(text)
+    reseal(directory)
+
+
 def _edit(directory: Path, change) -> None:
     file = directory / "fxport_graph.json"
     graph = json.loads(file.read_text())
     change(graph)
     file.write_text(json.dumps(graph))
+    reseal(directory)
+
+
+def reseal(directory: Path) -> None:
+    """Makes config.json agree with a changed graph, so that more than the digest is tested."""
+    config = json.loads((directory / "config.json").read_text())
+    digest = hashlib.sha256((directory / "fxport_graph.json").read_bytes()).hexdigest()
+    (directory / "config.json").write_text(json.dumps({**config, "fxport_graph_sha256": digest}))

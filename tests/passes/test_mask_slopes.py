@@ -1,0 +1,96 @@
+"""ALiBi tables: linear, linear but rounded to half precision, and almost linear."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_graphs import Site, compare, rewrite, trace_training
+from torch import Tensor
+
+from fxport.passes.mask_slopes import same_slopes, slopes_of
+
+HEADS, LENGTH = 5, 61
+SLOPES = 2.0 ** (-8.0 * torch.arange(1, HEADS + 1) / 3)
+HALF = [torch.bfloat16, torch.float16]
+
+
+def table(dtype: torch.dtype, length: int = LENGTH, slopes: Tensor = SLOPES) -> Tensor:
+    distance = torch.arange(length)[None, :] - torch.arange(length)[:, None]
+    return (slopes[:, None, None] * distance).to(dtype).double()[None]
+
+
+def seen(length: int = LENGTH) -> Tensor:
+    return torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+
+
+def roundoff(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps / 2
+
+
+def test_float32_tables_are_linear_up_to_a_constant_per_row():
+    raw = table(torch.float32) + torch.linspace(-3, 3, LENGTH).double()[:, None]
+    found = slopes_of(raw, seen(), 0.0)
+    assert found is not None
+    torch.testing.assert_close(found, SLOPES, rtol=1e-4, atol=1e-6)
+    raw[0, 2, 40, 7] += 0.01
+    assert slopes_of(raw, seen(), 0.0) is None
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_rounded_tables_are_linear_within_their_rounding(dtype):
+    raw = table(dtype)
+    assert slopes_of(raw, seen(), 0.0) is None
+    found = slopes_of(raw, seen(), roundoff(dtype))
+    assert found is not None
+    # The slope itself is known to half a unit in its last place.
+    torch.testing.assert_close(found, SLOPES, rtol=roundoff(dtype), atol=0)
+    error = (table(torch.float64, slopes=found) - raw).abs()
+    assert bool((error <= 1.01 * roundoff(dtype) * raw.abs()).all())
+    assert same_slopes(found, table(dtype, 23), seen(23), roundoff(dtype))
+    assert not same_slopes(found * 1.01, table(dtype), seen(), roundoff(dtype))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("place", [(0, 60, 0), (3, 17, 16), (4, 9, 9)])
+def test_one_entry_off_is_not_linear(dtype, place):
+    raw = table(dtype)
+    head, row, column = place
+    raw[0, head, row, column] += max(3 * roundoff(dtype) * float(raw[0][place].abs()), 1e-3)
+    assert slopes_of(raw, seen(), roundoff(dtype)) is None
+
+
+def test_forbidden_entries_do_not_count():
+    raw = table(torch.bfloat16)
+    raw[0, :, 5, 9:] = 77.0
+    assert slopes_of(raw, seen(), roundoff(torch.bfloat16)) is not None
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_logarithmic_and_clamped_distances_are_not_linear(dtype):
+    distance = torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)[None, :]
+    for values in (-(distance.clamp(min=0) + 1.0).log(), -distance.clamp(0, 30).double()):
+        raw = (SLOPES[:, None, None] * values).to(dtype).double()[None]
+        assert slopes_of(raw, seen(), roundoff(dtype)) is None
+
+
+@pytest.mark.parametrize("rounded_sum", [True, False])
+def test_a_rounded_table_counts_only_where_the_scores_are_as_coarse(rounded_sum: bool):
+    """Added to float32 scores, its rounding is the largest there is: it stays a dense bias."""
+    bias = table(torch.bfloat16).masked_fill(~seen(), float("-inf")).to(torch.bfloat16)
+
+    def attend(x: Tensor, bias: Tensor) -> Tensor:
+        q, k, v = x.unflatten(-1, (3, HEADS, 8)).permute(2, 0, 3, 1, 4)
+        scores = q @ k.transpose(-1, -2) * 8**-0.5
+        if not rounded_sum:
+            scores = scores.float()
+        weights = (scores + bias).softmax(-1).to(v.dtype)
+        return (weights @ v).transpose(1, 2).flatten(2)
+
+    torch.manual_seed(2)
+    site = Site(attend, buffers=[bias])
+    x = torch.randn(3, LENGTH, 3 * HEADS * 8).bfloat16()
+    found = rewrite(trace_training(site, [x], {}))
+    assert found.count == 1
+    (attention,) = found.result.sites
+    assert bool(attention.alibi) == rounded_sum
+    compare(site, found.graph, [x], 0.02)
