@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.source import SyntheticLocalSource
 from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
@@ -60,6 +61,20 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise ValueError(f"options['inductor']: Inductor has no option {', '.join(unknown)}")
 
 
+def _name_constants(gm: fx.GraphModule) -> None:
+    """AOTAutograd asks where Dynamo has each tensor of the module from; ours come from nowhere.
+
+    Such are tensors that lowering made of Python values (``x[:, [-1]]``) and proven masks (slopes).
+    """
+    known = getattr(gm, "_param_name_to_source", None)
+    if known is None:
+        return
+    parameters = gm.named_parameters(remove_duplicate=False)
+    names = [n for n, _ in (*parameters, *gm.named_buffers(remove_duplicate=False))]
+    made = {name: SyntheticLocalSource(f"fxport.{name}") for name in names if name not in known}
+    gm._param_name_to_source = {**known, **made}
+
+
 def compile_with_inductor(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Mapping[str, Any]
 ) -> Callable[..., Any]:
@@ -70,6 +85,7 @@ def compile_with_inductor(
         example_inputs: one value per placeholder.
         options: Inductor's configuration, by its names.
     """
+    _name_constants(gm)
     with config.patch(dict(options)):
         before = _as_list(config.joint_custom_pre_pass)
         after = _as_list(config.joint_custom_post_pass)
