@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from fxport.parallel.context import ParallelContext
     from fxport.parallel.plan import Plan
     from fxport.report import Decision, Outcome, Report
+    from fxport.verification import verify
+    from fxport.verify_records import Verification
 
 __all__ = [
     "Decision",
@@ -40,6 +42,7 @@ __all__ = [
     "ReasonCode",
     "Report",
     "SavedPortError",
+    "Verification",
     "explain",
     "gather_state_dict",
     "load",
@@ -48,6 +51,7 @@ __all__ = [
     "port",
     "shard_state_dict",
     "testing",
+    "verify",
 ]
 
 # Public name -> module. Loaded on first use: the pytest plugin must not load torch.
@@ -67,6 +71,7 @@ _HOMES = {
     "ReasonCode": "fxport.errors",
     "Report": "fxport.report",
     "SavedPortError": "fxport.errors",
+    "Verification": "fxport.verify_records",
     "explain": "fxport.explain_api",
     "gather_state_dict": "fxport.parallel.api",
     "load": "fxport.loading",
@@ -74,6 +79,7 @@ _HOMES = {
     "plan": "fxport.parallel.api",
     "port": "fxport.api",
     "shard_state_dict": "fxport.parallel.api",
+    "verify": "fxport.verification",
 }
 _SUBMODULES = ("testing",)
 

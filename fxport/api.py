@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +17,7 @@ from fxport.report import Decision, Outcome, Report
 from fxport.saved import Tokenizer, write_port
 from fxport.serving import Part, ServingGraph
 
-__all__ = ["Port", "port"]
+__all__ = ["Port", "port", "trainable"]
 
 
 @dataclass(frozen=True)
@@ -46,14 +45,7 @@ class Port:
 
         A copy of the modules that shares the parameters with the original.
         """
-        from fxport.backends.dynamo import vllm_generic
-        from fxport.capture.clone import clone_for_capture
-
-        clone = clone_for_capture(self._model)
-        for copied, original in zip(clone.modules(), self._model.modules(), strict=True):
-            copied.training = original.training
-        clone.compile(backend=vllm_generic)
-        return clone
+        return trainable(self._model)
 
     def save(self, directory: str | Path, tokenizer: Tokenizer | str | Path | None = None) -> Path:
         """Writes a directory that ``vllm.LLM(directory)`` serves.
@@ -76,6 +68,18 @@ class Port:
             has_rule,
             tokenizer,
         )
+
+
+def trainable(model: nn.Module) -> nn.Module:
+    """A copy of the modules, sharing the parameters, that runs under ``vllm_generic``."""
+    from fxport.backends.dynamo import vllm_generic
+    from fxport.capture.clone import clone_for_capture
+
+    clone = clone_for_capture(model)
+    for copied, original in zip(clone.modules(), model.modules(), strict=True):
+        copied.training = original.training
+    clone.compile(backend=vllm_generic)
+    return clone
 
 
 def port(model: nn.Module, example_inputs: None = None, *, max_seq_len: int | None = None) -> Port:
@@ -193,6 +197,7 @@ def _self_check(
     """Original and serving graph on random tokens; the longest length too where it is cheap."""
     from fxport.backends.torch import PackedModel, check_against
     from fxport.capture.clone import clone_for_capture
+    from fxport.original import logits_function
 
     if any(p.is_meta for p in parameters.values()):
         return _unchecked("the parameters are on the meta device, so there is nothing to compare")
@@ -208,7 +213,7 @@ def _self_check(
     clone = clone_for_capture(model)
     worst = check_against(
         model,
-        _original(clone, serving.vocab_size),
+        logits_function(clone, serving.vocab_size),
         PackedModel(serving, parameters),
         lengths,
         serving.vocab_size,
@@ -226,31 +231,3 @@ def _self_check(
 def _unchecked(why: str) -> Decision:
     reason = Reason(ReasonCode.SELF_CHECK, f"not compared with numbers: {why}")
     return Decision("self-check", Outcome.LEFT, "logits on random tokens", "", reason=reason)
-
-
-def _original(model: nn.Module, vocab_size: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    @torch.no_grad()
-    def logits_of(ids: torch.Tensor) -> torch.Tensor:
-        tensors = [
-            t
-            for t in torch.utils._pytree.tree_leaves(_plain(model(ids)))
-            if isinstance(t, torch.Tensor) and t.dim() in (2, 3) and t.shape[-1] == vocab_size
-        ]
-        if len(tensors) != 1:
-            raise PortError(
-                [Reason(ReasonCode.NO_LOGITS, f"{len(tensors)} outputs could be the logits")]
-            )
-        logits = tensors[0][0]
-        last_only = logits.dim() == 2 and logits.shape[0] == 1 and ids.shape[1] > 1
-        return logits[-1] if last_only else logits
-
-    return logits_of
-
-
-def _plain(output: Any) -> Any:
-    """Dataclasses and mappings as dicts, which pytree knows."""
-    if isinstance(output, Mapping):
-        return dict(output)
-    if hasattr(output, "__dataclass_fields__"):
-        return {name: getattr(output, name) for name in output.__dataclass_fields__}
-    return output

@@ -1,4 +1,4 @@
-"""The command line: ``fxport port``, ``fxport explain`` and ``fxport diff``.
+"""The command line: ``fxport port``, ``explain``, ``verify`` and ``diff``.
 
 Exit status: 0 done, 1 refused or failed (reasons on stderr), 2 wrong usage. Heavy imports wait
 until the arguments have been checked.
@@ -37,11 +37,15 @@ def main() -> None:
     """Port plain PyTorch language models to vLLM: proven equal, or refused with the reason."""
 
 
+_factory = click.argument("factory", metavar="PKG.MOD:FACTORY")
+_weights = click.option("--weights", type=click.Path(path_type=Path), help=_WEIGHTS_HELP)
+
+
 def _model_arguments(command: Callable[..., None]) -> Callable[..., None]:
-    """What every command takes that starts from a model."""
+    """What every command takes that captures a model."""
     options = (
-        click.argument("factory", metavar="PKG.MOD:FACTORY"),
-        click.option("--weights", type=click.Path(path_type=Path), help=_WEIGHTS_HELP),
+        _factory,
+        _weights,
         click.option(
             "--max-seq-len",
             type=click.IntRange(min=1),
@@ -95,6 +99,40 @@ def explain(factory: str, weights: Path | None, max_seq_len: int | None, as_json
     )
     if explanation.obstacles:
         _fail(f"{_REFUSED}{PortError(explanation.obstacles)}")
+
+
+@main.command()
+@click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@_factory
+@_weights
+@click.option("--new-tokens", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the random prompts.")
+@click.option("--no-engine", is_flag=True, help="Leave the vLLM engine out.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def verify(
+    directory: Path,
+    factory: str,
+    weights: Path | None,
+    new_tokens: int,
+    seed: int,
+    no_engine: bool,
+    as_json: bool,
+) -> None:
+    """Compare a saved port with its model: weights, graph, trainable module, vLLM engine.
+
+    Exit status: 0 equal, 1 different; the first operation that differs is named.
+    """
+    with _stages(2) as stage, _refusals():
+        model = _prepared(factory, weights, stage)
+        stage("running the port in every way")
+        import fxport
+
+        result = fxport.verify(
+            model, directory, new_tokens=new_tokens, seed=seed, engine=not no_engine
+        )
+    click.echo(json.dumps(result.to_dict(), indent=2) if as_json else str(result))
+    if not result:
+        _fail(f"{directory} is not {factory}")
 
 
 @main.command()

@@ -1,0 +1,136 @@
+"""The first operation at which two runs of a port part, found by comparing every value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+
+from fxport.capture.location import module_of
+from fxport.loading import Loaded
+from fxport.verify_records import FirstDifference
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["first_in_engine", "first_in_graph", "first_in_weights"]
+
+# Of one operation, relative to its largest value, in units of the dtype's epsilon: what adds up on
+# the way from the embedding. A fault is orders of magnitude above.
+_ROUNDING = 2000.0
+
+
+def first_in_weights(loaded: Loaded, parameters: Mapping[str, Tensor]) -> FirstDifference | None:
+    """The first parameter that is not the model's."""
+    between = "saved weights and the model's"
+    for name, saved in loaded.parameters.items():
+        own = parameters.get(loaded.serving.aliases.get(name, name))
+        if own is None:
+            return FirstDifference(between, name, detail="the model has no such parameter")
+        if own.shape != saved.shape or own.dtype != saved.dtype:
+            detail = f"{own.dtype} {list(own.shape)} in the model"
+            return FirstDifference(between, name, detail=detail)
+    for name, saved in loaded.parameters.items():
+        own = parameters[loaded.serving.aliases.get(name, name)]
+        if not torch.equal(own.detach().cpu(), saved.cpu()):
+            count = int((own.detach().cpu() != saved.cpu()).sum())
+            return FirstDifference(between, name, detail=f"{count} of {own.numel()} values differ")
+    return None
+
+
+def first_in_graph(loaded: Loaded, fresh: Any) -> FirstDifference | None:
+    """The first operation of the saved graph that a fresh port of the model does not have.
+
+    Args:
+        fresh: the `ServingGraph` of that port.
+    """
+    from fxport.diff.record import Change, GraphDiff
+
+    for name in ("embed", "body", "head"):
+        one, other = getattr(fresh, name).graph, getattr(loaded.serving, name).graph
+        for row in GraphDiff.between(one, other).rows:
+            if row.change is Change.KEPT:
+                continue
+            found = row.after or row.before
+            assert found is not None
+            new = f"in a new port: {row.before}" if row.before else "not in a new port"
+            detail = new if row.after else "missing in the saved graph"
+            return FirstDifference(
+                "saved graph and a new port", found.node.name, found.target, found.module, detail
+            )
+    return None
+
+
+def first_in_engine(loaded: Loaded, prompt: Sequence[int], file: Path) -> FirstDifference | None:
+    """The first operation whose value in the engine is not that of the graph in PyTorch.
+
+    Args:
+        file: values recorded by `fxport.backends.vllm.probe`, ``"3:body.linear_2" -> tensor``.
+    """
+    from safetensors.torch import load_file
+
+    recorded = load_file(file)
+    found = {}
+    for key in sorted(recorded, key=lambda k: int(k.partition(":")[0])):
+        found[key.partition(":")[2]] = recorded[key]
+    expected = dict(_values(loaded, prompt))
+    replaced = [name for name in expected if name not in found]
+    layers = [name for name in found if name not in expected]
+    between = "graph in PyTorch and the engine"
+    if len(replaced) != len(layers):
+        detail = "the engine runs other operations, so their values cannot be paired"
+        return FirstDifference(between, layers[0] if layers else replaced[0], detail=detail)
+    names = dict(zip(replaced, layers, strict=True))
+    bound = _ROUNDING * torch.finfo(loaded.serving.dtype).eps
+    for name, (node, value) in expected.items():
+        error = _relative(found[names.get(name, name)], value)
+        if not error <= bound:
+            detail = f"relative difference {error:.1e}, rounding would be below {bound:.1e}"
+            return FirstDifference(between, node.name, str(node.target), module_of(node), detail)
+    return None
+
+
+def _values(loaded: Loaded, prompt: Sequence[int]) -> Iterator[tuple[str, tuple[fx.Node, Tensor]]]:
+    """``"body.linear_2" -> (node, value)`` in order, for one sequence."""
+    serving = loaded.serving
+    weights = {**loaded.parameters, **serving.constants}
+    ids = torch.tensor([list(prompt)])
+    seen: dict[fx.Node, Tensor] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            if isinstance(result, torch.Tensor) and n.op == "call_function":
+                seen[n] = result
+            return result
+
+    inputs = {"input_ids": ids, "positions": torch.arange(len(prompt))}
+    for label in ("embed", "body"):
+        part = getattr(serving, label)
+        seen.clear()
+        given = {**inputs, **{node: weights[name] for node, name in part.weights.items()}}
+        names = [n.name for n in part.graph.nodes if n.op == "placeholder"]
+        gm = fx.GraphModule(nn.Module(), part.graph)
+        with torch.no_grad():
+            result = Recorder(gm).run(*(given[name] for name in names))
+        inputs["embeddings"] = result
+        originals = {n.name: n for n in part.graph.nodes}
+        for node, value in seen.items():
+            value = torch.view_as_real(value) if value.is_complex() else value
+            yield f"{label}.{node.name}", (originals[node.name], value)
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    if found.shape != expected.shape:
+        return float("inf")
+    a, b = found.double(), expected.double()
+    if not torch.equal(a.isfinite(), b.isfinite()):
+        return float("inf")
+    finite = b.isfinite()
+    if not bool(finite.any()):
+        return 0.0
+    difference = (a[finite] - b[finite]).abs().max()
+    return float(difference / b[finite].abs().max().clamp_min(1e-30))
