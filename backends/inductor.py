@@ -72,7 +72,7 @@ def _name_constants(gm: fx.GraphModule) -> None:
     parameters = gm.named_parameters(remove_duplicate=False)
     names = [n for n, _ in (*parameters, *gm.named_buffers(remove_duplicate=False))]
     made = {name: SyntheticLocalSource(f"fxport.{name}") for name in names if name not in known}
-    gm._param_name_to_source = {**known, **made}
+    vars(gm)["_param_name_to_source"] = {**known, **made}
 
 
 def compile_with_inductor(

@@ -97,16 +97,18 @@ def port(model: nn.Module, example_inputs: None = None, *, max_seq_len: int | No
         FxportError: `max_seq_len` is beyond what the model allows.
     """
     from fxport.capture.export import capture
+    from fxport.capture.rows import every_row_records
     from fxport.passes.serving import lower_for_serving
 
     if example_inputs is not None:
         raise FxportError("example_inputs is not supported: forward must take the token ids alone")
     captured = capture(model)
-    lowered = lower_for_serving(captured, max_seq_len)
+    selections = every_row_records(captured.graph)
+    lowered = lower_for_serving(captured, max_seq_len, _stated_length(model))
     serving = lowered.serving
     checked = _self_check(model, serving, captured.parameters)
     half, half_decision = _half(model, serving)
-    decisions = (*lowered.decisions, half_decision, checked)
+    decisions = (*selections, *lowered.decisions, half_decision, checked)
     facts: dict[str, str | int | float | bool | None] = {
         "vocab_size": serving.vocab_size,
         "hidden_size": serving.hidden_size,
@@ -118,6 +120,13 @@ def port(model: nn.Module, example_inputs: None = None, *, max_seq_len: int | No
     }
     report = Report(type(model).__name__, facts, decisions)
     return Port(serving, half, captured.parameters, report, model, lowered.stages)
+
+
+def _stated_length(model: nn.Module) -> int | None:
+    """What a Hugging Face configuration says where the code bounds nothing (rotary positions)."""
+    config = getattr(model, "config", None)
+    found = getattr(config, "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def _half(model: nn.Module, serving: ServingGraph) -> tuple[ServingGraph | None, Decision]:

@@ -37,6 +37,7 @@ class ReasonCode(enum.StrEnum):
     ORDER_OF_OPS = "order-of-operations"  # e.g. cap after mask
     MUTATED_IN_PLACE = "changed-in-place"
     UNSUPPORTED_FEATURE = "unsupported-feature"  # meaning known, the target cannot express it
+    EVERY_TOKEN = "runs-for-every-token"  # work on selected tokens is done for all of them
     # serving
     NOT_CAUSAL = "not-causal"
     MIXES_TOKENS = "mixes-tokens"

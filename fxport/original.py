@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
+from fxport.capture.outputs import plain
 from fxport.errors import PortError, Reason, ReasonCode
 
 __all__ = ["logits_function"]
@@ -27,7 +27,7 @@ def logits_function(model: nn.Module, vocab_size: int) -> Callable[[torch.Tensor
     def logits_of(ids: torch.Tensor) -> torch.Tensor:
         tensors = [
             t
-            for t in torch.utils._pytree.tree_leaves(_plain(model(ids)))
+            for t in torch.utils._pytree.tree_leaves(plain(model(ids)))
             if isinstance(t, torch.Tensor) and t.dim() in (2, 3) and t.shape[-1] == vocab_size
         ]
         if len(tensors) != 1:
@@ -39,12 +39,3 @@ def logits_function(model: nn.Module, vocab_size: int) -> Callable[[torch.Tensor
         return logits[-1] if last_only else logits
 
     return logits_of
-
-
-def _plain(output: Any) -> Any:
-    """Dataclasses and mappings as dicts, which pytree knows."""
-    if isinstance(output, Mapping):
-        return dict(output)
-    if hasattr(output, "__dataclass_fields__"):
-        return {name: getattr(output, name) for name in output.__dataclass_fields__}
-    return output

@@ -32,7 +32,7 @@ __all__ = ["FORMAT_VERSION", "Tokenizer", "read_config", "read_serving", "write_
 
 FORMAT_VERSION = 1
 GRAPH_FILE = "fxport_graph.json"
-_DIGEST = "fxport_graph_sha256"  # in config.json: a flipped bit must not become another graph
+DIGEST_KEY = "fxport_graph_sha256"  # in config.json: a flipped bit must not become another graph
 _MAX_SHARD_BYTES = 4 * 2**30
 
 
@@ -78,7 +78,7 @@ def write_port(
         content = {"format_version": FORMAT_VERSION, "dtype": _name(serving.dtype), **graphs}
         _write_json(staging / GRAPH_FILE, content)
         digest = hashlib.sha256((staging / GRAPH_FILE).read_bytes()).hexdigest()
-        _write_json(staging / "config.json", {**_config_dict(serving), _DIGEST: digest})
+        _write_json(staging / "config.json", {**_config_dict(serving), DIGEST_KEY: digest})
         report.to_json(staging / "port_report.json")
         constants = {**(half.constants if half is not None else {}), **serving.constants}
         _write_weights(staging, {**{n: parameters[n] for n in serving.parameters}, **constants})
@@ -232,7 +232,7 @@ def read_serving(
     """
     file = Path(directory) / GRAPH_FILE
     content = _bytes(file)
-    if hashlib.sha256(content).hexdigest() != read_config(directory).get(_DIGEST):
+    if hashlib.sha256(content).hexdigest() != read_config(directory).get(DIGEST_KEY):
         raise SavedPortError(f"{file} is not the file that config.json was written for")
     data = _parsed(file, content)
     if data.get("format_version") != FORMAT_VERSION:

@@ -53,6 +53,8 @@ class Symbols:
             return (Axis.BATCH,)
         if size == self.length:
             return (Axis.TOKEN,)
+        if size == self.batch * self.length:
+            return (Axis.BATCH, Axis.TOKEN)
         raise Refusal(
             ReasonCode.DEPENDS_ON_LENGTH, f"a dimension of size {self.describe(size)} is made here"
         )

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import sympy
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from fxport.capture.arguments import arguments, shape_of
 from fxport.capture.inputs import InputKind, graph_input
@@ -184,7 +185,8 @@ def _refresh(node: fx.Node) -> None:
     )
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
     try:
-        with fake, torch.no_grad():
+        # torch 2.11's matmul takes symbolic sizes in its Python implementation only.
+        with enable_python_dispatcher(), fake, torch.no_grad():
             node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
     except (RuntimeError, IndexError) as error:
         reason = Reason(

@@ -98,7 +98,7 @@ def scope_of(tensors: Sequence[fx.Node], symbols: Sequence[sympy.Symbol]) -> Sco
         return Scope(why=f"`{_name(foreign)}` may treat every entry of the batch differently")
     tables = _table_lengths(nodes)
     bounds = {s: b for s in symbols if (b := _bound(s, nodes, tables)) is not None}
-    strange = next((n for n in nodes if not _is_local(n)), None) or unbounded(nodes)
+    strange = next((n for n in nodes if not _is_local(n, symbols)), None) or unbounded(nodes)
     if strange is None:
         strange = next((n for n in tables if not tables[n][0].is_Symbol), None)
     if strange is not None:
@@ -160,7 +160,7 @@ def _name(node: fx.Node) -> str:
     return str(overload_packet(node) or node.target)
 
 
-def _is_local(node: fx.Node) -> bool:
+def _is_local(node: fx.Node, symbols: Sequence[sympy.Symbol]) -> bool:
     """Whether an entry of the result is a function of its own indices, not of the length."""
     if node.op in ("placeholder", "get_attr"):
         return True
@@ -168,7 +168,9 @@ def _is_local(node: fx.Node) -> bool:
     if packet in _RESHAPES:
         before = node.args[0]
         assert isinstance(before, fx.Node)
-        return _without_ones(shape_of(before)) == _without_ones(shape_of(node))
+        return _between_lengths(shape_of(before), symbols) == _between_lengths(
+            shape_of(node), symbols
+        )
     known = (_POINTWISE, _FACTORIES, _SHAPES, _PREFIXES, _LOOKUPS)
     if not any(packet in group for group in known):
         return False
@@ -176,8 +178,15 @@ def _is_local(node: fx.Node) -> bool:
     return not any(_varies(value) for name, value in given.items() if name not in _SHAPE_ARGUMENTS)
 
 
-def _without_ones(shape: tuple[Any, ...]) -> list[Any]:
-    return [s for s in shape if s != 1]
+def _between_lengths(shape: tuple[Any, ...], symbols: Sequence[sympy.Symbol]) -> list[Any]:
+    """Dimensions of lengths as they are, and the product of what stands between them."""
+    found: list[Any] = [sympy.Integer(1)]
+    for size in shape:
+        if not isinstance(size, int) and size.free_symbols & set(symbols):
+            found += [size, sympy.Integer(1)]
+        else:
+            found[-1] = found[-1] * size
+    return found
 
 
 def _varies(value: object) -> bool:

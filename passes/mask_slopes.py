@@ -20,11 +20,11 @@ def slopes_of(raw: Tensor, seen: Tensor, rounding: float) -> Tensor | None:
     """The slopes, float32 ``[h]``, or None.
 
     Args:
-        raw: the bias, float64 ``[1, h, Tq, Tk]``.
-        seen: where it counts, bool ``[1, 1 or h, Tq, Tk]``.
+        raw: the bias, float64 ``[b, h, Tq, Tk]``; batch entries must be equal.
+        seen: where it counts, bool, broadcastable to `raw`.
         rounding: unit roundoff of the bias where it was stored and added, 0 for float32 and up.
     """
-    if raw.shape[-1] < 2 or raw.shape[0] != 1:
+    if raw.shape[-1] < 2 or not bool((raw == raw[:1]).all()):
         return None
     table, counts = raw[0], seen.expand_as(raw)[0]
     exact = _linear(table, counts)

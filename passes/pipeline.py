@@ -9,6 +9,7 @@ from torch import fx
 from fxport.capture.dynamo import lowered_graphs
 from fxport.diff.stages import Recorder, Stage
 from fxport.passes.attention import AttentionSite, rewrite_attention
+from fxport.passes.known_values import fold_known_values
 from fxport.report import Decision
 
 __all__ = ["PipelineResult", "training_pipeline"]
@@ -36,8 +37,11 @@ def training_pipeline(gm: fx.GraphModule) -> PipelineResult:
     stages: list[Stage] = []
     for graph in lowered_graphs(gm):
         recorder = Recorder(graph)
-        with recorder.stage("attention"):
+        with recorder.stage("known values"):
+            fold_known_values(graph)
+        with recorder.stage("attention") as stage:
             attention = rewrite_attention(graph)
+            stage.note(attention.decisions)
         stages.extend(recorder.stages)
         sites.extend(attention.sites)
         decisions.extend(attention.decisions)

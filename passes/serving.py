@@ -1,6 +1,6 @@
 """From a captured model to the graphs that vLLM runs: the serving passes in order.
 
-capture -> head -> attention -> token locality (proof) -> positions -> split
+capture -> known values -> head -> attention -> token locality (proof) -> positions -> split
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from fxport.passes.attention import rewrite_attention
 from fxport.passes.axes import Axis, Symbols
 from fxport.passes.functional import functionalise
 from fxport.passes.head import find_head
+from fxport.passes.known_values import fold_known_values
 from fxport.passes.limits import longest_sequence
 from fxport.passes.positions import gather_by_position
 from fxport.passes.split import Splitter, attention_layers, token_embedding
@@ -39,12 +40,15 @@ class Lowered:
     stages: tuple[Stage, ...] = ()
 
 
-def lower_for_serving(captured: Captured, max_seq_len: int | None) -> Lowered:
+def lower_for_serving(
+    captured: Captured, max_seq_len: int | None, stated: int | None = None
+) -> Lowered:
     """Runs the serving passes on a captured model; the captured graph is changed.
 
     Args:
         captured: from `fxport.capture.export.capture`.
         max_seq_len: the longest sequence to serve; None for the longest that the model allows.
+        stated: the length that the model's configuration names, for a model that bounds none.
 
     Raises:
         PortError: with every obstacle that the failing stage found.
@@ -55,12 +59,16 @@ def lower_for_serving(captured: Captured, max_seq_len: int | None) -> Lowered:
     recorder = Recorder(gm)
     with recorder.stage("functionalise"):
         functionalise(gm)
+    with recorder.stage("known values"):
+        fold_known_values(gm)
     limit = longest_sequence(gm, captured.length, captured.limit)
-    max_seq_len, length_decision = _choose_length(limit, max_seq_len)
-    with recorder.stage("head"):
+    max_seq_len, length_decision = _choose_length(limit, max_seq_len, stated)
+    with recorder.stage("head") as stage:
         head = find_head(gm, captured.length)
-    with recorder.stage("attention"):
+        stage.note(head.decisions)
+    with recorder.stage("attention") as stage:
         attention = rewrite_attention(gm)
+        stage.note(attention.decisions)
     tokens = next(n for n in gm.graph.nodes if n.name == captured.tokens)
     embedding = token_embedding(tokens)
     locality = analyse(gm, symbols, max_seq_len)
@@ -70,8 +78,9 @@ def lower_for_serving(captured: Captured, max_seq_len: int | None) -> Lowered:
     if reasons:
         raise PortError(reasons)
     hidden = head.hidden
-    with recorder.stage("positions"):
+    with recorder.stage("positions") as stage:
         positions, gathered = gather_by_position(gm, locality, tokens)
+        stage.note(gathered)
     serving = _split(captured, gm, tokens, positions, embedding, hidden, head.logits, max_seq_len)
     proven = Decision(
         "token locality",
@@ -133,16 +142,20 @@ def _check_short_lengths(captured: Captured) -> list[Reason]:
 _UNBOUNDED_LENGTH = 4096
 
 
-def _choose_length(found: int | None, wanted: int | None) -> tuple[int, Decision]:
+def _choose_length(
+    found: int | None, wanted: int | None, stated: int | None
+) -> tuple[int, Decision]:
     if wanted is not None and wanted < 1:
         raise FxportError(f"max_seq_len must be positive, not {wanted}")
     if found is not None and wanted is not None and wanted > found:
         raise FxportError(f"max_seq_len={wanted}, but the model allows at most {found} tokens")
-    length = wanted or found or _UNBOUNDED_LENGTH
+    length = wanted or found or stated or _UNBOUNDED_LENGTH
     if wanted:
         detail = f"{length} tokens, as asked for"
     elif found:
         detail = f"{length} tokens, found in the model"
+    elif stated:
+        detail = f"{length} tokens, as the model's config says; its code bounds no length"
     else:
         detail = f"{length} tokens: nothing in the model bounds the length (see max_seq_len)"
     return length, Decision("length", Outcome.PROVEN, "longest sequence", detail)

@@ -20,6 +20,7 @@ from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.location import user_location
 from fxport.errors import PortError, Reason, ReasonCode
 from fxport.ops.params import AttentionParams
+from fxport.passes.attention_views import overload_packet
 from fxport.passes.constants import evaluate, is_symbolic
 from fxport.serving import AttentionLayer, Part
 
@@ -28,15 +29,25 @@ __all__ = ["Splitter", "attention_layers", "token_embedding"]
 aten = torch.ops.aten
 
 
+_PASSING_ON = {
+    aten.view, aten.reshape, aten.to, aten._to_copy, aten.contiguous, aten.clone, aten.alias,
+    aten.detach,
+}  # fmt: skip
+
+
 def token_embedding(tokens: fx.Node) -> fx.Node:
     """The first look-up of the token ids in a learned table.
 
     Raises:
         PortError: the ids are not looked up, so nothing can be said about a vocabulary.
     """
-    for node in tokens.users:
-        if node.target is aten.embedding.default and arguments(node)["indices"] is tokens:
-            return node
+    same = [tokens]  # the ids themselves, and what only passes them on
+    for ids in same:
+        for node in ids.users:
+            if node.target is aten.embedding.default and arguments(node)["indices"] is ids:
+                return node
+            if _passes_on(node, ids):
+                same.append(node)
     first = next((user for user in tokens.users if not is_symbolic(user)), tokens)
     reason = Reason(
         ReasonCode.NO_VOCABULARY,
@@ -45,6 +56,15 @@ def token_embedding(tokens: fx.Node) -> fx.Node:
         "look the token ids up with nn.Embedding or F.embedding",
     )
     raise PortError([reason])
+
+
+def _passes_on(node: fx.Node, ids: fx.Node) -> bool:
+    """``input_ids.view(-1, input_ids.size(-1))``, ``.long()``, ``.contiguous()``"""
+    return (
+        overload_packet(node) in _PASSING_ON
+        and arguments(node).get("self") is ids
+        and shape_of(node) == shape_of(ids)
+    )
 
 
 @dataclass(frozen=True)

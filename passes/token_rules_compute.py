@@ -229,6 +229,21 @@ def _gather(call: Call) -> Axes:
     return index
 
 
+@rule(aten.scatter, aten.scatter_add)
+def _scatter(call: Call) -> Axes:
+    """Within each token: only the axis along which values are placed may differ."""
+    axes, index = call.of("self"), call.of("index")
+    along = call.dim("dim", len(axes))
+    free(axes[along], "scatter")
+    source = call.arguments.get("src")
+    others = [index, call.axes[source]] if isinstance(source, fx.Node) else [index]
+    for other in others:
+        for i, (a, b) in enumerate(zip(axes, other, strict=True)):
+            if (i == along and has_axis(b)) or (i != along and a != b):
+                raise Refusal(ReasonCode.MIXES_TOKENS, "scatter to another token")
+    return axes
+
+
 @rule(aten.one_hot)
 def _one_hot(call: Call) -> Axes:
     return (*call.of("self"), (int(call.sizes()[-1]),))

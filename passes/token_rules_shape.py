@@ -55,15 +55,13 @@ def _range(call: Call) -> Axes:
     return _factory(call)
 
 
-@rule(
-    aten.zeros_like,
-    aten.ones_like,
-    aten.full_like,
-    aten.new_zeros,
-    aten.new_ones,
-    aten.new_full,
-)
+@rule(aten.zeros_like, aten.ones_like, aten.full_like)
 def _factory_like(call: Call) -> Axes:
+    return call.of("self")
+
+
+@rule(aten.new_zeros, aten.new_ones, aten.new_full)
+def _new(call: Call) -> Axes:
     return _factory(call)
 
 

@@ -1,4 +1,5 @@
-"""For all tests: nothing asks a hub, usage statistics stay off, GPU tests need a GPU."""
+"""For all tests: nothing asks a hub, usage statistics stay off, GPU tests need a GPU, long
+ones are asked for."""
 
 import os
 
@@ -10,7 +11,11 @@ os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "long" not in (config.getoption("-m") or ""):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="long: run with -m long"))
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_tests:
         return

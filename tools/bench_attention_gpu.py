@@ -1,12 +1,13 @@
 """Attention kernels on one GPU, side by side, where libraries have one too: TFLOP/s.
 
     python -m fxport.tools.bench_attention_gpu [ceilings] [libraries] [shapes] [lengths] [sweep]
-                                               [--flex]
+                                               [--flex] [--flash-3]
 
 * ceilings: copy bandwidth and bf16 matrix product, to read the rest against;
 * libraries: forward and backward, bf16, causal, 16,384 tokens in all, by PyTorch's flash and cuDNN
-  kernels, FlexAttention (with --flex, at two lengths: each is compiled), our Triton
-  kernels, and what `fxport::attention` chooses, called as a model's graph calls it;
+  kernels, FlexAttention (with --flex, at two lengths: each is compiled), FlashAttention-3
+  (with --flash-3; vLLM's, forward only), our Triton kernels, and what `fxport::attention`
+  chooses, called as a model's graph calls it;
 * shapes: the same at other head sizes, with grouped heads, without causality, in float16;
 * lengths: what the first call at a length never seen costs;
 * sweep: other block shapes for our kernels, to check `fxport.ops.triton_config` against.
@@ -111,11 +112,11 @@ class _Passes:
 
     Attributes:
         forward: runs the forward pass and returns out.
-        backward: runs the backward pass on what a forward pass left.
+        backward: runs the backward pass on what a forward pass left; None: there is none.
     """
 
     forward: Callable[[], Tensor]
-    backward: Callable[[], object]
+    backward: Callable[[], object] | None
 
 
 def _by_autograd(function: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor) -> _Passes:
@@ -159,6 +160,25 @@ def _flex(shape: _Shape, inputs: list[Tensor], grad: Tensor) -> _Passes:
     return _by_autograd(function, inputs, grad)
 
 
+def _flash_3(shape: _Shape, inputs: list[Tensor], grad: Tensor) -> _Passes:
+    """FlashAttention-3 as vLLM carries it: packed sequences, forward only."""
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    torch.backends.cuda.enable_cudnn_sdp(True)  # importing vLLM switches it off
+    batch = _TOKENS // shape.length
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in inputs)
+    starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda") * shape.length
+
+    def forward() -> Tensor:
+        out = flash_attn_varlen_func(
+            q, k, v, shape.length, starts, shape.length, starts, causal=shape.causal, fa_version=3
+        )
+        assert isinstance(out, Tensor)
+        return out.unflatten(0, (batch, shape.length)).transpose(1, 2)
+
+    return _Passes(forward, None)
+
+
 def _ours(shape: _Shape, inputs: list[Tensor], grad: Tensor) -> _Passes:
     q, k, v = inputs
     out, lse = triton_attention.forward(q, k, v, *_NOTHING, shape.params)
@@ -179,27 +199,30 @@ def _dispatched(shape: _Shape, inputs: list[Tensor], grad: Tensor) -> _Passes:
 
 
 def _rates(passes: _Passes, shape: _Shape) -> tuple[float, float]:
-    """TFLOP/s forward and backward."""
+    """TFLOP/s forward and backward; NaN where there is no backward."""
     work = shape.work()
-    return (
-        work / milliseconds(passes.forward) / 1e9,
-        2.5 * work / milliseconds(passes.backward) / 1e9,
-    )
+    forward = work / milliseconds(passes.forward) / 1e9
+    if passes.backward is None:
+        return forward, math.nan
+    return forward, 2.5 * work / milliseconds(passes.backward) / 1e9
 
 
-def _makers(flex: bool) -> dict[str, Callable[[_Shape, list[Tensor], Tensor], _Passes]]:
+def _makers(
+    flex: bool, flash_3: bool = False
+) -> dict[str, Callable[[_Shape, list[Tensor], Tensor], _Passes]]:
     return {
         "SDPA flash": _sdpa(SDPBackend.FLASH_ATTENTION),
         "SDPA cuDNN": _sdpa(SDPBackend.CUDNN_ATTENTION),
         **({"FlexAttention": _flex} if flex else {}),
+        **({"FlashAttention-3": _flash_3} if flash_3 else {}),
         "our Triton": _ours,
         "fxport::attention": _dispatched,
     }
 
 
-def table(shapes: Iterator[_Shape], flex: bool) -> None:
+def table(shapes: Iterator[_Shape], flex: bool, flash_3: bool) -> None:
     """Print rates, and what the dispatcher chose; check on the way that all compute the same."""
-    makers = _makers(flex)
+    makers = _makers(flex, flash_3)
     rows: list[list[object]] = []
     for shape in shapes:
         *inputs, grad = shape.inputs()
@@ -217,8 +240,8 @@ def table(shapes: Iterator[_Shape], flex: bool) -> None:
                 cells.append("-")
                 continue
             torch.testing.assert_close(passes.forward(), want, rtol=3e-2, atol=3e-2)
-            forward, backward = _rates(passes, shape)
-            cells.append(f"{forward:.0f} / {backward:.0f}")
+            rates = _rates(passes, shape)
+            cells.append(" / ".join(f"{rate:.0f}" for rate in rates if not math.isnan(rate)))
         ran = ", ".join(sorted(dispatch.calls - before))
         kind = ("" if shape.causal else "full ") + str(shape.dtype).removeprefix("torch.")
         rows.append([shape.size, shape.length, kind, shape.groups, *cells, ran])
@@ -238,7 +261,9 @@ def lengths(count: int = 8) -> None:
             *inputs, grad = shape.inputs()
             torch.cuda.synchronize()
             start = time.perf_counter()
-            make(shape, inputs, grad).backward()
+            backward = make(shape, inputs, grad).backward
+            assert backward is not None
+            backward()
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
         rows.append([name, *(f"{1e3 * s:.1f}" for s in seconds)])
@@ -309,6 +334,8 @@ def main() -> None:
     parts = ("ceilings", "libraries", "shapes", "lengths", "sweep")
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(parts)}; default: all")
     parser.add_argument("--flex", action="store_true", help="FlexAttention too")
+    parser.add_argument("--flash-3", action="store_true", help="vLLM's FlashAttention-3 too")
+    parser.add_argument("--lengths", default=",".join(map(str, _LENGTHS)), help="of `libraries`")
     arguments = parser.parse_args()
     if unknown := set(arguments.parts) - set(parts):
         parser.error(f"no such part: {', '.join(sorted(unknown))}")
@@ -320,9 +347,11 @@ def main() -> None:
     if "ceilings" in wanted:
         ceilings()
     if "libraries" in wanted:
-        table((_Shape(size, n) for size in (64, 128, 256) for n in _LENGTHS), arguments.flex)
+        chosen = [int(n) for n in arguments.lengths.split(",")]
+        shapes = (_Shape(size, n) for size in (64, 128, 256) for n in chosen)
+        table(shapes, arguments.flex, arguments.flash_3)
     if "shapes" in wanted:
-        table(iter(_OTHER_SHAPES), arguments.flex)
+        table(iter(_OTHER_SHAPES), arguments.flex, arguments.flash_3)
     if "lengths" in wanted:
         lengths()
     if "sweep" in wanted:

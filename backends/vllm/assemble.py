@@ -1,26 +1,63 @@
-"""Turns the parts of a saved port into modules that hold vLLM's layers.
+"""Turns the parts of a saved port into modules that hold vLLM's layers, for this rank.
 
-Before (a part)                              After (a GraphModule in vLLM)
-    fxport.attention(q, k, v, ...)               call_module attention_3(q, k, v)
+Before (a part of a rank)                    After (a GraphModule in vLLM)
+    fxport.attention(q, k, v, ...)               call_module attention_3(q, k, v)     its heads
     linear(x, w7, w8)                            call_module linears.blocks.0.mlp.up(x)
-    embedding(w0, input_ids)                     embedding(get_attr weights.wte.weight, input_ids)
+    reduce_from(linear(x, w9)) + w10             call_module linears.blocks.0.mlp.down(x)
+    reduce_from(<rows of w0 looked up>)          call_module embeddings.wte.weight(input_ids)
+    gather(linear(x, w0))                        call_module heads.wte.weight(x)
+    embedding(w1, positions)                     embedding(get_attr weights.wpe.weight, positions)
 """
 
 from __future__ import annotations
 
+import dataclasses
 import operator
+import weakref
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx, nn
 from vllm.config import VllmConfig
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    get_tp_group,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 import fxport.ops.attention  # noqa: F401  (registers the op)
-from fxport.backends.vllm.layers import Linear, PagedAttention
+from fxport.backends.vllm.layers import PagedAttention
+from fxport.backends.vllm.linears import (
+    AllGather,
+    AllReduce,
+    Head,
+    linear_layer,
+    vocabulary_layer,
+)
+from fxport.backends.vllm.siblings import (
+    Joined,
+    Sibling,
+    replace_siblings,
+    sibling_groups,
+)
+from fxport.backends.vllm.targets import Target
 from fxport.capture.arguments import arguments
 from fxport.errors import FxportError, SavedPortError
-from fxport.serving import Part, ServingGraph
+from fxport.parallel.context import ParallelContext
+from fxport.parallel.modules import Gather, ReduceFrom
+from fxport.parallel.plan import ParameterShard, Plan
+from fxport.passes.tensor_parallel.boxes import Box
+from fxport.passes.tensor_parallel.emission import LocalHeads, constant_index
+from fxport.passes.tensor_parallel.serving import (
+    RankPart,
+    RankServing,
+    divide_serving,
+    whole_serving,
+)
+from fxport.serving import ServingGraph
 
 __all__ = ["Assembled", "assemble"]
 
@@ -34,55 +71,86 @@ class Assembled:
 
     Attributes:
         embed, body, head: modules with vLLM's layers inside.
-        targets: checkpoint name -> tensors (parameters or buffers) that it fills.
+        targets: checkpoint name -> tensors that it fills.
+        plan: how the weights are divided; None on one rank.
     """
 
     embed: fx.GraphModule
     body: fx.GraphModule
     head: fx.GraphModule
-    targets: dict[str, list[torch.Tensor]]
+    targets: dict[str, list[Target]]
+    plan: Plan | None
 
 
 @dataclass
 class _Builder:
-    serving: ServingGraph
+    rank: RankServing
     vllm_config: VllmConfig
     prefix: str
     root: nn.Module = field(default_factory=nn.Module)
-    targets: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    targets: dict[str, list[Target]] = field(default_factory=dict)
+    held: dict[str, torch.Tensor] = field(default_factory=dict)
+    embeddings: dict[str, VocabParallelEmbedding] = field(default_factory=dict)
     attention_count: int = 0
 
     def __post_init__(self) -> None:
-        parts = (self.serving.embed, self.serving.body, self.serving.head)
-        self.uses = Counter(
-            part.weights[node.name]
+        self.serving: ServingGraph = self.rank.serving
+        parts = (self.rank.embed, self.rank.body, self.rank.head)
+        self.uses: Counter[str] = Counter(
+            part.part.weights[node.name]
             for part in parts
-            for node in part.graph.nodes
-            if node.name in part.weights
+            for node in part.part.graph.nodes
+            if node.name in part.part.weights
             for _ in node.users
         )
+        self.vocabulary: Counter[str] = Counter(
+            name for part in parts for name in _vocabulary_names(part)
+        )
 
-    def module(self, part: Part) -> fx.GraphModule:
-        for node in list(part.graph.nodes):
+    def module(self, source: RankPart) -> fx.GraphModule:
+        graph = source.part.graph
+        nodes = list(graph.nodes)
+        # Quantised layers load by rules of their own, and a rank's layers are divided by theirs.
+        if self.rank.plan is None and self.vllm_config.quant_config is None:
+            for group in sibling_groups(graph, lambda n: self._own(source, n), _ATTENTION):
+                self._join(graph, group)
+        for node in nodes:
             if node.target is _ATTENTION:
-                self._attention(part.graph, node)
-            elif node.target is aten.linear.default:
-                self._linear(part, node)
-        for node in list(part.graph.nodes):
-            if node.name in part.weights and node.op == "placeholder":
-                self._weight(part, node)
-        part.graph.lint()
-        return fx.GraphModule(self.root, part.graph)
+                self._attention(graph, node, source.heads[node])
+            elif node in source.lookups:
+                self._lookup(source, node)
+            elif node.op == "call_module":
+                self._collective(source, node)
+            elif node.target is constant_index:
+                self._constant(graph, node)
+        graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+        for node in list(graph.nodes):
+            if node.target is aten.linear.default:
+                self._linear(source, node)
+        for node in list(graph.nodes):
+            if node.name in source.part.weights and node.op == "placeholder":
+                self._weight(source, node)
+        graph.lint()
+        return fx.GraphModule(self.root, graph)
 
-    def _attention(self, graph: fx.Graph, node: fx.Node) -> None:
+    # -- what replaces nodes -------------------------------------------------------------------
+
+    def _attention(self, graph: fx.Graph, node: fx.Node, heads: LocalHeads) -> None:
         index = self.attention_count
         self.attention_count += 1
-        layer = self.serving.attention[index]
+        whole = self.serving.attention[index]
+        slopes = whole.alibi_slopes
+        layer = dataclasses.replace(
+            whole,
+            num_heads=len(heads.query),
+            num_kv_heads=heads.kv,
+            alibi_slopes=None if slopes is None else tuple(slopes[h] for h in heads.query),
+        )
         bound = arguments(node)
         name = f"attention_{index}"
         # vLLM finds a layer's number as the only integer in its prefix.
         prefix = f"{self.prefix}.layers.{index}.attn".lstrip(".")
-        sinks = None if layer.sinks is None else self._parameter(layer.sinks)
+        sinks = None if layer.sinks is None else self._sinks(layer.sinks, heads)
         self.root.add_module(name, PagedAttention(layer, sinks, self.vllm_config, prefix))
         with graph.inserting_before(node):
             new = graph.call_module(name, (bound["q"], bound["k"], bound["v"]))
@@ -93,62 +161,214 @@ class _Builder:
             graph.erase_node(user)
         graph.erase_node(node)
 
-    def _linear(self, part: Part, node: fx.Node) -> None:
+    def _sinks(self, name: str, heads: LocalHeads) -> nn.Parameter:
+        if name not in self.serving.parameters:
+            raise SavedPortError(f"`{name}` is not a parameter of the port")
+        held = nn.Parameter(torch.empty(len(heads.query)), requires_grad=False)
+        self._fill(name, held, (heads.query,))
+        return held
+
+    def _lookup(self, source: RankPart, node: fx.Node) -> None:
+        """A vocabulary that is only looked up and projected on; any other stays a tensor."""
+        weight, tokens = source.lookups[node]
+        name = source.part.weights[weight.name]
+        if not self._only_vocabulary(name):
+            self._collective(source, node)
+            return
+        path = f"embeddings.{name}"
+        if name not in self.embeddings:
+            layer = vocabulary_layer(
+                self._shard(name), self.vllm_config, f"{self.prefix}.{_owner(name)}"
+            )
+            self.embeddings[name] = layer
+            _add(self.root, path, layer)
+            self._fill(name, layer.get_parameter("weight"), None)
+        self._call(source, node, path, tokens)
+
+    def _collective(self, source: RankPart, node: fx.Node) -> None:
+        module = source.modules[str(node.target)]
+        value = node.args[0]
+        assert isinstance(value, fx.Node)
+        if isinstance(module, ReduceFrom):
+            if value.target is not aten.linear.default or not self._row(source, node, value):
+                self._replace_module(node, AllReduce())
+        elif isinstance(module, Gather):
+            if value.target is not aten.linear.default or not self._head(source, node, value):
+                self._replace_module(node, AllGather(module.sizes))
+        else:
+            raise FxportError(f"no collective of vLLM for {type(module).__name__}")
+
+    def _replace_module(self, node: fx.Node, module: nn.Module) -> None:
+        path = f"collectives.c{len(list(self.root.modules()))}"
+        _add(self.root, path, module)
+        node.target = path
+
+    def _head(self, source: RankPart, node: fx.Node, linear: fx.Node) -> bool:
+        bound = arguments(linear)
+        names = [source.part.weights.get(n.name) for n in (bound["weight"], bound["bias"]) if n]
+        weight, bias = names[0], names[1] if len(names) > 1 else None
+        if weight is None or not self._only_vocabulary(weight) or len(linear.users) != 1:
+            return False
+        if bound["bias"] is not None and (bias is None or self.uses[bias] != 1):
+            return False
+        path, tied = f"heads.{weight}", self.embeddings.get(weight)
+        prefix = f"{self.prefix}.{_owner(weight)}"
+        head = Head(self._shard(weight), bias is not None, tied, self.vllm_config, prefix)
+        _add(self.root, path, head)
+        if tied is None:
+            self._fill(weight, head.lm_head.get_parameter("weight"), None)
+        if bias is not None:
+            self._fill(bias, head.lm_head.get_parameter("bias"), None)
+        self._call(source, node, path, bound["input"])
+        return True
+
+    def _row(self, source: RankPart, reduce: fx.Node, linear: fx.Node) -> bool:
+        """``reduce_from(linear(x, w)) + b``; the bias joins where it is this layer's own."""
+        bound = arguments(linear)
+        name = self._own(source, bound["weight"])
+        if name is None or len(linear.users) != 1:
+            return False
+        result, bias = reduce, None
+        (user, *others) = reduce.users
+        if not others and user.target is aten.add.Tensor and user.args[0] is reduce:
+            added = user.args[1]
+            bias = self._own(source, added) if isinstance(added, fx.Node) else None
+            if bias is not None and self.serving.parameters[bias] == self._shape(name)[:1]:
+                result = user
+            else:
+                bias = None
+        self._layer(source, result, bound["input"], name, bias)
+        return True
+
+    def _join(self, graph: fx.Graph, group: list[Sibling]) -> None:
+        shapes = [self._shape(sibling.weight) for sibling in group]
+        prefix = f"{self.prefix}.{_owner(group[0].weight)}"
+        joined = Joined(shapes, group[0].bias is not None, self.vllm_config, prefix)
+        path = f"siblings.s{len(list(self.root.modules()))}"
+        _add(self.root, path, joined)
+        for name, tensor, rows in joined.filled_by(group):
+            self._fill(name, tensor, None, rows)
+        replace_siblings(graph, group, path)
+
+    def _linear(self, source: RankPart, node: fx.Node) -> None:
         """A linear layer of its own weight becomes vLLM's; a shared weight stays a tensor."""
         bound = arguments(node)
-        weight, bias = bound["weight"], bound["bias"]
-        names = [part.weights.get(n.name) for n in (weight, bias) if n is not None]
-        if any(name is None or self.uses[name] != 1 for name in names):
+        weight, bias = self._own(source, bound["weight"]), self._own(source, bound["bias"])
+        if weight is None or (bound["bias"] is not None and bias is None):
             return
-        owner = names[0].rpartition(".")[0]  # type: ignore[union-attr]
-        if not owner or names[0] not in self.serving.parameters:
-            return
-        out_features, in_features = self.serving.parameters[names[0]]  # type: ignore[index]
-        linear = Linear(
-            out_features, in_features, bias is not None, self.vllm_config, f"{self.prefix}.{owner}"
+        self._layer(source, node, bound["input"], weight, bias)
+
+    def _layer(
+        self, source: RankPart, node: fx.Node, value: fx.Node, weight: str, bias: str | None
+    ) -> None:
+        owner = _owner(weight)
+        linear = linear_layer(
+            self._shard(weight),
+            bias is not None,
+            self.rank.context.rank,
+            self.serving.attention,
+            self.vllm_config,
+            f"{self.prefix}.{owner}",
         )
         path = f"linears.{owner}"
         _add(self.root, path, linear)
         filled = dict(linear.linear.named_parameters())
-        for name, own in zip(names, ("weight", "bias"), strict=False):
-            self.targets[name] = [filled[own]]  # type: ignore[index]
-        with part.graph.inserting_before(node):
-            new = part.graph.call_module(path, (bound["input"],))
+        self._fill(weight, filled["weight"], linear.boxes["weight"])
+        if bias is not None:
+            self._fill(bias, filled["bias"], linear.boxes["bias"])
+        self._call(source, node, path, value)
+
+    def _call(self, source: RankPart, node: fx.Node, path: str, value: fx.Node) -> None:
+        graph = source.part.graph
+        with graph.inserting_before(node):
+            new = graph.call_module(path, (value,))
         node.replace_all_uses_with(new)
-        part.graph.erase_node(node)
+        graph.erase_node(node)
 
-    def _weight(self, part: Part, node: fx.Node) -> None:
+    def _constant(self, graph: fx.Graph, node: fx.Node) -> None:
+        """An index vector, made once: vLLM's CUDA graphs cannot copy it from the host."""
+        index: Any = node.args[0]
+        path = f"indices.i{len(list(self.root.buffers()))}"
+        _add(self.root, path, torch.tensor(index))
+        with graph.inserting_before(node):
+            node.replace_all_uses_with(graph.get_attr(path))
+        graph.erase_node(node)
+
+    # -- weights -------------------------------------------------------------------------------
+
+    def _only_vocabulary(self, name: str) -> bool:
+        return self.uses[name] == self.vocabulary[name]
+
+    def _own(self, source: RankPart, node: fx.Node | None) -> str | None:
+        """The name of a parameter that a module has and nothing else uses."""
+        name = None if node is None else source.part.weights.get(node.name)
+        if name is None or self.uses[name] != 1 or name not in self.serving.parameters:
+            return None
+        return name if _owner(name) else None
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return self.serving.parameters[name]
+
+    def _shard(self, name: str) -> ParameterShard:
+        if self.rank.plan is not None:
+            return self.rank.plan.shard(name)
+        shape = self._shape(name)
+        return ParameterShard(name, shape, "replicated", ((None,) * len(shape),))
+
+    def _fill(
+        self, name: str, tensor: torch.Tensor, box: Box | None, rows: slice | None = None
+    ) -> None:
+        self.targets.setdefault(name, []).append(
+            Target(weakref.ref(tensor), self._shape(name), box, rows)
+        )
+
+    def _weight(self, source: RankPart, node: fx.Node) -> None:
         """A tensor that the graph reads directly; a placeholder nobody reads is dropped."""
-        name = part.weights[node.name]
+        name = source.part.weights[node.name]
+        graph = source.part.graph
         if node.users:
-            self._held(name)
-            with part.graph.inserting_before(node):
-                node.replace_all_uses_with(part.graph.get_attr(f"weights.{name}"))
-        part.graph.erase_node(node)
+            self._hold(name)
+            with graph.inserting_before(node):
+                node.replace_all_uses_with(graph.get_attr(f"weights.{name}"))
+        graph.erase_node(node)
 
-    def _parameter(self, name: str) -> nn.Parameter:
-        if name not in self.serving.parameters:
-            raise SavedPortError(f"`{name}` is not a parameter of the port")
-        held = self._held(name)
-        assert isinstance(held, nn.Parameter)
-        return held
-
-    def _held(self, name: str) -> torch.Tensor:
-        """The one tensor of this name, made at its first use."""
-        if name not in self.targets:
-            tensor = self._tensor(name)
-            _add(self.root, f"weights.{name}", tensor)
-            self.targets[name] = [tensor]
-        return self.targets[name][0]
+    def _hold(self, name: str) -> None:
+        if name in self.held:
+            return
+        tensor = self._tensor(name)
+        self.held[name] = tensor
+        _add(self.root, f"weights.{name}", tensor)
+        if name in self.serving.parameters:
+            self._fill(name, tensor, self._shard(name).indices[self.rank.context.rank])
+        else:
+            self.targets.setdefault(name, []).append(
+                Target(weakref.ref(tensor), tuple(tensor.shape), None)
+            )
 
     def _tensor(self, name: str) -> torch.Tensor:
         if name in self.serving.parameters:
-            return nn.Parameter(torch.empty(self.serving.parameters[name]), requires_grad=False)
+            local = self._shard(name).local_shape(self.rank.context.rank)
+            return nn.Parameter(torch.empty(local), requires_grad=False)
         if name not in self.serving.constants:
             raise SavedPortError(f"the graph reads `{name}`, which the port does not have")
         # Constants keep the dtype they were captured in, whatever vLLM's default dtype is.
         spec = self.serving.constants[name]
         return torch.empty(spec.shape, dtype=spec.dtype)
+
+
+def _vocabulary_names(part: RankPart) -> list[str]:
+    """Weights by name, once for each look-up and for each gathered projection."""
+    found = [weight.name for weight, _ in part.lookups.values()]
+    for node in part.part.graph.nodes:
+        if node.op == "call_module" and isinstance(part.modules[str(node.target)], Gather):
+            value = node.args[0]
+            if value.target is aten.linear.default:
+                found.append(arguments(value)["weight"].name)
+    return [part.part.weights[name] for name in found if name in part.part.weights]
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _add(root: nn.Module, path: str, value: nn.Module | torch.Tensor) -> None:
@@ -172,16 +392,27 @@ def assemble(serving: ServingGraph, vllm_config: VllmConfig, prefix: str) -> Ass
         FxportError: a parallel layout that a port cannot be served with.
         SavedPortError: the graphs do not fit their record.
     """
-    parallel = vllm_config.parallel_config
-    if parallel.tensor_parallel_size != 1 or parallel.pipeline_parallel_size != 1:
-        raise FxportError(
-            "a port is served with tensor_parallel_size=1 and pipeline_parallel_size=1, not "
-            f"{parallel.tensor_parallel_size} and {parallel.pipeline_parallel_size}"
-        )
-    builder = _Builder(serving, vllm_config, prefix)
-    embed = builder.module(serving.embed)
-    body = builder.module(serving.body)
-    head = builder.module(serving.head)
+    _check_layout(vllm_config)
+    ranks = get_tensor_model_parallel_world_size()
+    if ranks == 1:
+        rank = whole_serving(serving)
+    else:
+        group = get_tp_group().device_group
+        context = ParallelContext(get_tensor_model_parallel_rank(), ranks, group)
+        rank = divide_serving(serving, context, torch.get_default_device())
+    builder = _Builder(rank, vllm_config, prefix)
+    embed = builder.module(rank.embed)
+    body = builder.module(rank.body)
+    head = builder.module(rank.head)
     if builder.attention_count != len(serving.attention):
         raise SavedPortError("the record of attention layers does not fit the graph")
-    return Assembled(embed, body, head, builder.targets)
+    return Assembled(embed, body, head, builder.targets, rank.plan)
+
+
+def _check_layout(vllm_config: VllmConfig) -> None:
+    parallel = vllm_config.parallel_config
+    others = ("pipeline_parallel_size", "decode_context_parallel_size",
+              "prefill_context_parallel_size")  # fmt: skip
+    for name in others:
+        if getattr(parallel, name, 1) != 1:
+            raise FxportError(f"a port is served with {name}=1, not {getattr(parallel, name)}")

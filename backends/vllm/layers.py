@@ -1,4 +1,4 @@
-"""The modules that stand in a serving graph for what vLLM must see: attention and linears."""
+"""The module that stands in a serving graph for attention, which vLLM must see."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.platforms import current_platform
 
 from fxport.errors import FxportError
 from fxport.serving import AttentionLayer
 
-__all__ = ["Linear", "PagedAttention", "supported_head_size"]
+__all__ = ["PagedAttention", "supported_head_size"]
 
 
 def supported_head_size(size: int) -> int:
@@ -45,7 +44,7 @@ class PagedAttention(nn.Module):
         prefix: str,
     ) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.sinks = layer, sinks
         self.padded = supported_head_size(max(layer.head_size, layer.head_size_v))
         params = layer.params
         # Not every attention backend knows sinks: passed only where there are some.
@@ -80,24 +79,3 @@ class PagedAttention(nn.Module):
         if x.shape[-1] != self.padded:
             x = F.pad(x, (0, self.padded - x.shape[-1]))
         return x.reshape(-1, x.shape[2] * self.padded)
-
-
-class Linear(nn.Module):
-    """vLLM's linear layer over ``[..., in]``; its kernels want two dimensions."""
-
-    def __init__(
-        self, out_features: int, in_features: int, bias: bool, vllm_config: VllmConfig, prefix: str
-    ) -> None:
-        super().__init__()
-        self.linear = ReplicatedLinear(
-            in_features,
-            out_features,
-            bias=bias,
-            quant_config=vllm_config.quant_config,
-            prefix=prefix,
-            return_bias=False,
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        flat = self.linear(x.reshape(-1, x.shape[-1]))
-        return flat.view(*x.shape[:-1], flat.shape[-1])

@@ -9,16 +9,21 @@ import torch
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
-from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from fxport.backends.vllm.assemble import assemble
+from fxport.backends.vllm.division import summary
+from fxport.backends.vllm.targets import fill
 from fxport.errors import FxportError, SavedPortError
 from fxport.passes.token_rules import has_rule
 from fxport.saved import GRAPH_FILE, read_serving
 
 __all__ = ["FxportForCausalLM", "FxportModel"]
+
+_LOG = init_logger("vllm.fxport")  # below vLLM's own logger, so that its settings hold
 
 
 def _directory(vllm_config: VllmConfig) -> Path:
@@ -63,6 +68,10 @@ class FxportModel(nn.Module):
         self.head = assembled.head
         self.needs_input_ids = "input_ids" in serving.body.inputs
         self.targets = assembled.targets
+        self.plan = assembled.plan
+        self.weight_bytes = sum(p.numel() * p.element_size() for p in self.parameters())
+        if self.plan is not None and get_tensor_model_parallel_rank() == 0:
+            _LOG.info("%s", summary(self.plan, dtype.itemsize))
         self.aliases = serving.aliases
         constants = set(serving.constants) - set(assembled.targets)  # e.g. slopes: numbers by now
         self.unused = frozenset(serving.unused) | constants
@@ -97,6 +106,8 @@ class FxportForCausalLM(nn.Module):
         self.config = vllm_config.model_config.hf_config
         name = f"{prefix}.model" if prefix else "model"
         self.model = FxportModel(vllm_config=vllm_config, prefix=name)
+        # The first load must fill everything; later ones may bring new values for some.
+        self._incomplete = vllm_config.load_config.load_format != "dummy"
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.embed_input_ids(input_ids)
@@ -121,11 +132,11 @@ class FxportForCausalLM(nn.Module):
         constants of the graph for another dtype.
 
         Raises:
-            SavedPortError: an unknown name, or a shape that does not fit.
+            SavedPortError: an unknown name, a shape that does not fit, or, at the first load, a
+                tensor that the checkpoint does not hold.
         """
         targets = self.model.targets
-        names = {id(p): name for name, p in self.named_parameters()}
-        loaded: set[str] = set()
+        seen: set[str] = set()
         for checkpoint_name, tensor in weights:
             name = self.model.aliases.get(checkpoint_name, checkpoint_name)
             if name not in targets:
@@ -133,18 +144,23 @@ class FxportForCausalLM(nn.Module):
                     continue
                 raise SavedPortError(f"the checkpoint holds `{name}`, which the port does not know")
             for target in targets[name]:
-                _fill(name, target, tensor)
-                if id(target) in names:
-                    loaded.add(names[id(target)])
-        return loaded
+                fill(name, target, tensor)
+            seen.add(name)
+        missing = sorted(targets.keys() - seen)
+        if missing and self._incomplete:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise SavedPortError(f"the checkpoint holds no values for `{missing[0]}`{more}")
+        self._incomplete = False
+        return self._loaded(seen)
 
-
-def _fill(name: str, target: torch.Tensor, tensor: torch.Tensor) -> None:
-    value = torch.view_as_complex(tensor) if target.is_complex() else tensor
-    if value.shape != target.shape:
-        raise SavedPortError(
-            f"`{name}` has shape {tuple(value.shape)} in the checkpoint; "
-            f"the port needs {tuple(target.shape)}"
-        )
-    loader = getattr(target, "weight_loader", default_weight_loader)
-    loader(target, value)
+    def _loaded(self, seen: set[str]) -> set[str]:
+        """Parameters that are filled in all their parts."""
+        fillers: dict[int, set[str]] = {}
+        for name, targets in self.model.targets.items():
+            for target in targets:
+                fillers.setdefault(id(target.tensor()), set()).add(name)
+        return {
+            name
+            for name, parameter in self.named_parameters()
+            if id(parameter) in fillers and fillers[id(parameter)] <= seen
+        }

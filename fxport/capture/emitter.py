@@ -23,6 +23,7 @@ from torch.fx.experimental.symbolic_shapes import (
 from fxport.capture.arguments import shape_of, shape_of_tensor
 from fxport.capture.inputs import GraphInput, InputKind, graph_input
 from fxport.capture.location import user_location
+from fxport.capture.rows import EVERY_ROW
 from fxport.capture.sample import Sample
 from fxport.errors import PortError, Reason, ReasonCode
 
@@ -133,7 +134,7 @@ class Emitter:
     ) -> fx.Node:
         """A call, with the source facts of the first sample's node."""
         node = self._make(target, args, kwargs)
-        kept = ("stack_trace", "nn_module_stack", "custom", "source_fn_stack")
+        kept = ("stack_trace", "nn_module_stack", "custom", "source_fn_stack", EVERY_ROW)
         node.meta.update({k: v for k, v in nodes[0].meta.items() if k in kept})
         if check:
             self._check(node, nodes)

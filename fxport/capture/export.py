@@ -15,6 +15,7 @@ from torch import fx, nn
 from fxport.capture.clone import clone_for_capture, convert, off_meta
 from fxport.capture.lengths import continues, trace_at_lengths
 from fxport.capture.location import forward_line
+from fxport.capture.outputs import plain_outputs
 from fxport.capture.symbolic import trace_symbolically
 from fxport.capture.trace import aliases_of
 from fxport.capture.traced import Traced
@@ -74,10 +75,11 @@ def capture(
     clone = clone_for_capture(model)
     parameters = dict(clone.named_parameters(remove_duplicate=True))
     off_meta(clone)
+    plain_outputs(clone)
     if dtype is not None:
         convert(clone, dtype, buffers=convert_buffers)
         parameters = dict(clone.named_parameters(remove_duplicate=True))
-    traced = _trace(clone)
+    traced = _trace(clone, every_pair=dtype is None)
     return Captured(
         graph=traced.graph,
         tokens=traced.tokens.name,
@@ -94,12 +96,12 @@ def capture(
     )
 
 
-def _trace(clone: nn.Module) -> Traced:
+def _trace(clone: nn.Module, *, every_pair: bool) -> Traced:
     """Symbolically where that holds for every length, else at several plain lengths."""
     try:
-        symbolic = trace_symbolically(clone)
+        symbolic = trace_symbolically(clone, every_pair=every_pair)
         if symbolic.shortest == 2 and not continues(clone, symbolic.limit):
             return symbolic
     except PortError:  # plain lengths cope with more; what they cannot cope with, they say
         pass
-    return trace_at_lengths(clone)
+    return trace_at_lengths(clone, every_pair=every_pair)

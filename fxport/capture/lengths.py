@@ -46,15 +46,18 @@ def continues(model: nn.Module, limit: int | None) -> bool:
     return limit is not None and _runs(model, limit + 1)
 
 
-def trace_at_lengths(model: nn.Module) -> Traced:
+def trace_at_lengths(model: nn.Module, *, every_pair: bool = True) -> Traced:
     """Captures a clone at several lengths and unifies the graphs.
+
+    Args:
+        every_pair: for the first length, see `without_selections`.
 
     Raises:
         PortError: forward cannot be traced at a plain length, its result depends on earlier
             calls, or the graphs differ in more than sizes and constants.
     """
     token_argument(model)
-    fresh = _first(model)
+    fresh = _first(model, every_pair)
     limit = _longest(model, fresh.length)
     lengths, limit = _lengths(model, limit)
     history = _history(model, fresh, limit or _UNBOUNDED)
@@ -80,7 +83,7 @@ def trace_at_lengths(model: nn.Module) -> Traced:
     )
 
 
-def _first(model: nn.Module) -> Sample:
+def _first(model: nn.Module, every_pair: bool) -> Sample:
     """A sample at the first usual length that forward takes.
 
     Raises:
@@ -89,7 +92,7 @@ def _first(model: nn.Module) -> Sample:
     errors = []
     for length in _LENGTHS[::3]:
         try:
-            return take_sample(model, _batch(length), length)
+            return take_sample(model, _batch(length), length, every_pair=every_pair)
         except PortError as error:
             errors.append(error)
     raise errors[0]

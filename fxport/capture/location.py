@@ -6,6 +6,7 @@ innermost line of the user, helper functions included, on every node.
 
 from __future__ import annotations
 
+import dis
 import inspect
 import linecache
 import re
@@ -25,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from fxport.errors import Location
 
 __all__ = [
+    "asks_for_zero",
     "direct_caller",
     "forward_line",
     "is_library",
@@ -76,6 +78,26 @@ def direct_caller() -> tuple[str, int, str] | None:
     """The line that called the function which asks, if it is the user's and not a library's."""
     frame = sys._getframe(2)
     return None if is_library(frame.f_code.co_filename) else _line_of(frame)
+
+
+def asks_for_zero() -> bool:
+    """Whether the user's code only compares the result of its running call with 0.
+
+    Read off the bytecode: what follows the call is ``== 0`` or the like, or a jump.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and is_library(frame.f_code.co_filename):
+        frame = frame.f_back
+    if frame is None:
+        return False
+    after = [i for i in dis.get_instructions(frame.f_code) if i.offset > frame.f_lasti]
+    if after and after[0].opname == "CALL":  # Python 3.11 runs `len` at the PRECALL before it
+        del after[0]
+    if len(after) < 2:
+        return False
+    if after[0].opname.startswith("POP_JUMP") or after[0].opname in ("TO_BOOL", "UNARY_NOT"):
+        return True
+    return after[0].argval == 0 and after[1].opname == "COMPARE_OP"
 
 
 def _line_of(frame: FrameType) -> tuple[str, int, str]:

@@ -19,6 +19,8 @@ from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.location import forward_line, user_location
 from fxport.capture.logits import keep_logits
 from fxport.capture.memory import Memory
+from fxport.capture.selections import Empties
+from fxport.capture.skips import without_selections
 from fxport.capture.state import State
 from fxport.capture.trace import aliases_of, explain_failure, export, graph_of
 from fxport.errors import PortError, Reason, ReasonCode
@@ -115,12 +117,20 @@ def _stored(node: fx.Node) -> torch.Tensor:
     return value
 
 
-def take_sample(model: nn.Module, batch: int, length: int, history: Sequence[int] = ()) -> Sample:
+def take_sample(
+    model: nn.Module,
+    batch: int,
+    length: int,
+    history: Sequence[int] = (),
+    *,
+    every_pair: bool = False,
+) -> Sample:
     """Captures `model` at one batch size and length.
 
     Args:
         model: a clone from `clone_for_capture`; its state is put back afterwards.
         history: lengths of earlier calls, on other tokens, that the model has seen before.
+        every_pair: see `without_selections`.
 
     Raises:
         PortError: forward fails at these sizes, or keeps tokens of earlier calls.
@@ -129,13 +139,25 @@ def take_sample(model: nn.Module, batch: int, length: int, history: Sequence[int
         torch.zeros(batch, n, dtype=torch.long, device=device_of(model)) for n in (length, *history)
     )
     aliases = aliases_of(model)
-    with _watched(model) as changed:
-        try:
-            exported = export(model, inputs, None)
-        except Exception as error:  # any failure of user code
-            raise PortError([explain_failure(error)]) from error
-    graph = graph_of(exported, aliases)
+    changed: list[Reason] = []
+
+    def graph_with(empty: Empties) -> fx.GraphModule:
+        with _watched(model) as now:
+            try:
+                exported = export(model, inputs, None, empty)
+            except Exception as error:  # any failure of user code
+                raise PortError([explain_failure(error)]) from error
+        changed.extend(reason for reason in now if reason not in changed)
+        return graph_of(exported, aliases)
+
+    def again(empty: Empties) -> fx.GraphModule:
+        other = graph_with(empty)
+        keep_logits(other)
+        return other
+
+    graph = graph_with(frozenset[int]().__contains__)
     logits = keep_logits(graph)
+    without_selections(graph, again, every_pair=every_pair)
     return _analysed(graph, batch, length, logits, changed)
 
 

@@ -66,12 +66,17 @@ class State:
 
 
 def _same(one: Any, other: Any) -> bool:
+    """The same object, or an equal container of the same: torch.export puts those back."""
     if one is other:
         return True
-    if isinstance(one, tuple) and type(one) is type(other):  # torch.export puts equal ones back
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, tuple | list):
         return len(one) == len(other) and all(map(_same, one, other))
-    plain = (int, float, bool, str, bytes, type(None))
-    return type(one) is type(other) and isinstance(one, plain) and one == other
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(one[k], other[k]) for k in one)
+    plain = (int, float, bool, str, bytes, type(None), set, frozenset)
+    return isinstance(one, plain) and one == other
 
 
 def _containers(path: str, value: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:

@@ -15,7 +15,8 @@ from fxport.capture.clone import watch_attributes
 from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.location import forward_line, is_library, location_at
 from fxport.capture.logits import keep_logits
-from fxport.capture.sample import device_of
+from fxport.capture.sample import device_of, take_sample
+from fxport.capture.skips import general_path
 from fxport.capture.state import State
 from fxport.capture.trace import (
     aliases_of,
@@ -35,15 +36,18 @@ _BATCH = 2
 _LENGTHS = (37, 23, 11, 5, 3)
 
 
-def trace_symbolically(model: nn.Module) -> Traced:
+def trace_symbolically(model: nn.Module, *, every_pair: bool = True) -> Traced:
     """Captures a clone for all lengths at once.
+
+    Args:
+        every_pair: see `without_selections`.
 
     Raises:
         PortError: tracing failed, the length was specialised, or forward changes the model.
     """
     state = State(model)
     with watch_attributes(model) as changed:
-        exported = _export(model)
+        exported, hint = _export(model)
     paths = state.changes()
     state.restore()
     if changed:
@@ -51,6 +55,10 @@ def trace_symbolically(model: nn.Module) -> Traced:
     if paths:
         raise PortError([_changes(model, path) for path in paths])
     graph = graph_of(exported, aliases_of(model))
+    output = keep_logits(graph)
+    if general_path(graph):
+        # The other answers, at these very sizes: plain ones take half the time.
+        take_sample(model, _BATCH, hint, every_pair=every_pair)
     tokens = next(
         n for n in graph.graph.find_nodes(op="placeholder") if graph_input(n).kind is InputKind.DATA
     )
@@ -64,7 +72,7 @@ def trace_symbolically(model: nn.Module) -> Traced:
         shortest=shortest,
         limit=limit,
         length_line=_guard_line(exported, sympy.Rel),
-        output=keep_logits(graph),
+        output=output,
         way="torch.export with a symbolic length",
     )
 
@@ -78,14 +86,18 @@ def _changes(model: nn.Module, path: str) -> Reason:
     )
 
 
-def _export(model: nn.Module) -> torch.export.ExportedProgram:
-    name = token_argument(model)
+def _export_at(model: nn.Module, length: int) -> torch.export.ExportedProgram:
+    ids = torch.zeros(_BATCH, length, dtype=torch.long, device=device_of(model))
+    dynamic = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    return export(model, (ids,), {token_argument(model): dynamic})
+
+
+def _export(model: nn.Module) -> tuple[torch.export.ExportedProgram, int]:
+    """The exported model, and the length at which it was traced."""
     errors: list[Exception] = []
     for length in _LENGTHS:
-        ids = torch.zeros(_BATCH, length, dtype=torch.long, device=device_of(model))
-        dynamic = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
         try:
-            return export(model, (ids,), {name: dynamic})
+            return _export_at(model, length), length
         except Exception as error:  # any failure of user code; all of them are reported below
             errors.append(error)
     # The shortest length failed too: the cause is not a limit. The first error is the plainest.

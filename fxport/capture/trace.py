@@ -20,19 +20,26 @@ from torch.export.graph_signature import InputKind as ExportInput
 
 from fxport.capture.inputs import GraphInput, InputKind
 from fxport.capture.location import location_in, record_user_lines
+from fxport.capture.selections import Empties, Selections, is_marker
 from fxport.errors import PortError, Reason, ReasonCode
 
 __all__ = ["aliases_of", "explain_failure", "export", "graph_of", "quiet", "token_argument"]
 
+_NOTHING_EMPTY: Empties = frozenset[int]().__contains__
+
 
 def export(
-    model: nn.Module, inputs: tuple[torch.Tensor, ...], dynamic: dict[str, Any] | None
+    model: nn.Module,
+    inputs: tuple[torch.Tensor, ...],
+    dynamic: dict[str, Any] | None,
+    empty: Empties = _NOTHING_EMPTY,
 ) -> torch.export.ExportedProgram:
     """Exports in inference mode with the user's lines on the nodes.
 
     Args:
         dynamic: argument name -> dynamic dimensions, as `torch.export.export` takes them; None
             for plain sizes.
+        empty: which selections of tokens are taken to be empty, see `Selections`.
 
     Raises:
         Exception: whatever the user's code or torch raises; see `explain_failure`.
@@ -41,6 +48,7 @@ def export(
         _no_fast_path(),
         quiet(),
         record_user_lines(),
+        Selections(empty),
         torch.no_grad(),
         warnings.catch_warnings(),
     ):
@@ -119,7 +127,7 @@ def graph_of(exported: torch.export.ExportedProgram, aliases: Mapping[str, str])
             new.meta["input"] = _input(specs[old.name], exported)
     _merge_tied(graph, aliases)
     for node in list(graph.nodes):
-        if _only_checks(node):
+        if _only_checks(node) and not is_marker(node):
             graph.erase_node(node)
     gm.recompile()
     return gm

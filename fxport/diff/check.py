@@ -1,4 +1,4 @@
-"""Numbers on a graph diff: both graphs run on the same inputs and compared node by node.
+"""Numbers on a graph diff (`GraphDiff.check`): both graphs run, compared node by node.
 
     before:  q, k, v -> matmul -> mul -> softmax -> matmul ----> linear ...
                                                       |compared    |compared
@@ -15,7 +15,7 @@ import operator
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -25,28 +25,7 @@ from fxport.diff.numbers import TOLERANCES, Difference, difference, magnitude
 from fxport.diff.running import Trace, input_values, is_overwritten, node_name, run_traced
 from fxport.errors import Location
 
-__all__ = ["Check", "Compared", "Difference", "Divergence", "check", "check_pairs"]
-
-
-class _Side(Protocol):
-    @property
-    def node(self) -> fx.Node: ...
-
-
-class _Row(Protocol):
-    @property
-    def before(self) -> _Side | None: ...
-    @property
-    def after(self) -> _Side | None: ...
-
-
-class _Diff(Protocol):
-    @property
-    def before(self) -> fx.GraphModule: ...
-    @property
-    def after(self) -> fx.GraphModule: ...
-    @property
-    def rows(self) -> Sequence[_Row]: ...
+__all__ = ["Check", "Compared", "Difference", "Divergence", "check_pairs"]
 
 
 @dataclass(frozen=True)
@@ -129,30 +108,6 @@ class Check:
 
     def __str__(self) -> str:
         return _text(self)
-
-
-def check(
-    diff: _Diff,
-    *inputs: Any,
-    atol: float | None = None,
-    rtol: float | None = None,
-    grads: bool = True,
-    dtype: torch.dtype | None = torch.float64,
-    given: Mapping[str, Tensor] | None = None,
-) -> Check:
-    """Compares the two graphs of a diff at every kept or replaced node; see `check_pairs`."""
-    pairs = [(r.before.node, r.after.node) for r in diff.rows if r.before and r.after]
-    return check_pairs(
-        diff.before,
-        diff.after,
-        pairs,
-        *inputs,
-        atol=atol,
-        rtol=rtol,
-        grads=grads,
-        dtype=dtype,
-        given=given,
-    )
 
 
 def check_pairs(
@@ -368,9 +323,9 @@ def _text(check: Check) -> str:
     skipped = sum(bool(row.note) for row in check.rows)
     head = [f"{compared} values and {graded} gradients compared in {dtype}"]
     head[0] += f", {skipped} could not be" if skipped else ""
-    found = [d for d in (check.value, check.gradient) if d is not None]
-    head += [str(d) for d in found] or [f"equal: rtol {check.rtol:g}, atol {check.atol:g}"]
     # Behind a wrong value every gradient is another: what was computed first says more.
+    equal = f"equal: rtol {check.rtol:g}, atol {check.atol:g}"
+    head.append(equal if check.first is None else str(check.first))
     wrong = [row for row in check.rows if not row.value_ok]
     wrong = wrong or [row for row in reversed(check.rows) if not row.gradient_ok]
     worst = sorted(check.rows, key=_badness, reverse=True)

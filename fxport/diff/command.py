@@ -13,7 +13,7 @@ from torch import fx
 
 from fxport.diff.record import GraphDiff
 from fxport.errors import SavedPortError
-from fxport.saved import read_config, read_serving
+from fxport.saved import DIGEST_KEY, GRAPH_FILE, read_config, read_serving
 from fxport.serving import Part
 
 __all__ = ["Side", "compare", "other_differences", "read_side", "rendered"]
@@ -49,7 +49,12 @@ def read_side(directory: Path) -> Side:
     serving = read_serving(directory, has_rule, dtype, torch.device("cpu"))
     parts = {"embed": serving.embed, "body": serving.body, "head": serving.head}
     layers = {f"attention {i}": str(a) for i, a in enumerate(serving.attention)}
-    config = {**config, **layers}
+    if dtype == torch.float32 and "half" in json.loads((directory / GRAPH_FILE).read_bytes()):
+        half = read_serving(directory, has_rule, torch.bfloat16, torch.device("cpu"))
+        parts |= {"half embed": half.embed, "half body": half.body, "half head": half.head}
+        layers |= {f"half attention {i}": str(a) for i, a in enumerate(half.attention)}
+    # The digest is of the file: it changes with a line number in the user's code, too.
+    config = {k: v for k, v in config.items() if k != DIGEST_KEY} | layers
     return Side({name: _named(part) for name, part in parts.items()}, config, directory)
 
 

@@ -12,21 +12,34 @@ nodes that no hook announced are aligned (`fxport.diff.align`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from fxport.capture.location import user_location
 from fxport.diff.align import align
-from fxport.diff.names import argument_text, module_near, stable_names, target_text
+from fxport.diff.names import (
+    argument_text,
+    arguments_text,
+    module_near,
+    node_text,
+    sizes_of,
+    stable_names,
+    target_text,
+    value_text,
+)
 from fxport.diff.snapshot import Snapshot
 from fxport.errors import FxportError, Location
+from fxport.report import Decision
+
+if TYPE_CHECKING:
+    from fxport.diff.check import Check
 
 __all__ = ["Change", "GraphDiff", "NodeRecord", "Row"]
 
@@ -66,11 +79,7 @@ class NodeRecord:
     node: fx.Node = field(repr=False, compare=False)
 
     def __str__(self) -> str:
-        if self.op == "placeholder":
-            return f"input {self.key}"
-        if self.op == "output":
-            return f"return {self.arguments}"
-        return f"{self.key} = {self.target}({self.arguments})"
+        return node_text(self.op, self.key, self.target, self.arguments)
 
 
 @dataclass(frozen=True)
@@ -104,6 +113,7 @@ class GraphDiff:
         self._after: Snapshot | None = None
         self._rows: tuple[Row, ...] | None = None
         self._pairs: dict[fx.Node, fx.Node] | None = None
+        self._decisions: list[Decision] = []
 
     @classmethod
     def between(
@@ -143,6 +153,10 @@ class GraphDiff:
             yield
         finally:
             self._pass = outer
+
+    def note(self, decisions: Iterable[Decision]) -> None:
+        """What passes decided; shown at the nodes that it is about."""
+        self._decisions.extend(decisions)
 
     def _on_create(self, node: fx.Node) -> None:
         self._made[node] = self._pass
@@ -195,6 +209,11 @@ class GraphDiff:
         return self._rows
 
     @property
+    def decisions(self) -> tuple[Decision, ...]:
+        """What the passes said they decided."""
+        return tuple(self._decisions)
+
+    @property
     def changes(self) -> tuple[Row, ...]:
         """The rows that are not kept."""
         return tuple(r for r in self.rows if r.change is not Change.KEPT)
@@ -235,6 +254,46 @@ class GraphDiff:
             if not olds:
                 rows.append(Row(Change.CREATED, None, new[node], makers.get(node, unseen)))
         return _with_erased(rows, before.graph, pairs, old, originals, self._gone, unseen)
+
+    # --- numbers --------------------------------------------------------------------------
+
+    def check(
+        self,
+        *inputs: Any,
+        atol: float | None = None,
+        rtol: float | None = None,
+        grads: bool = True,
+        dtype: torch.dtype | None = torch.float64,
+        given: Mapping[str, torch.Tensor] | None = None,
+    ) -> Check:
+        """Runs both graphs on the same inputs; compares at every pair of nodes and the outputs.
+
+        ``check(tokens).first`` names the first node that diverges, with the user's line.
+
+        Args:
+            inputs: one value per placeholder, or one per DATA placeholder of a captured graph.
+            atol, rtol: tolerances; by default those of the dtype computed in.
+            grads: compare gradients too.
+            dtype: compute in this dtype, casts inside the graphs included; None: in their own.
+            given: further inputs by (qualified) name: parameters without a value, `positions`.
+
+        Raises:
+            FxportError: an input is missing, or a graph draws random numbers.
+        """
+        from fxport.diff.check import check_pairs
+
+        pairs = [(r.before.node, r.after.node) for r in self.rows if r.before and r.after]
+        return check_pairs(
+            self.before,
+            self.after,
+            pairs,
+            *inputs,
+            atol=atol,
+            rtol=rtol,
+            grads=grads,
+            dtype=dtype,
+            given=given,
+        )
 
     # --- rendering ------------------------------------------------------------------------
 
@@ -318,30 +377,18 @@ def _same_arguments(one: fx.Node, other: fx.Node, pairs: dict[fx.Node, fx.Node])
 
 
 def _records(graph: fx.Graph) -> dict[fx.Node, NodeRecord]:
-    names = stable_names(graph)
+    names, sizes = stable_names(graph), sizes_of(graph)
     modules: dict[fx.Node, str] = {}
     return {
         node: NodeRecord(
             key=names[node],
             op=node.op,
             target=target_text(node),
-            arguments=", ".join(
-                [argument_text(a, names) for a in node.args]
-                + [f"{k}={argument_text(a, names)}" for k, a in node.kwargs.items()]
-            ),
-            value=_value_text(node.meta.get("val")),
+            arguments=arguments_text(node, names, sizes),
+            value=value_text(node.meta.get("val"), sizes),
             module=module_near(node, modules),
             location=user_location(node),
             node=node,
         )
         for node in graph.nodes
     }
-
-
-def _value_text(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        sizes = ", ".join(str(s) for s in value.shape)
-        return f"{str(value.dtype).removeprefix('torch.')}[{sizes}]"
-    if isinstance(value, tuple | list):
-        return f"({', '.join(_value_text(v) for v in value)})"
-    return "" if value is None else str(value)

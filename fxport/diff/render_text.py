@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from fxport.diff.reasons import decision_text
 from fxport.diff.record import Change, GraphDiff, NodeRecord, Row
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def table(diff: GraphDiff) -> str:
         lines.append(
             (row.change.value + times, group.name, _what(row, len(group.rows)), _where(row))
         )
-    width = [14, 24, 20, 15]
+    width = [14, 20, 20, 20]
     return f"{summary}\n\n" + tabulate(
         lines, headers=("change", "node", "what", "where"), maxcolwidths=width, tablefmt="simple"
     )
@@ -96,10 +97,14 @@ def _kind(record: NodeRecord | None) -> str:
 
 
 def unified(diff: GraphDiff) -> str:
-    """Lines hold stable names and plain arguments, no shapes; three lines around each change."""
+    """Lines hold stable names and plain arguments, no shapes; three lines around each change.
+
+    Hunks have no line numbers: a parameter more at the top of the graph would shift them all.
+    """
     before = [str(r.before) for r in _in_order(diff, "before")]
     after = [str(r.after) for r in _in_order(diff, "after")]
-    return "\n".join(difflib.unified_diff(before, after, "before", "after", lineterm=""))
+    lines = difflib.unified_diff(before, after, "before", "after", lineterm="")
+    return "\n".join("@@" if line.startswith("@@ -") else line for line in lines)
 
 
 def _in_order(diff: GraphDiff, side: str) -> list[Row]:
@@ -109,7 +114,8 @@ def _in_order(diff: GraphDiff, side: str) -> list[Row]:
 
 
 def as_dict(diff: GraphDiff) -> dict[str, Any]:
-    """``{"summary": {change: count}, "rows": [{"change", "pass", "before", "after"}]}``.
+    """``{"summary": {change: count}, "rows": [{"change", "pass", "decision",
+    "before", "after"}]}``.
 
     ``before`` and ``after`` are null or ``{"key", "node", "op", "target", "arguments", "value",
     "module", "location"}``, all strings but location: null or ``{"file", "line", "function",
@@ -120,6 +126,7 @@ def as_dict(diff: GraphDiff) -> dict[str, Any]:
         {
             "change": row.change.value,
             "pass": row.made_by,
+            "decision": decision_text(row, diff.decisions),
             "before": _record_dict(row.before),
             "after": _record_dict(row.after),
         }

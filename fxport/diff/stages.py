@@ -44,10 +44,13 @@ class Recorder:
         return tuple(self._stages)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Records the pass that runs inside; a pass that raises leaves no stage."""
+    def stage(self, name: str) -> Iterator[GraphDiff]:
+        """Records the pass that runs inside; a pass that raises leaves no stage.
+
+        The pass hands what it decided to `GraphDiff.note`.
+        """
         earlier = self._stages[-1].diff if self._stages else None
         diff = GraphDiff(self._gm, name, after=earlier)
         with diff:
-            yield
+            yield diff
         self._stages.append(Stage(name, diff))

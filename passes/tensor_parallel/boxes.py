@@ -27,15 +27,19 @@ class Boxes:
 
     def __init__(self, labels: Labels, solution: Solution) -> None:
         self.labels, self.solution = labels, solution
+        roots = labels.classes.roots()
+        held = torch.ones(solution.world_size, len(roots), dtype=torch.bool)
+        classes: dict[frozenset[int], list[int]] = {}
+        for root, ranks in solution.owners.items():
+            classes.setdefault(ranks, []).append(root)
+        for ranks, owned in classes.items():
+            for rank in range(solution.world_size):
+                held[rank, owned] = rank in ranks
+        self._held = held[:, roots]  # [ranks, atoms]
 
     def mask(self, atoms: Tensor, rank: int) -> Tensor:
         """True where the rank holds the position; shape of `atoms`."""
-        owners, find = self.solution.owners, self.labels.classes.find
-        held = []
-        for atom in atoms.reshape(-1).tolist():
-            ranks = owners.get(find(atom))
-            held.append(ranks is None or rank in ranks)
-        return torch.tensor(held, dtype=torch.bool).reshape(atoms.shape)
+        return self._held[rank][atoms]
 
     def box(self, node: fx.Node, atoms: Tensor, rank: int) -> Box:
         """Index vectors by dimension.
@@ -62,8 +66,7 @@ class Boxes:
 
     def complete(self, atoms: Tensor) -> bool:
         """Whether every rank holds every position."""
-        find = self.labels.classes.find
-        return not any(find(a) in self.solution.owners for a in set(atoms.reshape(-1).tolist()))
+        return bool(self._held[:, atoms].all())
 
 
 def select(value: Tensor, box: Box) -> Tensor:

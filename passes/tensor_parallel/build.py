@@ -10,11 +10,10 @@ from torch import fx, nn
 from fxport.capture.arguments import arguments
 from fxport.capture.export import Captured, capture
 from fxport.capture.inputs import InputKind, graph_input
-from fxport.capture.location import module_of, user_location
+from fxport.capture.location import user_location
 from fxport.errors import FxportError
 from fxport.parallel.context import ParallelContext
-from fxport.parallel.modules import CopyTo, Gather, SharedGradient
-from fxport.parallel.plan import CollectiveRecord, ParameterShard, Plan, Replicated
+from fxport.parallel.plan import Plan, Replicated
 from fxport.passes.attention import rewrite_attention
 from fxport.passes.functional import functionalise
 from fxport.passes.head import find_head
@@ -22,7 +21,9 @@ from fxport.passes.tensor_parallel.boxes import Undividable, select
 from fxport.passes.tensor_parallel.emission import Emission, WholeParameter
 from fxport.passes.tensor_parallel.emit import emit
 from fxport.passes.tensor_parallel.factors import label, unit_shape
-from fxport.passes.tensor_parallel.solver import Solution, solve
+from fxport.passes.tensor_parallel.records import plan_of
+from fxport.passes.tensor_parallel.solver import solve
+from fxport.passes.tensor_parallel.vocabulary import divides
 from fxport.report import Outcome
 
 __all__ = ["Divided", "Prepared", "divide", "prepare", "rank_module"]
@@ -93,7 +94,7 @@ def divide(prepared: Prepared, context: ParallelContext) -> Divided:
     labels = label(prepared.graph, context.world_size)
     vocabulary = tuple(
         n for n in prepared.vocabulary
-        if unit_shape(arguments(n)["weight"])[0] >= context.world_size
+        if divides(unit_shape(arguments(n)["weight"])[0], context.world_size)
     )  # fmt: skip
     whole: frozenset[str] = frozenset()
     for _ in range(len(labels.leaves) + len(prepared.captured.parameters) + 1):
@@ -110,81 +111,10 @@ def divide(prepared: Prepared, context: ParallelContext) -> Divided:
             if not stop.atoms:
                 raise FxportError(f"cannot be divided: {why}") from stop
             continue
-        return Divided(prepared, found, _plan(prepared, found, solution, whole))
+        shapes = {n: tuple(p.shape) for n, p in prepared.captured.parameters.items()}
+        plan = plan_of(shapes, [(found, solution)], whole, prepared.left)
+        return Divided(prepared, found, plan)
     raise FxportError("no division of this model can be emitted")
-
-
-def _plan(
-    prepared: Prepared, emission: Emission, solution: Solution, whole: frozenset[str]
-) -> Plan:
-    shards = []
-    for name, value in prepared.captured.parameters.items():
-        full = ((None,) * value.dim(),) * solution.world_size
-        kind, boxes = emission.shards.get(name, ("replicated", full))
-        divided = any(index is not None for box in boxes for index in box)
-        reason = "" if divided else "used by replicated work, or by all heads"
-        if name in whole:
-            reason = "two uses want different parts"
-        shared = any(
-            isinstance(m, SharedGradient) and _serves(emission, key, name)
-            for key, m in emission.modules.items()
-        )
-        shards.append(
-            ParameterShard(
-                name, tuple(value.shape), kind if divided else "replicated", boxes, shared, reason
-            )
-        )
-    replicated = [
-        Replicated(" ".join(sorted({module_of(n) or n.name for n in c.leaves})), c.kept)
-        for c in solution.components
-        if c.kept and c.weight and not set(c.leaves) <= set(emission.vocabulary)
-    ]
-    return Plan(
-        solution.world_size,
-        tuple(shards),
-        tuple(_collectives(emission)),
-        (*prepared.left, *replicated),
-    )
-
-
-def _serves(emission: Emission, key: str, name: str) -> bool:
-    node = next(n for n in emission.graph.nodes if n.op == "call_module" and n.target == key)
-    source = node.args[0]
-    return isinstance(source, fx.Node) and source.op == "get_attr" and source.target == name
-
-
-def _collectives(emission: Emission) -> list[CollectiveRecord]:
-    records = []
-    for key, origin in emission.calls:
-        module = emission.modules[key]
-        backward = isinstance(module, (CopyTo, SharedGradient))
-        kind = "all_gather" if isinstance(module, Gather) else "all_reduce"
-        caller = next(n for n in emission.graph.nodes if n.target == key)
-        source = caller.args[0]
-        parameter = isinstance(source, fx.Node) and source.op == "get_attr"
-        if backward and parameter:
-            kind = "all_reduce of a parameter's gradient"
-        shape = unit_shape(origin) if isinstance(origin.meta["val"], torch.Tensor) else (0,)
-        if (
-            backward
-            and isinstance(source, fx.Node)
-            and isinstance(source.meta.get("val"), torch.Tensor)
-        ):
-            shape = unit_shape(source)
-        elements = int(torch.Size(shape).numel())
-        value = origin.meta["val"]
-        size = value.element_size() if isinstance(value, torch.Tensor) else 4
-        records.append(
-            CollectiveRecord(
-                kind,
-                "backward" if backward else "forward",
-                elements,
-                elements * size,
-                module_of(origin),
-                user_location(origin),
-            )
-        )
-    return records
 
 
 def rank_module(divided: Divided) -> fx.GraphModule:

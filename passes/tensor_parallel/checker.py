@@ -114,6 +114,8 @@ class _Checker:
         return _R
 
     def _call(self, node: fx.Node) -> _State:
+        if node.target is aten.sym_size.int:  # a number, without a gradient
+            return _C
         inputs = {i: self.state[i] for i in node.all_input_nodes}
         if node.target is aten.linear.default:
             return self._linear(node)

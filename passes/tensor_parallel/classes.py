@@ -45,8 +45,19 @@ class Classes:
 
     def pair(self, one: Tensor, other: Tensor) -> None:
         """Position by position."""
+        if one is other or torch.equal(one, other):
+            return
         for a, b in zip(one.reshape(-1).tolist(), other.reshape(-1).tolist(), strict=True):
             self.union(a, b)
+
+    def roots(self) -> Tensor:
+        """The class of every atom, int64 ``[atoms]``."""
+        parent = torch.tensor(self._parent, dtype=torch.int64)
+        while True:
+            above = parent[parent]
+            if torch.equal(above, parent):
+                return parent
+            parent = above
 
     def of(self, atoms: Tensor) -> set[int]:
         return {self.find(a) for a in set(atoms.reshape(-1).tolist())}

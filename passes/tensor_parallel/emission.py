@@ -14,6 +14,7 @@ hold sum their gradients at their use, so that accumulated gradients stay right.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from fxport.passes.tensor_parallel.factors import Labels, unit_shape
 from fxport.passes.tensor_parallel.ops import KINDS, Kind
 from fxport.passes.tensor_parallel.solver import Solution
 
-__all__ = ["Emission", "WholeParameter"]
+__all__ = ["Emission", "LocalHeads", "WholeParameter"]
 
 aten = torch.ops.aten
 
@@ -36,6 +37,14 @@ aten = torch.ops.aten
 Rule = Callable[["Emission", fx.Node], None]
 # The key of the rule for token embedding and head.
 VOCABULARY = "vocabulary"
+
+
+@dataclass(frozen=True)
+class LocalHeads:
+    """What one rank computes of an attention: which query heads, on how many kv heads."""
+
+    query: tuple[int, ...]
+    kv: int
 
 
 class Emission:
@@ -112,6 +121,19 @@ class Emission:
         """Whether some rank holds only a part of a dimension: all ranks must decide alike."""
         return any(self.box(old, rank)[dim] is not None for rank in range(self.world_size))
 
+    def held_once(self, old: fx.Node) -> bool:
+        """Whether no position of a value is on two ranks, so that ranks' sums add up.
+
+        Raises:
+            Undividable: more than one dimension is divided.
+        """
+        boxes = self.all_boxes(lambda rank: self.box(old, rank))
+        dims = {d for box in boxes for d, index in enumerate(box) if index is not None}
+        if len(dims) > 1:
+            raise Undividable(old, "a sum over two divided dimensions", [self.labels.atoms[old]])
+        held = [i for box in boxes for d in dims for i in box[d] or ()]
+        return len(held) == len(set(held)) and all(box[d] for box in boxes for d in dims)
+
     # -- static operands ---------------------------------------------------------------------
 
     def static(self, old: fx.Node, kind: str, wanted: tuple[Box, ...], local: bool) -> fx.Node:
@@ -139,6 +161,8 @@ class Emission:
         return value
 
     def take(self, value: fx.Node, dim: int, index: tuple[int, ...]) -> fx.Node:
+        if not index:
+            return self.call(aten.slice.Tensor, value, dim, 0, 0, 1)
         if index == tuple(range(index[0], index[0] + len(index))):
             return self.call(aten.slice.Tensor, value, dim, index[0], index[0] + len(index), 1)
         made = self.call(constant_index, index, value)

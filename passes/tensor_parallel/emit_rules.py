@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,13 +13,18 @@ from torch import Tensor, fx
 from fxport.capture.arguments import arguments
 from fxport.parallel.modules import CopyTo, Gather
 from fxport.passes.tensor_parallel.boxes import Box, Undividable, select
-from fxport.passes.tensor_parallel.emission import VOCABULARY, Emission, Rule
+from fxport.passes.tensor_parallel.emission import VOCABULARY, Emission, LocalHeads, Rule
 from fxport.passes.tensor_parallel.factors import unit_shape, unit_value
 from fxport.passes.tensor_parallel.ops import Kind
+from fxport.passes.tensor_parallel.vocabulary import bounds
 
-__all__ = ["RULES"]
+__all__ = ["HEADS", "LOOKUP", "RULES"]
 
 aten = torch.ops.aten
+
+# Facts about emitted nodes, for who replaces them by layers of an engine.
+HEADS = "heads"  # of an attention: `LocalHeads`
+LOOKUP = "lookup"  # of the reduced look-up: (weight, token ids)
 
 
 def _getitem(e: Emission, node: fx.Node) -> None:
@@ -57,6 +62,9 @@ def _structure(e: Emission, node: fx.Node) -> None:
         if target is aten.view.default:
             target = aten.reshape.default
             args = {"self": args["self"], "shape": args[key]}
+    elif target is aten.view_as.default:
+        target, args = aten.reshape.default, _like(e, node, args)
+        inputs = [args["self"]]
     elif target is aten.unflatten.int:
         local = _shape(e.box(node), tuple(atoms.shape))
         dim = args["dim"] % len(e.labels.atoms[args["self"]].shape)
@@ -72,11 +80,36 @@ def _structure(e: Emission, node: fx.Node) -> None:
         }  # fmt: skip
     elif target is aten.slice.Tensor:
         args = _sliced(e, node, args)
+    elif target is aten.cat.default:
+        args["tensors"] = _nonempty(e, args["tensors"])
     values = {i: select(e.labels.atoms[i], e.box(i)) for i in inputs}
     _check_positions(e, node, target, args, values)
     new = {k: fx.map_arg(v, lambda n: _operand(e, n)) for k, v in args.items()}
     e.env[node] = e.call(target, **new)
     e.local.add(node)
+
+
+def _like(e: Emission, node: fx.Node, args: dict[str, Any]) -> dict[str, Any]:
+    """``x.view_as(y)``: y may be whole where x is divided, so only its other sizes are read."""
+    box, other = e.box(node), args["other"]
+    theirs = e.box(other) if other in e.labels.atoms else (None,) * len(box)
+    shape: list[Any] = []
+    for dim, (mine, their) in enumerate(zip(box, theirs, strict=True)):
+        if mine is None and their is not None:
+            raise Undividable(node, "a size of a divided value", [e.labels.atoms[other]])
+        if mine is not None:
+            shape.append(len(mine))
+        else:
+            shape.append(e.call(aten.sym_size.int, e.env[other], dim))
+            shape[-1].meta["val"] = unit_shape(other)[dim]
+    return {"self": args["self"], "shape": shape}
+
+
+def _nonempty(e: Emission, parts: Sequence[fx.Node]) -> list[fx.Node]:
+    """Without ``x[..., 64:]`` of 64 features: it has no position that says who holds its heads."""
+    kept = [p for p in parts if p not in e.labels.atoms or e.labels.atoms[p].numel()]
+    same = len({p.meta["val"].dtype for p in parts}) == 1
+    return kept if kept and same else list(parts)
 
 
 def _operand(e: Emission, value: fx.Node) -> fx.Node:
@@ -169,6 +202,8 @@ def _linear(e: Emission, node: fx.Node) -> None:
     x, weight, bias = args["input"], args["weight"], args["bias"]
     inside = e.all_boxes(lambda r: (None, e.box(x, r)[-1]))
     if any(box[1] is not None for box in inside):
+        if not e.held_once(x):
+            raise Undividable(node, "a sum over positions of several ranks", [e.labels.atoms[x]])
         if not e.boxes.complete(e.labels.atoms[node]):
             raise Undividable(node, "divided on both sides", [e.labels.atoms[node]])
         value = e.call(aten.linear.default, e.env[x], e.static(weight, "row", inside, local=True))
@@ -201,8 +236,26 @@ def _mean(e: Emission, node: fx.Node) -> None:
         e.local.add(node)
         return
     size = e.labels.atoms[x].shape[dim]
-    total = e.call(aten.sum.dim_IntList, e.env[x], [dim], args["keepdim"], dtype=args["dtype"])
+    total = e.call(
+        aten.sum.dim_IntList,
+        _counted_once(e, x, dim, e.env[x]),
+        [dim],
+        args["keepdim"],
+        dtype=args["dtype"],
+    )
     e.env[node] = e.reduce(e.call(aten.div.Tensor, total, size))
+
+
+def _counted_once(e: Emission, x: fx.Node, dim: int, value: fx.Node) -> fx.Node:
+    """The positions of `dim` that no lower rank holds too, so that a sum counts each once."""
+    if e.held_once(x):
+        return value
+    size = e.labels.atoms[x].shape[dim]
+    seen: set[int] = set()
+    for rank in range(e.rank):
+        seen.update(e.box(x, rank)[dim] or range(size))
+    mine = e.box(x)[dim] or range(size)
+    return e.take(value, dim, tuple(i for i, p in enumerate(mine) if p not in seen))
 
 
 def _norm(e: Emission, node: fx.Node) -> None:
@@ -228,6 +281,7 @@ def _norm_by_moments(e: Emission, node: fx.Node, args: dict[str, Any]) -> fx.Nod
     x, size = e.env[args["input"]], e.labels.atoms[args["input"]].shape[-1]
 
     def moment(value: fx.Node) -> fx.Node:
+        value = _counted_once(e, args["input"], -1, value)
         part = e.call(aten.div.Tensor, e.call(aten.sum.dim_IntList, value, [-1], True), size)
         return e.collective("copy_to", CopyTo(e.context), e.reduce(part))
 
@@ -261,7 +315,12 @@ def _attention(e: Emission, node: fx.Node) -> None:
 
     args.update(q=e.entering(q), k=e.entering(k), v=e.entering(v))
     mappings = [mapping(rank) for rank in range(e.world_size)]
-    if not all(regular for _, regular in mappings):  # on every rank: backward runs in step
+    held = len(e.box(k)[1] or range(kv_heads))
+    groups = {len(e.box(q, r)[1] or range(heads)) / len(e.box(k, r)[1] or range(kv_heads))
+              for r in range(e.world_size)}  # fmt: skip
+    # on every rank: backward runs in step, and an engine's cache is the same everywhere
+    if len(groups) > 1 or not all(regular for _, regular in mappings):
+        held = len(mappings[e.rank][0])
         for name in ("k", "v"):
             args[name] = e.take(args[name], 1, mappings[e.rank][0])
     mine = e.box(q)[1] or tuple(range(heads))
@@ -280,6 +339,7 @@ def _attention(e: Emission, node: fx.Node) -> None:
         args[name] = e.static(value, "sliced", e.all_boxes(box), local=True)
     mapped = {n: fx.map_arg(a, lambda x: e.env.get(x, x)) for n, a in args.items()}
     e.env[node] = e.call(node.target, **mapped)
+    e.env[node].meta[HEADS] = LocalHeads(mine, held)
     e.local.add(node)
 
 
@@ -287,18 +347,18 @@ def _vocabulary(e: Emission, node: fx.Node) -> None:
     """The token embedding looks up its rows and reduces; the head gathers its logits."""
     args = arguments(node)
     size = unit_shape(args["weight"])[0]
-    bounds = [size * r // e.world_size for r in range(e.world_size + 1)]
-    parts = tuple((tuple(range(a, b)), None) for a, b in itertools.pairwise(bounds))
+    limits = bounds(size, e.world_size)
+    parts = tuple((tuple(range(a, b)), None) for a, b in itertools.pairwise(limits))
     weight = e.static(args["weight"], "vocabulary", parts, local=True)
     if node.target is aten.linear.default:
         bias = args["bias"]
         if bias is not None:
             bias = e.static(bias, "vocabulary", tuple(p[:1] for p in parts), local=True)
         value = e.call(aten.linear.default, e.entering(args["input"]), weight, bias)
-        sizes = [b - a for a, b in itertools.pairwise(bounds)]
+        sizes = [b - a for a, b in itertools.pairwise(limits)]
         e.env[node] = e.collective("gather", Gather(e.context, sizes), value)
         return
-    first, count = bounds[e.rank], bounds[e.rank + 1] - bounds[e.rank]
+    first, count = limits[e.rank], limits[e.rank + 1] - limits[e.rank]
     rows = e.call(aten.sub.Tensor, e.env[args["indices"]], first)
     outside = e.call(aten.logical_or.default, e.call(aten.lt.Scalar, rows, 0),
                      e.call(aten.ge.Scalar, rows, count))  # fmt: skip
@@ -306,6 +366,7 @@ def _vocabulary(e: Emission, node: fx.Node) -> None:
     found = e.call(aten.embedding.default, weight, rows)
     found = e.call(aten.masked_fill.Scalar, found, e.call(aten.unsqueeze.default, outside, -1), 0)
     e.env[node] = e.reduce(found)
+    e.env[node].meta[LOOKUP] = (weight, e.env[args["indices"]])
 
 
 RULES: Mapping[Any, Rule] = {

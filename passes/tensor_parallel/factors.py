@@ -70,6 +70,7 @@ class Labels:
     attentions: list[Attention] = field(default_factory=list)
     reductions: list[tuple[fx.Node, Tensor, Tensor]] = field(default_factory=list)
     """(node, atoms reduced ``[groups, n]``, atoms of the results ``[groups]``)."""
+    equal_heads: bool = False
 
 
 def unit_value(value: Any) -> Any:
@@ -93,12 +94,26 @@ def unit_shape(node: fx.Node) -> tuple[int, ...]:
     return tuple(found)
 
 
-def label(gm: fx.GraphModule, world_size: int) -> Labels:
-    """Labels a captured graph after the attention rewrite."""
-    labels = Labels()
+def label(
+    gm: fx.GraphModule,
+    world_size: int,
+    *,
+    without_tokens: frozenset[str] = frozenset(),
+    equal_heads: bool = False,
+) -> Labels:
+    """Labels a captured graph after the attention rewrite.
+
+    Args:
+        without_tokens: inputs that do not depend on the tokens (positions): like constants, what
+            is made of them is on every rank and is cut where it is used.
+        equal_heads: every rank has as many heads as any other (one cache layout for all).
+    """
+    labels = Labels(equal_heads=equal_heads)
     for node in gm.graph.nodes:
         if node.op == "placeholder":
-            if graph_input(node).kind is InputKind.DATA and _is_tensor(node):
+            found = graph_input(node)
+            data = found.kind is InputKind.DATA and found.name not in without_tokens
+            if data and _is_tensor(node):
                 labels.atoms[node] = labels.classes.fresh(unit_shape(node))
                 _force(labels, node, labels.atoms[node], "input of the model")
         elif node.op == "output":
@@ -281,7 +296,10 @@ def _attention(labels: Labels, node: fx.Node, world_size: int) -> None:
     stats = labels.classes.fresh((1, heads, 1))
     labels.atoms[node] = (out, stats)
     labels.leaves[node] = out
-    shared = kv_heads < world_size and kv_heads < heads
+    uneven = labels.equal_heads and kv_heads % world_size != 0
+    shared = kv_heads < heads and (kv_heads < world_size or uneven)
+    if labels.equal_heads and heads % world_size:
+        _force(labels, node, q, f"{heads} heads do not divide by {world_size} ranks")
     for head in range(heads):
         labels.classes.union_all(torch.cat([x[:, head].reshape(-1) for x in (q, out, stats)]))
     for head in range(kv_heads):

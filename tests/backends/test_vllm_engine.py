@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import fxport
+from fxport.errors import SavedPortError
 from tests.backends.engine import assert_same, engine, generate, recompute, sharpened
 from tests.zoo.gpt import GPT
 from tests.zoo.llama import Llama
@@ -150,3 +152,18 @@ def test_bare_llm_without_any_option(tmp_path: Path) -> None:
     assert [len(tokens) for tokens in found] == [COUNT] * len(LENGTHS)
     same = sum(f[0] == e.tokens[0] for f, e in zip(found, case.expected, strict=True))
     assert same >= len(LENGTHS) - 1
+
+
+@pytest.mark.parametrize("name", ["layers.2.attention.wo.weight", "cos"])
+def test_a_checkpoint_without_a_weight_or_a_table_is_refused(name: str, tmp_path: Path) -> None:
+    """vLLM alone checks parameters only, and not all of them."""
+    directory = fxport.port(_llama_rotate_half()).save(tmp_path / "port")
+    (file,) = directory.glob("*.safetensors")
+    content = load_file(file)
+    del content[name]
+    save_file(content, file)
+    with (
+        pytest.raises(SavedPortError, match=f"holds no values for `{name}`"),
+        engine(directory) as llm,
+    ):
+        generate(llm, [[1, 2]], 1)

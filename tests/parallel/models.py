@@ -140,5 +140,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "multi-query": lambda: Decoder(lambda: Separate(5, 1)),
     "norm by head": lambda: Decoder(lambda: Separate(4, 2, norm="head")),
     "norm over all heads": lambda: Decoder(lambda: Separate(4, 4, norm="full")),
+    "norm over all heads, few": lambda: Decoder(lambda: Separate(6, 2, norm="full")),
     "learned scale": lambda: Decoder(lambda: Separate(scale=True)),
 }

@@ -1,0 +1,296 @@
+"""Replaces values that are one number wherever they are looked at, for every length and batch.
+
+Before                                                     After
+    p = arange(T).unsqueeze(0).expand(B, T)                    same = full([B, 1, T, T], True)
+    first = p[:, :1] - 1                                       mask = causal & same
+    jumps = (diff(p, prepend=first) != 1).cumsum(-1)
+    same = jumps[b, i] == jumps[b, j]
+    mask = causal & same
+
+That is how a library asks for packed documents where there are none: what is left of the question
+would look like a mask that may treat every entry of the batch differently. A value is followed as
+``offset + sum_k slope_k * index_k``; the proof holds for every size, nothing is evaluated.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxport.capture.arguments import arguments, shape_of
+from fxport.passes.attention_emit import Emitter
+from fxport.passes.attention_site import Left
+from fxport.passes.attention_views import overload_packet
+
+__all__ = ["fold_known_values"]
+
+aten = torch.ops.aten
+
+_INTEGERS = (torch.int64, torch.int32, torch.bool)
+_EXACT = 256  # whole numbers up to here are exact in every floating dtype
+
+
+@dataclass(frozen=True)
+class _Affine:
+    """A tensor of whole numbers: entry ``[i_0, i_1, ..]`` is ``offset + sum(slope_k * i_k)``."""
+
+    offset: int
+    slopes: tuple[int, ...]
+
+    @property
+    def number(self) -> int | None:
+        """What every entry is, if they are all the same."""
+        return self.offset if not any(self.slopes) else None
+
+
+def fold_known_values(gm: fx.GraphModule) -> int:
+    """Rewrites the graph in place.
+
+    Returns:
+        How many values were replaced.
+    """
+    known: dict[fx.Node, _Affine] = {}
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and isinstance(node.meta.get("val"), torch.Tensor):
+            found = _value(node, known)
+            if found is not None:
+                known[node] = found
+    folded = 0
+    for node, value in known.items():
+        if value.number is None or overload_packet(node) in _FACTORIES or not _matters(node, known):
+            continue
+        folded += _replace(gm, node, value.number)
+    if folded:
+        gm.graph.eliminate_dead_code()
+        gm.recompile()
+    return folded
+
+
+def _matters(node: fx.Node, known: dict[fx.Node, _Affine]) -> bool:
+    """Whether something that is not a number itself reads it."""
+    return any(u not in known or known[u].number is None for u in node.users)
+
+
+def _replace(gm: fx.GraphModule, node: fx.Node, number: int) -> bool:
+    inputs = [n for n in _ancestors(node) if isinstance(n.meta.get("val"), torch.Tensor)]
+    emitter = Emitter(gm, node, inputs)  # `node` goes away: sizes are read off its inputs
+    value = node.meta["val"]
+    fill = bool(number) if value.dtype == torch.bool else number
+    try:
+        shape = emitter.sizes(shape_of(node))
+    except Left:
+        emitter.undo()
+        return False
+    new = emitter.call(aten.full.default, shape, fill, dtype=value.dtype, device=value.device)
+    node.replace_all_uses_with(new)
+    return True
+
+
+def _ancestors(node: fx.Node) -> list[fx.Node]:
+    found: dict[fx.Node, None] = {}
+    pending = list(node.all_input_nodes)
+    while pending:
+        current = pending.pop()
+        if current not in found:
+            found[current] = None
+            pending.extend(current.all_input_nodes)
+    return list(found)
+
+
+# -- rules -----------------------------------------------------------------------------------------
+
+
+def _value(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
+    rule = _RULES.get(overload_packet(node))
+    found = None if rule is None else rule(node, known)
+    if found is None or node.meta["val"].dtype in _INTEGERS:
+        return found
+    # Floating point: whole numbers that are passed on, nothing that is computed.
+    passed_on = overload_packet(node) in _FACTORIES or rule in _PASSING_ON
+    exact = found.number is not None and abs(found.number) <= _EXACT
+    return found if passed_on and exact else None
+
+
+def _operand(given: Any, node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
+    """A number or a known tensor, broadcast to the shape of `node`."""
+    rank = len(shape_of(node))
+    if isinstance(given, int):
+        return _Affine(int(given), (0,) * rank)
+    value = known.get(given) if isinstance(given, fx.Node) else None
+    if value is None:
+        return None
+    shape = shape_of(given)
+    # A dimension of size 1 has no second entry: its slope says nothing, and must not be spread.
+    own = tuple(0 if size == 1 else slope for size, slope in zip(shape, value.slopes, strict=True))
+    return _Affine(value.offset, (0,) * (rank - len(own)) + own)
+
+
+def _arange(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
+    given = arguments(node)
+    start, step = given.get("start", 0), given.get("step", 1)
+    return _Affine(start, (step,)) if isinstance(start, int) and isinstance(step, int) else None
+
+
+def _factory(fill: str | int) -> Callable[[fx.Node, dict[fx.Node, _Affine]], _Affine | None]:
+    def rule(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
+        number = arguments(node)[fill] if isinstance(fill, str) else fill
+        whole = isinstance(number, int) or (isinstance(number, float) and number.is_integer())
+        return _Affine(int(number), (0,) * len(shape_of(node))) if whole else None
+
+    return rule
+
+
+def _sum(sign: int) -> Callable[[fx.Node, dict[fx.Node, _Affine]], _Affine | None]:
+    def rule(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
+        given = arguments(node)
+        left = _operand(given["self"], node, known)
+        right = _operand(given["other"], node, known)
+        if left is None or right is None or given.get("alpha", 1) != 1:
+            return None
+        slopes = tuple(a + sign * b for a, b in zip(left.slopes, right.slopes, strict=True))
+        return _Affine(left.offset + sign * right.offset, slopes)
+
+    return rule
+
+
+def _comparison(
+    compare: Callable[[int, int], bool],
+) -> Callable[[fx.Node, dict[fx.Node, _Affine]], _Affine | None]:
+    def rule(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
+        given = arguments(node)
+        left = _operand(given["self"], node, known)
+        right = _operand(given["other"], node, known)
+        if left is None or right is None or left.slopes != right.slopes:
+            return None
+        return _Affine(int(compare(left.offset, right.offset)), (0,) * len(left.slopes))
+
+    return rule
+
+
+def _diff(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
+    """First differences, before which one entry may stand that continues them."""
+    given = arguments(node)
+    value, before = known.get(given["self"]), given["prepend"]
+    if value is None or given["n"] != 1 or given["append"] is not None:
+        return None
+    dim = given["dim"] % len(value.slopes)
+    step = value.slopes[dim]
+    if before is not None:
+        first = known.get(before)
+        others = [k for k in range(len(value.slopes)) if k != dim]
+        if first is None or shape_of(before)[dim] != 1:
+            return None
+        if first.offset != value.offset - step:
+            return None
+        if any(first.slopes[k] != value.slopes[k] for k in others):
+            return None
+    return _Affine(step, (0,) * len(value.slopes))
+
+
+def _cumsum(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
+    given = arguments(node)
+    value = known.get(given["self"])
+    if value is None or value.number is None:
+        return None
+    slopes = [0] * len(value.slopes)
+    slopes[given["dim"] % len(slopes)] = value.number
+    return _Affine(value.number, tuple(slopes))
+
+
+def _index(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
+    """Whatever is taken out of a value of one number."""
+    value = known.get(arguments(node)["self"])
+    if value is None or value.number is None:
+        return None
+    return _Affine(value.number, (0,) * len(shape_of(node)))
+
+
+def _same(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
+    """Copies and conversions between integer types; to bool only of numbers."""
+    source = arguments(node)["self"]
+    value = known.get(source)
+    if value is None or shape_of(source) != shape_of(node):
+        return None
+    if node.meta["val"].dtype != torch.bool or source.meta["val"].dtype == torch.bool:
+        return value
+    return None if value.number is None else _Affine(int(bool(value.number)), value.slopes)
+
+
+def _expand(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
+    return _operand(arguments(node)["self"], node, known)
+
+
+def _unsqueeze(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
+    given = arguments(node)
+    value = known.get(given["self"])
+    if value is None:
+        return None
+    dim = given["dim"] % len(shape_of(node))
+    return _Affine(value.offset, (*value.slopes[:dim], 0, *value.slopes[dim:]))
+
+
+def _slice(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
+    given = arguments(node)
+    value, start = known.get(given["self"]), given["start"] or 0
+    if value is None:
+        return None
+    if value.number is not None:
+        return value
+    if not isinstance(start, int) or start < 0 or given["step"] != 1:
+        return None
+    return _Affine(value.offset + start * value.slopes[given["dim"]], value.slopes)
+
+
+def _logical(
+    combine: Callable[[int, int], int],
+) -> Callable[[fx.Node, dict[fx.Node, _Affine]], _Affine | None]:
+    def rule(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
+        given = arguments(node)
+        if node.meta["val"].dtype != torch.bool:
+            return None
+        sides = [_operand(given[name], node, known) for name in ("self", "other")]
+        numbers = [None if side is None else side.number for side in sides]
+        if numbers[0] is None or numbers[1] is None:
+            return None
+        return _Affine(int(combine(numbers[0], numbers[1])), (0,) * len(shape_of(node)))
+
+    return rule
+
+
+def _table(pairs: Sequence[tuple[Sequence[Any], Any]]) -> dict[Any, Any]:
+    return {packet: rule for packets, rule in pairs for packet in packets}
+
+
+_FACTORIES = {aten.full, aten.zeros, aten.ones, aten.new_full, aten.new_zeros, aten.new_ones,
+              aten.full_like, aten.zeros_like, aten.ones_like}  # fmt: skip
+_PASSING_ON = (_same, _expand, _unsqueeze, _slice, _index)
+_RULES: dict[Any, Callable[[fx.Node, dict[fx.Node, _Affine]], _Affine | None]] = _table(
+    (
+        ((aten.arange,), _arange),
+        ((aten.zeros, aten.new_zeros, aten.zeros_like), _factory(0)),
+        ((aten.ones, aten.new_ones, aten.ones_like), _factory(1)),
+        ((aten.full, aten.new_full, aten.full_like), _factory("fill_value")),
+        ((aten.add,), _sum(1)),
+        ((aten.sub,), _sum(-1)),
+        ((aten.eq,), _comparison(operator.eq)),
+        ((aten.ne,), _comparison(operator.ne)),
+        ((aten.lt,), _comparison(operator.lt)),
+        ((aten.le,), _comparison(operator.le)),
+        ((aten.gt,), _comparison(operator.gt)),
+        ((aten.ge,), _comparison(operator.ge)),
+        ((aten.diff,), _diff),
+        ((aten.cumsum,), _cumsum),
+        ((aten.index,), _index),
+        ((aten.to, aten._to_copy, aten.clone, aten.contiguous, aten.alias, aten.detach), _same),
+        ((aten.expand,), _expand),
+        ((aten.unsqueeze,), _unsqueeze),
+        ((aten.slice,), _slice),
+        ((aten.__and__, aten.logical_and, aten.bitwise_and), _logical(operator.and_)),
+        ((aten.__or__, aten.logical_or, aten.bitwise_or), _logical(operator.or_)),
+    )
+)

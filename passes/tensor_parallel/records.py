@@ -1,0 +1,118 @@
+"""From emitted graphs to the plan: shards, collectives, and what is replicated and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import fx
+
+from fxport.capture.arguments import arguments
+from fxport.capture.inputs import graph_input
+from fxport.capture.location import module_of, user_location
+from fxport.parallel.modules import CopyTo, Gather, SharedGradient
+from fxport.parallel.plan import CollectiveRecord, ParameterShard, Plan, Replicated
+from fxport.passes.tensor_parallel.emission import Emission
+from fxport.passes.tensor_parallel.factors import unit_shape
+from fxport.passes.tensor_parallel.ops import KINDS, Kind
+from fxport.passes.tensor_parallel.solver import Solution
+
+__all__ = ["plan_of"]
+
+_WEIGHTS = (Kind.LINEAR, Kind.EMBEDDING)
+
+
+def plan_of(
+    shapes: Mapping[str, tuple[int, ...]],
+    parts: Sequence[tuple[Emission, Solution]],
+    whole: frozenset[str],
+    left: tuple[Replicated, ...],
+) -> Plan:
+    """The plan of a model whose graph was emitted in one or more parts.
+
+    Args:
+        shapes: of the full parameters.
+        parts: of one model and one number of ranks; a parameter has the same boxes in all.
+        whole: parameters that two uses want different parts of.
+        left: what earlier passes already left to every rank.
+    """
+    world_size = parts[0][1].world_size
+    shards = tuple(_shard(n, s, [e for e, _ in parts], whole) for n, s in shapes.items())
+    divided = {s.name for s in shards if s.kind != "replicated"}
+    replicated = [
+        Replicated(" ".join(sorted({module_of(n) or n.name for n in c.leaves})), c.kept)
+        for emission, solution in parts
+        for c in solution.components
+        if c.kept and c.weight and not set(c.leaves) <= set(emission.vocabulary)
+        if not _written_by_divided(c.leaves, divided)
+    ]
+    collectives = tuple(c for emission, _ in parts for c in _collectives(emission))
+    return Plan(world_size, shards, collectives, (*left, *replicated))
+
+
+def _written_by_divided(leaves: Sequence[fx.Node], divided: set[str]) -> bool:
+    """Whether it is only the sum of divided projections: the residual stream, as it should be."""
+    names = []
+    for leaf in leaves:
+        weight = arguments(leaf).get("weight") if KINDS.get(leaf.target) in _WEIGHTS else None
+        if weight is not None and weight.op == "placeholder":
+            names.append(graph_input(weight).name)
+    return bool(names) and set(names) <= divided
+
+
+def _shard(
+    name: str, shape: tuple[int, ...], emissions: Sequence[Emission], whole: frozenset[str]
+) -> ParameterShard:
+    full = ((None,) * len(shape),) * emissions[0].world_size
+    found = [e.shards[name] for e in emissions if name in e.shards]
+    kind, boxes = found[0] if found else ("replicated", full)
+    divided = any(index is not None for box in boxes for index in box)
+    reason = "" if divided else "used by replicated work, or by all heads"
+    if name in whole:
+        reason = "two uses want different parts"
+    shared = any(
+        isinstance(m, SharedGradient) and _serves(e, key, name)
+        for e in emissions
+        for key, m in e.modules.items()
+    )
+    return ParameterShard(name, shape, kind if divided else "replicated", boxes, shared, reason)
+
+
+def _serves(emission: Emission, key: str, name: str) -> bool:
+    node = next(n for n in emission.graph.nodes if n.op == "call_module" and n.target == key)
+    source = node.args[0]
+    return isinstance(source, fx.Node) and source.op == "get_attr" and source.target == name
+
+
+def _collectives(emission: Emission) -> list[CollectiveRecord]:
+    records = []
+    for key, origin in emission.calls:
+        module = emission.modules[key]
+        backward = isinstance(module, (CopyTo, SharedGradient))
+        kind = "all_gather" if isinstance(module, Gather) else "all_reduce"
+        caller = next(n for n in emission.graph.nodes if n.target == key)
+        source = caller.args[0]
+        parameter = isinstance(source, fx.Node) and source.op == "get_attr"
+        if backward and parameter:
+            kind = "all_reduce of a parameter's gradient"
+        shape = unit_shape(origin) if isinstance(origin.meta["val"], torch.Tensor) else (0,)
+        if (
+            backward
+            and isinstance(source, fx.Node)
+            and isinstance(source.meta.get("val"), torch.Tensor)
+        ):
+            shape = unit_shape(source)
+        elements = int(torch.Size(shape).numel())
+        value = origin.meta["val"]
+        size = value.element_size() if isinstance(value, torch.Tensor) else 4
+        records.append(
+            CollectiveRecord(
+                kind,
+                "backward" if backward else "forward",
+                elements,
+                elements * size,
+                module_of(origin),
+                user_location(origin),
+            )
+        )
+    return records

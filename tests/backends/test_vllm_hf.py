@@ -1,0 +1,52 @@
+"""Hugging Face models, tiny and random, in the real engine: exact tokens through `tools/zoo.py`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fxport
+from fxport.tools.zoo_configs import families, tiny_model
+
+# Learned positions and a tied head; rotary GQA; QK-norm; softcaps, windows and scaled embeddings;
+# ALiBi by column and fused qkv per head; parallel blocks with partial rotary.
+EXACT = ("gpt2", "llama", "qwen3", "gemma2", "bloom", "gpt_neox")
+
+
+@pytest.mark.engine
+def test_tokens_are_the_originals(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    command = [sys.executable, "-m", "fxport.tools.zoo", "--families", ",".join(EXACT)]
+    done = subprocess.run(
+        [*command, "--json", str(file)], capture_output=True, text=True, check=False
+    )
+    results = {r["family"]: r["outcome"] for r in json.loads(file.read_text())}
+    assert results == dict.fromkeys(EXACT, "exact"), done.stdout
+    assert done.returncode == 0
+
+
+def test_the_config_names_the_length_where_the_code_bounds_none() -> None:
+    port = fxport.port(tiny_model("llama", "sdpa"))
+    assert port.serving.max_position_embeddings == 160
+    (decision,) = [d for d in port.report.decisions if d.pass_name == "length"]
+    assert "config" in decision.detail
+    assert fxport.port(tiny_model("llama"), max_seq_len=300).serving.max_position_embeddings == 300
+
+
+def test_positions_counted_by_what_the_tokens_are_is_refused() -> None:
+    """RoBERTa counts only tokens that are no padding: not a function of the position."""
+    with pytest.raises(fxport.PortError) as refused:
+        fxport.port(tiny_model("roberta"))
+    assert any("cumsum" in r.message for r in refused.value.reasons)
+
+
+def test_tiny_models_are_small_and_repeatable() -> None:
+    assert {"llama", "gpt2", "mixtral"} <= set(families())
+    one, other = tiny_model("llama"), tiny_model("llama")
+    assert sum(p.numel() for p in one.parameters()) < 2e6
+    assert all(map(torch.equal, one.state_dict().values(), other.state_dict().values()))

@@ -1,0 +1,57 @@
+"""What forward takes and returns: what is understood, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import fxport
+from fxport.backends.torch import PackedModel
+from fxport.errors import PortError, ReasonCode
+from tests.zoo.awkward import VOCAB
+from tests.zoo.calls import EXACT, REFUSED
+
+
+def logits_in(output: object) -> Tensor:
+    """By hand, so that the code under test does not choose for itself."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, tuple):
+        return output[1]
+    return output["logits"] if isinstance(output, dict) else output.logits  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_the_logits_are_found(name: str) -> None:
+    torch.manual_seed(3)
+    model = EXACT[name]().double().eval()
+    port = fxport.port(model)
+    packed = PackedModel(port.serving, port.parameters)
+    for length in (1, 2, 13, 50):
+        sequences = [torch.randint(0, VOCAB, (n,)) for n in (length, 7)]
+        for sequence, found in zip(sequences, packed(sequences), strict=True):
+            with torch.no_grad():
+                expected = logits_in(model(sequence[None]))[0]
+            torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-12)
+
+
+def test_the_model_keeps_its_own_forward() -> None:
+    model = EXACT["dataclass"]().double().eval()
+    fxport.port(model)
+    assert "forward" not in vars(model)
+
+
+CODES = {
+    "loss only": ReasonCode.CAPTURE_FAILED,
+    "time first": ReasonCode.NO_VOCABULARY,
+    "packed": ReasonCode.CAPTURE_FAILED,
+    "row by row": ReasonCode.NO_VOCABULARY,
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_calls_are_refused(name: str) -> None:
+    with pytest.raises(PortError) as caught:
+        fxport.port(REFUSED[name]().double().eval())
+    assert caught.value.reasons[0].code is CODES[name]

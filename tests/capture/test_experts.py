@@ -1,0 +1,98 @@
+"""Expert loops: those that treat each token on its own are ported, their twins are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxport
+from fxport.backends.torch import PackedModel
+from fxport.capture.export import capture
+from fxport.capture.rows import ADDS
+from fxport.errors import PortError, ReasonCode
+from fxport.passes.serving import lower_for_serving
+from tests.zoo.awkward import LIMIT, VOCAB
+from tests.zoo.experts import EXACT, MIXING, MODELS, Routed, decoder
+
+
+def worst_difference(model: nn.Module, lengths: list[int]) -> float:
+    """Port against original in float64, two sequences packed."""
+    port = fxport.port(model)
+    packed = PackedModel(port.serving, port.parameters)
+    worst = 0.0
+    for length in lengths:
+        sequences = [torch.randint(0, VOCAB, (n,)) for n in (length, 11)]
+        for sequence, found in zip(sequences, packed(sequences), strict=True):
+            with torch.no_grad():
+                expected = model(sequence[None])[0]
+            worst = max(worst, (found - expected).abs().max().item())
+    return worst
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_port_is_the_model(name: str) -> None:
+    torch.manual_seed(3)
+    model = MODELS[name]().double().eval()
+    # one token leaves an expert empty; at 96 every one of them has tokens
+    assert worst_difference(model, [1, 2, 5, 37, LIMIT]) < 1e-12
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_twins_that_mix_tokens_are_refused_at_their_line(name: str) -> None:
+    with pytest.raises(PortError) as caught:
+        lower_for_serving(capture(decoder(MIXING[name], layers=1).eval()), None)
+    location = caught.value.reasons[0].location
+    assert location is not None and "# HERE" in location.source
+
+
+class Half(Routed):
+    """Not every token is chosen by anyone: rows without an expert keep what was there."""
+
+    def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        y = x * 0.5
+        rows = (weights[:, 0] > 0.5).nonzero().squeeze(-1)
+        if rows.shape[0] > 0:
+            y[rows] = self.experts[0](x[rows])
+        return y
+
+
+def test_a_mask_made_of_numbers_keeps_the_other_rows() -> None:
+    torch.manual_seed(3)
+    model = decoder(Half, layers=2).double().eval()
+    assert worst_difference(model, [1, 2, 5, 37]) < 1e-12
+
+
+class Infinite(Routed):
+    """Infinite for tokens that are not selected: they must not leak through the sum."""
+
+    def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            rows, slot = torch.where(chosen == i)
+            if rows.numel() == 0:
+                continue
+            share = 1.0 / (chosen == i).any(-1)[rows].to(x.dtype)[:, None]
+            y.index_add_(0, rows, expert(x[rows]) * share * weights[rows, slot, None])
+        return y
+
+
+def test_what_is_computed_for_other_rows_does_not_leak() -> None:
+    torch.manual_seed(3)
+    model = decoder(Infinite, layers=1).double().eval()
+    assert worst_difference(model, [1, 5, 37]) < 1e-12
+
+
+def test_a_selection_is_taken_and_put_back_once_per_expert_and_layer() -> None:
+    graph = capture(decoder(EXACT["numel"], layers=2).eval()).graph.graph
+    assert sum(ADDS in node.meta for node in graph.nodes) == 2 * 3
+    targets = {str(n.target) for n in graph.nodes}
+    assert not targets & {"aten.where.default", "aten.nonzero.default", "aten._assert_async.msg"}
+
+
+def test_the_report_says_what_it_costs() -> None:
+    report = fxport.port(decoder(EXACT["numel"], layers=2).double().eval()).report
+    found = [d for d in report.left() if d.reason and d.reason.code is ReasonCode.EVERY_TOKEN]
+    assert [d.module for d in found] == ["blocks.0.mlp", "blocks.1.mlp"]
+    assert all(d.location and "index_add_" in d.location.source for d in found)
+    assert "3 selections" in str(found[0].reason)

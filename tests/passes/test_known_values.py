@@ -1,0 +1,149 @@
+"""Values that are one number for every size are replaced; almost such values stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from attention_graphs import Site, compare, run_like, trace_directly
+from torch import Tensor
+
+from fxport.passes.attention import rewrite_attention
+from fxport.passes.known_values import fold_known_values
+
+HEADS, SIZE = 3, 6
+aten = torch.ops.aten
+
+
+def documents(positions: Tensor, first: Tensor) -> Tensor:
+    """Which document each token is in, if positions start anew in each; ``[B, T]``."""
+    return (torch.diff(positions, prepend=first, dim=-1) != 1).cumsum(-1)
+
+
+def positions(x: Tensor) -> Tensor:
+    return torch.arange(x.shape[1]).unsqueeze(0).expand(x.shape[0], -1)
+
+
+def same_document(x: Tensor, found: Tensor) -> Tensor:
+    b = torch.arange(x.shape[0])[:, None, None, None]
+    i = torch.arange(x.shape[1])
+    return found[b, i[None, None, :, None]] == found[b, i[None, None, None, :]]
+
+
+def none_at_all(x: Tensor) -> Tensor:
+    p = positions(x)
+    return same_document(x, documents(p, p[:, :1] - 1))
+
+
+def every_second(x: Tensor) -> Tensor:
+    p = positions(x) * 1 + positions(x)  # steps of two: every token begins a document
+    return same_document(x, documents(p, p[:, :1] - 2))
+
+
+def begins_late(x: Tensor) -> Tensor:
+    p = positions(x)
+    return same_document(x, documents(p, p[:, :1] - 3)) | (p[:, None, :, None] > 10**6)
+
+
+def by_halves(x: Tensor) -> Tensor:
+    p = positions(x) // 8
+    return same_document(x, documents(p, p[:, :1] - 1))
+
+
+def attend(mask: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def function(x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = x.view(b, t, 3, HEADS, SIZE).permute(2, 0, 3, 1, 4)
+        i = torch.arange(t)
+        allowed = mask(x) & (i[None, :] <= i[:, None])
+        scores = torch.where(allowed, q @ k.mT * 0.4, torch.finfo(x.dtype).min)
+        return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    return function
+
+
+def traced(mask: Callable[[Tensor], Tensor]):
+    torch.manual_seed(4)
+    site = Site(attend(mask))
+    data = [torch.randn(2, 21, 3 * HEADS * SIZE, dtype=torch.float64)]
+    return site, data, trace_directly(site, data, {0: (0, 1)})
+
+
+def count(graph: torch.fx.GraphModule, packet: torch._ops.OpOverloadPacket) -> int:
+    return sum(
+        isinstance(n.target, torch._ops.OpOverload) and n.target.overloadpacket is packet
+        for n in graph.graph.nodes
+    )
+
+
+def test_a_question_about_documents_that_cannot_be_goes_away():
+    site, data, graph = traced(none_at_all)
+    assert (count(graph, aten.index), count(graph, aten.diff), count(graph, aten.cumsum)) == (
+        2,
+        1,
+        1,
+    )
+    assert rewritten_as(graph, folded=True) == ["causal"]
+    assert (count(graph, aten.index), count(graph, aten.diff), count(graph, aten.cumsum)) == (
+        0,
+        0,
+        0,
+    )
+    compare(site, graph, data, 1e-9)
+    for batch, length in ((1, 5), (5, 5), (3, 64)):
+        more = [torch.randn(batch, length, 3 * HEADS * SIZE, dtype=torch.float64)]
+        compare(site, graph, more, 1e-9)
+
+
+def rewritten_as(graph: torch.fx.GraphModule, folded: bool) -> list[str]:
+    assert (fold_known_values(graph) > 0) == folded
+    return [site.mask for site in rewrite_attention(graph).sites]
+
+
+def test_without_this_pass_the_mask_is_not_proven():
+    _, _, graph = traced(none_at_all)
+    assert [site.mask for site in rewrite_attention(graph).sites] == ["full"]  # and a dense bias
+
+
+@pytest.mark.parametrize("mask", [every_second, begins_late, by_halves])
+def test_documents_that_are_there_stay(mask):
+    site, data, graph = traced(mask)
+    fold_known_values(graph)
+    assert count(graph, aten.cumsum) == 1
+    for batch, length in ((2, 21), (3, 40)):
+        more = [torch.randn(batch, length, 3 * HEADS * SIZE, dtype=torch.float64)]
+        torch.testing.assert_close(run_like(graph, site, more), site(*more))
+    compare(site, graph, data, 1e-9)
+
+
+CASES: dict[str, tuple[Callable[[Tensor], Tensor], int | None]] = {
+    "difference of equal positions": (lambda x: positions(x) - positions(x), 0),
+    "never below": (lambda x: positions(x) + 1 <= positions(x), 0),
+    "always below": (lambda x: positions(x) < positions(x) + 1, 1),
+    "slice shifted": (lambda x: positions(x)[:, 2:] - positions(x)[:, :-2], 2),
+    "steps of three": (lambda x: torch.diff(torch.arange(0, 3 * x.shape[1], 3)), 3),
+    "sum of ones": (lambda x: torch.ones(x.shape[1], dtype=torch.long).cumsum(0), None),
+    "sum of zeros": (lambda x: torch.zeros(x.shape[:2], dtype=torch.long).cumsum(1), 0),
+    "a row less a column": (lambda x: positions(x)[:, None] - positions(x)[:, :, None], None),
+    "one row spread": (lambda x: positions(x)[:, :1].expand(-1, 4), 0),
+    "picked": (lambda x: torch.full((9,), 7)[positions(x) % 9], 7),
+    "no padding": (lambda x: torch.ones(x.shape[:2]).bool()[torch.arange(x.shape[0])[:, None]], 1),
+    "a half": (lambda x: torch.full((3,), 0.5)[positions(x) % 3], None),
+    "float": (lambda x: positions(x).double() - positions(x).double(), None),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_number_is_the_value(name: str):
+    function, number = CASES[name]
+    site = Site(lambda x: x.sum() * 0 + function(x))
+    graph = trace_directly(site, [torch.randn(3, 17, 2)], {0: (0, 1)})
+    folded = fold_known_values(graph)
+    assert bool(folded) == (number is not None)
+    for batch, length in ((3, 17), (4, 9), (6, 6)):
+        x = torch.randn(batch, length, 2)
+        expected = site(x)
+        torch.testing.assert_close(run_like(graph, site, [x]), expected)
+        if number is not None:
+            assert bool((expected == number).all())

@@ -1,0 +1,102 @@
+"""One decoder whose forward is called, and answers, in the ways people write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.zoo.awkward import VOCAB, Decoder
+
+
+def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.reshape(-1, VOCAB), targets.reshape(-1))
+
+
+@dataclass
+class Output:
+    loss: Tensor | None
+    logits: Tensor
+
+
+class ReturnsDataclass(Decoder):
+    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Output:
+        logits = super().forward(ids)
+        return Output(None if targets is None else loss_of(logits, targets), logits)
+
+
+class ReturnsNamespace(Decoder):
+    def forward(self, ids: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(aux=torch.zeros(()), logits=super().forward(ids))
+
+
+class LossFirst(Decoder):
+    def forward(self, ids: Tensor, targets: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
+        logits = super().forward(ids)
+        return None if targets is None else loss_of(logits, targets), logits
+
+
+class CacheUnused(Decoder):
+    """A cache and a start that nobody passes."""
+
+    def forward(
+        self, ids: Tensor, cache: list[Tensor] | None = None, start_pos: int = 0
+    ) -> dict[str, Tensor | None]:
+        assert start_pos == 0
+        return {"logits": super().forward(ids), "cache": None if cache is None else cache[0]}
+
+
+class LogProbabilities(Decoder):
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.log_softmax(super().forward(ids), dim=-1)
+
+
+EXACT: dict[str, Callable[[], nn.Module]] = {
+    "dataclass": ReturnsDataclass,
+    "namespace": ReturnsNamespace,
+    "loss first": LossFirst,
+    "cache unused": CacheUnused,
+    "log-probabilities": LogProbabilities,
+}
+
+
+class LossOnly(Decoder):
+    """Never returns logits."""
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        return loss_of(super().forward(ids), targets)
+
+
+class TimeFirst(Decoder):
+    """``[T, B]`` in and ``[T, B, V]`` out."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids.t()).transpose(0, 1)
+
+
+class Packed(Decoder):
+    """One sequence without a batch axis."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids[None])[0]
+
+
+class RowByRow(Decoder):
+    """A loop over the batch."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = [super(RowByRow, self).forward(ids[b : b + 1])[0] for b in range(ids.shape[0])]
+        return torch.stack(rows)
+
+
+# Not taken today, each with a reason and never with other numbers.
+REFUSED: dict[str, Callable[[], nn.Module]] = {
+    "loss only": LossOnly,
+    "time first": TimeFirst,
+    "packed": Packed,
+    "row by row": RowByRow,
+}
