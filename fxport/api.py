@@ -108,7 +108,8 @@ def port(model: nn.Module, example_inputs: None = None, *, max_seq_len: int | No
     serving = lowered.serving
     checked = _self_check(model, serving, captured.parameters)
     half, half_decision = _half(model, serving)
-    decisions = (*selections, *lowered.decisions, half_decision, checked)
+    respelled = _experts(captured.experts)
+    decisions = (*respelled, *selections, *lowered.decisions, half_decision, checked)
     facts: dict[str, str | int | float | bool | None] = {
         "vocab_size": serving.vocab_size,
         "hidden_size": serving.hidden_size,
@@ -120,6 +121,17 @@ def port(model: nn.Module, example_inputs: None = None, *, max_seq_len: int | No
     }
     report = Report(type(model).__name__, facts, decisions)
     return Port(serving, half, captured.parameters, report, model, lowered.stages)
+
+
+def _experts(replaced: str) -> tuple[Decision, ...]:
+    """That a library's own loop over experts was captured, and in place of what."""
+    if not replaced:
+        return ()
+    detail = (
+        f"captured as transformers' own loop instead of {replaced}; "
+        "their equality rests on transformers and on the self-check"
+    )
+    return (Decision("capture", Outcome.REWRITTEN, "experts", detail),)
 
 
 def _stated_length(model: nn.Module) -> int | None:

@@ -208,12 +208,11 @@ def _in_engine(
         runs = json.loads(answer.read_text(encoding="utf-8"))["runs"]
         judged = [_judge(what, run, prompts, original) for what, run in runs.items()]
         comparisons = [j.comparison for j in judged]
-        wrong = next((j.prompt for j in judged if j.prompt is not None), None)
+        wrong = next((j.tokens for j in judged if j.tokens is not None), None)
         first = None
         if wrong is not None:
-            answer = _probe({**request, "trace": prompts[wrong]}, Path(work))
-            values = answer.with_suffix(".safetensors")
-            first = first_in_engine(loaded, prompts[wrong], values)
+            answer = _probe({**request, "trace": wrong}, Path(work))
+            first = first_in_engine(loaded, wrong, answer.with_suffix(".safetensors"))
     return _Asked(comparisons, first)
 
 
@@ -239,12 +238,13 @@ def _probe(request: Mapping[str, Any], work: Path) -> Path:
 @dataclass(frozen=True)
 class _Judged:
     comparison: Comparison
-    prompt: int | None  # the first one that is answered differently
+    tokens: list[int] | None  # the first sequence after which another token is predicted
 
 
 def _judge(what: str, run: list[Any], prompts: list[list[int]], original: _Original) -> _Judged:
     """Greedy tokens and log-probabilities of one scenario against the original, token by token."""
-    worst, detail, wrong, count = 0.0, "", None, 0
+    worst, detail, count = 0.0, "", 0
+    wrong: list[int] | None = None
     for number, (prompt, (own, tokens, chosen)) in enumerate(zip(prompts, run, strict=True)):
         rows = original.logprobs([*prompt, *tokens[:-1]])
         after = range(len(prompt) - 1, len(prompt) - 1 + len(tokens))
@@ -257,7 +257,7 @@ def _judge(what: str, run: list[Any], prompts: list[list[int]], original: _Origi
             count += 1
             worst = max(worst, error)
             if (error > original.bound or short > original.bound) and wrong is None:
-                wrong = number
+                wrong = [*prompt, *tokens][: row + 1]
                 better = f"; the original's best token is {int(rows[row].argmax())}"
                 detail = (
                     f"prompt {number} ({len(prompt)} tokens), position {row}: token {token} by "

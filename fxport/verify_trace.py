@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from fxport.capture.location import module_of
+from fxport.errors import FxportError
 from fxport.loading import Loaded
 from fxport.verify_records import FirstDifference
 
@@ -67,34 +69,37 @@ def first_in_graph(loaded: Loaded, fresh: Any) -> FirstDifference | None:
 def first_in_engine(loaded: Loaded, prompt: Sequence[int], file: Path) -> FirstDifference | None:
     """The first operation whose value in the engine is not that of the graph in PyTorch.
 
+    Linear layers are the engine's own, maybe joined; what comes after them is compared.
+
     Args:
-        file: values recorded by `fxport.backends.vllm.probe`, ``"3:body.linear_2" -> tensor``.
+        file: values recorded by `fxport.backends.vllm.probe`, ``"3:body.view_2" -> tensor``;
+            attention calls are ``body.attention_0`` and so on.
+
+    Raises:
+        FxportError: no value of the two can be paired.
     """
     from safetensors.torch import load_file
 
-    recorded = load_file(file)
-    found = {}
-    for key in sorted(recorded, key=lambda k: int(k.partition(":")[0])):
-        found[key.partition(":")[2]] = recorded[key]
-    expected = dict(_values(loaded, prompt))
-    replaced = [name for name in expected if name not in found]
-    layers = [name for name in found if name not in expected]
-    between = "graph in PyTorch and the engine"
-    if len(replaced) != len(layers):
-        detail = "the engine runs other operations, so their values cannot be paired"
-        return FirstDifference(between, layers[0] if layers else replaced[0], detail=detail)
-    names = dict(zip(replaced, layers, strict=True))
+    found = {key.partition(":")[2]: value for key, value in load_file(file).items()}
     bound = _ROUNDING * torch.finfo(loaded.serving.dtype).eps
-    for name, (node, value) in expected.items():
-        error = _relative(found[names.get(name, name)], value)
+    paired = 0
+    for name, node, value in _values(loaded, prompt):
+        other = found.get(name)
+        if other is None:
+            continue  # a linear layer that the engine joins with its siblings
+        paired += 1
+        error = _relative(other, value)
         if not error <= bound:
             detail = f"relative difference {error:.1e}, rounding would be below {bound:.1e}"
+            between = "graph in PyTorch and the engine"
             return FirstDifference(between, node.name, str(node.target), module_of(node), detail)
+    if not paired:
+        raise FxportError("the engine runs other operations than the graph: nothing to compare")
     return None
 
 
-def _values(loaded: Loaded, prompt: Sequence[int]) -> Iterator[tuple[str, tuple[fx.Node, Tensor]]]:
-    """``"body.linear_2" -> (node, value)`` in order, for one sequence."""
+def _values(loaded: Loaded, prompt: Sequence[int]) -> Iterator[tuple[str, fx.Node, Tensor]]:
+    """(``"body.view_2"``, node, value) in order, for one sequence."""
     serving = loaded.serving
     weights = {**loaded.parameters, **serving.constants}
     ids = torch.tensor([list(prompt)])
@@ -118,9 +123,19 @@ def _values(loaded: Loaded, prompt: Sequence[int]) -> Iterator[tuple[str, tuple[
             result = Recorder(gm).run(*(given[name] for name in names))
         inputs["embeddings"] = result
         originals = {n.name: n for n in part.graph.nodes}
+        attentions = 0
         for node, value in seen.items():
-            value = torch.view_as_real(value) if value.is_complex() else value
-            yield f"{label}.{node.name}", (originals[node.name], value)
+            own = originals[node.name]
+            name = own.name
+            if _is_attention_output(own):
+                name = f"attention_{attentions}"
+                attentions += 1
+            yield f"{label}.{name}", own, torch.view_as_real(value) if value.is_complex() else value
+
+
+def _is_attention_output(node: fx.Node) -> bool:
+    source = node.args[0] if node.target is operator.getitem else None
+    return isinstance(source, fx.Node) and source.target is torch.ops.fxport.attention.default
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:

@@ -123,7 +123,8 @@ def _trace(request: dict[str, Any], file: Path) -> None:
             if isinstance(result, torch.Tensor) and n.op in ("call_function", "call_module"):
                 value = result.detach().cpu()
                 value = torch.view_as_real(value) if value.is_complex() else value
-                values[f"{len(values)}:{self.label}.{n.name}"] = value.clone().contiguous()
+                name = str(n.target) if n.op == "call_module" else n.name
+                values[f"{len(values)}:{self.label}.{name}"] = value.clone().contiguous()
             return result
 
     def record(model: Any) -> None:

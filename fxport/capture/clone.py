@@ -13,7 +13,7 @@ from torch import nn
 from fxport.capture.location import direct_caller, location_at
 from fxport.errors import PortError, Reason, ReasonCode
 
-__all__ = ["clone_for_capture", "convert", "off_meta", "watch_attributes"]
+__all__ = ["clone_for_capture", "convert", "experts_as_loop", "off_meta", "watch_attributes"]
 
 
 def clone_for_capture(model: nn.Module) -> nn.Module:
@@ -88,6 +88,28 @@ def off_meta(model: nn.Module) -> None:
                 empty = torch.empty_like(parameter, device="cpu")
                 made[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
             module._parameters[name] = made[id(parameter)]
+
+
+def experts_as_loop(model: nn.Module) -> str:
+    """Has a Hugging Face mixture of experts run as its library's own loop over experts.
+
+    By default it sorts tokens by expert and multiplies groups of them, which is no operation on
+    each token by itself. The library says that its implementations are equal; the comparison with
+    the original's numbers checks it.
+
+    Args:
+        model: from `clone_for_capture`; changed in place (its configuration is a copy).
+
+    Returns:
+        The implementation that was replaced, or "".
+    """
+    config = getattr(model, "config", None)
+    chosen = getattr(config, "_experts_implementation", None)
+    switch = getattr(model, "set_experts_implementation", None)
+    if not isinstance(chosen, str) or chosen == "eager" or not callable(switch):
+        return ""
+    switch("eager")
+    return chosen
 
 
 def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:

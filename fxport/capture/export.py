@@ -12,7 +12,8 @@ import sympy
 import torch
 from torch import fx, nn
 
-from fxport.capture.clone import clone_for_capture, convert, off_meta
+from fxport.capture.clone import clone_for_capture, convert, experts_as_loop, off_meta
+from fxport.capture.hugging_face import without_cache
 from fxport.capture.lengths import continues, trace_at_lengths
 from fxport.capture.location import forward_line
 from fxport.capture.outputs import plain_outputs
@@ -42,6 +43,7 @@ class Captured:
         aliases: further names of tied parameters -> first name.
         output: which output of the model the logits are, in words.
         way: how it was captured, in words.
+        experts: the implementation of experts that was captured as a loop instead, or "".
     """
 
     graph: fx.GraphModule
@@ -56,6 +58,7 @@ class Captured:
     aliases: Mapping[str, str]
     output: str
     way: str
+    experts: str = ""
 
 
 def capture(
@@ -75,7 +78,9 @@ def capture(
     clone = clone_for_capture(model)
     parameters = dict(clone.named_parameters(remove_duplicate=True))
     off_meta(clone)
+    without_cache(clone)
     plain_outputs(clone)
+    experts = experts_as_loop(clone)
     if dtype is not None:
         convert(clone, dtype, buffers=convert_buffers)
         parameters = dict(clone.named_parameters(remove_duplicate=True))
@@ -93,6 +98,7 @@ def capture(
         aliases=aliases_of(clone),
         output=traced.output,
         way=traced.way,
+        experts=experts,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 
 import torch
@@ -28,9 +29,21 @@ _MAYBE_ALIAS = (
 def is_fresh(node: fx.Node) -> bool:
     """Whether the op returns memory of its own: no output aliases an input."""
     target = node.target
+    if target is operator.getitem:
+        return _is_own_output(node)
     if not isinstance(target, torch._ops.OpOverload) or target.overloadpacket in _MAYBE_ALIAS:
         return False
     return all(r.alias_info is None for r in target._schema.returns)
+
+
+def _is_own_output(node: fx.Node) -> bool:
+    """One of several outputs of an op (``topk``), each memory of its own, picked only here."""
+    source, index = node.args
+    if not isinstance(source, fx.Node) or not isinstance(source.target, torch._ops.OpOverload):
+        return False
+    apart = len(source.target._schema.returns) > 1  # a list of tensors is one return
+    again = [u for u in source.users if u.target is operator.getitem and u.args[1] == index]
+    return apart and is_fresh(source) and again == [node]
 
 
 def is_mutation(node: fx.Node) -> bool:

@@ -45,6 +45,19 @@ def test_positions_counted_by_what_the_tokens_are_is_refused() -> None:
     assert any("cumsum" in r.message for r in refused.value.reasons)
 
 
+def test_a_mixture_of_experts_is_ported_as_its_librarys_loop() -> None:
+    """The default sorts tokens by expert; the original's configuration stays as it was."""
+    model = tiny_model("mixtral")
+    chosen = model.config._experts_implementation
+    port = fxport.port(model)
+    (decision,) = [d for d in port.report.decisions if d.subject == "experts"]
+    assert chosen in decision.detail and chosen != "eager"
+    assert model.config._experts_implementation == chosen
+    assert [d.subject for d in port.report.decisions if d.pass_name == "self-check"]
+    costs = [d for d in port.report.left() if d.reason and d.reason.code == "runs-for-every-token"]
+    assert len(costs) == 4
+
+
 def test_tiny_models_are_small_and_repeatable() -> None:
     assert {"llama", "gpt2", "mixtral"} <= set(families())
     one, other = tiny_model("llama"), tiny_model("llama")
