@@ -12,13 +12,14 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fxport import testing
+    from fxport import nn, testing
     from fxport.api import Port, port
     from fxport.diff.record import GraphDiff
     from fxport.errors import FxportError, Location, PortError, Reason, ReasonCode, SavedPortError
     from fxport.explain_api import explain
     from fxport.explain_records import Explanation
     from fxport.loading import Loaded, load
+    from fxport.nn.registry import register_model
     from fxport.parallel.api import gather_state_dict, parallelize, plan, shard_state_dict
     from fxport.parallel.context import ParallelContext
     from fxport.parallel.plan import Plan
@@ -46,9 +47,11 @@ __all__ = [
     "explain",
     "gather_state_dict",
     "load",
+    "nn",
     "parallelize",
     "plan",
     "port",
+    "register_model",
     "shard_state_dict",
     "testing",
     "verify",
@@ -78,10 +81,11 @@ _HOMES = {
     "parallelize": "fxport.parallel.api",
     "plan": "fxport.parallel.api",
     "port": "fxport.api",
+    "register_model": "fxport.nn.registry",
     "shard_state_dict": "fxport.parallel.api",
     "verify": "fxport.verification",
 }
-_SUBMODULES = ("testing",)
+_SUBMODULES = ("nn", "testing")
 
 
 def __getattr__(name: str) -> object:

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["register"]
 
 ARCHITECTURE = "FxportForCausalLM"
+BUILDER = "FxportBuilderForCausalLM"  # models registered with fxport.register_model
 
 
 def register() -> None:
@@ -18,3 +19,5 @@ def register() -> None:
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         # Lazily, by name: importing the class would start CUDA before vLLM forks its workers.
         ModelRegistry.register_model(ARCHITECTURE, f"fxport.backends.vllm.model:{ARCHITECTURE}")
+    if BUILDER not in ModelRegistry.get_supported_archs():
+        ModelRegistry.register_model(BUILDER, f"fxport.backends.vllm.builder:{BUILDER}")

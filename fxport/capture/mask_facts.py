@@ -102,10 +102,10 @@ def _values(node: fx.Node) -> fx.Node:
 
 def emptiness(node: fx.Node) -> Emptiness | None:
     """When every element of a mask, or of a count made of one, is zero; None if not known."""
-    if node.meta["val"].dtype == torch.bool or _packet(node) in (*_SAME_ORDER, *_CASTS):
-        found = _emptiness(node)
-        return found or (Emptiness(node) if node.meta["val"].dtype == torch.bool else None)
-    return _emptiness(node)
+    found = _emptiness(node)
+    # A single truth value is no mask: what it asks is plain control flow.
+    is_mask = node.meta["val"].dtype == torch.bool and _rank(node) > 0
+    return Emptiness(node) if found is None and is_mask else found
 
 
 def _emptiness(node: fx.Node) -> Emptiness | None:
