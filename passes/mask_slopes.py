@@ -20,13 +20,13 @@ def slopes_of(raw: Tensor, seen: Tensor, rounding: float) -> Tensor | None:
     """The slopes, float32 ``[h]``, or None.
 
     Args:
-        raw: the bias, float64 ``[b, h, Tq, Tk]``; batch entries must be equal.
-        seen: where it counts, bool, broadcastable to `raw`.
+        raw: the bias, float64 ``[b, h, Tq, Tk]``, any of them 1; batch entries must be equal.
+        seen: where it counts, bool, broadcastable with `raw`.
         rounding: unit roundoff of the bias where it was stored and added, 0 for float32 and up.
     """
     if raw.shape[-1] < 2 or not bool((raw == raw[:1]).all()):
         return None
-    table, counts = raw[0], seen.expand_as(raw)[0]
+    table, counts = _together(raw, seen)
     exact = _linear(table, counts)
     if exact is not None or rounding == 0:
         return exact
@@ -44,8 +44,14 @@ def same_slopes(slopes: Tensor, raw: Tensor, seen: Tensor, rounding: float) -> b
         return True
     if rounding == 0:
         return False
-    lower, upper = _interval(raw[0], seen.expand_as(raw)[0], rounding)
+    lower, upper = _interval(*_together(raw, seen), rounding)
     return bool(((lower <= slopes) & (slopes <= upper)).all())
+
+
+def _together(raw: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as ``[h, Tq, Tk]``; either may have rows or heads of size 1."""
+    table, counts = torch.broadcast_tensors(raw[:1], seen[:1])
+    return table[0], counts[0]
 
 
 def _linear(table: Tensor, counts: Tensor) -> Tensor | None:

@@ -59,6 +59,18 @@ def test_one_entry_off_is_not_linear(dtype, place):
     assert slopes_of(raw, seen(), roundoff(dtype)) is None
 
 
+@pytest.mark.parametrize("rounding", [0.0, roundoff(torch.bfloat16)])
+def test_one_row_for_all_is_linear_up_to_a_constant_per_row(rounding: float):
+    """BLOOM's bias: ``slope * j`` for every row, broadcast against the causal mask."""
+    row = (SLOPES[:, None, None] * torch.arange(LENGTH)).double()[None]
+    found = slopes_of(row, seen(), rounding)
+    assert found is not None
+    torch.testing.assert_close(found, SLOPES, rtol=1e-5, atol=0)
+    for other in (row.expand(3, -1, -1, -1), torch.cat([row, row])):
+        assert slopes_of(other, seen(), rounding) is not None
+    assert slopes_of(torch.cat([row, 2 * row]), seen(), rounding) is None
+
+
 def test_forbidden_entries_do_not_count():
     raw = table(torch.bfloat16)
     raw[0, :, 5, 9:] = 77.0
