@@ -14,7 +14,10 @@ from tests.zoo.experts import MODELS
 pytestmark = pytest.mark.engine
 
 
-@pytest.mark.parametrize("name", MODELS)
+QUICK, *LONG = MODELS
+
+
+@pytest.mark.parametrize("name", [QUICK, *(pytest.param(n, marks=pytest.mark.long) for n in LONG)])
 def test_greedy_tokens_are_exact(name: str, tmp_path: Path) -> None:
     model = sharpened(MODELS[name], 1)
     directory = fxport.port(model).save(tmp_path / "port")
