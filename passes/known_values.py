@@ -9,7 +9,8 @@ Before                                                     After
 
 That is how a library asks for packed documents where there are none: what is left of the question
 would look like a mask that may treat every entry of the batch differently. A value is followed as
-``offset + sum_k slope_k * index_k``; the proof holds for every size, nothing is evaluated.
+``offset + sum_k slope_k * index_k``; the proof holds for every size, nothing is evaluated. What
+shares memory with something that is written to in place is left as it is.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from torch import fx
 
 from fxport.capture.arguments import arguments, shape_of
+from fxport.capture.memory import Memory
 from fxport.passes.attention_emit import Emitter
 from fxport.passes.attention_site import Left
 from fxport.passes.attention_views import overload_packet
@@ -55,7 +57,10 @@ def fold_known_values(gm: fx.GraphModule) -> int:
         How many values were replaced.
     """
     known: dict[fx.Node, _Affine] = {}
+    memory = Memory(gm.graph)
     for node in gm.graph.nodes:
+        if memory.written_by(node):
+            continue  # how it was made does not say what it holds
         if node.op == "call_function" and isinstance(node.meta.get("val"), torch.Tensor):
             found = _value(node, known)
             if found is not None:

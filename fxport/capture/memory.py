@@ -41,9 +41,13 @@ def _is_own_output(node: fx.Node) -> bool:
     source, index = node.args
     if not isinstance(source, fx.Node) or not isinstance(source.target, torch._ops.OpOverload):
         return False
-    apart = len(source.target._schema.returns) > 1  # a list of tensors is one return
-    again = [u for u in source.users if u.target is operator.getitem and u.args[1] == index]
-    return apart and is_fresh(source) and again == [node]
+    count = len(source.target._schema.returns)
+    if count < 2 or not is_fresh(source):  # a list of tensors is one return
+        return False
+    if any(u.target is not operator.getitem for u in source.users):
+        return False
+    again = [u for u in source.users if u.args[1] % count == index % count]  # type: ignore[operator]
+    return again == [node]
 
 
 def is_mutation(node: fx.Node) -> bool:

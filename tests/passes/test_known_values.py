@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from attention_graphs import Site, compare, run_like, trace_directly
+from attention_graphs import Site, compare, run_like, trace_directly, trace_training
 from torch import Tensor
 
+from fxport.capture.memory import is_mutation
 from fxport.passes.attention import rewrite_attention
 from fxport.passes.known_values import fold_known_values
 
@@ -115,6 +116,47 @@ def test_documents_that_are_there_stay(mask):
         more = [torch.randn(batch, length, 3 * HEADS * SIZE, dtype=torch.float64)]
         torch.testing.assert_close(run_like(graph, site, more), site(*more))
     compare(site, graph, data, 1e-9)
+
+
+def written_by_triu(x: Tensor) -> Tensor:
+    allowed = torch.ones(x.shape[1], x.shape[1], dtype=torch.long)
+    allowed.triu_(-4)
+    return allowed.unsqueeze(0) != 0
+
+
+def written_through_a_view(x: Tensor) -> Tensor:
+    allowed = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool)
+    allowed[:, 3:].fill_(False)
+    return allowed.unsqueeze(0) | torch.eye(x.shape[1], dtype=torch.bool)
+
+
+def written_by_add(x: Tensor) -> Tensor:
+    counts = torch.zeros(x.shape[:2], dtype=torch.long)
+    counts.add_(torch.arange(x.shape[1]) // 6)
+    return counts[:, None, :, None] == counts[:, None, None, :]
+
+
+@pytest.mark.parametrize("mask", [written_by_triu, written_through_a_view, written_by_add])
+def test_what_is_written_in_place_is_not_what_it_was_made_of(mask):
+    """As the training door sees it: in-place operations are still there."""
+    torch.manual_seed(5)
+    site = Site(attend(mask))
+    data = [torch.randn(2, 21, 3 * HEADS * SIZE, dtype=torch.float64)]
+    graph = trace_training(site, data)
+    fold_known_values(graph)
+    assert any(map(is_mutation, graph.graph.nodes))
+    compare(site, graph, data, 1e-9)
+    rewrite_attention(graph)
+    compare(site, graph, data, 1e-9)
+
+
+def test_the_training_door_keeps_a_mask_that_is_written_in_place():
+    torch._dynamo.reset()
+    torch.manual_seed(6)
+    site = Site(attend(written_by_triu))
+    x = torch.randn(2, 21, 3 * HEADS * SIZE)
+    compiled = torch.compile(site, backend="vllm_generic")
+    torch.testing.assert_close(compiled(x), site(x), rtol=1e-4, atol=1e-5)
 
 
 CASES: dict[str, tuple[Callable[[Tensor], Tensor], int | None]] = {
