@@ -11,10 +11,19 @@ import torch
 from torch import fx, nn
 
 import fxport.ops.attention  # noqa: F401  (registers the op)
+from fxport.capture.sample import device_of
 from fxport.errors import PortError, Reason, ReasonCode
+from fxport.nested import attach
 from fxport.serving import Part, ServingGraph
 
-__all__ = ["Difference", "PackedModel", "PortedModel", "check_against"]
+__all__ = [
+    "ROUNDING",
+    "Difference",
+    "PackedModel",
+    "PortedModel",
+    "check_against",
+    "relative_error",
+]
 
 _ATTENTION = torch.ops.fxport.attention.default
 
@@ -75,11 +84,9 @@ class PortedModel(nn.Module):
     def __init__(self, serving: ServingGraph, parameters: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
         for name, tensor in parameters.items():
-            owner, last = _owner(self, name)
-            owner.register_parameter(last, nn.Parameter(tensor, tensor.is_floating_point()))
+            attach(self, name, nn.Parameter(tensor, tensor.is_floating_point()))
         for name, tensor in serving.constants.items():
-            owner, last = _owner(self, name)
-            owner.register_buffer(last, tensor, persistent=False)
+            attach(self, name, tensor)
         self._graphs = _Graphs(serving)
         self.max_position_embeddings = serving.max_position_embeddings
 
@@ -96,16 +103,6 @@ class PortedModel(nn.Module):
         weights = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         logits = self._graphs(weights, tokens.reshape(1, -1), [length] * batch)
         return logits[0].unflatten(0, (batch, length))
-
-
-def _owner(root: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The submodule that holds a dotted name, made where it is missing."""
-    *parents, last = path.split(".")
-    for name in parents:
-        if name not in root._modules:
-            root.add_module(name, nn.Module())
-        root = root.get_submodule(name)
-    return root, last
 
 
 def _with_segments(part: Part) -> Part:
@@ -125,7 +122,7 @@ def _with_segments(part: Part) -> Part:
 
 
 # Rounding of a whole model relative to its largest logit, in units of the dtype's epsilon.
-_ROUNDING = 2000.0
+ROUNDING = 2000.0
 
 
 class Difference(PortError):
@@ -153,17 +150,17 @@ def check_against(
     Raises:
         Difference: beyond rounding; names the length and position of the largest difference.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     generator = torch.Generator().manual_seed(0)
     sequences = [
         torch.randint(0, vocab_size, (n,), generator=generator).to(device) for n in lengths
     ]
-    bound = _ROUNDING * torch.finfo(dtype).eps
+    bound = ROUNDING * torch.finfo(dtype).eps
     worst = 0.0
     for sequence, found in zip(sequences, packed(sequences), strict=True):
         expected = logits_of(sequence[None])
         found = found[-1] if expected.dim() == 1 else found
-        error = _relative_error(found, expected)
+        error = relative_error(found, expected)
         if not error <= bound:
             reason = Reason(
                 ReasonCode.SELF_CHECK,
@@ -176,12 +173,17 @@ def check_against(
     return worst
 
 
-def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, relative to the largest expected value; inf for another shape.
+
+    Infinities and NaN must be in the same places.
+    """
     if found.shape != expected.shape:
         return float("inf")
     finite = expected.isfinite()
     if not torch.equal(finite, found.isfinite()):
         return float("inf")
-    difference = (found[finite].double() - expected[finite].double()).abs()
-    scale = expected[finite].double().abs().max().clamp_min(1e-30)
-    return float(difference.max() / scale) if difference.numel() else 0.0
+    if not bool(finite.any()):
+        return 0.0
+    difference = (found[finite].double() - expected[finite].double()).abs().max()
+    return float(difference / expected[finite].double().abs().max().clamp_min(1e-30))

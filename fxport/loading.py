@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fxport.errors import SavedPortError
-from fxport.saved import read_config, read_serving
+from fxport.saved import own_dtype, read_config, read_serving
 from fxport.serving import ServingGraph
 
 if TYPE_CHECKING:
@@ -61,10 +61,7 @@ def load(directory: str | Path, device: torch.device | str = "cpu") -> Loaded:
 
     where = torch.device(device)
     config = read_config(directory)
-    dtype = getattr(torch, str(config.get("dtype")), None)
-    if not isinstance(dtype, torch.dtype):
-        raise SavedPortError(f"{directory}: config.json names no dtype")
-    serving = read_serving(directory, has_rule, dtype, where)
+    serving = read_serving(directory, has_rule, own_dtype(directory, config), where)
     specs = _specs(serving)
     check_weights(directory, serving)
     found = _tensors(Path(directory), where)

@@ -28,7 +28,14 @@ from fxport.ops.params import AttentionParams
 from fxport.report import Report
 from fxport.serving import AttentionLayer, ServingGraph
 
-__all__ = ["FORMAT_VERSION", "Tokenizer", "read_config", "read_serving", "write_port"]
+__all__ = [
+    "FORMAT_VERSION",
+    "Tokenizer",
+    "own_dtype",
+    "read_config",
+    "read_serving",
+    "write_port",
+]
 
 FORMAT_VERSION = 1
 GRAPH_FILE = "fxport_graph.json"
@@ -215,6 +222,18 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     if config.get("model_type") != "fxport":
         raise SavedPortError(f"{directory} is not a saved port (model_type is not fxport)")
     return config
+
+
+def own_dtype(directory: str | Path, config: Mapping[str, Any]) -> torch.dtype:
+    """The parameters' dtype, as `read_config` of this directory gives it.
+
+    Raises:
+        SavedPortError: it names none.
+    """
+    dtype = getattr(torch, str(config.get("dtype")), None)
+    if not isinstance(dtype, torch.dtype):
+        raise SavedPortError(f"{directory}: config.json names no dtype")
+    return dtype
 
 
 def read_serving(

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxport.capture.sample import device_of
 from fxport.errors import FxportError
 from fxport.loading import Loaded, load
 from fxport.verify_prompts import prompts_for
@@ -104,8 +105,8 @@ class _Original:
         from fxport.original import logits_function
 
         self._logits = logits_function(clone_for_capture(model), vocab_size)
-        self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self.bound = bound
+        self._device = device_of(model)
+        self.vocab_size, self.bound = vocab_size, bound
 
     def logprobs(self, ids: Sequence[int]) -> Tensor:
         """Float64 ``[T, V]``: what the model predicts after each of the tokens."""
@@ -143,9 +144,9 @@ def _trainable(model: nn.Module, original: _Original, prompts: list[list[int]]) 
     from fxport.original import logits_function
 
     module = trainable(model).eval()
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     asked = sorted(prompts, key=len)[-2:]  # each new length may compile again
-    vocabulary = original.logprobs(asked[0]).shape[-1]
+    vocabulary = original.vocab_size
     logits = logits_function(module, vocabulary)
     pairs = (
         (

@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["first_in_engine", "first_in_graph", "first_in_weights"]
 
-# Of one operation, relative to its largest value, in units of the dtype's epsilon: what adds up on
-# the way from the embedding. A fault is orders of magnitude above.
-_ROUNDING = 2000.0
-
 
 def first_in_weights(loaded: Loaded, parameters: Mapping[str, Tensor]) -> FirstDifference | None:
     """The first parameter that is not the model's."""
@@ -80,15 +76,17 @@ def first_in_engine(loaded: Loaded, prompt: Sequence[int], file: Path) -> FirstD
     """
     from safetensors.torch import load_file
 
+    from fxport.backends.torch import ROUNDING, relative_error
+
     found = {key.partition(":")[2]: value for key, value in load_file(file).items()}
-    bound = _ROUNDING * torch.finfo(loaded.serving.dtype).eps
+    bound = ROUNDING * torch.finfo(loaded.serving.dtype).eps
     paired = 0
     for name, node, value in _values(loaded, prompt):
         other = found.get(name)
         if other is None:
             continue  # a linear layer that the engine joins with its siblings
         paired += 1
-        error = _relative(other, value)
+        error = relative_error(other, value)
         if not error <= bound:
             detail = f"relative difference {error:.1e}, rounding would be below {bound:.1e}"
             between = "graph in PyTorch and the engine"
@@ -136,16 +134,3 @@ def _values(loaded: Loaded, prompt: Sequence[int]) -> Iterator[tuple[str, fx.Nod
 def _is_attention_output(node: fx.Node) -> bool:
     source = node.args[0] if node.target is operator.getitem else None
     return isinstance(source, fx.Node) and source.target is torch.ops.fxport.attention.default
-
-
-def _relative(found: Tensor, expected: Tensor) -> float:
-    if found.shape != expected.shape:
-        return float("inf")
-    a, b = found.double(), expected.double()
-    if not torch.equal(a.isfinite(), b.isfinite()):
-        return float("inf")
-    finite = b.isfinite()
-    if not bool(finite.any()):
-        return 0.0
-    difference = (a[finite] - b[finite]).abs().max()
-    return float(difference / b[finite].abs().max().clamp_min(1e-30))

@@ -27,7 +27,7 @@ from fxport.capture.arguments import shape_of
 from fxport.errors import ReasonCode
 from fxport.passes.attention_emit import Emitter
 from fxport.passes.attention_site import Left
-from fxport.passes.graph_facts import erase_if_unused, value_inputs
+from fxport.passes.graph_facts import erase_if_unused, reachable, value_inputs
 
 __all__ = ["FlexCall", "erase_calls", "flex_calls", "is_flex", "put_back", "write_out"]
 
@@ -93,7 +93,7 @@ def write_out(gm: fx.GraphModule, node: fx.Node) -> FlexCall:
         scores = _apply(emitter, node, score_mod, [scores, *grid], score_tensors)
         mask = _apply(emitter, node, block_mask[-1], grid, mask_tensors)
         blocked = block_mask[-2] != _NO_BLOCKS or block_mask[-3] != _NO_BLOCKS
-        if blocked and not any(i in _behind(mask) for i in grid):
+        if blocked and not set(grid) & set(reachable([mask], value_inputs)):
             raise Left(
                 ReasonCode.MASK_DATA_DEPENDENT,
                 "the block mask has no mask function: its blocks are data",
@@ -281,14 +281,3 @@ def _check_elementwise(inner: fx.Node, node: fx.Node) -> None:
             f"a function of the call uses `{target}`, which is not elementwise",
             node,
         )
-
-
-def _behind(node: fx.Node) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    pending = [node]
-    while pending:
-        current = pending.pop()
-        if current not in found:
-            found.add(current)
-            pending.extend(value_inputs(current))
-    return found

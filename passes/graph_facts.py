@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ __all__ = [
     "erase_if_unused",
     "lends_shape_only",
     "only_checks",
+    "reachable",
     "value_inputs",
 ]
 
@@ -58,6 +59,21 @@ def value_inputs(node: fx.Node) -> list[fx.Node]:
     if packet in _LENT_BY_OTHER:
         return [n for n in node.args[:1] if isinstance(n, fx.Node)]
     return node.all_input_nodes
+
+
+def reachable(
+    starts: Iterable[fx.Node],
+    inputs: Callable[[fx.Node], Iterable[fx.Node]] = lambda node: node.all_input_nodes,
+) -> list[fx.Node]:
+    """`starts` and everything that they are computed from, by these inputs."""
+    found: dict[fx.Node, None] = {}
+    pending = list(starts)
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found[node] = None
+            pending.extend(inputs(node))
+    return list(found)
 
 
 def lends_shape_only(node: fx.Node, user: fx.Node) -> bool:

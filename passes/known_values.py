@@ -28,6 +28,7 @@ from fxport.capture.memory import Memory
 from fxport.passes.attention_emit import Emitter
 from fxport.passes.attention_site import Left
 from fxport.passes.attention_views import overload_packet
+from fxport.passes.graph_facts import reachable
 
 __all__ = ["fold_known_values"]
 
@@ -82,7 +83,9 @@ def _matters(node: fx.Node, known: dict[fx.Node, _Affine]) -> bool:
 
 
 def _replace(gm: fx.GraphModule, node: fx.Node, number: int) -> bool:
-    inputs = [n for n in _ancestors(node) if isinstance(n.meta.get("val"), torch.Tensor)]
+    inputs = [
+        n for n in reachable(node.all_input_nodes) if isinstance(n.meta.get("val"), torch.Tensor)
+    ]
     emitter = Emitter(gm, node, inputs)  # `node` goes away: sizes are read off its inputs
     value = node.meta["val"]
     fill = bool(number) if value.dtype == torch.bool else number
@@ -94,17 +97,6 @@ def _replace(gm: fx.GraphModule, node: fx.Node, number: int) -> bool:
     new = emitter.call(aten.full.default, shape, fill, dtype=value.dtype, device=value.device)
     node.replace_all_uses_with(new)
     return True
-
-
-def _ancestors(node: fx.Node) -> list[fx.Node]:
-    found: dict[fx.Node, None] = {}
-    pending = list(node.all_input_nodes)
-    while pending:
-        current = pending.pop()
-        if current not in found:
-            found[current] = None
-            pending.extend(current.all_input_nodes)
-    return list(found)
 
 
 # -- rules -----------------------------------------------------------------------------------------

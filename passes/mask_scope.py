@@ -26,7 +26,7 @@ from torch import fx
 from fxport.capture.arguments import arguments, shape_of
 from fxport.passes.attention_views import overload_packet
 from fxport.passes.constants import is_symbolic
-from fxport.passes.graph_facts import value_inputs
+from fxport.passes.graph_facts import reachable, value_inputs
 from fxport.passes.mask_reach import PRODUCTS, is_plain_position, reach, unbounded
 
 __all__ = ["Scope", "scope_of", "upper_bound"]
@@ -92,7 +92,7 @@ def scope_of(tensors: Sequence[fx.Node], symbols: Sequence[sympy.Symbol]) -> Sco
     Args:
         symbols: those that the lengths of queries and keys are made of; at least one.
     """
-    nodes = _ancestors(tensors)
+    nodes = reachable(tensors, _plain_inputs)
     foreign = next((n for n in nodes if _varies_along_others(n, symbols)), None)
     if foreign is not None:
         return Scope(why=f"`{_name(foreign)}` may treat every entry of the batch differently")
@@ -145,15 +145,9 @@ def _varies_along_others(node: fx.Node, symbols: Sequence[sympy.Symbol]) -> bool
     )
 
 
-def _ancestors(tensors: Iterable[fx.Node]) -> list[fx.Node]:
-    found: dict[fx.Node, None] = {}
-    pending = list(tensors)
-    while pending:
-        node = pending.pop()
-        if node not in found and not is_symbolic(node):
-            found[node] = None
-            pending.extend(value_inputs(node))
-    return list(found)
+def _plain_inputs(node: fx.Node) -> list[fx.Node]:
+    """The inputs that the value depends on, without sizes."""
+    return [n for n in value_inputs(node) if not is_symbolic(n)]
 
 
 def _name(node: fx.Node) -> str:

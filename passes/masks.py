@@ -27,7 +27,7 @@ from fxport.errors import ReasonCode
 from fxport.passes.attention_frame import Frame, Recipe, recipe
 from fxport.passes.attention_layout import Size, product
 from fxport.passes.attention_site import Left, MaskKind, MaskStep
-from fxport.passes.graph_facts import GraphFacts
+from fxport.passes.graph_facts import GraphFacts, reachable
 from fxport.passes.mask_keys import Keys
 from fxport.passes.mask_scope import scope_of
 from fxport.passes.mask_slopes import same_slopes, slopes_of
@@ -161,7 +161,7 @@ def _prove(
     found: Proof | None = None
     for sizes in points:  # the largest first
         rows, columns = (_number(size, sizes) for size in lengths)
-        if max([rows * columns, *(_entries(t, sizes) for t in _reachable(tensors))]) > MAX_ENTRIES:
+        if max([rows * columns, *(_entries(t, sizes) for t in reachable(tensors))]) > MAX_ENTRIES:
             return Proof(None, rest=True, why="the mask is too large to look at", known=False)
         try:
             values = [
@@ -230,22 +230,11 @@ def _points(
     return [others | point for point in scope.points], scope.why
 
 
-def _reachable(tensors: Sequence[fx.Node]) -> list[fx.Node]:
-    found: dict[fx.Node, None] = {}
-    pending = list(tensors)
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found[node] = None
-            pending.extend(node.all_input_nodes)
-    return list(found)
-
-
 def _symbols(tensors: Sequence[fx.Node], lengths: Lengths) -> set[sympy.Symbol]:
     found: set[sympy.Symbol] = set()
     for size in lengths:
         found |= set() if isinstance(size, int) else size.free_symbols
-    for node in _reachable(tensors):
+    for node in reachable(tensors):
         value = node.meta.get("val")
         sizes = value.shape if isinstance(value, Tensor) else [value]
         for size in sizes:

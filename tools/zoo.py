@@ -58,29 +58,15 @@ class Result:
 
 def judge_port(family: str, implementation: str) -> Result:
     """Ports a family; the port compares itself with the original."""
-    import fxport
-
-    model, problem = _built(family, implementation)
-    if model is None:
-        return problem
-    try:
-        port = fxport.port(model)
-    except fxport.PortError as error:
-        return Result(family, "refused", _reason(error))
-    return Result(family, "exact", _check(port))
+    _, port, problem = _ported(family, implementation)
+    return problem or Result(family, "exact", _check(port))
 
 
 def judge_engine(family: str, implementation: str) -> Result:
     """Ports a family, serves it, and compares tokens and log-probabilities."""
-    import fxport
-
-    model, problem = _built(family, implementation)
-    if model is None:
+    model, port, problem = _ported(family, implementation)
+    if problem is not None:
         return problem
-    try:
-        port = fxport.port(model)
-    except fxport.PortError as error:
-        return Result(family, "refused", _reason(error))
     with tempfile.TemporaryDirectory() as work:
         directory = port.save(Path(work) / "port")
         return _compared(family, model, directory)
@@ -89,7 +75,7 @@ def judge_engine(family: str, implementation: str) -> Result:
 def judge_peer(family: str, implementation: str) -> Result:
     """The same model through vLLM's own Transformers backend."""
     model, problem = _built(family, implementation)
-    if model is None:
+    if problem is not None:
         return problem
     with tempfile.TemporaryDirectory() as work:
         model.save_pretrained(work)
@@ -99,11 +85,25 @@ def judge_peer(family: str, implementation: str) -> Result:
             return Result(family, "refused", _one_line(error))
 
 
-def _built(family: str, implementation: str) -> tuple[Any, Result]:
+def _built(family: str, implementation: str) -> tuple[Any, Result | None]:
+    """The model, or why there is none."""
     try:
-        return tiny_model(family, implementation), Result(family, "")
+        return tiny_model(family, implementation), None
     except Exception as error:  # not every family can be shrunk generically
         return None, Result(family, "not built", _one_line(error))
+
+
+def _ported(family: str, implementation: str) -> tuple[Any, Any, Result | None]:
+    """The model and its port, or why there is none."""
+    import fxport
+
+    model, problem = _built(family, implementation)
+    if problem is not None:
+        return None, None, problem
+    try:
+        return model, fxport.port(model), None
+    except fxport.PortError as error:
+        return None, None, Result(family, "refused", _reason(error))
 
 
 def _reason(error: Any) -> str:

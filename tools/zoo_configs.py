@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["families", "tiny_model"]
+__all__ = ["families", "sharpen", "tiny_model"]
 
 LAYERS, LENGTH, VOCABULARY = 4, 160, 128
 
@@ -84,7 +84,7 @@ def tiny_model(family: str, implementation: str = "eager", seed: int = 0) -> nn.
     model = AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, attn_implementation=implementation
     )
-    return _sharpened(model, seed)
+    return sharpen(model, seed, spread=2.0)
 
 
 def _shrink(config: Any) -> None:
@@ -120,13 +120,18 @@ def _set(config: Any, name: str, value: Any) -> None:
         return  # computed from other sizes
 
 
-def _sharpened(model: nn.Module, seed: int) -> nn.Module:
+def sharpen(model: nn.Module, seed: int, spread: float) -> nn.Module:
+    """Random weights large enough that the best token is clear; the model itself, in eval mode.
+
+    Args:
+        spread: standard deviation of a matrix, times the root of what it sums over.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() >= 2:
-                spread = 2.0 / parameter.shape[-1] ** 0.5
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
+                parameter.copy_(noise * (spread / parameter.shape[-1] ** 0.5))
             else:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+                parameter.add_(noise * 0.1)
     return model.eval()

@@ -46,6 +46,7 @@ from fxport.backends.vllm.siblings import (
 from fxport.backends.vllm.targets import Target
 from fxport.capture.arguments import arguments
 from fxport.errors import FxportError, SavedPortError
+from fxport.nested import attach
 from fxport.parallel.context import ParallelContext
 from fxport.parallel.modules import Gather, ReduceFrom
 from fxport.parallel.plan import ParameterShard, Plan
@@ -181,7 +182,7 @@ class _Builder:
                 self._shard(name), self.vllm_config, f"{self.prefix}.{_owner(name)}"
             )
             self.embeddings[name] = layer
-            _add(self.root, path, layer)
+            attach(self.root, path, layer)
             self._fill(name, layer.get_parameter("weight"), None)
         self._call(source, node, path, tokens)
 
@@ -200,7 +201,7 @@ class _Builder:
 
     def _replace_module(self, node: fx.Node, module: nn.Module) -> None:
         path = f"collectives.c{len(list(self.root.modules()))}"
-        _add(self.root, path, module)
+        attach(self.root, path, module)
         node.target = path
 
     def _head(self, source: RankPart, node: fx.Node, linear: fx.Node) -> bool:
@@ -214,7 +215,7 @@ class _Builder:
         path, tied = f"heads.{weight}", self.embeddings.get(weight)
         prefix = f"{self.prefix}.{_owner(weight)}"
         head = Head(self._shard(weight), bias is not None, tied, self.vllm_config, prefix)
-        _add(self.root, path, head)
+        attach(self.root, path, head)
         if tied is None:
             self._fill(weight, head.lm_head.get_parameter("weight"), None)
         if bias is not None:
@@ -245,7 +246,7 @@ class _Builder:
         prefix = f"{self.prefix}.{_owner(group[0].weight)}"
         joined = Joined(shapes, group[0].bias is not None, self.vllm_config, prefix)
         path = f"siblings.s{len(list(self.root.modules()))}"
-        _add(self.root, path, joined)
+        attach(self.root, path, joined)
         for name, tensor, rows in joined.filled_by(group):
             self._fill(name, tensor, None, rows)
         replace_siblings(graph, group, path)
@@ -271,7 +272,7 @@ class _Builder:
             f"{self.prefix}.{owner}",
         )
         path = f"linears.{owner}"
-        _add(self.root, path, linear)
+        attach(self.root, path, linear)
         filled = dict(linear.linear.named_parameters())
         self._fill(weight, filled["weight"], linear.boxes["weight"])
         if bias is not None:
@@ -289,7 +290,7 @@ class _Builder:
         """An index vector, made once: vLLM's CUDA graphs cannot copy it from the host."""
         index: Any = node.args[0]
         path = f"indices.i{len(list(self.root.buffers()))}"
-        _add(self.root, path, torch.tensor(index))
+        attach(self.root, path, torch.tensor(index))
         with graph.inserting_before(node):
             node.replace_all_uses_with(graph.get_attr(path))
         graph.erase_node(node)
@@ -337,7 +338,7 @@ class _Builder:
             return
         tensor = self._tensor(name)
         self.held[name] = tensor
-        _add(self.root, f"weights.{name}", tensor)
+        attach(self.root, f"weights.{name}", tensor)
         if name in self.serving.parameters:
             self._fill(name, tensor, self._shard(name).indices[self.rank.context.rank])
         else:
@@ -369,20 +370,6 @@ def _vocabulary_names(part: RankPart) -> list[str]:
 
 def _owner(name: str) -> str:
     return name.rpartition(".")[0]
-
-
-def _add(root: nn.Module, path: str, value: nn.Module | torch.Tensor) -> None:
-    *parents, last = path.split(".")
-    for name in parents:
-        if name not in root._modules:
-            root.add_module(name, nn.Module())
-        root = root.get_submodule(name)
-    if isinstance(value, nn.Module):
-        root.add_module(last, value)
-    elif isinstance(value, nn.Parameter):
-        root.register_parameter(last, value)
-    else:
-        root.register_buffer(last, value, persistent=False)
 
 
 def assemble(serving: ServingGraph, vllm_config: VllmConfig, prefix: str) -> Assembled:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 from fxport.capture.location import direct_caller, location_at
 from fxport.errors import PortError, Reason, ReasonCode
 
-__all__ = ["clone_for_capture", "convert", "experts_as_loop", "off_meta", "watch_attributes"]
+__all__ = ["clone_for_capture", "convert", "off_meta", "watch_attributes"]
 
 
 def clone_for_capture(model: nn.Module) -> nn.Module:
@@ -42,15 +42,10 @@ def convert(model: nn.Module, dtype: torch.dtype, *, buffers: bool) -> None:
         model: from `clone_for_capture`; changed in place, ties kept.
         buffers: convert floating point buffers too (their values are kept).
     """
-    made: dict[int, nn.Parameter] = {}
+    _replace_parameters(
+        model, lambda p: torch.empty_like(p, dtype=dtype) if p.is_floating_point() else None
+    )
     for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None or not parameter.is_floating_point():
-                continue
-            if id(parameter) not in made:
-                empty = torch.empty_like(parameter, dtype=dtype)
-                made[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
-            module._parameters[name] = made[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffers and buffer is not None and buffer.is_floating_point():
                 module._buffers[name] = buffer.to(dtype)
@@ -79,37 +74,24 @@ def off_meta(model: nn.Module) -> None:
     ]
     if reasons:
         raise PortError(reasons)
+    _replace_parameters(model, lambda p: torch.empty_like(p, device="cpu") if p.is_meta else None)
+
+
+def _replace_parameters(
+    model: nn.Module, other: Callable[[nn.Parameter], torch.Tensor | None]
+) -> None:
+    """Puts another tensor in the place of each parameter for which there is one; ties are kept."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if parameter is None or not parameter.is_meta:
+            if parameter is None:
                 continue
             if id(parameter) not in made:
-                empty = torch.empty_like(parameter, device="cpu")
-                made[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
+                tensor = other(parameter)
+                if tensor is None:
+                    continue
+                made[id(parameter)] = nn.Parameter(tensor, parameter.requires_grad)
             module._parameters[name] = made[id(parameter)]
-
-
-def experts_as_loop(model: nn.Module) -> str:
-    """Has a Hugging Face mixture of experts run as its library's own loop over experts.
-
-    By default it sorts tokens by expert and multiplies groups of them, which is no operation on
-    each token by itself. The library says that its implementations are equal; the comparison with
-    the original's numbers checks it.
-
-    Args:
-        model: from `clone_for_capture`; changed in place (its configuration is a copy).
-
-    Returns:
-        The implementation that was replaced, or "".
-    """
-    config = getattr(model, "config", None)
-    chosen = getattr(config, "_experts_implementation", None)
-    switch = getattr(model, "set_experts_implementation", None)
-    if not isinstance(chosen, str) or chosen == "eager" or not callable(switch):
-        return ""
-    switch("eager")
-    return chosen
 
 
 def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:

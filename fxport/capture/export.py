@@ -12,8 +12,8 @@ import sympy
 import torch
 from torch import fx, nn
 
-from fxport.capture.clone import clone_for_capture, convert, experts_as_loop, off_meta
-from fxport.capture.hugging_face import without_cache
+from fxport.capture.clone import clone_for_capture, convert, off_meta
+from fxport.capture.hugging_face import experts_as_loop, without_cache
 from fxport.capture.lengths import continues, trace_at_lengths
 from fxport.capture.location import forward_line
 from fxport.capture.outputs import plain_outputs

@@ -13,7 +13,7 @@ from torch import fx
 
 from fxport.diff.record import GraphDiff
 from fxport.errors import SavedPortError
-from fxport.saved import DIGEST_KEY, GRAPH_FILE, read_config, read_serving
+from fxport.saved import DIGEST_KEY, GRAPH_FILE, own_dtype, read_config, read_serving
 from fxport.serving import Part
 
 __all__ = ["Side", "compare", "other_differences", "read_side", "rendered"]
@@ -43,9 +43,7 @@ def read_side(directory: Path) -> Side:
     from fxport.passes.token_rules import has_rule
 
     config = read_config(directory)
-    dtype = getattr(torch, str(config.get("dtype")), None)
-    if not isinstance(dtype, torch.dtype):
-        raise SavedPortError(f"{directory}: config.json names no dtype")
+    dtype = own_dtype(directory, config)
     serving = read_serving(directory, has_rule, dtype, torch.device("cpu"))
     parts = {"embed": serving.embed, "body": serving.body, "head": serving.head}
     layers = {f"attention {i}": str(a) for i, a in enumerate(serving.attention)}

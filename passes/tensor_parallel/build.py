@@ -12,6 +12,7 @@ from fxport.capture.export import Captured, capture
 from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.location import user_location
 from fxport.errors import FxportError
+from fxport.nested import attach
 from fxport.parallel.context import ParallelContext
 from fxport.parallel.plan import Plan, Replicated
 from fxport.passes.attention import rewrite_attention
@@ -125,34 +126,22 @@ def rank_module(divided: Divided) -> fx.GraphModule:
     for shard in divided.plan.parameters:
         value = prepared.captured.parameters[shard.name]
         part = select(value.detach(), shard.indices[rank]).clone()
-        _attach(root, shard.name, nn.Parameter(part, value.requires_grad))
+        attach(root, shard.name, nn.Parameter(part, value.requires_grad))
     for alias, first in prepared.captured.aliases.items():
-        _attach(root, alias, root.get_parameter(first))
+        attach(root, alias, root.get_parameter(first))
     state = set(prepared.captured.state)
     for node in prepared.graph.graph.nodes:
         if node.op == "placeholder" and graph_input(node).kind is InputKind.BUFFER:
             found = graph_input(node)
             assert found.value is not None
-            _attach(root, found.name, found.value, persistent=found.name in state)
+            attach(root, found.name, found.value, persistent=found.name in state)
         elif node.op == "get_attr":
-            _attach(root, str(node.target), getattr(prepared.graph, str(node.target)))
+            attach(root, str(node.target), getattr(prepared.graph, str(node.target)))
     for key, module in emission.modules.items():
         root.add_module(key, module)
     gm = fx.GraphModule(root, emission.graph)
     _keep_all(gm, root)
     return gm
-
-
-def _attach(root: nn.Module, name: str, value: torch.Tensor, persistent: bool = False) -> None:
-    *path, last = name.split(".")
-    for part in path:
-        if part not in root._modules:
-            root.add_module(part, nn.Module())
-        root = root.get_submodule(part)
-    if isinstance(value, nn.Parameter):
-        root.register_parameter(last, value)
-    else:
-        root.register_buffer(last, value, persistent=persistent)
 
 
 def _keep_all(gm: fx.GraphModule, root: nn.Module) -> None:

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fxport.capture.arguments import arguments
 from fxport.capture.inputs import GraphInput, InputKind, graph_input
 from fxport.errors import FxportError
+from fxport.nested import attach
 from fxport.parallel.context import ParallelContext
 from fxport.parallel.modules import CopyTo, SharedGradient
 from fxport.parallel.plan import Plan
@@ -234,29 +235,17 @@ def _prove(serving: ServingGraph, emission: Emission, plan: Plan) -> None:
     root = nn.Module()
     for shard in plan.parameters:
         local = torch.empty(shard.local_shape(emission.rank), device="meta", dtype=serving.dtype)
-        _attach(root, shard.name, nn.Parameter(local, requires_grad=False))
+        attach(root, shard.name, nn.Parameter(local, requires_grad=False))
     for name, spec in serving.constants.items():
-        _attach(root, name, spec.to("meta"))
+        attach(root, name, spec.to("meta"), persistent=True)
     for key, module in emission.modules.items():
         root.add_module(key, module)
     gm = fx.GraphModule(root, emission.graph)
     for shard in plan.parameters:  # GraphModule keeps only what the graph names
-        _attach(gm, shard.name, root.get_parameter(shard.name))
+        attach(gm, shard.name, root.get_parameter(shard.name))
     found = check(gm, plan, emission.rank)
     if found:
         raise FxportError("the division of this port is wrong:\n" + "\n".join(found))
-
-
-def _attach(root: nn.Module, name: str, value: Tensor) -> None:
-    *path, last = name.split(".")
-    for part in path:
-        if part not in root._modules:
-            root.add_module(part, nn.Module())
-        root = root.get_submodule(part)
-    if isinstance(value, nn.Parameter):
-        root.register_parameter(last, value)
-    elif not hasattr(root, last):
-        root.register_buffer(last, value)
 
 
 def _without_backward(part: Part, emission: Emission, serving: ServingGraph) -> RankPart:

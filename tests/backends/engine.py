@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from fxport.tools.zoo_configs import sharpen
+
 # Before vLLM is imported: in process, a small cache, no hub.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -101,13 +103,4 @@ def assert_same(found: Sequence[Generated], expected: Sequence[Generated]) -> No
 def sharpened(build: Callable[[], torch.nn.Module], seed: int) -> torch.nn.Module:
     """Random weights large enough that the best token is clear and depends on the context."""
     torch.manual_seed(seed)
-    model = build()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() >= 2:
-                spread = 2.5 / parameter.shape[-1] ** 0.5
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
-            else:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model.eval()
+    return sharpen(build(), seed, spread=2.5)

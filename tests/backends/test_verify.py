@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -18,6 +17,7 @@ from fxport.cli import main
 from fxport.errors import FxportError, SavedPortError
 from fxport.verify_prompts import prompts_for
 from tests.backends.engine import sharpened
+from tests.saved_ports import edit
 from tests.zoo.llama import Llama
 
 RUNS = ["weights", "graph, mixed batch", "trainable module", "engine: mixed batch",
@@ -37,15 +37,6 @@ def saved(tmp_path_factory) -> Path:
 @pytest.fixture
 def copy(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "port"))
-
-
-def edit(directory: Path, change: Any) -> None:
-    file, config = directory / "fxport_graph.json", directory / "config.json"
-    graph = json.loads(file.read_text())
-    change(graph["own"])
-    file.write_text(json.dumps(graph))
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    config.write_text(json.dumps({**json.loads(config.read_text()), "fxport_graph_sha256": digest}))
 
 
 def test_prompts_fit_and_hold_what_breaks_things():
@@ -71,7 +62,7 @@ def test_a_port_is_equal_in_every_way_and_the_command_says_so(saved: Path):
 @pytest.mark.engine
 def test_a_fault_that_only_the_engine_has_is_found_at_its_layer(copy: Path):
     """The record of layer 2 says another scale than the graph: PyTorch does not read it."""
-    edit(copy, lambda own: own["attention"][2]["params"].update(scale=0.2))
+    edit(copy, lambda graph: graph["own"]["attention"][2]["params"].update(scale=0.2))
     result = fxport.verify(factory(), copy, new_tokens=3)
     assert not result
     equal = {c.what: c.equal for c in result.comparisons}
@@ -97,8 +88,8 @@ def test_a_changed_weight_is_named(copy: Path):
 
 
 def test_a_changed_graph_is_named(copy: Path):
-    def change(own: Any) -> None:
-        nodes = own["body"]["nodes"]
+    def change(graph: Any) -> None:
+        nodes = graph["own"]["body"]["nodes"]
         node = [n for n in nodes if n["op"] == "aten.silu.default"][3]
         node["op"] = "aten.sigmoid.default"
 
@@ -123,7 +114,7 @@ def test_bad_input_is_one_clear_error(saved: Path, tmp_path: Path):
         fxport.verify(factory(), tmp_path, engine=False)
     with pytest.raises(FxportError, match="the engine failed"):
         broken = Path(shutil.copytree(saved, tmp_path / "port"))
-        edit(broken, lambda own: own["attention"][0]["params"].update(softcap="x"))
+        edit(broken, lambda graph: graph["own"]["attention"][0]["params"].update(softcap="x"))
         fxport.verify(factory(), broken)
 
 

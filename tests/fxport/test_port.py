@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import shutil
@@ -22,6 +21,7 @@ from fxport.errors import FxportError, PortError, ReasonCode, SavedPortError
 from fxport.passes import serving as serving_passes
 from fxport.passes.token_rules import has_rule
 from fxport.saved import read_serving
+from tests.saved_ports import edit, write_graph
 from tests.zoo.gemma import Gemma
 from tests.zoo.gpt import GPT
 from tests.zoo.llama import Llama
@@ -295,14 +295,14 @@ def test_a_failed_save_leaves_nothing(gpt_port, tmp_path):
     "damage",
     [
         lambda d: (d / "fxport_graph.json").unlink(),
-        lambda d: _write(d, "{"),
-        lambda d: _write(d, "[1]"),
-        lambda d: _write(d, '{"format_version": 99}'),
-        lambda d: _write(d, '{"format_version": 1}'),
-        lambda d: _edit(d, lambda g: g["own"]["attention"][0].update(num_heads=-1)),
-        lambda d: _edit(d, lambda g: g["own"]["parameters"].update({"x": [2**40, 2**40]})),
-        lambda d: _edit(d, lambda g: g["own"].update(hidden_size=math.pi)),
-        lambda d: _edit(d, lambda g: g["own"]["body"]["nodes"].reverse()),
+        lambda d: write_graph(d, "{"),
+        lambda d: write_graph(d, "[1]"),
+        lambda d: write_graph(d, '{"format_version": 99}'),
+        lambda d: write_graph(d, '{"format_version": 1}'),
+        lambda d: edit(d, lambda g: g["own"]["attention"][0].update(num_heads=-1)),
+        lambda d: edit(d, lambda g: g["own"]["parameters"].update({"x": [2**40, 2**40]})),
+        lambda d: edit(d, lambda g: g["own"].update(hidden_size=math.pi)),
+        lambda d: edit(d, lambda g: g["own"]["body"]["nodes"].reverse()),
     ],
 )
 def test_a_damaged_port_is_refused(saved, tmp_path, damage):
@@ -312,23 +312,3 @@ def test_a_damaged_port_is_refused(saved, tmp_path, damage):
     damage(copy)
     with pytest.raises(SavedPortError):
         read_serving(copy, has_rule, torch.float32, torch.device("cpu"))
-
-
-def _write(directory: Path, text: str) -> None:
-    (directory / "fxport_graph.json").write_text(text)
-    reseal(directory)
-
-
-def _edit(directory: Path, change) -> None:
-    file = directory / "fxport_graph.json"
-    graph = json.loads(file.read_text())
-    change(graph)
-    file.write_text(json.dumps(graph))
-    reseal(directory)
-
-
-def reseal(directory: Path) -> None:
-    """Makes config.json agree with a changed graph, so that more than the digest is tested."""
-    config = json.loads((directory / "config.json").read_text())
-    digest = hashlib.sha256((directory / "fxport_graph.json").read_bytes()).hexdigest()
-    (directory / "config.json").write_text(json.dumps({**config, "fxport_graph_sha256": digest}))
