@@ -14,7 +14,7 @@ from torch import nn
 from fxport.diff.stages import Stage
 from fxport.errors import FxportError, PortError, Reason, ReasonCode
 from fxport.report import Decision, Outcome, Report
-from fxport.saved import Tokenizer, write_port
+from fxport.saved import GenerationConfig, Tokenizer, write_port
 from fxport.serving import Part, ServingGraph
 
 __all__ = ["Port", "port", "trainable"]
@@ -50,6 +50,8 @@ class Port:
     def save(self, directory: str | Path, tokenizer: Tokenizer | str | Path | None = None) -> Path:
         """Writes a directory that ``vllm.LLM(directory)`` serves.
 
+        A Hugging Face model's generation config goes with it.
+
         Args:
             directory: must not exist, or be empty. It appears complete or not at all.
             tokenizer: an object with ``save_pretrained``, or a directory to copy files from.
@@ -67,7 +69,13 @@ class Port:
             self.report,
             has_rule,
             tokenizer,
+            self._generation_config(),
         )
+
+    def _generation_config(self) -> GenerationConfig | None:
+        """A Hugging Face model's defaults for sampling, which vLLM reads."""
+        found = getattr(self._model, "generation_config", None)
+        return found if callable(getattr(found, "to_json_file", None)) else None
 
 
 def trainable(model: nn.Module) -> nn.Module:

@@ -49,6 +49,12 @@ class Tokenizer(Protocol):
     def save_pretrained(self, directory: str) -> object: ...
 
 
+class GenerationConfig(Protocol):
+    """Anything with Hugging Face's `GenerationConfig.to_json_file`."""
+
+    def to_json_file(self, json_file_path: str) -> object: ...
+
+
 def write_port(
     directory: str | Path,
     serving: ServingGraph,
@@ -57,6 +63,7 @@ def write_port(
     report: Report,
     allowed: Allowed,
     tokenizer: Tokenizer | str | Path | None = None,
+    generation: GenerationConfig | None = None,
 ) -> Path:
     """Writes a port. The directory appears complete or not at all.
 
@@ -66,6 +73,7 @@ def write_port(
         half: the graph for half precision, where that is another one.
         parameters: real tensors for every name in ``serving.parameters``.
         tokenizer: an object with `save_pretrained`, or a directory whose files are copied.
+        generation: the model's own defaults for sampling; they win over the tokenizer's directory.
 
     Raises:
         FxportError: the directory exists, or a parameter has no data.
@@ -90,6 +98,8 @@ def write_port(
         constants = {**(half.constants if half is not None else {}), **serving.constants}
         _write_weights(staging, {**{n: parameters[n] for n in serving.parameters}, **constants})
         _write_tokenizer(staging, tokenizer)
+        if generation is not None:
+            generation.to_json_file(str(staging / "generation_config.json"))
         staging.chmod(0o755)
         if final.exists():
             final.rmdir()

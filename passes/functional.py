@@ -19,6 +19,7 @@ from fxport.capture.inputs import graph_input
 from fxport.capture.location import user_location
 from fxport.capture.memory import is_fresh
 from fxport.errors import PortError, Reason, ReasonCode
+from fxport.passes.slice_writes import join_written_pieces
 
 __all__ = ["functionalise", "replace_mutation"]
 
@@ -29,6 +30,7 @@ def functionalise(gm: fx.GraphModule) -> None:
     Raises:
         PortError: an in-place op changes a value that other operations see through a view.
     """
+    join_written_pieces(gm)
     reasons: list[Reason] = []
     for node in list(gm.graph.nodes):
         target = node.target

@@ -11,13 +11,17 @@ That is how a library asks for packed documents where there are none: what is le
 would look like a mask that may treat every entry of the batch differently. A value is followed as
 ``offset + sum_k slope_k * index_k``; the proof holds for every size, nothing is evaluated. What
 shares memory with something that is written to in place is left as it is.
+
+Positions that are counted become plain ones:
+
+    p = (ones(B, T).cumsum(1) * ones(B, T) - 1).long()  p = arange(T)[None].expand(B, T)
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,19 +40,31 @@ aten = torch.ops.aten
 
 _INTEGERS = (torch.int64, torch.int32, torch.bool)
 _EXACT = 256  # whole numbers up to here are exact in every floating dtype
+# What is counted stays exact in these: below 2**24 with such slopes, for 2**20 tokens.
+_WIDE, _STEEP, _FAR = (torch.float32, torch.float64), 8, 2**20
 
 
 @dataclass(frozen=True)
 class _Affine:
-    """A tensor of whole numbers: entry ``[i_0, i_1, ..]`` is ``offset + sum(slope_k * i_k)``."""
+    """A tensor of whole numbers: entry ``[i_0, i_1, ..]`` is ``offset + sum(slope_k * i_k)``.
+
+    Attributes:
+        counted: a running sum has made it.
+    """
 
     offset: int
     slopes: tuple[int, ...]
+    counted: bool = False
 
     @property
     def number(self) -> int | None:
         """What every entry is, if they are all the same."""
         return self.offset if not any(self.slopes) else None
+
+    @property
+    def is_replaced(self) -> bool:
+        """Plain positions stay: only counted ones are made plain."""
+        return self.number is not None or (self.counted and sum(map(bool, self.slopes)) == 1)
 
 
 def fold_known_values(gm: fx.GraphModule) -> int:
@@ -68,9 +84,10 @@ def fold_known_values(gm: fx.GraphModule) -> int:
                 known[node] = found
     folded = 0
     for node, value in known.items():
-        if value.number is None or overload_packet(node) in _FACTORIES or not _matters(node, known):
+        if overload_packet(node) in _FACTORIES or not _matters(node, known):
             continue
-        folded += _replace(gm, node, value.number)
+        if value.is_replaced:
+            folded += _replace(gm, node, known)
     if folded:
         gm.graph.eliminate_dead_code()
         gm.recompile()
@@ -78,25 +95,44 @@ def fold_known_values(gm: fx.GraphModule) -> int:
 
 
 def _matters(node: fx.Node, known: dict[fx.Node, _Affine]) -> bool:
-    """Whether something that is not a number itself reads it."""
-    return any(u not in known or known[u].number is None for u in node.users)
+    """Whether something that will not be replaced itself reads it."""
+    return any(u not in known or not known[u].is_replaced for u in node.users)
 
 
-def _replace(gm: fx.GraphModule, node: fx.Node, number: int) -> bool:
+def _replace(gm: fx.GraphModule, node: fx.Node, known: dict[fx.Node, _Affine]) -> bool:
     inputs = [
         n for n in reachable(node.all_input_nodes) if isinstance(n.meta.get("val"), torch.Tensor)
     ]
-    emitter = Emitter(gm, node, inputs)  # `node` goes away: sizes are read off its inputs
-    value = node.meta["val"]
-    fill = bool(number) if value.dtype == torch.bool else number
+    # `node` goes away, with what it was counted from: sizes are read off what stays, if they can.
+    inputs.sort(key=lambda n: n in known)
+    emitter = Emitter(gm, node, inputs)
+    value, found = node.meta["val"], known[node]
     try:
         shape = emitter.sizes(shape_of(node))
     except Left:
         emitter.undo()
         return False
-    new = emitter.call(aten.full.default, shape, fill, dtype=value.dtype, device=value.device)
+    if found.number is None:
+        new = _count(emitter, found, shape, value)
+    else:
+        fill = bool(found.number) if value.dtype == torch.bool else found.number
+        new = emitter.call(aten.full.default, shape, fill, dtype=value.dtype, device=value.device)
     node.replace_all_uses_with(new)
     return True
+
+
+def _count(emitter: Emitter, found: _Affine, shape: Any, value: torch.Tensor) -> fx.Node:
+    (dim,) = (k for k, slope in enumerate(found.slopes) if slope)
+    new = emitter.call(aten.arange.default, shape[dim], device=value.device)
+    if found.slopes[dim] != 1:
+        new = emitter.call(aten.mul.Tensor, new, found.slopes[dim])
+    if found.offset:
+        new = emitter.call(aten.add.Tensor, new, found.offset)
+    if value.dtype != torch.int64:
+        new = emitter.call(aten.to.dtype, new, value.dtype)
+    for _ in range(dim + 1, len(shape)):
+        new = emitter.call(aten.unsqueeze.default, new, -1)
+    return emitter.call(aten.expand.default, new, shape)
 
 
 # -- rules -----------------------------------------------------------------------------------------
@@ -107,7 +143,10 @@ def _value(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
     found = None if rule is None else rule(node, known)
     if found is None or node.meta["val"].dtype in _INTEGERS:
         return found
-    # Floating point: whole numbers that are passed on, nothing that is computed.
+    if node.meta["val"].dtype in _WIDE and found.counted:
+        small = abs(found.offset) <= _FAR and max(map(abs, found.slopes)) <= _STEEP
+        return found if small else None
+    # Else floating point is passed on, and nothing computed.
     passed_on = overload_packet(node) in _FACTORIES or rule in _PASSING_ON
     exact = found.number is not None and abs(found.number) <= _EXACT
     return found if passed_on and exact else None
@@ -124,7 +163,7 @@ def _operand(given: Any, node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affin
     shape = shape_of(given)
     # A dimension of size 1 has no second entry: its slope says nothing, and must not be spread.
     own = tuple(0 if size == 1 else slope for size, slope in zip(shape, value.slopes, strict=True))
-    return _Affine(value.offset, (0,) * (rank - len(own)) + own)
+    return replace(value, slopes=(0,) * (rank - len(own)) + own)
 
 
 def _arange(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
@@ -150,9 +189,21 @@ def _sum(sign: int) -> Callable[[fx.Node, dict[fx.Node, _Affine]], _Affine | Non
         if left is None or right is None or given.get("alpha", 1) != 1:
             return None
         slopes = tuple(a + sign * b for a, b in zip(left.slopes, right.slopes, strict=True))
-        return _Affine(left.offset + sign * right.offset, slopes)
+        counted = left.counted or right.counted
+        return _Affine(left.offset + sign * right.offset, slopes, counted)
 
     return rule
+
+
+def _product(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
+    """A number, not zero, times a value."""
+    given = arguments(node)
+    sides = [_operand(given[name], node, known) for name in ("self", "other")]
+    for one, other in (sides, sides[::-1]):
+        if one is not None and other is not None and one.number:
+            slopes = tuple(one.number * slope for slope in other.slopes)
+            return _Affine(one.number * other.offset, slopes, other.counted)
+    return None
 
 
 def _comparison(
@@ -196,7 +247,7 @@ def _cumsum(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
         return None
     slopes = [0] * len(value.slopes)
     slopes[given["dim"] % len(slopes)] = value.number
-    return _Affine(value.number, tuple(slopes))
+    return _Affine(value.number, tuple(slopes), counted=True)
 
 
 def _index(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
@@ -228,7 +279,7 @@ def _unsqueeze(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
     if value is None:
         return None
     dim = given["dim"] % len(shape_of(node))
-    return _Affine(value.offset, (*value.slopes[:dim], 0, *value.slopes[dim:]))
+    return replace(value, slopes=(*value.slopes[:dim], 0, *value.slopes[dim:]))
 
 
 def _slice(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
@@ -240,7 +291,7 @@ def _slice(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
         return value
     if not isinstance(start, int) or start < 0 or given["step"] != 1:
         return None
-    return _Affine(value.offset + start * value.slopes[given["dim"]], value.slopes)
+    return replace(value, offset=value.offset + start * value.slopes[given["dim"]])
 
 
 def _logical(
@@ -274,6 +325,7 @@ _RULES: dict[Any, Callable[[fx.Node, dict[fx.Node, _Affine]], _Affine | None]] =
         ((aten.full, aten.new_full, aten.full_like), _factory("fill_value")),
         ((aten.add,), _sum(1)),
         ((aten.sub,), _sum(-1)),
+        ((aten.mul,), _product),
         ((aten.eq,), _comparison(operator.eq)),
         ((aten.ne,), _comparison(operator.ne)),
         ((aten.lt,), _comparison(operator.lt)),

@@ -89,7 +89,7 @@ def _squeeze(call: Call) -> Axes:
     axes = call.of("self")
     given = call.arguments.get("dim")
     dims = [given] if isinstance(given, int) else given
-    if dims is None or any(has_axis(axes[d]) for d in dims):
+    if any(has_axis(axes[d]) for d in (range(len(axes)) if dims is None else dims)):
         raise Refusal(
             ReasonCode.UNSUPPORTED_OP,
             "squeeze would drop the batch or token axis when it has size 1",

@@ -32,7 +32,8 @@ _SIZES: dict[str, int] = {
     **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts"), 2),
     **dict.fromkeys(("n_group", "topk_group", "num_expert_groups"), 1),
     **dict.fromkeys(
-        ("moe_intermediate_size", "expert_intermediate_size", "shared_expert_intermediate_size"), 96
+        ("moe_intermediate_size", "expert_intermediate_size", "shared_expert_intermediate_size",
+         "expert_ffn_hidden_size"), 96,
     ),
     "first_k_dense_replace": 1,
     "n_shared_experts": 1,
@@ -40,6 +41,8 @@ _SIZES: dict[str, int] = {
     "kv_lora_rank": 40,
     "qk_nope_head_dim": 32,
     "qk_rope_head_dim": 16,
+    "qk_head_dim": 48,
+    "num_kv_shared_layers": 1,
     "v_head_dim": 32,
     "sliding_window": 24,
     "attention_chunk_size": 32,
@@ -53,6 +56,7 @@ _SIZES: dict[str, int] = {
     ),
 }  # fmt: skip
 _SAME_AS_HIDDEN = {"word_embed_proj_dim"}
+_EVEN_IF_NONE = {"head_dim", "num_key_value_heads", "n_routed_experts", "n_shared_experts"}
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 
 
@@ -79,7 +83,6 @@ def tiny_model(family: str, implementation: str = "eager", seed: int = 0) -> nn.
         _shrink(part)
     if hasattr(config, "is_decoder") and not config.is_encoder_decoder:
         config.is_decoder = True
-    config.use_cache = text.use_cache = False
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, attn_implementation=implementation
@@ -93,14 +96,16 @@ def _shrink(config: Any) -> None:
          if isinstance(getattr(config, n, None), int)), 0,
     )  # fmt: skip
     for name, size in _SIZES.items():
-        value = getattr(config, name, None)
-        if isinstance(value, int) and not isinstance(value, bool):
+        value = _get(config, name)
+        given = isinstance(value, int) and not isinstance(value, bool)
+        if given or (value is None and name in _EVEN_IF_NONE and name in vars(config)):
             _set(config, name, 128 if name in _SAME_AS_HIDDEN else size)
     for name, value in list(vars(config).items()):
         if isinstance(value, list | tuple) and depth > LAYERS and len(value) == depth:
             _set(config, name, _kinds(value))
     if isinstance(getattr(config, "qk_rope_head_dim", None), int):
         _set(config, "head_dim", config.qk_rope_head_dim)  # what is rotated of a latent head
+        _set(config, "num_key_value_heads", 4)  # every head has keys of its own
     for name, token in _TOKENS.items():
         if getattr(config, name, None) is not None:
             _set(config, name, token)
@@ -111,6 +116,13 @@ def _kinds(values: list[Any] | tuple[Any, ...]) -> list[Any]:
     kinds = list(dict.fromkeys(map(str, values)))
     first = [next(v for v in values if str(v) == kind) for kind in kinds][:LAYERS]
     return [first[i % len(first)] for i in range(LAYERS)]
+
+
+def _get(config: Any, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except (ValueError, NotImplementedError, RuntimeError):  # it differs from layer to layer
+        return None
 
 
 def _set(config: Any, name: str, value: Any) -> None:

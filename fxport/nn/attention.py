@@ -9,6 +9,7 @@ from fxport.errors import FxportError
 from fxport.nn.linear import ColumnParallelLinear, RowParallelLinear
 from fxport.ops.attention import attention
 from fxport.ops.params import AttentionParams
+from fxport.parallel.collectives import copy_to
 from fxport.parallel.context import ParallelContext
 
 __all__ = ["FlashCore", "VLLMFlashAttention", "rotate", "token_positions"]
@@ -109,7 +110,11 @@ class VLLMFlashAttention(nn.Module):
         self.num_heads = num_heads // context.world_size
         self.num_kv_heads = kv_heads * replicas // context.world_size
         self.q_proj = ColumnParallelLinear(
-            hidden_size, num_heads * head_dim, bias, parallel_context=context
+            hidden_size,
+            num_heads * head_dim,
+            bias,
+            disable_grad_reduce=True,
+            parallel_context=context,
         )
         self.k_proj, self.v_proj = (
             ColumnParallelLinear(
@@ -117,6 +122,7 @@ class VLLMFlashAttention(nn.Module):
                 kv_heads * head_dim,
                 bias,
                 replicas=replicas,
+                disable_grad_reduce=True,
                 parallel_context=context,
             )
             for _ in range(2)
@@ -153,6 +159,7 @@ class VLLMFlashAttention(nn.Module):
                 "attention takes [B, T, C], or packed [num_tokens, C] with cu_seqlens; not "
                 f"{tuple(hidden.shape)}{'' if cu_seqlens is None else ' with cu_seqlens'}"
             )
+        hidden = copy_to(hidden, self.parallel_context)  # once for q, k and v
         q = self.q_proj(hidden).unflatten(-1, (self.num_heads, self.head_dim))
         k = self.k_proj(hidden).unflatten(-1, (self.num_kv_heads, self.head_dim))
         v = self.v_proj(hidden).unflatten(-1, (self.num_kv_heads, self.head_dim))

@@ -39,6 +39,9 @@ class ColumnParallelLinear(ShardedModule):
         gather_output: give every rank the full ``[.., out]`` instead of its own part.
         replicas: this many neighbouring ranks hold the same rows, and their gradients are summed
             (key/value heads that are fewer than the ranks).
+        disable_grad_reduce: do not sum the input's gradient over the ranks. For layers that share
+            their input: the caller passes it through ``copy_to`` once, which costs one all-reduce
+            instead of one a layer. Without that ``copy_to`` the gradient is wrong.
         parallel_context: None is one rank.
 
     Raises:
@@ -56,6 +59,7 @@ class ColumnParallelLinear(ShardedModule):
         *,
         gather_output: bool = False,
         replicas: int = 1,
+        disable_grad_reduce: bool = False,
         parallel_context: ParallelContext | None = None,
     ) -> None:
         super().__init__(parallel_context)
@@ -66,7 +70,7 @@ class ColumnParallelLinear(ShardedModule):
         if out_features % parts:
             raise FxportError(f"{out_features} output features do not divide over {parts} ranks")
         self.in_features, self.out_features = in_features, out_features
-        self.gather_output = gather_output
+        self.gather_output, self.disable_grad_reduce = gather_output, disable_grad_reduce
         shard = Shard(0, out_features, out_features // parts, replicas)
         weight, offset = _initial(out_features, in_features, bias)
         self.add_parameter("weight", weight, shard)
@@ -85,7 +89,9 @@ class ColumnParallelLinear(ShardedModule):
         if self.shared is not None:
             weight = self.shared(weight)
             bias = None if bias is None else self.shared(bias)
-        result = F.linear(copy_to(value, self.parallel_context), weight, bias)
+        if not self.disable_grad_reduce:
+            value = copy_to(value, self.parallel_context)
+        result = F.linear(value, weight, bias)
         return gather_from(result, -1, self.parallel_context) if self.gather_output else result
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -40,10 +41,20 @@ def register_model(name: str, build: Build) -> None:
         FxportError: another function is registered under this name.
     """
     known = _builders.get(name)
-    # A worker that is spawned imports the user's main module a second time, under another name.
-    if known is not None and known.__qualname__ != build.__qualname__:
-        raise FxportError(f"the model {name!r} is registered already, as {known.__qualname__}")
+    if known is not None and _origin(known) != _origin(build):
+        raise FxportError(
+            f"the model {name!r} is registered already, as {' in '.join(_origin(known))}"
+        )
     _builders[name] = build
+
+
+def _origin(build: Build) -> tuple[str, str]:
+    """What it is called and the file it stands in.
+
+    Not the module's name: a spawned worker imports the main module under another one.
+    """
+    module = sys.modules.get(str(getattr(build, "__module__", None)))
+    return getattr(build, "__qualname__", repr(build)), getattr(module, "__file__", None) or ""
 
 
 def find_builder(name: str) -> Build:

@@ -12,6 +12,7 @@ from fxport.errors import FxportError
 from fxport.nn.attention import VLLMFlashAttention, token_positions
 from fxport.nn.embedding import VocabParallelEmbedding
 from fxport.nn.linear import ColumnParallelLinear, RowParallelLinear
+from fxport.parallel.collectives import copy_to
 from fxport.parallel.context import ParallelContext
 
 __all__ = ["GenericTransformerForCausalLM", "TransformerConfig"]
@@ -62,11 +63,17 @@ class _MLP(nn.Module):
     def __init__(self, config: TransformerConfig, context: ParallelContext) -> None:
         super().__init__()
         hidden, wide = config.hidden_size, config.intermediate_size
-        self.gate_proj = ColumnParallelLinear(hidden, wide, False, parallel_context=context)
-        self.up_proj = ColumnParallelLinear(hidden, wide, False, parallel_context=context)
+        self.parallel_context = context
+        self.gate_proj, self.up_proj = (
+            ColumnParallelLinear(
+                hidden, wide, False, disable_grad_reduce=True, parallel_context=context
+            )
+            for _ in range(2)
+        )
         self.down_proj = RowParallelLinear(wide, hidden, False, parallel_context=context)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        hidden = copy_to(hidden, self.parallel_context)  # once for gate and up
         result: Tensor = self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
         return result
 

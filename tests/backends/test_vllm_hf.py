@@ -14,8 +14,8 @@ import fxport
 from fxport.tools.zoo_configs import families, tiny_model
 
 # Learned positions and a tied head; rotary GQA; QK-norm; softcaps, windows and scaled embeddings;
-# ALiBi by column and fused qkv per head; parallel blocks with partial rotary.
-EXACT = ("gpt2", "llama", "qwen3", "gemma2", "bloom", "gpt_neox")
+# ALiBi by column and fused qkv per head; parallel blocks with partial rotary; latent attention.
+EXACT = ("gpt2", "llama", "qwen3", "gemma2", "bloom", "gpt_neox", "minicpm3")
 
 
 @pytest.mark.engine
@@ -36,6 +36,15 @@ def test_the_config_names_the_length_where_the_code_bounds_none() -> None:
     (decision,) = [d for d in port.report.decisions if d.pass_name == "length"]
     assert "config" in decision.detail
     assert fxport.port(tiny_model("llama"), max_seq_len=300).serving.max_position_embeddings == 300
+
+
+def test_the_generation_config_goes_with_the_model(tmp_path: Path) -> None:
+    model = tiny_model("opt")  # counts its positions in floating point
+    model.generation_config.update(temperature=0.25, eos_token_id=[2, 7])
+    directory = fxport.port(model).save(tmp_path / "port")
+    found = json.loads((directory / "generation_config.json").read_text())
+    assert found["temperature"] == 0.25 and found["eos_token_id"] == [2, 7]
+    assert model.config.use_cache  # off in the port; the model is as it was
 
 
 def test_positions_counted_by_what_the_tokens_are_is_refused() -> None:

@@ -31,6 +31,7 @@ class Base(nn.Module):
         self.mix = nn.Linear(C, C)
         self.conv = nn.Conv1d(C, C, 3, padding=2, groups=C)
         self.wpe = nn.Embedding(64, C)
+        self.gain = nn.Parameter(torch.rand(1, C, 1))
         self.register_buffer("pe", torch.randn(1, 64, C))
         self.register_buffer("inv_freq", 1.0 / 100 ** (torch.arange(0, C, 2).float() / C))
 
@@ -229,6 +230,10 @@ def squeezed_by_name(self, x, idx):
     return x[..., None].squeeze(-1) + x.unsqueeze(1).squeeze(1)
 
 
+def squeezed_gain(self, x, idx):
+    return x * self.gain.squeeze()  # without the batch or the tokens in it: nothing to lose
+
+
 def like_zeros(self, x, idx):
     return x + torch.zeros_like(x) + torch.ones(x.shape[0], x.shape[1], 1)
 
@@ -263,7 +268,7 @@ LOCAL = [
     (learned, 1), (learned_offset, 1), (learned_rows, 1), (expanded, 1), (counted, 1),
     (inv_freq_in_forward, 1), (unknown_op_on_constants, 0), (padded_features, 0),
     (buffer_rows, 1), (narrowed, 1), (on_the_fly, 1), (einsum_angles, 1), (like_zeros, 0),
-    (squeezed_by_name, 0),
+    (squeezed_by_name, 0), (squeezed_gain, 0),
     (folded, 0), (time_first, 0), (per_head, 0), (routed, 0), (in_place, 0),
 ]  # fmt: skip
 

@@ -1,0 +1,112 @@
+"""Gradient clipping by the norm of the whole model, not of one rank's shards."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fxport.errors import FxportError
+from fxport.nn.shards import shards_of
+from fxport.parallel.context import ParallelContext
+from fxport.parallel.plan import ParameterShard, Plan
+
+__all__ = ["clip_grad_norm_"]
+
+
+def clip_grad_norm_(
+    module: nn.Module,
+    max_norm: float,
+    parallel_context: ParallelContext,
+    norm_type: float = 2.0,
+) -> Tensor:
+    """``torch.nn.utils.clip_grad_norm_`` for a model divided over ranks.
+
+    A collective (one all-reduce of one number): every rank calls it, once the gradients are
+    complete. Each position of each parameter counts once, on however many ranks it is held.
+
+    Args:
+        module: from `fxport.parallelize`, of `fxport.nn`'s blocks, or a module around them.
+            Parameters of other modules count as replicated, with the same gradient everywhere.
+        max_norm: gradients are multiplied, in place, by ``min(1, max_norm / (norm + 1e-6))``.
+        parallel_context: the one that divided the model.
+        norm_type: p of the p-norm, above 0; ``float("inf")`` for the maximum.
+
+    Returns:
+        The norm before clipping, a scalar, equal on every rank; float32 (float64 when a gradient
+        is).
+
+    Raises:
+        FxportError: the model was divided over another number of ranks, or a gradient is no plain
+            tensor (FSDP2's are not).
+    """
+    held = [(p.grad, copies) for p, copies in _held(module, parallel_context) if p.grad is not None]
+    for grad, _ in held:
+        if type(grad) is not Tensor:
+            raise FxportError(f"cannot clip gradients of type {type(grad).__name__}")
+    with torch.no_grad():
+        total = _norm(held, parallel_context, norm_type, next(module.parameters()).device)
+        factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+        for grad, _ in held:
+            grad.mul_(factor.to(grad.device, grad.dtype))
+    return total
+
+
+def _norm(
+    held: list[tuple[Tensor, Tensor | int]],
+    context: ParallelContext,
+    norm_type: float,
+    device: torch.device,
+) -> Tensor:
+    double = any(grad.dtype == torch.float64 for grad, _ in held)
+    dtype = torch.float64 if double else torch.float32
+    total = torch.zeros((), dtype=dtype, device=device)
+    if norm_type == float("inf"):
+        for grad, _ in held:
+            if grad.numel():
+                total = torch.maximum(total, grad.abs().amax().to(total))
+        return context.transport.all_reduce(total, maximum=True)
+    for grad, copies in held:
+        total += (grad.to(dtype).abs().pow(norm_type) / copies).sum().to(total)
+    return context.transport.all_reduce(total).pow(1 / norm_type)
+
+
+def _held(module: nn.Module, context: ParallelContext) -> list[tuple[nn.Parameter, Tensor | int]]:
+    """Every parameter once, with how many ranks hold each of its positions (broadcastable)."""
+    copies: dict[int, Tensor | int] = {}
+    named = dict(module.named_parameters(remove_duplicate=False))
+    for name, (shard, divided) in shards_of(module).items():
+        _check(divided.world_size, context)
+        copies[id(named[name])] = shard.replicas
+    for part in module.modules():
+        plan = getattr(part, "plan", None)
+        if isinstance(plan, Plan):
+            _check(plan.world_size, context)
+            for record in plan.parameters:
+                parameter = part.get_parameter(record.name)
+                copies[id(parameter)] = _copies(record, context.rank, parameter.device)
+    return [(p, copies.get(id(p), context.world_size)) for p in module.parameters()]
+
+
+def _check(world_size: int, context: ParallelContext) -> None:
+    if world_size != context.world_size:
+        raise FxportError(
+            f"the model is divided over {world_size} ranks, the context has {context.world_size}"
+        )
+
+
+def _copies(shard: ParameterShard, rank: int, device: torch.device) -> Tensor:
+    """For each position that `rank` holds: how many ranks hold it."""
+    total = torch.zeros([1] * len(shard.shape), device=device)
+    for other in shard.indices:
+        shared = torch.ones_like(total)
+        for dim, theirs in enumerate(other):
+            if theirs is None:
+                continue
+            own = shard.indices[rank][dim]
+            positions = torch.tensor(range(shard.shape[dim]) if own is None else own)
+            along = torch.isin(positions, torch.tensor(theirs)).to(shared)
+            shape = [1] * len(shard.shape)
+            shape[dim] = -1
+            shared = shared * along.view(shape)
+        total = total + shared
+    return total

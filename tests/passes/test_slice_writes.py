@@ -1,0 +1,131 @@
+"""A tensor written piece by piece becomes its pieces joined; what is not quite that stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fxport.errors import PortError
+from fxport.passes.functional import functionalise
+from fxport.passes.slice_writes import join_written_pieces
+
+aten = torch.ops.aten
+
+
+def traced(function: Callable[..., Tensor], *inputs: Tensor) -> fx.GraphModule:
+    return make_fx(function, tracing_mode="fake", pre_dispatch=True)(*inputs)
+
+
+def two_parts(x: Tensor) -> Tensor:
+    y = x.new_empty(x.shape[0], x.shape[1], 2 * x.shape[2])
+    y[..., : x.shape[2]].copy_(x.sin())
+    y[..., x.shape[2] :].copy_(x.cos())
+    return y.transpose(1, 2) * 2
+
+
+def three_parts_in_another_order(x: Tensor) -> Tensor:
+    y = torch.zeros(3, *x.shape, dtype=x.dtype)
+    y[2:].copy_(x.sin()[None])
+    y[:1].copy_(x.cos()[None])
+    y[1:2].copy_(x.exp()[None])
+    return y
+
+
+@pytest.mark.parametrize("function", [two_parts, three_parts_in_another_order])
+def test_pieces_are_joined(function: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(3, 7, 5, dtype=torch.float64)
+    gm = traced(function, x)
+    assert join_written_pieces(gm) == 1
+    functionalise(gm)
+    targets = [n.target for n in gm.graph.nodes]
+    assert aten.cat.default in targets and aten.copy_.default not in targets
+    torch.testing.assert_close(gm(x), function(x), rtol=0, atol=0)
+
+
+def a_gap(x: Tensor) -> Tensor:
+    y = x.new_zeros(x.shape[0], x.shape[1], 11)
+    y[..., :5].copy_(x)
+    y[..., 6:].copy_(x)
+    return y * 2
+
+
+def overlapping(x: Tensor) -> Tensor:
+    y = x.new_zeros(x.shape[0], x.shape[1], 9)
+    y[..., 4:].copy_(x)
+    y[..., :5].copy_(x.sin())
+    return y * 2
+
+
+def read_in_between(x: Tensor) -> Tensor:
+    y = x.new_zeros(x.shape[0], x.shape[1], 10)
+    y[..., :5].copy_(x)
+    half = y.sin()
+    y[..., 5:].copy_(x)
+    return y + half
+
+
+def seen_through_an_earlier_view(x: Tensor) -> Tensor:
+    y = x.new_zeros(x.shape[0], x.shape[1], 10)
+    view = y.transpose(0, 1)
+    y[..., :5].copy_(x)
+    y[..., 5:].copy_(x.sin())
+    return view * 2
+
+
+def written_once_more(x: Tensor) -> Tensor:
+    y = x.new_zeros(x.shape[0], x.shape[1], 10)
+    y[..., :5].copy_(x)
+    y[..., 5:].copy_(x.sin())
+    y[..., :1].copy_(x[..., :1].cos())
+    return y * 2
+
+
+def source_changed_in_between(x: Tensor) -> Tensor:
+    y, a = x.new_zeros(x.shape[0], x.shape[1], 10), x.cos()
+    y[..., :5].copy_(a)
+    a.mul_(3.0)
+    y[..., 5:].copy_(a)
+    return y * 2
+
+
+def of_another_type(x: Tensor) -> Tensor:
+    y = torch.zeros(x.shape[0], x.shape[1], 10, dtype=torch.float32)
+    y[..., :5].copy_(x)
+    y[..., 5:].copy_(x.sin())
+    return y * 2
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        a_gap,
+        overlapping,
+        read_in_between,
+        seen_through_an_earlier_view,
+        written_once_more,
+        source_changed_in_between,
+        of_another_type,
+    ],
+)
+def test_what_is_more_than_that_stays(function: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(3, 7, 5, dtype=torch.float64)
+    gm = traced(function, x)
+    assert join_written_pieces(gm) == 0
+    with pytest.raises(PortError, match="changes a tensor"):
+        functionalise(gm)
+
+
+def test_an_argument_is_left_alone() -> None:
+    """Its caller sees the writes."""
+
+    def into_argument(x: Tensor, y: Tensor) -> Tensor:
+        y[..., :5].copy_(x)
+        y[..., 5:].copy_(x)
+        return y * 2
+
+    x, y = torch.randn(3, 7, 5), torch.randn(3, 7, 10)
+    assert join_written_pieces(traced(into_argument, x, y)) == 0
