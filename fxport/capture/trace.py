@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import io
 import logging
+import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind as ExportInput
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from fxport.capture.inputs import GraphInput, InputKind
 from fxport.capture.location import location_in, record_user_lines
@@ -25,6 +28,7 @@ from fxport.errors import PortError, Reason, ReasonCode
 
 __all__ = ["aliases_of", "explain_failure", "export", "graph_of", "quiet", "token_argument"]
 
+_LOGGERS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
 _NOTHING_EMPTY: Empties = frozenset[int]().__contains__
 
 
@@ -47,6 +51,7 @@ def export(
     with (
         _no_fast_path(),
         quiet(),
+        _without_partial_graph(),
         record_user_lines(),
         Selections(empty),
         torch.no_grad(),
@@ -70,13 +75,30 @@ def _no_fast_path() -> Iterator[None]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Torch logs what it then raises; the reason that we give says it once."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def _without_partial_graph() -> Iterator[None]:
+    """A failed export prints all that it has traced so far. What else is printed is passed on."""
+    written, graph = io.StringIO(), None
+    try:
+        with redirect_stderr(written):
+            yield
+    except Exception as error:
+        graph = getattr(error, "partial_fx_graph", None)
+        raise
+    finally:
+        text = written.getvalue()
+        sys.stderr.write(text if graph is None else text.replace(f"{graph}\n", ""))
 
 
 def token_argument(model: nn.Module) -> str:
@@ -101,14 +123,15 @@ def explain_failure(error: Exception) -> Reason:
     """A capture error in the user's terms: the innermost line of theirs, the first sentence."""
     frames = "".join(traceback.format_tb(error.__traceback__))
     where = location_in(frames) or location_in(str(error))
+    if isinstance(error, GuardOnDataDependentSymNode):
+        return Reason(
+            ReasonCode.CAPTURE_FAILED,
+            "forward takes another path, or another shape, for other values of a tensor",
+            where,
+            hint="control flow must not depend on the values of the tokens",
+        )
     message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    data_dependent = "data-dependent" in str(error) or "Data-dependent" in str(error)
-    return Reason(
-        ReasonCode.CAPTURE_FAILED,
-        f"{type(error).__name__}: {message}",
-        where,
-        hint="control flow must not depend on the values of the tokens" if data_dependent else "",
-    )
+    return Reason(ReasonCode.CAPTURE_FAILED, f"{type(error).__name__}: {message}", where)
 
 
 def graph_of(exported: torch.export.ExportedProgram, aliases: Mapping[str, str]) -> fx.GraphModule:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import linecache
+import logging
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -97,9 +99,10 @@ def line_of(reason) -> str:
     return linecache.getline(__file__, reason.location.line)
 
 
-def test_data_dependent_control_flow_is_refused_at_its_line():
+def test_data_dependent_control_flow_is_refused_at_its_line(capfd, caplog):
     class Model(Tiny):
         def forward(self, ids):
+            print("the user's own", file=sys.stderr)
             if ids.sum() > 3:  # HERE
                 return super().forward(ids)
             return super().forward(ids) * 2
@@ -107,6 +110,10 @@ def test_data_dependent_control_flow_is_refused_at_its_line():
     reason = refusal(Model())
     assert reason.code is ReasonCode.CAPTURE_FAILED
     assert "# HERE" in line_of(reason), str(reason)
+    assert "other values of a tensor" in reason.message and "control flow" in reason.hint
+    printed, complaints = capfd.readouterr()  # torch would print the graph, the user may print
+    assert not printed and set(complaints.splitlines()) == {"the user's own"}
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
 
 
 def test_an_attribute_changed_in_forward_is_refused_at_its_line():
