@@ -14,13 +14,15 @@ from __future__ import annotations
 import operator
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fxport.capture.location import user_location
+from fxport.diff.ablation import Agrees, put_in
 from fxport.diff.numbers import TOLERANCES, Difference, difference, magnitude
 from fxport.diff.running import Trace, input_values, is_overwritten, node_name, run_traced
 from fxport.errors import Location
@@ -46,6 +48,11 @@ class Compared:
     value_ok: bool = True
     gradient_ok: bool = True
     note: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Both were compared where they could be, and are within tolerance."""
+        return self.value_ok and self.gradient_ok
 
 
 @dataclass(frozen=True)
@@ -143,7 +150,21 @@ def check_pairs(
     default = TOLERANCES[computed]
     rtol, atol = (d if t is None else t for t, d in zip((rtol, atol), default, strict=True))
     rows = _compare(pairs, left, right, rtol, atol)
-    return Check(rows, dtype, rtol, atol, _first_value(rows), _first_gradient(rows))
+
+    value, gradient = _first_value(rows), _first_gradient(rows)
+
+    def again(seen: Compared, gm: fx.GraphModule, node: fx.Node, graded: bool) -> Compared:
+        trace = run_traced(gm, {node}, values, graded, dtype)
+        return _compare([(seen.before, node)], left, trace, rtol, atol)[0]
+
+    # Behind a wrong value every gradient is another.
+    if value is not None:
+        retry = partial(again, value.seen, graded=False)
+        value = _sharpened(value, after, rows, lambda gm, node: retry(gm, node).value_ok)
+    elif gradient is not None:
+        retry = partial(again, gradient.seen, graded=True)
+        gradient = _sharpened(gradient, after, rows, lambda gm, node: retry(gm, node).ok)
+    return Check(rows, dtype, rtol, atol, value, gradient)
 
 
 # --- comparing --------------------------------------------------------------------------------
@@ -276,6 +297,18 @@ def _blame(
     nearest = ordered if what == "gradient" else reversed(ordered)
     node = min(nearest, key=lambda n: _innocence(n, partners))
     return Divergence(what, seen, node, tuple(ordered))
+
+
+def _sharpened(
+    found: Divergence, after: fx.GraphModule, rows: Sequence[Compared], agrees: Agrees
+) -> Divergence:
+    """Of several new nodes side by side, the one without which the graphs agree."""
+    paired = {row.after for row in rows}
+    new = [node for node in found.suspects if node not in paired]
+    if found.node in paired or len(new) < 2:
+        return found
+    node = put_in(after, new, found.seen.after, agrees)
+    return found if node is None else replace(found, node=node)
 
 
 def _innocence(node: fx.Node, partners: Mapping[fx.Node, fx.Node]) -> int:

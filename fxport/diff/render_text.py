@@ -12,11 +12,12 @@ from fxport.diff.reasons import decision_text
 from fxport.diff.record import Change, GraphDiff, NodeRecord, Row
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 __all__ = ["Folded", "as_dict", "fold", "table", "unified"]
 
 WIDTH = 80
+_HEADERS, _MOST = ("change", "node", "what", "where"), (14, 22, 22, 18)
 _LAYER = re.compile(r"(?<=[./])\d+(?=[./]|$)")
 _ORDINAL = re.compile(r"#\d+$")
 
@@ -63,10 +64,19 @@ def table(diff: GraphDiff) -> str:
         lines.append(
             (row.change.value + times, group.name, _what(row, len(group.rows)), _where(row))
         )
-    width = [14, 20, 20, 20]
     return f"{summary}\n\n" + tabulate(
-        lines, headers=("change", "node", "what", "where"), maxcolwidths=width, tablefmt="simple"
+        lines, headers=_HEADERS, maxcolwidths=_widths(lines), tablefmt="simple"
     )
+
+
+def _widths(lines: Sequence[Sequence[str]]) -> list[int]:
+    """What is done gets the room that the other columns leave."""
+    change, node, _, where = (
+        min(most, max(len(cell) for cell in column))
+        for most, *column in zip(_MOST, _HEADERS, *lines, strict=True)
+    )
+    between = 2 * (len(_HEADERS) - 1)
+    return [change, node, WIDTH - between - change - node - where, where]
 
 
 def _what(row: Row, count: int) -> str:
