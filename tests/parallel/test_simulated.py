@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import Any
+
 import pytest
 import torch
+from torch import fx
 
 from fxport.parallel.api import gather_state_dict, plan, shard_state_dict
+from fxport.parallel.context import ParallelContext
+from fxport.passes.tensor_parallel.build import divide, prepare
 from tests.parallel.models import LAYERS, MODELS
 from tests.parallel.simulation import compare, make, randomised
 
@@ -28,6 +34,28 @@ def test_dense_block_costs_two_reductions_each_way(name: str) -> None:
     # one more each way for the divided vocabulary: embedding forward, head backward
     assert found.count("forward") == found.count("backward") == 2 * LAYERS + 1
     assert not any("parameter" in c.kind for c in found.collectives)
+
+
+def _calls(graph: fx.Graph) -> Counter[Any]:
+    return Counter(n.target for n in graph.nodes if n.op == "call_function")
+
+
+@pytest.mark.parametrize("name", ["separate", "grouped, few kv heads"])
+def test_operations_before_and_after(name: str) -> None:
+    """Every operation of the model once, collectives besides; nothing at all for one rank."""
+    prepared = prepare(randomised(MODELS[name]()))
+    before = _calls(prepared.graph.graph)
+    for world_size in (1, 2):
+        context = ParallelContext.simulated(world_size)[0]
+        found = divide(prepared, context)
+        after = _calls(found.emission.graph)
+        linear, attention = torch.ops.aten.linear.default, torch.ops.fxport.attention.default
+        assert after[linear] == before[linear] and after[attention] == before[attention] == LAYERS
+        new = sum(after.values()) - sum(before.values())
+        if world_size == 1:
+            assert after == before and not found.plan.collectives
+        else:
+            assert new > 0 and found.plan.collectives
 
 
 def test_norm_over_all_heads_reduces_moments_and_gathers_nothing() -> None:
