@@ -116,7 +116,7 @@ def port(model: nn.Module, example_inputs: None = None, *, max_seq_len: int | No
     serving = lowered.serving
     checked = _self_check(model, serving, captured.parameters)
     half, half_decision = _half(model, serving)
-    respelled = _experts(captured.experts)
+    respelled = (*_experts(captured.experts), *_unkept(captured.unkept))
     decisions = (*respelled, *selections, *lowered.decisions, half_decision, checked)
     facts: dict[str, str | int | float | bool | None] = {
         "vocab_size": serving.vocab_size,
@@ -140,6 +140,14 @@ def _experts(replaced: str) -> tuple[Decision, ...]:
         "their equality rests on transformers and on the self-check"
     )
     return (Decision("capture", Outcome.REWRITTEN, "experts", detail),)
+
+
+def _unkept(caches: tuple[str, ...]) -> tuple[Decision, ...]:
+    """That what forward writes into caches of its own is not written by the port."""
+    if not caches:
+        return ()
+    detail = f"not written: {', '.join(f'`{name}`' for name in caches)}; the logits read none of it"
+    return (Decision("capture", Outcome.PROVEN, "the model's own caches", detail),)
 
 
 def _stated_length(model: nn.Module) -> int | None:

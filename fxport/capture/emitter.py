@@ -62,6 +62,12 @@ class Unified:
     shapes: ShapeEnv
 
 
+def _identifier(name: str) -> str:
+    """A Python name for a qualified one: those of an `nn.Sequential` begin with a number."""
+    plain = name.replace(".", "_")
+    return plain if plain.isidentifier() else f"p_{plain}"
+
+
 class Emitter:
     """Builds the symbolic graph: every node gets a fake value, checked against the samples."""
 
@@ -83,7 +89,7 @@ class Emitter:
     def placeholder(self, source: GraphInput, fake: Any = None) -> fx.Node:
         """An input of the graph, after those that exist."""
         with self.graph.inserting_after(self._last_input()):
-            node = self.graph.placeholder(source.name.replace(".", "_"))
+            node = self.graph.placeholder(_identifier(source.name))
         if fake is None:
             assert source.value is not None
             fake = self.mode.from_tensor(source.value, static_shapes=True)

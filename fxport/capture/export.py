@@ -43,6 +43,7 @@ class Captured:
         aliases: further names of tied parameters -> first name.
         output: which output of the model the logits are, in words.
         way: how it was captured, in words.
+        unkept: inputs that forward writes to and the logits do not depend on: caches.
         experts: the implementation of experts that was captured as a loop instead, or "".
     """
 
@@ -58,11 +59,16 @@ class Captured:
     aliases: Mapping[str, str]
     output: str
     way: str
+    unkept: tuple[str, ...] = ()
     experts: str = ""
 
 
 def capture(
-    model: nn.Module, dtype: torch.dtype | None = None, *, convert_buffers: bool = False
+    model: nn.Module,
+    dtype: torch.dtype | None = None,
+    *,
+    convert_buffers: bool = False,
+    own_modes: bool = False,
 ) -> Captured:
     """Captures `model(tokens)` in eval mode, without gradient, for dynamic batch and length.
 
@@ -71,11 +77,15 @@ def capture(
     Args:
         dtype: capture as if the parameters had this dtype; they have no values then.
         convert_buffers: with `dtype`, convert floating point buffers too.
+        own_modes: leave every module in the mode it is in, training or eval.
 
     Raises:
         PortError: when the model cannot be captured as one graph that holds for every length.
     """
     clone = clone_for_capture(model)
+    if own_modes:
+        for module, original in zip(clone.modules(), model.modules(), strict=True):
+            module.training = original.training
     parameters = dict(clone.named_parameters(remove_duplicate=True))
     off_meta(clone)
     without_cache(clone)
@@ -98,6 +108,7 @@ def capture(
         aliases=aliases_of(clone),
         output=traced.output,
         way=traced.way,
+        unkept=traced.unkept,
         experts=experts,
     )
 

@@ -33,7 +33,7 @@ __all__ = ["continues", "trace_at_lengths"]
 # Lengths that share no factors with each other or with usual feature sizes. The first gives the
 # hints of the symbolic graph; 1 is checked with numbers, as many models treat it apart.
 _LENGTHS = (37, 53, 41, 29, 23, 17, 11, 7, 5, 3)
-_BATCHES = (2, 3, 5)
+_BATCHES = (2, 3, 4)  # few: a cache may have no more rows
 # Without a limit in the model, tables are made up to here; also the longest [T, T] constant.
 _UNBOUNDED = 4096
 _FAR = 2**17
@@ -80,6 +80,7 @@ def trace_at_lengths(model: nn.Module, *, every_pair: bool = True) -> Traced:
         length_line=None,
         output=samples[0].logits,
         way=f"torch.export at the lengths {', '.join(map(str, lengths))}, unified",
+        unkept=samples[0].unkept,
     )
 
 
@@ -100,7 +101,8 @@ def _first(model: nn.Module, every_pair: bool) -> Sample:
 
 def _batch(length: int) -> int:
     """Batch sizes that differ from the length, and from sample to sample."""
-    return _BATCHES[length % 3] if length > 5 else 5 - length
+    first = length % len(_BATCHES)
+    return next(b for b in _BATCHES[first:] + _BATCHES if b != length)
 
 
 def _smaller(one: int | None, other: int | None) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import fx
@@ -59,7 +59,8 @@ def is_mutation(node: fx.Node) -> bool:
 class Memory:
     """Groups the nodes of a graph by the memory that they may share (views, in-place results).
 
-    An op that is not known to return fresh memory counts as sharing that of every tensor argument.
+    An op that is not known to return fresh memory counts as sharing that of the arguments that
+    its schema says it may return, and of every tensor argument where there is no such schema.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
@@ -67,7 +68,7 @@ class Memory:
         for node in graph.nodes:
             self._parent[node] = node
             if node.op == "call_function" and not is_fresh(node):
-                for argument in node.all_input_nodes:
+                for argument in _shown(node):
                     self._parent[self._root(argument)] = self._root(node)
         self.writes: dict[fx.Node, list[fx.Node]] = {}
         for node in graph.nodes:
@@ -122,12 +123,28 @@ class Memory:
         return live
 
 
+def _shown(node: fx.Node) -> list[fx.Node]:
+    """The arguments whose memory the result of an op that is not fresh may be."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return node.all_input_nodes
+    declared = target._schema.arguments
+    if target.overloadpacket in _MAYBE_ALIAS:
+        return _nodes(node, declared[:1])  # ``type_as(self, other)`` never is `other`
+    aliased = [a for a in declared if a.alias_info is not None]
+    return _nodes(node, aliased) if aliased else node.all_input_nodes
+
+
 def _written(node: fx.Node) -> list[fx.Node]:
     if not is_mutation(node):
         return []
     assert isinstance(node.target, torch._ops.OpOverload)
+    declared = node.target._schema.arguments
+    return _nodes(node, [a for a in declared if a.alias_info and a.alias_info.is_write])
+
+
+def _nodes(node: fx.Node, declared: Sequence[torch.Argument]) -> list[fx.Node]:
     bound = arguments(node)
-    written = [a for a in node.target._schema.arguments if a.alias_info and a.alias_info.is_write]
     flat: list[fx.Node] = []
-    fx.node.map_arg([bound[a.name] for a in written if a.name in bound], flat.append)
+    fx.node.map_arg([bound[a.name] for a in declared if a.name in bound], flat.append)
     return flat

@@ -8,12 +8,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from fxport.capture.caches import read_what_was_written
 from fxport.capture.clone import watch_attributes
 from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.location import forward_line, user_location
@@ -44,6 +45,7 @@ class Sample:
         varying: the nodes of `data` that the output needs, in order.
         logits: which output of the model is kept, in words.
         changed: what forward changed in the model's state: path -> reason.
+        unkept: inputs that forward writes to and the output does not depend on.
     """
 
     batch: int
@@ -58,6 +60,7 @@ class Sample:
     varying: tuple[fx.Node, ...]
     logits: str
     changed: tuple[Reason, ...]
+    unkept: tuple[str, ...] = ()
     _values: dict[fx.Node, Any] = field(default_factory=dict, repr=False)
 
     def value(self, node: fx.Node) -> Any:
@@ -153,12 +156,14 @@ def take_sample(
     def again(empty: Empties) -> fx.GraphModule:
         other = graph_with(empty)
         keep_logits(other)
+        read_what_was_written(other)
         return other
 
     graph = graph_with(frozenset[int]().__contains__)
     logits = keep_logits(graph)
+    unkept = read_what_was_written(graph)
     without_selections(graph, again, every_pair=every_pair)
-    return _analysed(graph, batch, length, logits, changed)
+    return replace(_analysed(graph, batch, length, logits, changed), unkept=unkept)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -177,9 +182,10 @@ def _watched(model: nn.Module) -> Iterator[list[Reason]]:
     changed: list[Reason] = []
 
     def forward(ids: torch.Tensor, *earlier: torch.Tensor) -> Any:
-        for other in earlier:
-            call(other)
-        result = call(ids)
+        with _unnoticed():
+            for other in earlier:
+                call(other)
+            result = call(ids)
         changed.extend(_as_reason(model, path) for path in state.changes())
         state.restore()
         return result
@@ -195,6 +201,18 @@ def _watched(model: nn.Module) -> Iterator[list[Reason]]:
         del vars(model)["forward"]
         if own is not None:
             vars(model)["forward"] = own
+
+
+@contextmanager
+def _unnoticed() -> Iterator[None]:
+    """Buffers registered in forward are taken back: torch.export must not look for them."""
+    hooks = torch.nn.modules.module._global_buffer_registration_hooks
+    kept = hooks.copy()
+    hooks.clear()
+    try:
+        yield
+    finally:
+        hooks.update(kept)
 
 
 def _as_reason(model: nn.Module, path: str) -> Reason:

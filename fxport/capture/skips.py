@@ -45,7 +45,7 @@ def without_selections(
     """
     asked = _questions(gm)
     dense_rows(gm)
-    patterns = _patterns(len(asked))
+    patterns = _patterns(len(asked)) if asked else iter(())
     for pattern in patterns if every_pair else itertools.islice(patterns, 1):
         other = again(pattern.__contains__)
         asked_there = _questions(other)

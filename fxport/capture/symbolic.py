@@ -11,6 +11,7 @@ import sympy
 import torch
 from torch import nn
 
+from fxport.capture.caches import read_what_was_written
 from fxport.capture.clone import watch_attributes
 from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.location import forward_line, is_library, location_at
@@ -56,6 +57,7 @@ def trace_symbolically(model: nn.Module, *, every_pair: bool = True) -> Traced:
         raise PortError([_changes(model, path) for path in paths])
     graph = graph_of(exported, aliases_of(model))
     output = keep_logits(graph)
+    unkept = read_what_was_written(graph)
     if general_path(graph):
         # The other answers, at these very sizes: plain ones take half the time.
         take_sample(model, _BATCH, hint, every_pair=every_pair)
@@ -74,6 +76,7 @@ def trace_symbolically(model: nn.Module, *, every_pair: bool = True) -> Traced:
         length_line=_guard_line(exported, sympy.Rel),
         output=output,
         way="torch.export with a symbolic length",
+        unkept=unkept,
     )
 
 

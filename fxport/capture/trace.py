@@ -23,6 +23,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from fxport.capture.inputs import GraphInput, InputKind
 from fxport.capture.location import location_in, record_user_lines
+from fxport.capture.rephrase import rephrased
 from fxport.capture.selections import Empties, Selections, is_marker
 from fxport.errors import PortError, Reason, ReasonCode
 
@@ -50,6 +51,7 @@ def export(
     """
     with (
         _no_fast_path(),
+        rephrased(),
         quiet(),
         _without_partial_graph(),
         record_user_lines(),

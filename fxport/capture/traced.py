@@ -25,6 +25,7 @@ class Traced:
         length_line: the user's line that asked about the length, where one did.
         output: which output of the model the logits are, in words.
         way: how it was captured, in words.
+        unkept: inputs that forward writes to and the logits do not depend on.
     """
 
     graph: fx.GraphModule
@@ -36,3 +37,4 @@ class Traced:
     length_line: Location | None
     output: str
     way: str
+    unkept: tuple[str, ...] = ()

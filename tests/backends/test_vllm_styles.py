@@ -1,4 +1,4 @@
-"""Twenty-two further styles in the real engine: exact greedy tokens, log-probabilities to 1e-4."""
+"""Further styles in the real engine: exact greedy tokens, log-probabilities to 1e-4."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from torch import Tensor
 import fxport
 from fxport.backends.torch import PackedModel
 from fxport.errors import PortError, ReasonCode
+from tests.zoo import caches, older
 from tests.zoo.awkward import VOCAB
 from tests.zoo.calls import EXACT, REFUSED
 
@@ -22,10 +23,14 @@ def logits_in(output: object) -> Tensor:
     return output["logits"] if isinstance(output, dict) else output.logits  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("name", EXACT)
+KEPT = {**caches.EXACT, **older.EXACT}  # what forward keeps, looks at, or registers
+REALLY_KEPT = {**caches.REFUSED, **older.REFUSED}
+
+
+@pytest.mark.parametrize("name", [*EXACT, *KEPT])
 def test_the_logits_are_found(name: str) -> None:
     torch.manual_seed(3)
-    model = EXACT[name]().double().eval()
+    model = {**EXACT, **KEPT}[name]().double().eval()
     port = fxport.port(model)
     packed = PackedModel(port.serving, port.parameters)
     for length in (1, 2, 13, 50):
@@ -34,6 +39,12 @@ def test_the_logits_are_found(name: str) -> None:
             with torch.no_grad():
                 expected = logits_in(model(sequence[None]))[0]
             torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-12)
+
+
+def test_the_report_says_that_caches_are_not_kept() -> None:
+    report = fxport.port(caches.EXACT["cache in buffers"]().eval()).report
+    (found,) = [d for d in report.decisions if d.subject == "the model's own caches"]
+    assert found.detail.count("cache_k") == found.detail.count("cache_v") == 4
 
 
 def test_the_model_keeps_its_own_forward() -> None:
@@ -47,11 +58,14 @@ CODES = {
     "time first": ReasonCode.NO_VOCABULARY,
     "packed": ReasonCode.CAPTURE_FAILED,
     "row by row": ReasonCode.NO_VOCABULARY,
+    "reads more than it wrote": ReasonCode.MUTATED_STATE,
+    "reads before it writes": ReasonCode.MUTATED_STATE,
+    "nn.TransformerEncoder, no mask": ReasonCode.NOT_CAUSAL,
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", [*REFUSED, *REALLY_KEPT])
 def test_other_calls_are_refused(name: str) -> None:
     with pytest.raises(PortError) as caught:
-        fxport.port(REFUSED[name]().double().eval())
+        fxport.port({**REFUSED, **REALLY_KEPT}[name]().double().eval())
     assert caught.value.reasons[0].code is CODES[name]

@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import nn
 
-from tests.zoo import awkward, loose
+from tests.zoo import awkward, caches, loose, older
 from tests.zoo.modern import CONFIGS, Modern
 
 __all__ = ["STYLES"]
@@ -23,4 +23,6 @@ STYLES: dict[str, Callable[[], nn.Module]] = {
     "tables keyed by length": awkward.MODELS["tables keyed by length"],
     "mask for the exact length": awkward.MODELS["mask for the exact length"],
     "window branch": awkward.MODELS["window branch"],
+    "cache in attributes": caches.EXACT["cache in attributes"],
+    "nn.TransformerEncoder, mask": older.EXACT["nn.TransformerEncoder, mask"],
 }

@@ -1,0 +1,169 @@
+"""What forward reads back from a cache right after it has written it is what it wrote.
+
+Before                                          After
+    copy_(slice(cache, 1, 0, T), k)
+    keys = slice(cache, 1, 0, T)
+    f(keys)                                         f(k)
+
+Only where the last write before a use covers all that the use sees. Then it does not matter what
+earlier calls have left in the cache; a write whose memory nothing else needs goes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from fxport.capture.arguments import arguments, shape_of
+from fxport.capture.inputs import GraphInput
+from fxport.capture.memory import Memory, is_fresh, is_mutation
+
+__all__ = ["read_what_was_written"]
+
+aten = torch.ops.aten
+
+# Their result is the first argument itself.
+_SAME = (aten.detach.default, aten.alias.default, aten.copy_.default)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """``base[start : start + size, ..]`` along every dimension.
+
+    Attributes:
+        base: what the slices were cut from.
+        starts, sizes: one per dimension of `base`; numbers or expressions in B and T.
+        picked: dimensions of size 1 that a view of this part leaves out.
+    """
+
+    base: fx.Node
+    starts: tuple[sympy.Expr, ...]
+    sizes: tuple[sympy.Expr, ...]
+    picked: frozenset[int]
+
+
+def read_what_was_written(gm: fx.GraphModule) -> tuple[str, ...]:
+    """Rewrites the graph in place; metadata is kept.
+
+    Returns:
+        Names of the inputs that are no longer written to: what they hold has no effect.
+    """
+    memory = Memory(gm.graph)
+    inputs = gm.graph.find_nodes(op="placeholder")
+    kept = [n for n in inputs if memory.written_by(n)]
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    uses = [
+        (node, user)
+        for node in gm.graph.nodes
+        if memory.written_by(node) and (part := _part(node)) is not None and part.base is not node
+        for user in list(node.users)
+    ]
+    for node, user in uses:
+        _forward(gm, node, user, memory, order)
+    _drop_unread_writes(gm)
+    memory = Memory(gm.graph)
+    return tuple(_name(n) for n in kept if not memory.written_by(n))
+
+
+def _name(node: fx.Node) -> str:
+    source = node.meta.get("input")
+    return source.name if isinstance(source, GraphInput) else node.name
+
+
+def _forward(
+    gm: fx.GraphModule, node: fx.Node, user: fx.Node, memory: Memory, order: dict[fx.Node, int]
+) -> None:
+    """Gives `user` what was written last where it sees `node`, if that is certain."""
+    writes = memory.written_by(node)
+    if user in writes or user.op != "call_function" or _is_cut(user):
+        return
+    if not is_fresh(user) and any(order[w] > order[user] for w in writes):
+        return  # a view, and what it shows changes later
+    last = max((w for w in writes if order[w] < order[user]), key=order.__getitem__, default=None)
+    written = None if last is None else _written(last)
+    if last is None or written is None:
+        return
+    part, value = written
+    if part != _part(node):
+        return
+    if memory.shared(value) is memory.shared(node):
+        return  # the write may have changed what it read
+    if any(order[w] > order[last] for w in memory.written_by(value)):
+        return  # the cache has a copy of what the value was
+    with gm.graph.inserting_before(user):
+        if value.meta["val"].dtype != node.meta["val"].dtype:
+            value = gm.graph.call_function(aten.to.dtype, (value, node.meta["val"].dtype))
+            value.meta = dict(node.meta)
+        user.replace_input_with(node, value)
+
+
+def _written(write: fx.Node) -> tuple[_Part, fx.Node] | None:
+    """The part that a plain copy fills, and with what."""
+    if write.target is not aten.copy_.default:
+        return None
+    given = arguments(write)
+    target, value = given["self"], given["src"]
+    part = _part(target)
+    if part is None or not isinstance(value, fx.Node) or shape_of(value) != shape_of(target):
+        return None
+    return part, value
+
+
+def _is_cut(node: fx.Node) -> bool:
+    return node.target in (aten.slice.Tensor, aten.select.int, *_SAME)
+
+
+def _part(node: fx.Node) -> _Part | None:
+    """Which part of which tensor a chain of slices shows."""
+    if not isinstance(node.meta.get("val"), torch.Tensor):
+        return None
+    if node.target in _SAME:
+        return _part(arguments(node)["self"])
+    if node.target not in (aten.slice.Tensor, aten.select.int):
+        sizes = tuple(map(sympy.sympify, shape_of(node)))
+        return _Part(node, (sympy.Integer(0),) * len(sizes), sizes, frozenset())
+    given = arguments(node)
+    outer = _part(given["self"])
+    if outer is None:
+        return None
+    kept = [d for d in range(len(outer.sizes)) if d not in outer.picked]
+    dim = kept[given["dim"] % len(kept)]
+    is_slice = node.target is aten.slice.Tensor
+    first = _number(given["start"] if is_slice else given["index"], outer.sizes[dim])
+    if first is None or (is_slice and given["step"] != 1):
+        return None
+    size = sympy.sympify(shape_of(node)[kept.index(dim)]) if is_slice else sympy.Integer(1)
+    return _Part(
+        outer.base,
+        _with(outer.starts, dim, outer.starts[dim] + first),
+        _with(outer.sizes, dim, size),
+        outer.picked if is_slice else outer.picked | {dim},
+    )
+
+
+def _number(start: Any, size: sympy.Expr) -> sympy.Expr | None:
+    """Where a slice begins, counted from the front."""
+    if start is None:
+        return sympy.Integer(0)
+    if isinstance(start, fx.Node):
+        value = start.meta.get("val")
+        return value.node.expr if isinstance(value, torch.SymInt) else None
+    return sympy.Integer(start) if start >= 0 else size + start
+
+
+def _with(values: tuple[sympy.Expr, ...], dim: int, value: sympy.Expr) -> tuple[sympy.Expr, ...]:
+    return (*values[:dim], value, *values[dim + 1 :])
+
+
+def _drop_unread_writes(gm: fx.GraphModule) -> None:
+    """Erases the writes that the outputs do not depend on."""
+    needed = Memory(gm.graph).needed(gm.graph)
+    for node in reversed(list(gm.graph.nodes)):
+        if is_mutation(node) and node not in needed and not node.users:
+            gm.graph.erase_node(node)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()

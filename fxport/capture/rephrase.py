@@ -1,0 +1,46 @@
+"""What torch.export cannot trace, said in a way that it can, with the same meaning.
+
+x.data                                       ->  x.detach()
+nn.TransformerEncoder(...)(x, mask=m)        ->  the same, without looking into m whether it is
+                                                 causal: the layers get m itself
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch.nn.modules import transformer
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["rephrased"]
+
+
+@contextmanager
+def rephrased() -> Iterator[None]:
+    """For the time of a trace."""
+    detect = transformer._detect_is_causal_mask
+    transformer._detect_is_causal_mask = _as_stated
+    try:
+        with _Data():
+            yield
+    finally:
+        transformer._detect_is_causal_mask = detect
+
+
+def _as_stated(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
+    """Torch compares values to save work; what the mask is gets proven later, from the graph."""
+    return is_causal is True
+
+
+class _Data(TorchFunctionMode):
+    """The same memory, outside of autograd; torch.export would not know where it comes from."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func == Tensor.data.__get__:  # type: ignore[attr-defined]
+            return args[0].detach()
+        return func(*args, **(kwargs or {}))

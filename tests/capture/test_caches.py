@@ -1,0 +1,126 @@
+"""Reads of a cache become the values that were just written; any other read stays a read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fxport.capture.caches import read_what_was_written
+
+aten = torch.ops.aten
+Function = Callable[[Tensor, Tensor], Tensor]
+
+
+def traced(function: Function, cache: Tensor, x: Tensor) -> fx.GraphModule:
+    return make_fx(function, tracing_mode="fake", pre_dispatch=True)(cache.clone(), x)
+
+
+def front(cache: Tensor, x: Tensor) -> Tensor:
+    cache[: x.shape[0], : x.shape[1]] = x.sin()
+    return cache[: x.shape[0], : x.shape[1]].transpose(0, 1) * 2
+
+
+def by_layer(cache: Tensor, x: Tensor) -> Tensor:
+    cache[1, : x.shape[1]] = x[0].sin()
+    return cache[1, : x.shape[1]] * 2
+
+
+def view_from_before(cache: Tensor, x: Tensor) -> Tensor:
+    keys = cache[: x.shape[0], 2 : 2 + x.shape[1]]
+    keys.copy_(x.cos())
+    return keys.exp()
+
+
+def narrower(cache: Tensor, x: Tensor) -> Tensor:
+    """The cache keeps less precision than what is written."""
+    cache[: x.shape[0], : x.shape[1]] = x.double().sin() * (1 + 2**-40)
+    return cache[: x.shape[0], : x.shape[1]] * 2
+
+
+@pytest.mark.parametrize("function", [front, by_layer, view_from_before, narrower])
+@pytest.mark.parametrize("rows", [3, 5])  # 5: every size of x is the cache's
+def test_the_cache_is_not_read(function: Function, rows: int) -> None:
+    cache, x = torch.randn(5, 11, 5), torch.randn(rows, 7, 5)
+    gm = traced(function, cache, x)
+    assert aten.copy_.default in [n.target for n in gm.graph.nodes]
+    assert read_what_was_written(gm) == (gm.graph.find_nodes(op="placeholder")[0].name,)
+    assert aten.copy_.default not in [n.target for n in gm.graph.nodes]
+    assert not gm.graph.find_nodes(op="placeholder")[0].users
+    torch.testing.assert_close(
+        gm(torch.full_like(cache, float("nan")), x), function(cache, x), rtol=0, atol=0
+    )
+
+
+def one_more(cache: Tensor, x: Tensor) -> Tensor:
+    cache[: x.shape[0], : x.shape[1]] = x
+    return cache[: x.shape[0], : x.shape[1] + 1] * 2
+
+
+def other_place(cache: Tensor, x: Tensor) -> Tensor:
+    cache[: x.shape[0], : x.shape[1]] = x
+    return cache[: x.shape[0], 1 : 1 + x.shape[1]] * 2
+
+
+def other_layer(cache: Tensor, x: Tensor) -> Tensor:
+    cache[1, : x.shape[1]] = x[0]
+    return cache[2, : x.shape[1]] * 2
+
+
+def read_first(cache: Tensor, x: Tensor) -> Tensor:
+    y = cache[: x.shape[0], : x.shape[1]] * 2
+    cache[: x.shape[0], : x.shape[1]] = x
+    return y
+
+
+def written_over(cache: Tensor, x: Tensor) -> Tensor:
+    cache[: x.shape[0], : x.shape[1]] = x
+    cache[0] = 3.0
+    return cache[: x.shape[0], : x.shape[1]] * 2
+
+
+def value_changes(cache: Tensor, x: Tensor) -> Tensor:
+    y = x.sin()
+    cache[: x.shape[0], : x.shape[1]] = y
+    y.mul_(3.0)
+    return cache[: x.shape[0], : x.shape[1]] * y
+
+
+def shifted_within(cache: Tensor, x: Tensor) -> Tensor:
+    cache[: x.shape[0], 1 : 1 + x.shape[1]] = cache[: x.shape[0], : x.shape[1]].clone() * 2
+    part = cache[: x.shape[0], : x.shape[1]]
+    cache[: x.shape[0], 2 : 2 + x.shape[1]].copy_(part)
+    return cache[: x.shape[0], 2 : 2 + x.shape[1]] + 1
+
+
+def seen_later(cache: Tensor, x: Tensor) -> Tensor:
+    """A view of what is read, and the cache changes before the view is used."""
+    cache[: x.shape[0], : x.shape[1]] = x
+    turned = cache[: x.shape[0], : x.shape[1]].transpose(0, 1)
+    cache.mul_(2.0)
+    return turned + 1
+
+
+def added(cache: Tensor, x: Tensor) -> Tensor:
+    cache[: x.shape[0], : x.shape[1]] += x
+    return cache[: x.shape[0], : x.shape[1]] * 2
+
+
+STAYS = [
+    one_more, other_place, other_layer, read_first, written_over, value_changes, shifted_within,
+    seen_later, added,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("function", STAYS)
+def test_what_is_not_certain_is_read(function: Function) -> None:
+    cache, x = torch.randn(5, 11, 5), torch.randn(3, 7, 5)
+    gm = traced(function, cache, x)
+    read_what_was_written(gm)
+    assert gm.graph.find_nodes(op="placeholder")[0].users or function is value_changes
+    torch.testing.assert_close(
+        gm(cache.clone(), x), function(cache.clone(), x), rtol=0, atol=0, equal_nan=True
+    )
