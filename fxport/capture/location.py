@@ -7,6 +7,7 @@ innermost line of the user, helper functions included, on every node.
 from __future__ import annotations
 
 import dis
+import importlib.util
 import inspect
 import linecache
 import re
@@ -41,14 +42,20 @@ _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<functio
 _TORCH = str(Path(torch.__file__).parent)
 _STDLIB = sysconfig.get_path("stdlib")
 _OWN = str(Path(__file__).parents[1])
+# Notations: the line that uses them says more than theirs.
+_NOTATIONS = tuple(
+    str(Path(spec.origin).parent)
+    for name in ("einops", "einx")
+    if (spec := importlib.util.find_spec(name)) is not None and spec.origin
+)
 # Dynamo's name for the variable that holds the model: L['self'].blocks, G['model'].blocks
 _ROOT = re.compile(r"^[LG]\['\w+'\]\.?")
 _KEY = "fxport_line"
 
 
 def is_library(file: str) -> bool:
-    """Whether a file belongs to torch, fxport or the standard library."""
-    if file.startswith((_TORCH, _OWN, "<")):
+    """Whether a file belongs to torch, fxport, einops or the standard library."""
+    if file.startswith((_TORCH, _OWN, *_NOTATIONS, "<")):
         return True
     return file.startswith(_STDLIB) and "site-packages" not in file
 

@@ -2,6 +2,7 @@
 
     (chosen == 3).any()                         true unless the mask `chosen == 3` is empty
     one_hot(chosen, 8).permute(2, 1, 0)[3]      the same mask, in another arrangement
+    (chosen[..., None] == arange(8))[..., 3]    again
     bincount(chosen.flatten())[3] > 0           the same question
 
 Two expressions with the same `Emptiness` are all False together.
@@ -109,6 +110,10 @@ def emptiness(node: fx.Node) -> Emptiness | None:
 
 
 def _emptiness(node: fx.Node) -> Emptiness | None:
+    if (picked := _picked(node)) is not None:
+        source, axis, index = picked
+        found = emptiness(source)
+        return found.of_class(index) if found is not None and axis == found.class_axis else None
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return None
     bound, packet = arguments(node), _packet(node)
@@ -118,6 +123,8 @@ def _emptiness(node: fx.Node) -> Emptiness | None:
         return Emptiness(_values(bound["self"]), None, 0) if not bound["weights"] else None
     if packet is aten.eq and isinstance(bound["other"], int) and _whole(bound["self"]):
         return Emptiness(_values(bound["self"]), bound["other"])
+    if packet is aten.eq and _counts_classes(bound["self"], bound["other"]):
+        return Emptiness(_values(bound["self"]), None, _rank(node) - 1)
     if not node.all_input_nodes:
         return None
     found = emptiness(_source(node))
@@ -136,11 +143,29 @@ def _emptiness(node: fx.Node) -> Emptiness | None:
         start, end = bound["start"] or 0, bound["end"]
         one = isinstance(start, int) and end == start + 1 and start >= 0
         return found.of_class(start) if one else None
-    if packet is aten.select:
-        axis = bound["dim"] % _rank(_source(node))
-        is_class = axis == found.class_axis and isinstance(bound["index"], int)
-        return found.of_class(bound["index"]) if is_class and bound["index"] >= 0 else None
     return None
+
+
+def _counts_classes(value: fx.Node, other: Any) -> bool:
+    """``chosen.unsqueeze(-1) == arange(E)``: a one-hot by hand."""
+    is_range = isinstance(other, fx.Node) and other.target is aten.arange.default
+    return is_range and _whole(value) and bool(value.meta["val"].shape[-1:] == (1,))
+
+
+def _picked(node: fx.Node) -> tuple[fx.Node, int, int] | None:
+    """One entry of an axis, by `select` or out of `unbind`: source, axis, index."""
+    made = node
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        made = node.args[0]
+        if _packet(made) is not aten.unbind:
+            return None
+    elif node.target is not aten.select.int:
+        return None
+    source = _source(made)
+    index = arguments(made)["index"] if made is node else node.args[1]
+    if not isinstance(index, int) or index < 0:
+        return None
+    return source, arguments(made)["dim"] % _rank(source), index
 
 
 def _moved(node: fx.Node, found: Emptiness) -> Emptiness | None:
@@ -215,17 +240,19 @@ def question(node: fx.Node) -> tuple[Emptiness, bool] | None:
 
 def one_true_along(mask: fx.Node) -> int | None:
     """An axis of a mask along which at most one element is True, as no token chooses twice."""
+    if (picked := _picked(mask)) is not None:
+        source, dim, _ = picked
+        axis = one_true_along(source)
+        return None if axis is None or axis == dim else axis - (dim < axis)
     if mask.op != "call_function" or not isinstance(mask.target, torch._ops.OpOverload):
         return None
     packet, bound = _packet(mask), arguments(mask)
     if packet is aten.eq and isinstance(bound["other"], int):
         return _distinct_along(bound["self"])
+    if packet is aten.eq:
+        return _equal_along(mask, bound["self"], bound["other"])
     if packet is aten.one_hot:
         return _distinct_along(bound["self"])
-    if packet is aten.select:
-        axis = one_true_along(bound["self"])
-        dim = bound["dim"] % _rank(bound["self"])
-        return None if axis is None or axis == dim else axis - (dim < axis)
     if packet is aten.slice:  # along another axis, or a part along this one
         return one_true_along(bound["self"])
     if packet in (*_COMPARES, *_CASTS):
@@ -233,6 +260,16 @@ def one_true_along(mask: fx.Node) -> int | None:
             return None
         return one_true_along(_source(mask))
     return _axis_after(mask, one_true_along)
+
+
+def _equal_along(mask: fx.Node, value: fx.Node, other: fx.Node) -> int | None:
+    """Distinct values compared with what does not change along their axis."""
+    axis = _distinct_along(value)
+    if axis is None:
+        return None
+    back = _rank(value) - axis  # counted from the end, as sizes are broadcast
+    size = other.meta["val"].shape[-back] if _rank(other) >= back else 1
+    return _rank(mask) - back if isinstance(size, int) and size == 1 else None
 
 
 def _distinct_along(node: fx.Node) -> int | None:

@@ -182,6 +182,7 @@ def _watched(model: nn.Module) -> Iterator[list[Reason]]:
     changed: list[Reason] = []
 
     def forward(ids: torch.Tensor, *earlier: torch.Tensor) -> Any:
+        state = State(model)  # of the trace: torch.export has put its own tensors in place
         with _unnoticed():
             for other in earlier:
                 call(other)

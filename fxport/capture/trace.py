@@ -21,6 +21,7 @@ from torch import fx, nn
 from torch.export.graph_signature import InputKind as ExportInput
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from fxport.capture.inline import inline_regions
 from fxport.capture.inputs import GraphInput, InputKind
 from fxport.capture.location import location_in, record_user_lines
 from fxport.capture.rephrase import rephrased
@@ -138,7 +139,9 @@ def explain_failure(error: Exception) -> Reason:
 
 def graph_of(exported: torch.export.ExportedProgram, aliases: Mapping[str, str]) -> fx.GraphModule:
     """An own GraphModule (no guards, no hooks) whose placeholders know what they are."""
-    gm = fx.GraphModule(dict(exported.graph_module.named_children()), fx.Graph())
+    gm = fx.GraphModule({}, fx.Graph())
+    for name, body in exported.graph_module._modules.items():
+        gm.add_module(name, body)
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     output = graph.graph_copy(exported.graph, copied)
@@ -150,10 +153,11 @@ def graph_of(exported: torch.export.ExportedProgram, aliases: Mapping[str, str])
     for old, new in copied.items():
         if old.op == "placeholder":
             new.meta["input"] = _input(specs[old.name], exported)
-    _merge_tied(graph, aliases)
-    for node in list(graph.nodes):
+    inline_regions(gm)
+    _merge_tied(gm.graph, aliases)
+    for node in list(gm.graph.nodes):
         if _only_checks(node) and not is_marker(node):
-            graph.erase_node(node)
+            gm.graph.erase_node(node)
     gm.recompile()
     return gm
 

@@ -189,6 +189,18 @@ class BatchTokens(Routed):
         return y
 
 
+class ComparedStyle(Routed):
+    """litgpt: a one-hot by comparison, and a loop over its first axis."""
+
+    def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        masks = (chosen.unsqueeze(-1) == torch.arange(EXPERTS)).permute(2, 0, 1)
+        y = torch.zeros_like(x)
+        for mask, expert in zip(masks, self.experts, strict=True):
+            token_idx, expert_idx = torch.where(mask)
+            y[token_idx] += weights[token_idx, expert_idx, None] * expert(x[token_idx])
+        return y
+
+
 EXACT: dict[str, Callable[[], nn.Module]] = {
     "indexed add": MistralStyle,
     "one-hot": MixtralStyle,
@@ -200,6 +212,7 @@ EXACT: dict[str, Callable[[], nn.Module]] = {
     "flat boolean": FlatBoolean,
     "one expert": SwitchStyle,
     "batch and token": BatchTokens,
+    "compared": ComparedStyle,
 }
 
 
@@ -276,6 +289,16 @@ class AmongChosen(Routed):
         inside = x[rows][None, None]
         attend = F.scaled_dot_product_attention
         y[rows] = attend(inside, inside, inside, is_causal=True)[0, 0]  # HERE
+        return y
+
+
+class ComparedBySlot(Routed):
+    """Each slot has its own number to compare with: a token may have both slots."""
+
+    def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        token_idx, slot = torch.where(chosen == torch.arange(CHOSEN))
+        y = torch.zeros_like(x)
+        y[token_idx] += weights[token_idx, slot, None] * self.experts[0](x[token_idx])  # HERE
         return y
 
 
@@ -405,6 +428,7 @@ MIXING: dict[str, Callable[[], nn.Module]] = {
     "capacity": Capacity,
     "experts choose": BestFirst,
     "attention among the selected": AmongChosen,
+    "compared by slot": ComparedBySlot,
     "another row": Neighbour,
     "written twice": WritesTwice,
     "empty changes all": OtherWhenEmpty,
@@ -435,5 +459,5 @@ def _mixed(*styles: str) -> Callable[[], nn.Module]:
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "indices": _mixed("indexed add", "one-hot", "hit experts", "stacked weights"),
     "masks": _mixed("boolean masks", "flat boolean", "one expert", "batch and token"),
-    "counts": _mixed("bincount", "numel", "indexed add", "hit experts"),
+    "counts": _mixed("bincount", "numel", "compared", "hit experts"),
 }

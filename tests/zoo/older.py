@@ -143,12 +143,46 @@ def sequential() -> nn.Module:
     return net
 
 
+class Regions(nn.Module):
+    """Rotary positions under autocast switched off and without gradients, as decorators have it."""
+
+    def __init__(self, enabled: bool = False) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, VOCAB)
+        self.packs = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(LAYERS))
+        self.enabled = enabled
+
+    @torch.no_grad()
+    def angles(self, length: int) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", enabled=False):
+            frequencies = 10000.0 ** (-torch.arange(0, HEAD, 2).float() / HEAD)
+            angles = torch.einsum("i,j->ij", torch.arange(length).float(), frequencies)
+            return angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
+
+    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.enabled):
+            one, two = x.chunk(2, dim=-1)
+            return x * cos + torch.cat([-two, one], dim=-1) * sin
+
+    def forward(self, ids: Tensor) -> Tensor:
+        batch, length = ids.shape
+        x, places = self.embed(ids), self.angles(length)
+        for pack in self.packs:
+            q, k, v = pack(x).view(batch, length, 3, HEADS, HEAD).permute(2, 0, 3, 1, 4)
+            q, k = self.turn(q, *places), self.turn(k, *places)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + y.transpose(1, 2).reshape(batch, length, WIDTH)
+        return self.out(x)
+
+
 EXACT: dict[str, Callable[[], nn.Module]] = {
     "nn.TransformerEncoder, mask": TutorialLM,
     "annotated": Annotated,
     "mask registered in forward": RegisteredMask,
     "nn.Sequential": sequential,
+    "autocast switched off": Regions,
 }
 REFUSED: dict[str, Callable[[], nn.Module]] = {
     "nn.TransformerEncoder, no mask": lambda: TutorialLM(causal=False),
+    "autocast switched on": lambda: Regions(enabled=True),
 }
