@@ -73,6 +73,8 @@ def _match_path(facts: GraphFacts, softmax: Softmax, path: list[fx.Node]) -> Mat
         scores.add_initial(path[0], scored.added, scored.beta, walked.dims[0])
     for before, node, dims in zip(path, path[1:], walked.dims[1:], strict=False):
         scores.apply(node, before, dims)
+    moved = [step.node for operand in (left, right, v) for step in operand[1:]]
+    _check_grad_mode(facts, (*path, *softmax.nodes, *forward.nodes, *moved), forward.product.node)
     maxima = (n for node in path for n in subtracted_maximum(node))
     interior = (*path, *maxima, *softmax.nodes, *forward.nodes)
     output = forward.product.node
@@ -326,6 +328,18 @@ def _check_source_of_keys(facts: GraphFacts, k: tuple[Step, ...], forward: _Forw
         if facts.source(value) & Source.DATA:
             return
     raise Left(ReasonCode.NOT_ATTENTION, "keys and values are parameters: a memory look-up")
+
+
+def _check_grad_mode(facts: GraphFacts, nodes: tuple[fx.Node, ...], output: fx.Node) -> None:
+    """One call has one backward; under ``no_grad`` a part of the original has none."""
+    other = facts.grad_switched(nodes, output)
+    if other is not None:
+        raise Left(
+            ReasonCode.UNSUPPORTED_FEATURE,
+            "gradients are switched on or off inside this attention",
+            other,
+            "let torch.no_grad() cover the whole attention, or none of it",
+        )
 
 
 def _check_closed(interior: tuple[fx.Node, ...], output: fx.Node) -> None:

@@ -91,6 +91,7 @@ class GraphFacts:
         self.gm = gm
         self._order = {node: index for index, node in enumerate(gm.graph.nodes)}
         self._writes = _writes(gm.graph.nodes)
+        self._grad_mode = _grad_modes(gm.graph.nodes)
         self._sources: dict[fx.Node, Source] = {}
         for node in gm.graph.nodes:
             self._sources[node] = self._source(node)
@@ -114,6 +115,12 @@ class GraphFacts:
         for source in value_inputs(node):
             own |= self._sources[source]
         return own
+
+    def grad_switched(self, nodes: Iterable[fx.Node], result: fx.Node) -> fx.Node | None:
+        """One of `nodes` that runs under ``torch.no_grad`` although `result` does not."""
+        if not self._grad_mode[result]:
+            return None
+        return next((n for n in nodes if not self._grad_mode[n]), None)
 
     def written_between(self, value: fx.Node, first: fx.Node, last: fx.Node) -> fx.Node | None:
         """An operation after `first` and before `last` that writes into `value`'s memory."""
@@ -198,6 +205,22 @@ def _writes(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
             for alias in _aliases(written):
                 if alias is not node:
                     found.setdefault(alias, []).append(node)
+    return found
+
+
+def _grad_modes(nodes: Iterable[fx.Node]) -> dict[fx.Node, bool]:
+    """Whether autograd runs at each node.
+
+    The graph does not say how it begins: taken for the opposite of what is switched to first.
+    """
+    given = list(nodes)
+    switched = [bool(n.args[0]) for n in given if n.target in _SWITCHES]
+    mode = not switched[0] if switched else True
+    found: dict[fx.Node, bool] = {}
+    for node in given:
+        if node.target in _SWITCHES:
+            mode = bool(node.args[0])
+        found[node] = mode
     return found
 
 

@@ -25,6 +25,7 @@ from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 
+from fxport.capture.aliases import plain_names
 from fxport.capture.dynamo_inputs import body_input, describe_input
 from fxport.capture.location import module_of, user_location
 from fxport.capture.trace_call import (
@@ -82,6 +83,9 @@ def lower(gm: fx.GraphModule) -> Lowered:
         inputs = {n: describe_input(n) for n in gm.graph.find_nodes(op="placeholder")}
         lowering = _GraphLowering(gm, CallTracer(fake_mode), modes, decisions)
         graph = lowering.run(inputs)
+    for part in lowered_graphs(graph):
+        plain_names(part.graph)
+        part.recompile()
     return Lowered(graph, tuple(decisions))
 
 

@@ -1,16 +1,18 @@
 """What torch.export cannot trace, said in a way that it can, with the same meaning.
 
 x.data                                       ->  x.detach()
+F.pad(x, (0, 0))                             ->  x.clone()
 nn.TransformerEncoder(...)(x, mask=m)        ->  the same, without looking into m whether it is
                                                  causal: the layers get m itself
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules import transformer
 from torch.overrides import TorchFunctionMode
@@ -24,7 +26,7 @@ def rephrased() -> Iterator[None]:
     detect = transformer._detect_is_causal_mask
     transformer._detect_is_causal_mask = _as_stated
     try:
-        with _Data():
+        with _Rephrase():
             yield
     finally:
         transformer._detect_is_causal_mask = detect
@@ -35,12 +37,17 @@ def _as_stated(mask: Tensor | None, is_causal: bool | None = None, size: int | N
     return is_causal is True
 
 
-class _Data(TorchFunctionMode):
-    """The same memory, outside of autograd; torch.export would not know where it comes from."""
-
+class _Rephrase(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        kwargs = kwargs or {}
         if func == Tensor.data.__get__:  # type: ignore[attr-defined]
-            return args[0].detach()
-        return func(*args, **(kwargs or {}))
+            return args[0].detach()  # the same memory; export would not know where it comes from
+        if func is F.pad and _adds_nothing(kwargs["pad"] if "pad" in kwargs else args[1]):
+            return args[0].clone()  # torch would take every size of x for a constant
+        return func(*args, **kwargs)
+
+
+def _adds_nothing(pad: Sequence[Any]) -> bool:
+    return all(isinstance(size, int) and size == 0 for size in pad)

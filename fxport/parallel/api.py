@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx, nn
 
 from fxport.errors import FxportError
 from fxport.parallel.context import ParallelContext
+from fxport.parallel.dropout import EvalOnly
 from fxport.parallel.plan import Plan
+
+if TYPE_CHECKING:
+    from fxport.passes.tensor_parallel.build import Prepared
 
 __all__ = ["gather_state_dict", "parallelize", "plan", "shard_state_dict"]
 
@@ -28,31 +33,67 @@ def plan(model: nn.Module, world_size: int) -> Plan:
 def parallelize(model: nn.Module, ctx: ParallelContext) -> fx.GraphModule:
     """This rank's part of `model`, trainable; ``module.plan`` says how it was divided.
 
-    Parameters are copies of this
-    rank's shards under their original qualified names; call it with the token ids ``[B, T]``.
+    Parameters are copies of this rank's shards under their original qualified names; call it with
+    the token ids ``[B, T]``. It is in the mode, training or eval, that the model is in. Dropout
+    keeps the same elements for any number of ranks; its seed comes from torch's default generator
+    on the CPU.
+
+    Beside FSDP2 or DDP, wrap the result as a whole: ``fully_shard(module, mesh=mesh["data"])``.
 
     Raises:
         PortError: the model cannot be captured.
-        FxportError: the model computes something else in training mode and is in that mode
-            (dropout), or the emitted graph did not pass the independent check.
+        FxportError: the model does more in training mode than dropout and is in that mode, or the
+            emitted graph did not pass the independent check.
     """
-    from fxport.parallel.modes import training_differs
     from fxport.passes.tensor_parallel.build import divide, prepare, rank_module
     from fxport.passes.tensor_parallel.checker import check
+    from fxport.passes.tensor_parallel.origins import check_origins
 
-    differs = training_differs(model) if model.training else None
-    if differs is not None:
-        raise FxportError(
-            f"{differs} in training mode, which a sharded model does not do yet. "
-            "Set dropout to 0, or call model.eval() first"
-        )
-    divided = divide(prepare(model), ctx)
+    differs = _training_differs(model)
+    prepared = prepare(model, own_modes=True)
+    if model.training and differs is not None:
+        _require_dropout_only(model, prepared, differs)
+    divided = divide(prepared, ctx)
     module = rank_module(divided)
+    if not model.training and differs is not None:
+        module.add_module("eval_only", EvalOnly(differs))
+    module.train(model.training)
     found = check(module, divided.plan, ctx.rank)
+    found += check_origins(prepared.graph.graph, module, divided.plan, ctx.rank)
     if found:
         raise FxportError("the division is wrong, nothing was emitted:\n" + "\n".join(found))
     module.plan = divided.plan  # type: ignore[assignment]  # no tensor, no module
     return module
+
+
+def _training_differs(model: nn.Module) -> str | None:
+    """What runs in training mode only, in words."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    from fxport.parallel.modes import in_training_mode, training_differs
+    from fxport.passes.tensor_parallel.build import prepare
+
+    training = in_training_mode(model)
+    try:
+        return training_differs(training)
+    except (DataDependentOutputException, GuardOnDataDependentSymNode):  # experts on their tokens
+        graphs = prepare(training, own_modes=True).graph, prepare(model).graph
+    targets = [[str(n.target) for n in gm.graph.nodes if n.op == "call_function"] for gm in graphs]
+    return None if targets[0] == targets[1] else "the model runs other operations"
+
+
+def _require_dropout_only(model: nn.Module, training: Prepared, differs: str) -> None:
+    """The module can be put into eval mode later: all but dropout must be alike there."""
+    from fxport.passes.tensor_parallel.build import prepare
+    from fxport.passes.tensor_parallel.dropout import without_dropout
+
+    evaluating = prepare(model)
+    if without_dropout(training.graph.graph) != without_dropout(evaluating.graph.graph):
+        raise FxportError(
+            f"{differs} in training mode, and more than dropout is different there: "
+            "a divided model has one graph for both modes. Call model.eval() first"
+        )
 
 
 def gather_state_dict(plan: Plan, shards: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +12,7 @@ from fxport.errors import FxportError
 from fxport.nn.shards import shards_of
 from fxport.parallel.context import ParallelContext
 from fxport.parallel.plan import ParameterShard, Plan
+from fxport.parallel.transport import DistributedTransport
 
 __all__ = ["clip_grad_norm_"]
 
@@ -21,11 +25,12 @@ def clip_grad_norm_(
 ) -> Tensor:
     """``torch.nn.utils.clip_grad_norm_`` for a model divided over ranks.
 
-    A collective (one all-reduce of one number): every rank calls it, once the gradients are
+    A collective (all-reduces of one number): every rank calls it, once the gradients are
     complete. Each position of each parameter counts once, on however many ranks it is held.
+    Gradients that FSDP2 divides over another dimension of the mesh are summed over that, too.
 
     Args:
-        module: from `fxport.parallelize`, of `fxport.nn`'s blocks, or a module around them.
+        module: from `fxport.parallelize`, of `fxport.nn`'s blocks, or a module around them (DDP).
             Parameters of other modules count as replicated, with the same gradient everywhere.
         max_norm: gradients are multiplied, in place, by ``min(1, max_norm / (norm + 1e-6))``.
         parallel_context: the one that divided the model.
@@ -36,38 +41,74 @@ def clip_grad_norm_(
         is).
 
     Raises:
-        FxportError: the model was divided over another number of ranks, or a gradient is no plain
-            tensor (FSDP2's are not).
+        FxportError: the model was divided over another number of ranks, or a gradient is neither a
+            plain tensor nor one that FSDP2 made.
     """
-    held = [(p.grad, copies) for p, copies in _held(module, parallel_context) if p.grad is not None]
-    for grad, _ in held:
-        if type(grad) is not Tensor:
-            raise FxportError(f"cannot clip gradients of type {type(grad).__name__}")
     with torch.no_grad():
-        total = _norm(held, parallel_context, norm_type, next(module.parameters()).device)
+        parts = [
+            _part(p.grad, copies)
+            for p, copies in _held(module, parallel_context)
+            if p.grad is not None
+        ]
+        total = _norm(parts, parallel_context, norm_type, next(module.parameters()).device)
         factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
-        for grad, _ in held:
-            grad.mul_(factor.to(grad.device, grad.dtype))
+        for part in parts:
+            part.grad.mul_(factor.to(part.grad.device, part.grad.dtype))
     return total
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What this process holds of a gradient.
+
+    Attributes:
+        copies: how many ranks hold each of its positions; broadcastable.
+        groups: process groups, besides the context's, over which the gradient is divided.
+    """
+
+    grad: Tensor
+    copies: Tensor | int
+    groups: tuple[Any, ...] = ()
+
+
+def _part(grad: Tensor, copies: Tensor | int) -> _Part:
+    if type(grad) is Tensor:
+        return _Part(grad, copies)
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(grad, DTensor) or any(p.is_partial() for p in grad.placements):
+        raise FxportError(f"cannot clip gradients of type {type(grad).__name__}")
+    mesh, placements = grad.device_mesh, grad.placements
+    if isinstance(copies, Tensor):
+        everywhere = copies.expand(grad.shape).contiguous()
+        divided = distribute_tensor(everywhere, mesh, placements, src_data_rank=None)
+        copies = divided.to_local()
+    groups = tuple(mesh.get_group(d) for d, p in enumerate(placements) if p.is_shard())
+    return _Part(grad.to_local(), copies, groups)
+
+
 def _norm(
-    held: list[tuple[Tensor, Tensor | int]],
-    context: ParallelContext,
-    norm_type: float,
-    device: torch.device,
+    parts: list[_Part], context: ParallelContext, norm_type: float, device: torch.device
 ) -> Tensor:
-    double = any(grad.dtype == torch.float64 for grad, _ in held)
+    double = any(part.grad.dtype == torch.float64 for part in parts)
     dtype = torch.float64 if double else torch.float32
-    total = torch.zeros((), dtype=dtype, device=device)
-    if norm_type == float("inf"):
-        for grad, _ in held:
-            if grad.numel():
-                total = torch.maximum(total, grad.abs().amax().to(total))
-        return context.transport.all_reduce(total, maximum=True)
-    for grad, copies in held:
-        total += (grad.to(dtype).abs().pow(norm_type) / copies).sum().to(total)
-    return context.transport.all_reduce(total).pow(1 / norm_type)
+    maximum = norm_type == float("inf")
+    totals: dict[tuple[Any, ...], Tensor] = {(): torch.zeros((), dtype=dtype, device=device)}
+    for part in parts:
+        total = totals.setdefault(part.groups, torch.zeros_like(totals[()]))
+        if maximum:
+            if part.grad.numel():
+                torch.maximum(total, part.grad.abs().amax().to(total), out=total)
+        else:
+            powers = part.grad.to(dtype).abs().pow(norm_type)
+            total += (powers / part.copies).sum().to(total)
+    result = totals.pop(())
+    for groups, total in totals.items():
+        for group in groups:
+            total = DistributedTransport(group).all_reduce(total, maximum)
+        result = torch.maximum(result, total) if maximum else result + total
+    result = context.transport.all_reduce(result, maximum)
+    return result if maximum else result.pow(1 / norm_type)
 
 
 def _held(module: nn.Module, context: ParallelContext) -> list[tuple[nn.Parameter, Tensor | int]]:

@@ -7,22 +7,32 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxport.capture.clone import clone_for_capture
+from fxport.capture.clone import clone_for_capture, off_meta
 from fxport.capture.state import State
 
-__all__ = ["training_differs"]
+__all__ = ["in_training_mode", "training_differs"]
 
 _BATCH, _LENGTH = 2, 5
+
+
+def in_training_mode(model: nn.Module) -> nn.Module:
+    """A copy in training mode that shares the tensors; the model itself if it is in it."""
+    return model if model.training else clone_for_capture(model).train()
 
 
 def training_differs(model: nn.Module) -> str | None:
     """What runs in training mode and not in eval mode, in words; None when nothing does.
 
     Compares the operations of both, by shapes alone.
+
+    Raises:
+        GuardOnDataDependentSymNode, DataDependentOutputException: shapes are not enough.
     """
     clone = clone_for_capture(model)
+    off_meta(clone)
     for module, original in zip(clone.modules(), model.modules(), strict=True):
         module.training = original.training
     training = _operations(clone)
@@ -47,7 +57,9 @@ class _Record(TorchDispatchMode):
 def _operations(model: nn.Module) -> list[str]:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     state, record = State(model), _Record()
-    with FakeTensorMode(allow_non_fake_inputs=True), record, torch.no_grad():
+    # sizes that depend on data, such as how many tokens an expert gets, are symbols
+    fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
+    with fake, record, torch.no_grad():
         model(torch.zeros(_BATCH, _LENGTH, dtype=torch.long, device=device))
     state.restore()
     return record.names

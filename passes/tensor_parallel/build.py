@@ -19,9 +19,11 @@ from fxport.passes.attention import rewrite_attention
 from fxport.passes.functional import functionalise
 from fxport.passes.head import find_head
 from fxport.passes.tensor_parallel.boxes import Undividable, select
+from fxport.passes.tensor_parallel.dropout import key_dropout
 from fxport.passes.tensor_parallel.emission import Emission, WholeParameter
 from fxport.passes.tensor_parallel.emit import emit
 from fxport.passes.tensor_parallel.factors import label, unit_shape
+from fxport.passes.tensor_parallel.products import multiply_activations_first
 from fxport.passes.tensor_parallel.records import plan_of
 from fxport.passes.tensor_parallel.solver import solve
 from fxport.passes.tensor_parallel.vocabulary import divides
@@ -51,17 +53,21 @@ class Divided:
     plan: Plan
 
 
-def prepare(model: nn.Module) -> Prepared:
-    """Captures a model in eval mode (dropout off) and rewrites its attention.
+def prepare(model: nn.Module, *, own_modes: bool = False) -> Prepared:
+    """Captures a model in eval mode and rewrites its attention.
+
+    Args:
+        own_modes: in the modes that its modules are in, with their dropout.
 
     Raises:
         PortError: the model cannot be captured.
     """
-    captured = capture(model)
+    captured = capture(model, own_modes=own_modes)
     gm = captured.graph
     functionalise(gm)
     head = find_head(gm, captured.length)
     result = rewrite_attention(gm)
+    multiply_activations_first(gm)
     left = tuple(
         Replicated(d.module or d.subject, f"attention left as it is: {d.reason.message}")
         for d in result.decisions
@@ -102,7 +108,9 @@ def divide(prepared: Prepared, context: ParallelContext) -> Divided:
     for _ in range(len(labels.leaves) + len(prepared.captured.parameters) + 1):
         solution = solve(labels, context.world_size)
         try:
-            found = emit(prepared.graph, labels, solution, context, vocabulary, whole)
+            found = emit(
+                prepared.graph, labels, solution, context, vocabulary, whole, postponing=True
+            )
         except WholeParameter as conflict:
             whole |= {conflict.name}
             continue
@@ -113,6 +121,7 @@ def divide(prepared: Prepared, context: ParallelContext) -> Divided:
             if not stop.atoms:
                 raise FxportError(f"cannot be divided: {why}") from stop
             continue
+        key_dropout(found)
         shapes = {n: tuple(p.shape) for n, p in prepared.captured.parameters.items()}
         plan = plan_of(shapes, [(found, solution)], whole, prepared.left)
         return Divided(prepared, found, plan)

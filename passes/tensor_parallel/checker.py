@@ -5,13 +5,14 @@ Every value is one of
 | state      | value on the ranks                        | gradient on the ranks     |
 | constant   | the same                                  | none                      |
 | replicated | the same                                  | the same                  |
-| local      | a part, or a copy used on a part          | a contribution            |
+| copy       | the same, entered local work              | a contribution            |
+| local      | a part, or a part of a copy               | a contribution            |
 | lookup     | rows of this rank, garbage elsewhere      | -                         |
 | partial    | a summand                                 | the same                  |
 
-A partial sum may only be scaled, added to another, or reduced; a replicated value may enter local
-work only through `CopyTo`; a divided parameter that several ranks hold only through
-`SharedGradient`; the output is replicated.
+A partial sum may only be scaled (by a number or a copy), moved, mapped by a copied weight, added
+to another, or reduced; a replicated value may enter local work only through `CopyTo`; a divided
+parameter that several ranks hold only through `SharedGradient`; the output is replicated.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxport.parallel.dropout import AttentionRate, KeyedDropout, StepSeed
 from fxport.parallel.modules import CopyTo, Gather, ReduceFrom, SharedGradient
 from fxport.parallel.plan import ParameterShard, Plan
 
@@ -33,14 +35,22 @@ aten = torch.ops.aten
 class _State(enum.Enum):
     CONSTANT = "constant"
     REPLICATED = "replicated"
+    COPY = "copy"
     LOCAL = "local"
     LOOKUP = "lookup"
     PARTIAL = "partial"
 
 
 _C, _R, _L, _P = _State.CONSTANT, _State.REPLICATED, _State.LOCAL, _State.PARTIAL
-# Ops that map a sum of summands to the sum of the results, given a number.
+_K = _State.COPY
+# Ops that map a sum of summands to the sum of the results, given a number or the same values.
 _SCALING = {aten.div.Tensor, aten.mul.Tensor}
+_MOVING = {
+    aten.reshape.default, aten.view_as.default, aten.transpose.int, aten.permute.default,
+    aten.unsqueeze.default, aten.sum.dim_IntList,
+}  # fmt: skip
+_CASTS = {aten.type_as.default, aten.to.other}  # the other value gives its dtype only
+_PRODUCTS = {aten.einsum.default, aten.matmul.default, aten.bmm.default, aten.mm.default}
 
 
 def check(module: fx.GraphModule, plan: Plan, rank: int) -> list[str]:
@@ -55,6 +65,7 @@ class _Checker:
         self.first_names = {id(module.get_parameter(s.name)): s.name for s in plan.parameters}
         self.state: dict[fx.Node, _State] = {}
         self.divided: dict[fx.Node, ParameterShard] = {}
+        self.weights: dict[fx.Node, ParameterShard] = {}  # those too whose gradient is shared
         self.errors: list[str] = []
 
     def run(self) -> list[str]:
@@ -86,18 +97,23 @@ class _Checker:
         if tuple(value.shape) != shard.local_shape(self.rank):
             self._wrong(node, "the parameter has another shape than the plan says")
         if any(index is not None for box in shard.indices for index in box):
-            self.divided[node] = shard
+            self.divided[node] = self.weights[node] = shard
             return _L
         return _R
 
     def _collective(self, node: fx.Node) -> _State:
+        module = self.module.get_submodule(str(node.target))
+        if isinstance(module, StepSeed | AttentionRate):
+            return _C
         source = node.args[0]
         assert isinstance(source, fx.Node)
-        before, module = self.state[source], self.module.get_submodule(str(node.target))
+        before = self.state[source]
+        if isinstance(module, KeyedDropout):
+            return self._dropout(node, before, module)
         if isinstance(module, CopyTo):
             if before not in (_R, _C):
                 self._wrong(node, f"sums the gradient of a {before.value} value")
-            return _L
+            return _K
         if isinstance(module, ReduceFrom):
             if before is not _P:
                 self._wrong(node, f"reduces a {before.value} value")
@@ -105,21 +121,42 @@ class _Checker:
         if isinstance(module, SharedGradient):
             if source not in self.divided:
                 self._wrong(node, "shares the gradient of what is no divided parameter")
+            else:
+                self.weights[node] = self.divided[source]
             return _L
         if isinstance(module, Gather):
             if before is not _L:
                 self._wrong(node, f"gathers a {before.value} value")
+            self._gathered(node, source, module)
             return _R
         self._wrong(node, "unknown module")
         return _R
 
+    def _dropout(self, node: fx.Node, before: _State, module: KeyedDropout) -> _State:
+        if before is _P:
+            self._wrong(node, "masks a partial sum")
+        if before is not _L and any(size is not None for size in module.sizes):
+            self._wrong(node, "masks a whole value like a part of it")
+        if self.state[node.args[1]] is not _C:  # type: ignore[index]
+            self._wrong(node, "the seed is not the same on every rank")
+        return before
+
     def _call(self, node: fx.Node) -> _State:
         if node.target is aten.sym_size.int:  # a number, without a gradient
             return _C
+        if node.target in _CASTS:
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            return self.state[source]
         inputs = {i: self.state[i] for i in node.all_input_nodes}
         if node.target is aten.linear.default:
             return self._linear(node)
+        if node.target in _PRODUCTS:
+            for value in node.all_input_nodes:
+                if value in self.weights or self._cut(value) is not None:
+                    return self._product(node, value)
         if node.target is aten.embedding.default and self._rows(node.args[0]):
+            self._looked_up(node)
             return _State.LOOKUP
         states = set(inputs.values())
         if _State.LOOKUP in states:
@@ -127,25 +164,37 @@ class _Checker:
                 self._wrong(node, "uses rows of other ranks before they are masked")
             return _P
         if _P in states:
-            return self._partial(node, states)
+            return self._partial(node, inputs)
         if node.target is aten.sum.dim_IntList and states == {_L}:
             return _P
         return self._mixed(node, inputs)
 
-    def _partial(self, node: fx.Node, states: set[_State]) -> _State:
-        numbers = len(node.all_input_nodes) == 1 and node.target in _SCALING
-        if not numbers and not (node.target is aten.add.Tensor and states == {_P}):
+    def _partial(self, node: fx.Node, inputs: dict[fx.Node, _State]) -> _State:
+        first = node.args[0]
+        others = [state for value, state in inputs.items() if value is not first]
+        leads = isinstance(first, fx.Node) and inputs[first] is _P
+        if node.target is aten.add.Tensor:
+            fine = set(inputs.values()) == {_P} and len(node.args) == 2 and not node.kwargs
+        elif node.target is aten.mul.Tensor:
+            fine = [*inputs.values()].count(_P) == 1 and set(inputs.values()) <= {_P, _K, _C}
+            fine = fine and node.args[0] is not node.args[1]
+        elif node.target in _SCALING:
+            fine = leads and set(others) <= {_K, _C}
+        else:  # the other operand of a view gives its sizes only
+            fine = leads and node.target in _MOVING
+        if not fine:
             self._wrong(node, "uses a partial sum before it is reduced")
         return _P
 
     def _mixed(self, node: fx.Node, inputs: dict[fx.Node, _State]) -> _State:
-        if _L not in inputs.values():
-            return _R if _R in inputs.values() else _C
+        states = set(inputs.values())
+        if not states & {_L, _K}:
+            return _R if _R in states else _C
         for value, state in inputs.items():
             if state is _R:
                 self._wrong(node, f"{value.name} is replicated and enters local work unsummed")
             self._held_once(node, value)
-        return _L
+        return _K if states <= {_K, _C} and not _takes_a_part(node) else _L
 
     def _held_once(self, node: fx.Node, value: fx.Node) -> None:
         """Gradients of positions that several ranks hold must be summed."""
@@ -160,20 +209,70 @@ class _Checker:
             if len(held) != len(set(held)):
                 self._wrong(node, f"the gradient of {shard.name} is not summed")
 
+    def _gathered(self, node: fx.Node, source: fx.Node, module: Gather) -> None:
+        """Every rank's results must be as many as its rows."""
+        shard = self.weights.get(source.args[1]) if len(source.args) > 1 else None  # type: ignore[arg-type]
+        if shard is None or any(box[0] is None for box in shard.indices):
+            self._wrong(node, "gathers what is no result of a divided weight")
+        elif module.sizes != tuple(len(box[0] or ()) for box in shard.indices):
+            self._wrong(node, f"gathers other sizes than the ranks have rows of {shard.name}")
+
+    def _looked_up(self, node: fx.Node) -> None:
+        """Rows are counted from this rank's first, and others are masked."""
+        shard = self.divided[node.args[0]]  # type: ignore[index]
+        held = shard.indices[self.rank][0] or ()
+        filled: Any = node.args[1]
+        limits = set()
+        if filled.target is aten.masked_fill.Scalar and held == tuple(range(held[0], held[-1] + 1)):
+            shifted, outside, _ = filled.args
+            limits = {(n.target, n.args[0], n.args[1]) for n in outside.all_input_nodes}
+            if shifted.target is not aten.sub.Tensor or shifted.args[1] != held[0]:
+                limits = set()
+            wanted = {(aten.lt.Scalar, shifted, 0), (aten.ge.Scalar, shifted, len(held))}
+        if not limits or limits != wanted:
+            self._wrong(node, f"looks up other rows than this rank has of {shard.name}")
+
     def _rows(self, weight: Any) -> bool:
         shard = self.divided.get(weight)
         return shard is not None and any(box[0] is not None for box in shard.indices)
 
+    def _cut(self, weight: Any) -> int | None:
+        """The dimension along which a part of a copied weight, of one expert say, is taken."""
+        if weight.target not in (aten.slice.Tensor, aten.index_select.default):
+            return None
+        return weight.args[1] if self.state[weight.args[0]] is _K else None
+
     def _columns(self, weight: Any) -> bool:
+        if self._cut(weight) == 1:
+            return True
         shard = self.divided.get(weight)
         return shard is not None and any(box[1] is not None for box in shard.indices)
+
+    def _product(self, node: fx.Node, weight: fx.Node) -> _State:
+        """A matrix product or einsum with a divided weight: partial if what is summed is."""
+        if _P in {self.state[i] for i in node.all_input_nodes}:
+            self._wrong(node, "uses a partial sum before it is reduced")
+        cut = self._cut(weight)
+        if cut is None:
+            boxes = self.weights[weight].indices
+            divided = {d for box in boxes for d, index in enumerate(box) if index is not None}
+        else:
+            divided = {cut}
+        if not divided & _summed(node, weight):
+            return self._mixed(node, {i: self.state[i] for i in node.all_input_nodes})
+        if any(self.state[i] is not _L for i in node.all_input_nodes if i is not weight):
+            self._wrong(node, "a divided contraction of a value that is not divided")
+        self._held_once(node, weight)
+        return _P
 
     def _linear(self, node: fx.Node) -> _State:
         x, weight = node.args[0], node.args[1]
         bias = node.args[2] if len(node.args) > 2 else None
         assert isinstance(x, fx.Node)
         if self.state[x] is _P:
-            self._wrong(node, "uses a partial sum before it is reduced")
+            if self.state[weight] is not _K or bias is not None:  # type: ignore[index]
+                self._wrong(node, "uses a partial sum before it is reduced")
+            return _P
         if not self._columns(weight):
             return self._mixed(node, {i: self.state[i] for i in node.all_input_nodes})
         if self.state[x] is not _L:
@@ -182,3 +281,23 @@ class _Checker:
             self._wrong(node, "adds a bias before the reduction: once for every rank")
         self._held_once(node, weight)  # type: ignore[arg-type]
         return _P
+
+
+def _summed(node: fx.Node, weight: fx.Node) -> set[int]:
+    """Dimensions of the weight that do not appear in the result."""
+    if node.target is aten.einsum.default:
+        inputs, result = str(node.args[0]).replace(" ", "").split("->")
+        own = inputs.split(",")[list(node.args[1]).index(weight)]  # type: ignore[arg-type, union-attr]
+        return {d for d, letter in enumerate(own) if letter not in result}
+    known = weight
+    while "val" not in known.meta:  # a collective or a part of it
+        known = known.all_input_nodes[0]
+    rank = known.meta["val"].dim()
+    return {rank - 2 if node.args[1] is weight else rank - 1}
+
+
+def _takes_a_part(node: fx.Node) -> bool:
+    """Whether the ranks may take different parts of the same value."""
+    slicing = {aten.slice.Tensor, aten.index_select.default, aten.embedding.default}
+    heads = torch.ops.fxport.attention.default
+    return node.target in slicing or node.target is heads

@@ -15,9 +15,11 @@ class Classes:
 
     def __init__(self) -> None:
         self._parent: list[int] = []
+        self._roots: Tensor | None = None  # of all atoms; None once they have changed
 
     def fresh(self, shape: Iterable[int]) -> Tensor:
         """New atoms, each its own class, as an int64 tensor of `shape`."""
+        self._roots = None
         first = len(self._parent)
         sizes = tuple(shape)
         count = int(torch.Size(sizes).numel())
@@ -35,6 +37,7 @@ class Classes:
         """The older atom stands for the class, so that classes keep the order of positions."""
         one, other = self.find(one), self.find(other)
         if one != other:
+            self._roots = None
             self._parent[max(one, other)] = min(one, other)
 
     def union_all(self, atoms: Tensor) -> None:
@@ -52,12 +55,17 @@ class Classes:
 
     def roots(self) -> Tensor:
         """The class of every atom, int64 ``[atoms]``."""
+        if self._roots is not None:
+            return self._roots
         parent = torch.tensor(self._parent, dtype=torch.int64)
         while True:
             above = parent[parent]
             if torch.equal(above, parent):
+                self._roots = parent
                 return parent
             parent = above
 
     def of(self, atoms: Tensor) -> set[int]:
+        if self._roots is not None:
+            return set(self._roots[atoms.reshape(-1)].unique().tolist())
         return {self.find(a) for a in set(atoms.reshape(-1).tolist())}

@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxport.capture.arguments import arguments
+from fxport.capture.arguments import arguments, shape_of
 from fxport.capture.inputs import InputKind, graph_input
 from fxport.parallel.context import ParallelContext
 from fxport.parallel.modules import CopyTo, ReduceFrom, SharedGradient
 from fxport.passes.tensor_parallel.boxes import Box, Boxes, Undividable
 from fxport.passes.tensor_parallel.factors import Labels, unit_shape
 from fxport.passes.tensor_parallel.ops import KINDS, Kind
+from fxport.passes.tensor_parallel.postpone import Pending, postpone
 from fxport.passes.tensor_parallel.solver import Solution
 
 __all__ = ["Emission", "LocalHeads", "WholeParameter"]
@@ -54,6 +55,8 @@ class Emission:
         graph: the new graph; ``get_attr`` nodes name parameters and buffers.
         shards: parameter -> kind and the box of every rank.
         modules: collectives by the name that the graph calls.
+        postponing: whether sums are reduced as late as `postpone` can.
+        pending: sums that are not reduced yet; `env` reduces them when they are read.
         calls: (module name, the node of the original graph it serves).
     """
 
@@ -66,15 +69,18 @@ class Emission:
         vocabulary: tuple[fx.Node, ...],
         whole: frozenset[str],
         rules: Mapping[Any, Rule],
+        postponing: bool,
     ) -> None:
         self.rules = rules
+        self.postponing = postponing
+        self.pending: dict[fx.Node, Pending] = {}
         self.whole = whole
         self.source, self.labels, self.context = source, labels, context
         self.boxes = Boxes(labels, solution)
         self.rank, self.world_size = context.rank, context.world_size
         self.vocabulary = vocabulary
         self.graph = fx.Graph()
-        self.env: dict[fx.Node, fx.Node] = {}
+        self.env: dict[fx.Node, fx.Node] = _Values(self)
         self.local: set[fx.Node] = set()
         self.modules: dict[str, nn.Module] = {}
         self.calls: list[tuple[str, fx.Node]] = []
@@ -102,6 +108,22 @@ class Emission:
 
     def reduce(self, value: fx.Node) -> fx.Node:
         return self.collective("reduce_from", ReduceFrom(self.context), value)
+
+    def sum_of(self, node: fx.Node, partial: fx.Node, added: fx.Node | None = None) -> None:
+        """The value of `node`: the sum of what the ranks have, and a whole bias ``[N]`` once."""
+        self.pending[node] = Pending(partial, added, () if added is None else shape_of(node)[-1:])
+        if not self.postponing:
+            self.settle(node)
+
+    def settle(self, node: fx.Node) -> fx.Node:
+        """Reduces a pending sum where it is needed."""
+        pending, before = self.pending.pop(node), self._now
+        self._now = node
+        value = self.reduce(pending.partial)
+        if pending.added is not None:
+            value = self.call(aten.add.Tensor, value, pending.added)
+        self.env[node], self._now = value, before
+        return value
 
     def entering(self, old: fx.Node) -> fx.Node:
         """A data operand of local work: replicated values enter through `copy_to`, once."""
@@ -222,7 +244,8 @@ class Emission:
                 self._learned.add(node)
                 if value.op == "placeholder":
                     self._whole(value)
-            if value in self.local and any(self.box(value)):
+            sized = KINDS.get(node.target) is not Kind.CAST
+            if sized and value in self.local and any(self.box(value)):
                 raise Undividable(node, "a size of a divided value", [self.labels.atoms[value]])
         self.env[node] = self.graph.node_copy(node, self.env.__getitem__)
 
@@ -240,13 +263,14 @@ class Emission:
             if weight not in self.whole:
                 self.rules[VOCABULARY](self, node)
                 return
+        if postpone(self, node):
+            return
         atoms = self.labels.atoms[node]
         parts = atoms if isinstance(atoms, tuple) else (atoms,)
         inputs = [i for i in node.all_input_nodes if i in self.labels.atoms]
         kind = KINDS.get(node.target)
-        row = kind in (Kind.LINEAR, Kind.MEAN) and any(i in self.local for i in inputs)
         divided = any(not self.boxes.complete(p) for p in parts)
-        if not divided and not row and not any(i in self.local for i in inputs):
+        if not divided and not any(i in self.local for i in inputs):
             self._copy(node)
             return
         rule = self.rules.get(node.target, self.rules.get(kind))
@@ -262,6 +286,17 @@ class Emission:
             if value.op == "placeholder" and value in self._learned:
                 self._whole(value)
         self.env[node] = self.graph.node_copy(node, self.env.__getitem__)
+
+
+class _Values(dict[fx.Node, fx.Node]):
+    """Emitted nodes by the nodes they stand for; a pending sum is reduced when it is read."""
+
+    def __init__(self, emission: Emission) -> None:
+        super().__init__()
+        self._emission = emission
+
+    def __missing__(self, node: fx.Node) -> fx.Node:
+        return self._emission.settle(node)
 
 
 class WholeParameter(Exception):

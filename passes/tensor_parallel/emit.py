@@ -20,13 +20,18 @@ def emit(
     context: ParallelContext,
     vocabulary: tuple[fx.Node, ...],
     whole: frozenset[str],
+    *,
+    postponing: bool,
 ) -> Emission:
     """The graph of one rank.
+
+    Args:
+        postponing: reduce sums as late as possible; an engine's layers reduce their own.
 
     Raises:
         Undividable: a value that the solver divided reaches an op that needs all of it.
         WholeParameter: two uses of a parameter want different parts of it.
     """
-    emission = Emission(source, labels, solution, context, vocabulary, whole, RULES)
+    emission = Emission(source, labels, solution, context, vocabulary, whole, RULES, postponing)
     emission.run()
     return emission

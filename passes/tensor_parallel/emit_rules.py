@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,9 +12,11 @@ from torch import Tensor, fx
 
 from fxport.capture.arguments import arguments
 from fxport.parallel.modules import CopyTo, Gather
-from fxport.passes.tensor_parallel.boxes import Box, Undividable, select
+from fxport.passes.tensor_parallel.boxes import Box, Undividable
 from fxport.passes.tensor_parallel.emission import VOCABULARY, Emission, LocalHeads, Rule
-from fxport.passes.tensor_parallel.factors import unit_shape, unit_value
+from fxport.passes.tensor_parallel.emit_contraction import emit_contraction
+from fxport.passes.tensor_parallel.emit_structure import emit_structure
+from fxport.passes.tensor_parallel.factors import unit_shape
 from fxport.passes.tensor_parallel.ops import Kind
 from fxport.passes.tensor_parallel.vocabulary import bounds
 
@@ -25,6 +27,7 @@ aten = torch.ops.aten
 # Facts about emitted nodes, for who replaces them by layers of an engine.
 HEADS = "heads"  # of an attention: `LocalHeads`
 LOOKUP = "lookup"  # of the reduced look-up: (weight, token ids)
+PART = "part"  # of a dropout: (full sizes, positions held) by dimension, None if not divided
 
 
 def _getitem(e: Emission, node: fx.Node) -> None:
@@ -32,129 +35,6 @@ def _getitem(e: Emission, node: fx.Node) -> None:
     assert isinstance(source, fx.Node)
     e.env[node] = e.call(operator.getitem, e.env[source], index)
     e.local.add(node)
-
-
-def _sized(e: Emission, node: fx.Node, sizes: Any, local: tuple[int, ...]) -> list[Any]:
-    result: list[Any] = []
-    for size, here, before in zip(sizes, local, unit_shape(node), strict=True):
-        if isinstance(size, fx.Node):
-            if here != before:
-                raise Undividable(node, "a divided size is an expression", [e.labels.atoms[node]])
-            result.append(e.env[size])
-        else:
-            result.append(size if size == -1 else here)
-    return result
-
-
-def _shape(box: Box, full: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(n if i is None else len(i) for i, n in zip(box, full, strict=True))
-
-
-def _structure(e: Emission, node: fx.Node) -> None:
-    """The same op with this rank's sizes; checked on the labels, position by position."""
-    atoms = e.labels.atoms[node]
-    target, args = node.target, arguments(node)
-    inputs = [i for i in node.all_input_nodes if i in e.labels.atoms]
-    if target in (aten.view.default, aten.reshape.default, aten.expand.default):
-        key = "shape" if "shape" in args else "size"
-        local = _shape(e.box(node), tuple(atoms.shape))
-        args[key] = _sized(e, node, args[key], local)
-        if target is aten.view.default:
-            target = aten.reshape.default
-            args = {"self": args["self"], "shape": args[key]}
-    elif target is aten.view_as.default:
-        target, args = aten.reshape.default, _like(e, node, args)
-        inputs = [args["self"]]
-    elif target is aten.unflatten.int:
-        local = _shape(e.box(node), tuple(atoms.shape))
-        dim = args["dim"] % len(e.labels.atoms[args["self"]].shape)
-        args["sizes"] = list(local[dim : dim + len(args["sizes"])])
-    elif target in (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default):
-        dim = args["dim"]
-        sizes = []
-        for part in atoms:
-            index = e.boxes.box(node, part, e.rank)[dim]
-            sizes.append(part.shape[dim] if index is None else len(index))
-        target, args = aten.split_with_sizes.default, {
-            "self": args["self"], "split_sizes": sizes, "dim": dim,
-        }  # fmt: skip
-    elif target is aten.slice.Tensor:
-        args = _sliced(e, node, args)
-    elif target is aten.cat.default:
-        args["tensors"] = _nonempty(e, args["tensors"])
-    values = {i: select(e.labels.atoms[i], e.box(i)) for i in inputs}
-    _check_positions(e, node, target, args, values)
-    new = {k: fx.map_arg(v, lambda n: _operand(e, n)) for k, v in args.items()}
-    e.env[node] = e.call(target, **new)
-    e.local.add(node)
-
-
-def _like(e: Emission, node: fx.Node, args: dict[str, Any]) -> dict[str, Any]:
-    """``x.view_as(y)``: y may be whole where x is divided, so only its other sizes are read."""
-    box, other = e.box(node), args["other"]
-    theirs = e.box(other) if other in e.labels.atoms else (None,) * len(box)
-    shape: list[Any] = []
-    for dim, (mine, their) in enumerate(zip(box, theirs, strict=True)):
-        if mine is None and their is not None:
-            raise Undividable(node, "a size of a divided value", [e.labels.atoms[other]])
-        if mine is not None:
-            shape.append(len(mine))
-        else:
-            shape.append(e.call(aten.sym_size.int, e.env[other], dim))
-            shape[-1].meta["val"] = unit_shape(other)[dim]
-    return {"self": args["self"], "shape": shape}
-
-
-def _nonempty(e: Emission, parts: Sequence[fx.Node]) -> list[fx.Node]:
-    """Without ``x[..., 64:]`` of 64 features: it has no position that says who holds its heads."""
-    kept = [p for p in parts if p not in e.labels.atoms or e.labels.atoms[p].numel()]
-    same = len({p.meta["val"].dtype for p in parts}) == 1
-    return kept if kept and same else list(parts)
-
-
-def _operand(e: Emission, value: fx.Node) -> fx.Node:
-    if value in e.labels.atoms:
-        return e.entering(value)
-    return e.env.get(value, value)
-
-
-def _sliced(e: Emission, node: fx.Node, args: dict[str, Any]) -> dict[str, Any]:
-    before = e.box(args["self"])
-    index = before[args["dim"]]
-    if index is None:
-        return args
-    size = e.labels.atoms[args["self"]].shape[args["dim"]]
-    chosen = set(
-        range(size)[slice(unit_value(args["start"]), unit_value(args["end"]), args["step"])]
-    )
-    here = [i for i, position in enumerate(index) if position in chosen]
-    if args["step"] != 1 or not here or here != list(range(here[0], here[0] + len(here))):
-        raise Undividable(node, "a slice takes scattered positions", [e.labels.atoms[args["self"]]])
-    return {**args, "start": here[0], "end": here[0] + len(here)}
-
-
-def _check_positions(
-    e: Emission, node: fx.Node, target: Any, args: dict[str, Any], values: dict[fx.Node, Tensor]
-) -> None:
-    atoms = e.labels.atoms[node]
-    known: dict[fx.Node, Any] = dict(values)
-
-    def number(value: fx.Node) -> Any:
-        if value in known:
-            return known[value]
-        return unit_value(next((o for o, n in e.env.items() if n is value), value))
-
-    where = [a for i in values for a in (e.labels.atoms[i],)]
-    try:
-        got = target(**{k: fx.map_arg(v, number) for k, v in args.items()})
-    except (RuntimeError, IndexError) as error:
-        raise Undividable(node, f"not possible on a part: {error}", where) from error
-    pairs = zip(got, atoms, strict=True) if isinstance(atoms, tuple) else [(got, atoms)]
-    for found, wanted in pairs:
-        if not wanted.numel() and not found.numel():
-            continue
-        if not torch.equal(found, select(wanted, e.boxes.box(node, wanted, e.rank))):
-            raise Undividable(node, "a part of the input gives another part of the output", where)
 
 
 def _aligned(e: Emission, node: fx.Node, operand: fx.Node, rank: int) -> Box:
@@ -197,6 +77,16 @@ def _pointwise(e: Emission, node: fx.Node) -> None:
     e.local.add(node)
 
 
+def _dropout(e: Emission, node: fx.Node) -> None:
+    """Remembers which part of the full tensor it is; `dropout` makes the mask of that part."""
+    _pointwise(e, node)
+    box = e.box(node)
+    full = tuple(e.labels.atoms[node].shape)
+    sizes = tuple(n if i is not None else None for n, i in zip(full, box, strict=True))
+    new = e.env[node]
+    new.meta = {**new.meta, "val": node.meta["val"], PART: (sizes, box)}
+
+
 def _linear(e: Emission, node: fx.Node) -> None:
     args = arguments(node)
     x, weight, bias = args["input"], args["weight"], args["bias"]
@@ -207,11 +97,9 @@ def _linear(e: Emission, node: fx.Node) -> None:
         if not e.boxes.complete(e.labels.atoms[node]):
             raise Undividable(node, "divided on both sides", [e.labels.atoms[node]])
         value = e.call(aten.linear.default, e.env[x], e.static(weight, "row", inside, local=True))
-        value = e.reduce(value)
         if bias is not None:
-            value = e.call(aten.add.Tensor, value, e.static(bias, "replicated",
-                           ((None,),) * e.world_size, local=False))  # fmt: skip
-        e.env[node] = value
+            bias = e.static(bias, "replicated", ((None,),) * e.world_size, local=False)
+        e.sum_of(node, value, bias)
         return
     rows = e.all_boxes(lambda r: (e.box(node, r)[-1], None))
     new_weight = e.static(weight, "column", rows, local=True)
@@ -219,6 +107,13 @@ def _linear(e: Emission, node: fx.Node) -> None:
     if bias is not None:
         new_bias = e.static(bias, "column", tuple(b[:1] for b in rows), local=True)
     e.env[node] = e.call(aten.linear.default, e.entering(x), new_weight, new_bias)
+    e.local.add(node)
+
+
+def _cast(e: Emission, node: fx.Node) -> None:
+    args = arguments(node)
+    new = {k: fx.map_arg(v, e.env.__getitem__) for k, v in args.items() if k != "self"}
+    e.env[node] = e.call(node.target, e.env[args["self"]], **new)
     e.local.add(node)
 
 
@@ -231,7 +126,11 @@ def _mean(e: Emission, node: fx.Node) -> None:
     args = arguments(node)
     x, dim = args["self"], args["dim"][0]
     if not e.divided(x, dim):
-        e.env[node] = e.call(aten.mean.dim, e.entering(x), [dim], args["keepdim"],
+        rest = [d for d in range(e.labels.atoms[x].dim()) if d != dim % e.labels.atoms[x].dim()]
+        kept = [d for d in range(e.labels.atoms[node].dim()) if not args["keepdim"] or d in rest]
+        if [e.box(x)[d] for d in rest] != [e.box(node)[d] for d in kept]:
+            raise Undividable(node, "reduces a divided value to a whole one", [e.labels.atoms[x]])
+        e.env[node] = e.call(node.target, e.entering(x), [dim], args["keepdim"],
                              dtype=args["dtype"])  # fmt: skip
         e.local.add(node)
         return
@@ -243,7 +142,9 @@ def _mean(e: Emission, node: fx.Node) -> None:
         args["keepdim"],
         dtype=args["dtype"],
     )
-    e.env[node] = e.reduce(e.call(aten.div.Tensor, total, size))
+    if node.target is aten.mean.dim:
+        total = e.call(aten.div.Tensor, total, size)
+    e.env[node] = e.reduce(total)
 
 
 def _counted_once(e: Emission, x: fx.Node, dim: int, value: fx.Node) -> fx.Node:
@@ -372,9 +273,12 @@ def _vocabulary(e: Emission, node: fx.Node) -> None:
 RULES: Mapping[Any, Rule] = {
     VOCABULARY: _vocabulary,
     operator.getitem: _getitem,
-    Kind.STRUCTURE: _structure,
+    aten.dropout.default: _dropout,
+    Kind.STRUCTURE: emit_structure,
     Kind.POINTWISE: _pointwise,
     Kind.LINEAR: _linear,
+    Kind.CONTRACTION: emit_contraction,
+    Kind.CAST: _cast,
     Kind.COMPLEX: _complex,
     Kind.MEAN: _mean,
     Kind.NORM: _norm,

@@ -23,6 +23,7 @@ from torch import Tensor, fx
 from fxport.capture.arguments import arguments, shape_of
 from fxport.capture.inputs import InputKind, graph_input
 from fxport.passes.tensor_parallel.classes import Classes
+from fxport.passes.tensor_parallel.contraction import contraction
 from fxport.passes.tensor_parallel.ops import KINDS, Kind
 
 __all__ = ["Attention", "Labels", "Linear", "label", "unit_shape", "unit_value"]
@@ -32,7 +33,11 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Linear:
-    """A projection ``[.., K] -> [.., N]``."""
+    """A projection ``[K] -> [N]`` of one position.
+
+    Attributes:
+        inputs, outputs: atoms of the K features and of the N results.
+    """
 
     node: fx.Node
     inputs: Tensor
@@ -146,12 +151,18 @@ def _label_call(labels: Labels, node: fx.Node, world_size: int) -> None:
         _pointwise(labels, node)
     elif kind is Kind.LINEAR and arguments(node)["weight"] not in labels.atoms:
         _linear(labels, node)
+    elif kind is Kind.CONTRACTION:
+        _contraction(labels, node)
     elif kind is Kind.EMBEDDING:
         _leaf(labels, node)
     elif kind is Kind.NORM:
         _norm(labels, node)
     elif kind is Kind.MEAN:
         _mean(labels, node)
+    elif kind is Kind.CAST:
+        source = arguments(node)["self"]
+        if source in labels.atoms:  # else it is what it was before: on every rank
+            labels.atoms[node] = labels.atoms[source]
     elif kind is Kind.COMPLEX:
         _complex(labels, node)
     elif kind is Kind.ATTENTION:
@@ -253,6 +264,31 @@ def _linear(labels: Labels, node: fx.Node) -> None:
         labels.classes.union_all(torch.cat([one, other]))
 
 
+def _contraction(labels: Labels, node: fx.Node) -> None:
+    found = contraction(node, labels.atoms)
+    if found is None:
+        _unknown(labels, node)
+        return
+    outputs = _leaf(labels, node)
+    sizes = dict(zip(found.of_data, labels.atoms[found.data].shape, strict=True))
+    rows, shared = (math.prod(sizes[c] for c in part) for part in (found.rows, found.shared))
+
+    def by_product(atoms: Tensor, of: str, last: str) -> Tensor:
+        order = [of.index(c) for c in found.rows + found.shared + last]
+        return atoms.permute(order).reshape(rows * shared, -1)
+
+    pairs = zip(
+        by_product(labels.atoms[found.data], found.of_data, found.summed),
+        by_product(outputs, found.of_result, found.new),
+        strict=True,
+    )
+    for one, other in pairs:
+        if rows == 1:
+            labels.linears.append(Linear(node, one, other))
+        else:  # one small projection for each head
+            labels.classes.union_all(torch.cat([one, other]))
+
+
 def _norm(labels: Labels, node: fx.Node) -> None:
     found = arguments(node)
     atoms = labels.atoms[found["input"]]
@@ -272,6 +308,11 @@ def _mean(labels: Labels, node: fx.Node) -> None:
         return
     moved = atoms.movedim(dims[0], -1)
     result = labels.classes.fresh(unit_shape(node))
+    if node.target is aten.sum.dim_IntList and dims[0] % atoms.dim() != atoms.dim() - 1:
+        for summand in moved.unbind(-1):  # of experts, say: as if they were added one by one
+            labels.classes.pair(result.reshape(-1), summand.reshape(-1))
+        labels.atoms[node] = result
+        return
     labels.reductions.append((node, moved.reshape(-1, moved.shape[-1]), result.reshape(-1)))
     labels.atoms[node] = result
 

@@ -18,9 +18,11 @@ class Kind(enum.Enum):
     STRUCTURE = "moves positions, computes nothing"
     POINTWISE = "position by position, operands broadcast"
     LINEAR = "contracts the last dimension with a weight"
+    CONTRACTION = "a product with a weight, or of two activations"
     EMBEDDING = "looks rows up"
     NORM = "normalises over the last dimensions"
-    MEAN = "mean over dimensions"
+    MEAN = "mean or sum over dimensions"
+    CAST = "takes the dtype of another value"
     COMPLEX = "pairs of real numbers as complex ones, and back"
     ATTENTION = "fxport::attention"
 
@@ -31,21 +33,28 @@ _STRUCTURE = (
     aten.chunk.default, aten.unbind.int, aten.cat.default, aten.stack.default,
     aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim, aten.flatten.using_ints,
     aten.unflatten.int, aten.t.default, aten.movedim.int, aten.view_as.default,
-    aten.mT.default, aten.narrow.default,
+    aten.mT.default, aten.narrow.default, aten.repeat.default, aten.repeat_interleave.self_int,
 )  # fmt: skip
 # Pointwise ops that do not carry the tag: they are compositions, or keep the dtype only.
 _POINTWISE = (
-    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_as.default,
+    aten.to.dtype, aten.to.dtype_layout, aten.to.device,
     aten.dropout.default, aten.contiguous.default, aten.clone.default, aten.square.default,
     aten.float_power.Tensor_Scalar, aten.alias.default, aten.detach.default,
     aten.where.ScalarOther, aten.where.ScalarSelf, aten.softplus.default,
 )  # fmt: skip
 _OTHERS = {
     aten.linear.default: Kind.LINEAR,
+    aten.einsum.default: Kind.CONTRACTION,
+    aten.matmul.default: Kind.CONTRACTION,
+    aten.bmm.default: Kind.CONTRACTION,
+    aten.mm.default: Kind.CONTRACTION,
     aten.embedding.default: Kind.EMBEDDING,
     aten.layer_norm.default: Kind.NORM,
     aten.rms_norm.default: Kind.NORM,
     aten.mean.dim: Kind.MEAN,
+    aten.sum.dim_IntList: Kind.MEAN,
+    aten.type_as.default: Kind.CAST,
+    aten.to.other: Kind.CAST,
     aten.view_as_complex.default: Kind.COMPLEX,
     aten.view_as_real.default: Kind.COMPLEX,
     torch.ops.fxport.attention.default: Kind.ATTENTION,

@@ -12,6 +12,7 @@ from fxport.capture.inputs import graph_input
 from fxport.capture.location import module_of, user_location
 from fxport.parallel.modules import CopyTo, Gather, SharedGradient
 from fxport.parallel.plan import CollectiveRecord, ParameterShard, Plan, Replicated
+from fxport.passes.tensor_parallel.contraction import letters
 from fxport.passes.tensor_parallel.emission import Emission
 from fxport.passes.tensor_parallel.factors import unit_shape
 from fxport.passes.tensor_parallel.ops import KINDS, Kind
@@ -54,7 +55,11 @@ def _written_by_divided(leaves: Sequence[fx.Node], divided: set[str]) -> bool:
     """Whether it is only the sum of divided projections: the residual stream, as it should be."""
     names = []
     for leaf in leaves:
-        weight = arguments(leaf).get("weight") if KINDS.get(leaf.target) in _WEIGHTS else None
+        kind = KINDS.get(leaf.target)
+        weight = arguments(leaf).get("weight") if kind in _WEIGHTS else None
+        if kind is Kind.CONTRACTION:
+            found = letters(leaf)
+            weight = next((n for n in found[0] if n.op == "placeholder"), None) if found else None
         if weight is not None and weight.op == "placeholder":
             names.append(graph_input(weight).name)
     return bool(names) and set(names) <= divided

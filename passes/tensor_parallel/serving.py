@@ -32,6 +32,7 @@ from fxport.passes.tensor_parallel.emission import Emission, LocalHeads, WholePa
 from fxport.passes.tensor_parallel.emit import emit
 from fxport.passes.tensor_parallel.emit_rules import HEADS, LOOKUP
 from fxport.passes.tensor_parallel.factors import Labels, label, unit_shape
+from fxport.passes.tensor_parallel.products import multiply_activations_first
 from fxport.passes.tensor_parallel.records import plan_of
 from fxport.passes.tensor_parallel.solver import solve
 from fxport.passes.tensor_parallel.vocabulary import divides
@@ -153,7 +154,10 @@ class _Source:
         while True:
             solution = solve(self.labels, context.world_size)
             try:
-                return emit(self.gm, self.labels, solution, context, self.vocabulary, whole)
+                return emit(
+                    self.gm, self.labels, solution, context, self.vocabulary, whole,
+                    postponing=False,
+                )  # fmt: skip
             except Undividable as stop:
                 if not stop.atoms:
                     raise FxportError(f"cannot be divided: {stop.why}") from stop
@@ -191,7 +195,9 @@ def _with_values(serving: ServingGraph, part: Part, device: torch.device) -> fx.
                 node.meta["val"] = node.target(*args, **kwargs)
     for node in list(graph.nodes):
         _fold_number(graph, node)
-    return fx.GraphModule(nn.Module(), graph)
+    gm = fx.GraphModule(nn.Module(), graph)
+    multiply_activations_first(gm)
+    return gm
 
 
 def _fold_number(graph: fx.Graph, node: fx.Node) -> None:

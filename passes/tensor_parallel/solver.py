@@ -8,11 +8,12 @@ projections read it) loses against the narrow results of heads and hidden units.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
-from fxport.capture.arguments import arguments, shape_of
 from fxport.capture.location import module_of
 from fxport.passes.tensor_parallel.factors import Labels
 
@@ -50,6 +51,7 @@ class Solution:
 
 def solve(labels: Labels, world_size: int) -> Solution:
     """Chooses the components to divide and hands their classes out."""
+    labels.classes.roots()  # no class changes from here on: look-ups are fast
     components = _components(labels)
     _weigh(labels, components)
     by_class = {c: i for i, comp in enumerate(components) for c in comp.classes}
@@ -116,12 +118,12 @@ def _weigh(labels: Labels, components: list[Component]) -> None:
         return {by_class[c] for c in labels.classes.of(atoms) if c in by_class}
 
     for linear in labels.linears:
-        size = shape_of(arguments(linear.node)["weight"])
+        width = linear.outputs.numel()
         before, after = home(linear.inputs), home(linear.outputs)
         for i in before | after:
-            components[i].weight += int(size[0] * size[1])
+            components[i].weight += linear.inputs.numel() * width
         for i in before:
-            components[i].cost += int(size[0])
+            components[i].cost += width
             components[i].neighbours |= after
         for i in after:
             components[i].neighbours |= before
@@ -144,25 +146,56 @@ def _hand_out(
             query = labels.classes.find(int(attention.q[0, head, 0, 0]))
             if query in component.classes:
                 derived.setdefault(kv, set()).add(query)
-    groups: dict[frozenset[str], list[int]] = {}
-    names: dict[int, set[str]] = {}
-    for node in component.leaves:
-        for one in labels.classes.of(labels.leaves[node]):
-            names.setdefault(one, set()).add(node.name)
-    for one in sorted(component.classes - set(derived)):
-        groups.setdefault(frozenset(names.get(one, ())), []).append(one)
     owners: dict[int, frozenset[int]] = {}
-    for classes in groups.values():
-        if len(classes) < world_size:
+    for leaves, classes in _by_leaves(labels, component, derived.keys()).items():
+        units = _units(labels, [labels.leaves[leaf] for leaf in leaves], classes, world_size)
+        if len(units) < world_size:
             return None
-        part, extra = divmod(len(classes), world_size)
+        part, extra = divmod(len(units), world_size)
         start = 0
         for rank in range(world_size):
             stop = start + part + (rank < extra)
-            owners.update(dict.fromkeys(classes[start:stop], frozenset([rank])))
+            given = itertools.chain.from_iterable(units[start:stop])
+            owners.update(dict.fromkeys(given, frozenset([rank])))
             start = stop
     for kv, queries in derived.items():
         wanted = frozenset().union(*(owners.get(q, frozenset(range(world_size))) for q in queries))
         if len(wanted) < world_size:
             owners[kv] = wanted
     return owners
+
+
+def _by_leaves(
+    labels: Labels, component: Component, left_out: Collection[int]
+) -> dict[tuple[fx.Node, ...], list[int]]:
+    """The classes in order, by the ops in whose results they occur."""
+    occurs: dict[int, tuple[fx.Node, ...]] = dict.fromkeys(component.classes, ())
+    for node in component.leaves:
+        for one in labels.classes.of(labels.leaves[node]):
+            occurs[one] += (node,)
+    groups: dict[tuple[fx.Node, ...], list[int]] = {}
+    for one in sorted(component.classes.difference(left_out)):
+        groups.setdefault(occurs[one], []).append(one)
+    return groups
+
+
+def _units(
+    labels: Labels, leaves: Sequence[Tensor], classes: Sequence[int], world_size: int
+) -> Sequence[Sequence[int]]:
+    """The classes that one rank must have together, so that its part of a result is a rectangle.
+
+    Results of one dimension take any run of classes. Of ``[experts, hidden]`` every rank takes
+    whole columns (the same part of every expert) where there are enough, else whole rows.
+    """
+    roots = labels.classes.roots()
+    for leaf in leaves:
+        shape = [n for n in leaf.shape if n > 1]
+        if len(shape) < 2:
+            continue
+        own = roots[leaf.reshape(shape)]
+        for dim in reversed(range(len(shape))):
+            lines = (own.select(dim, i).unique().tolist() for i in range(shape[dim]))
+            columns = dict.fromkeys(map(tuple, lines))  # interleaved gate and up: once
+            if sum(map(len, columns)) == len(classes) and len(columns) >= world_size:
+                return list(columns)
+    return [(one,) for one in classes]

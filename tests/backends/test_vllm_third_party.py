@@ -48,6 +48,8 @@ EXACT = {
     ),
     "x: rotary, sdpa": lambda: x_transformers(rotary_pos_emb=True, attn_flash=True),
     "x: QK-norm": lambda: x_transformers(attn_qk_norm=True),
+    "x: ALiBi": lambda: x_transformers(alibi_pos_bias=True, alibi_num_heads=2),
+    "x: relative positions": lambda: x_transformers(rel_pos_bias=True),
     "x: softcap": lambda: x_transformers(attn_softclamp_logits=True),
     "litgpt: pythia": lambda: litgpt("pythia-14m"),
     "litgpt: Llama 3.2": lambda: litgpt("Llama-3.2-1B", n_query_groups=1),

@@ -24,11 +24,13 @@ class Noisy(nn.Module):
         return self.head(F.dropout(self.embed(ids), self.p, self.training))
 
 
-def test_dropout_in_training_mode_is_refused():
-    model = Noisy(0.1).train()
-    with pytest.raises(fxport.FxportError, match="dropout"):
-        fxport.parallelize(model, fxport.ParallelContext(0, 2))
-    assert model.training
+def test_dropout_follows_the_mode():
+    model, ids = Noisy(0.5).train(), torch.arange(60).view(4, 15)
+    module = fxport.parallelize(model, fxport.ParallelContext(0, 1))
+    assert model.training and module.training
+    first, second = module(ids), module(ids)
+    assert not torch.allclose(first, second)
+    torch.testing.assert_close(module.eval()(ids), model.eval()(ids))
 
 
 def test_no_difference_without_dropout_or_in_eval_mode():

@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 
-from fxport.parallel.modules import CopyTo, ReduceFrom, SharedGradient
+from fxport.parallel.modules import CopyTo, Gather, ReduceFrom, SharedGradient
+from fxport.passes.tensor_parallel.build import prepare
 from fxport.passes.tensor_parallel.checker import check
+from fxport.passes.tensor_parallel.origins import check_origins
 from tests.parallel.models import MODELS
 from tests.parallel.simulation import Ranks, compare, make, randomised
 
@@ -32,13 +34,15 @@ def _drop(kind: type, parameter: bool = False) -> Callable[[fx.GraphModule], Non
 
 def _bias_before_reduce(module: fx.GraphModule) -> None:
     for node in module.graph.nodes:
-        if node.target is aten.add.Tensor and node.args[0].op == "call_module":
-            reduced, bias = node.args
-            linear = reduced.args[0]
-            if linear.target is aten.linear.default and bias.op == "get_attr":
+        if node.target is not aten.add.Tensor or node.args[1].op != "get_attr":
+            continue
+        stream, bias = node.args
+        for user in node.users:  # stream + bias + the reduced sum
+            linear = user.args[0].args[0] if user.args[0].op == "call_module" else None
+            if linear is not None and linear.target is aten.linear.default:
                 linear.args = (*linear.args[:2], bias)
                 linear.prepend(bias)
-                node.replace_all_uses_with(reduced)
+                node.replace_all_uses_with(stream)
                 return
     raise AssertionError("no row-parallel bias")
 
@@ -53,18 +57,52 @@ def _wrong_kv_mapping(module: fx.GraphModule) -> None:
     raise AssertionError("no attention")
 
 
-# name -> (model, mutation, whether the independent checker sees it; the simulation sees all)
-MUTANTS = {
-    "forward collective dropped": ("separate", _drop(ReduceFrom), True),
-    "backward collective dropped": ("separate", _drop(CopyTo), True),
-    "bias before the reduce": ("separate", _bias_before_reduce, True),
-    "replicated gradient not summed": ("norm by head", _drop(CopyTo, parameter=True), True),
-    "shared kv gradient not summed": ("grouped, few kv heads", _drop(SharedGradient, True), True),
-    "wrong kv mapping": ("grouped", _wrong_kv_mapping, False),
+def _other_columns(module: fx.GraphModule) -> None:
+    """The hidden features in another order than the columns of the weight."""
+    for node in module.graph.nodes:
+        if node.target is aten.linear.default and "down" in str(node.args[1].target):
+            with module.graph.inserting_before(node):
+                flipped = module.graph.call_function(aten.flip.default, (node.args[0], [-1]))
+            node.args = (flipped, *node.args[1:])
+            return
+    raise AssertionError("no MLP")
+
+
+def _rows_of_another_rank(module: fx.GraphModule) -> None:
+    """The token ids are shifted by one row too many."""
+    for node in module.graph.nodes:
+        if node.target is aten.embedding.default and "embed" in node.args[0].target:
+            shift = next(n for n in module.graph.nodes if n.target is aten.sub.Tensor)
+            shift.args = (shift.args[0], shift.args[1] + 1)
+            return
+    raise AssertionError("no divided table")
+
+
+def _not_padded(module: fx.GraphModule) -> None:
+    """41 logits on 2 ranks, as if both had 20."""
+    for child in module.children():
+        if isinstance(child, Gather):
+            child.sizes = (20, 20)
+            return
+    raise AssertionError("no divided head")
+
+
+STATES, ORIGINS = {"states"}, {"origins"}
+# name -> (model, mutation, which static checks see it; the simulation sees all)
+MUTANTS: dict[str, tuple[str, Callable[[fx.GraphModule], None], set[str]]] = {
+    "forward collective dropped": ("separate", _drop(ReduceFrom), STATES),
+    "backward collective dropped": ("separate", _drop(CopyTo), STATES),
+    "bias before the reduce": ("separate", _bias_before_reduce, STATES),
+    "replicated gradient not summed": ("norm by head", _drop(CopyTo, parameter=True), STATES),
+    "shared kv gradient not summed": ("grouped, few kv heads", _drop(SharedGradient, True), STATES),
+    "wrong kv mapping": ("grouped", _wrong_kv_mapping, ORIGINS),
+    "columns of other features": ("separate", _other_columns, ORIGINS),
+    "mask off by one row": ("separate", _rows_of_another_rank, STATES),
+    "head not padded": ("separate", _not_padded, STATES),
 }
 
 
-def _mutated(name: str, mutate: Callable[[fx.GraphModule], None]) -> tuple[object, Ranks]:
+def _mutated(name: str, mutate: Callable[[fx.GraphModule], None]) -> tuple[nn.Module, Ranks]:
     model = randomised(MODELS[name]())
     ranks = make(model, 3 if "few" in name else 2)
     assert compare(model, ranks).gradient < 1e-12
@@ -75,11 +113,22 @@ def _mutated(name: str, mutate: Callable[[fx.GraphModule], None]) -> tuple[objec
     return model, ranks
 
 
+def _simulation_fails(model: nn.Module, ranks: Ranks) -> bool:
+    try:
+        errors = compare(model, ranks)
+    except (AssertionError, RuntimeError):  # another shape
+        return True
+    return max(errors.output, errors.gradient) > 1e-6
+
+
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_caught(name: str) -> None:
-    model_name, mutate, seen_by_checker = MUTANTS[name]
+    model_name, mutate, seen_by = MUTANTS[name]
     model, ranks = _mutated(model_name, mutate)
-    errors = compare(model, ranks)  # type: ignore[arg-type]
-    assert max(errors.output, errors.gradient) > 1e-6, "not caught by the simulation"
+    assert _simulation_fails(model, ranks), "not caught by the simulation"
     module = ranks.modules[0]
-    assert bool(check(module, module.plan, 0)) is seen_by_checker
+    found = {
+        "states": check(module, module.plan, 0),
+        "origins": check_origins(prepare(model).graph.graph, module, module.plan, 0),
+    }
+    assert {name for name, errors in found.items() if errors} == seen_by

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from fxport.nn import GenericTransformerForCausalLM, TransformerConfig
 from fxport.nn.checkpoint import fill_model
 from fxport.parallel import clip_grad_norm_
 from fxport.passes.tensor_parallel.boxes import select
-from tests.parallel.models import MODELS, VOCAB
+from tests.parallel.models import MODELS, VOCAB, Decoder
 from tests.parallel.simulation import make, randomised
+from tests.parallel.test_dropout import Attention, Mlp
 
 NORMS = (2.0, 1.0, float("inf"))
 Run = Callable[[Tensor], Tensor]
@@ -105,19 +107,29 @@ def checkpointed(module: nn.Module) -> Run:
     return lambda ids: checkpoint(module, ids, use_reentrant=False)
 
 
+def reentrant(module: nn.Module) -> Run:
+    """This kind needs an input with a gradient; without one torch computes none, and warns."""
+    started = torch.zeros((), requires_grad=True)
+    return lambda ids: checkpoint(lambda ids, _: module(ids), ids, started, use_reentrant=True)
+
+
 def compiled(module: nn.Module) -> Run:
-    """One graph with the collectives in it: a break would be an error."""
+    """One graph with the collectives in it: a break would be an error.
+
+    Inductor draws other random numbers than eager mode, unless it is told not to.
+    """
+    torch._inductor.config.fallback_random = True  # this process is the test's own
     return torch.compile(module, backend="vllm_generic", fullgraph=True)
 
 
-MODES = {"checkpointed": checkpointed, "compiled": compiled}
-NAME, STEPS = "grouped, few kv heads", 3
+MODES = {"checkpointed": checkpointed, "re-entrant": reentrant, "compiled": compiled}
+STEPS = 3
 
 
 def original() -> nn.Module:
-    """The same weights in every process."""
+    """The same weights in every process; dropout of attention weights and of all results."""
     torch.manual_seed(7)
-    return randomised(MODELS[NAME]())
+    return randomised(Decoder(Attention, Mlp)).train()
 
 
 def train(module: nn.Module, run: Run, clip: Callable[[], Tensor]) -> tuple[list[Tensor], Tensor]:
@@ -132,34 +144,54 @@ def train(module: nn.Module, run: Run, clip: Callable[[], Tensor]) -> tuple[list
     return norms, run(batch(0)).detach()
 
 
-def worker(rank: int, directory: str, mode: str) -> None:
+def worker(rank: int, directory: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2
     )
     try:
         context = ParallelContext.from_distributed()
-        module = fxport.parallelize(original(), context)
-        result = train(module, MODES[mode](module), lambda: clip_grad_norm_(module, 1.0, context))
-        torch.save((*result, module.state_dict()), f"{directory}/rank{rank}.pt")
+        for mode in MODES:
+            module = fxport.parallelize(original(), context)
+            run = MODES[mode](module)
+            torch.manual_seed(11)
+            clip = functools.partial(clip_grad_norm_, module, 1.0, context)
+            result = train(module, run, clip)
+            torch.save((*result, module.state_dict()), f"{directory}/{mode}{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_steps_on_two_processes(mode: str, tmp_path: Path) -> None:
-    mp.spawn(worker, args=(str(tmp_path), mode), nprocs=2)
-    model = original()
-    plan = fxport.plan(model, 2)
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("ranks")
+    mp.spawn(worker, args=(str(path),), nprocs=2)
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected() -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
+    """One rank, with its dropout; in eager mode, nothing computed twice."""
+    model = fxport.parallelize(original(), ParallelContext(0, 1))
+    torch.manual_seed(11)
     norms, logits = train(
         model, model, lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     )
+    return norms, logits, dict(model.state_dict())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_steps_on_two_processes(
+    mode: str, directory: Path, expected: tuple[list[Tensor], Tensor, dict[str, Tensor]]
+) -> None:
+    plan = fxport.plan(original(), 2)
+    norms, logits, state = expected
     states = []
     for rank in range(2):
-        found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        found = torch.load(directory / f"{mode}{rank}.pt", weights_only=True)
         torch.testing.assert_close(found[0], norms, rtol=1e-9, atol=0)
         torch.testing.assert_close(found[1], logits, rtol=1e-8, atol=1e-9)
         states.append(found[2])
     full = fxport.gather_state_dict(plan, states)
-    for name, value in model.state_dict().items():
+    for name, value in state.items():
         torch.testing.assert_close(full[name], value, rtol=1e-8, atol=1e-8, msg=name)

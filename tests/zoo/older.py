@@ -155,8 +155,9 @@ class Regions(nn.Module):
     @torch.no_grad()
     def angles(self, length: int) -> tuple[Tensor, Tensor]:
         with torch.autocast("cpu", enabled=False):
-            frequencies = 10000.0 ** (-torch.arange(0, HEAD, 2).float() / HEAD)
-            angles = torch.einsum("i,j->ij", torch.arange(length).float(), frequencies)
+            dtype = self.out.weight.dtype
+            frequencies = 10000.0 ** (-torch.arange(0, HEAD, 2).to(dtype) / HEAD)
+            angles = torch.einsum("i,j->ij", torch.arange(length, dtype=dtype), frequencies)
             return angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
 
     def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -175,12 +176,32 @@ class Regions(nn.Module):
         return self.out(x)
 
 
+class OtherNames(Regions):
+    """Operations under their second names, and a padding that adds nothing."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        batch, length = ids.shape
+        x, (cos, sin) = self.embed(ids), self.angles(length)
+        places = torch.arange(length)
+        hidden = torch.greater(places, places[:, None])
+        for pack in self.packs:
+            qkv = torch.moveaxis(pack(x).view(batch, length, 3, HEADS, HEAD), 2, 0)
+            q, k, v = (torch.swapaxes(t, 1, axis1=2) for t in qkv)
+            q, k = self.turn(q, cos, sin), self.turn(k, cos, sin)
+            scores = torch.divide(q @ torch.swapdims(k, -1, -2), math.sqrt(HEAD))
+            scores = F.pad(scores, (0, 0)).masked_fill(hidden, float("-inf"))
+            y = torch.special.softmax(scores, -1) @ v
+            x = torch.subtract(x, torch.negative(y.transpose(1, 2).reshape(batch, length, WIDTH)))
+        return self.out(x)
+
+
 EXACT: dict[str, Callable[[], nn.Module]] = {
     "nn.TransformerEncoder, mask": TutorialLM,
     "annotated": Annotated,
     "mask registered in forward": RegisteredMask,
     "nn.Sequential": sequential,
     "autocast switched off": Regions,
+    "other names": OtherNames,
 }
 REFUSED: dict[str, Callable[[], nn.Module]] = {
     "nn.TransformerEncoder, no mask": lambda: TutorialLM(causal=False),

@@ -1,0 +1,124 @@
+"""Dimensions of batch and heads together, as `nn.MultiheadAttention` has them.
+
+Before                                   After, rank 0 of 2 with 4 heads
+    q = view(x [T, B, 96], T, B * 4, 24)     q = view(x [T, B, 48], T, B * 4 * 2 // 4, 24)
+
+Labels have one batch entry, and would not see a view that puts heads before the batch. So every
+op that makes, moves or takes apart such a dimension is run on numbered positions of small sizes,
+once on the full tensor and once on this rank's part: batch or time first, then features.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from fxport.capture.arguments import shape_of
+from fxport.passes.tensor_parallel.factors import unit_shape
+
+__all__ = ["LOCAL_SIZE", "is_mixed", "keeps_order", "local_size"]
+
+LOCAL_SIZE = "size of this rank"  # sympy expression of an emitted size
+_SIZES = (2, 3, 5, 7)
+
+
+def is_mixed(value: fx.Node) -> bool:
+    """Whether a dimension is a symbol times a number of features above 1."""
+    if not isinstance(value.meta["val"], Tensor):  # parts of a value, which is asked itself
+        return False
+    return any(
+        not isinstance(size, int) and unit > 1
+        for size, unit in zip(shape_of(value), unit_shape(value), strict=True)
+    )
+
+
+def local_size(e: Any, size: fx.Node, here: int, before: int) -> fx.Node | None:
+    """``size * here / before`` as a node, if `size` is `before` times symbols."""
+    expression = size.meta["val"].node.expr
+    number, symbols = expression.as_coeff_Mul()
+    if number != before or not _is_symbol(symbols):
+        return None
+    product = e.call(operator.mul, e.env[size], here)
+    new: fx.Node = e.call(operator.floordiv, product, before)
+    new.meta.update({"val": here, LOCAL_SIZE: symbols * here})
+    product.meta["val"] = here * before
+    return new
+
+
+def _is_symbol(expression: Any) -> bool:
+    return isinstance(expression, sympy.Symbol)
+
+
+def keeps_order(
+    target: Any,
+    arguments: dict[str, Any],
+    values: dict[fx.Node, Tensor],
+    shapes: dict[fx.Node, Sequence[Any]],
+    result: Tensor,
+    shape: Sequence[Any],
+) -> bool:
+    """Whether an op maps numbered positions to numbered positions.
+
+    Args:
+        arguments: tensors as keys of `values`; sizes as ints and sympy expressions.
+        values: atoms of the operands.
+        shapes: their shapes over symbols; only the features' factors are read off `values`.
+        result, shape: of the result.
+    """
+    symbols = sorted(
+        {s for one in (*shapes.values(), shape) for n in one for s in _free(n)}, key=str
+    )
+    if len(symbols) > len(_SIZES):
+        return False
+    sizes = dict(zip(symbols, _SIZES, strict=False))
+    numbered = {node: _numbered(atoms, shapes[node], sizes) for node, atoms in values.items()}
+    wanted = _numbered(result, shape, sizes)
+    if wanted is None or any(v is None for v in numbered.values()):
+        return False
+
+    def known(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return numbered[value]
+        if isinstance(value, (list, tuple)):
+            return [known(v) for v in value]
+        return int(value.subs(sizes)) if isinstance(value, sympy.Basic) else value
+
+    try:
+        found = target(**{name: known(value) for name, value in arguments.items()})
+    except (RuntimeError, IndexError):
+        return False
+    return isinstance(found, Tensor) and torch.equal(found, wanted)
+
+
+def _free(size: Any) -> set[Any]:
+    return set(getattr(size, "free_symbols", ()))
+
+
+def _numbered(atoms: Tensor, shape: Sequence[Any], sizes: dict[Any, int]) -> Tensor | None:
+    """Every position's atom and coordinates; None where the coordinates are not known.
+
+    A dimension ``symbol * n`` has n features for each entry of the symbol.
+    """
+    places = {symbol: 64**i for i, symbol in enumerate(sizes)}
+    number = atoms * 64 ** len(sizes)
+    seen: set[Any] = set()
+    split: list[int] = []
+    for dim, size in enumerate(shape):
+        rest = size / sympy.Integer(1) if isinstance(size, int) else size.as_coeff_Mul()[1]
+        count = 1
+        if not isinstance(size, int):
+            if not _is_symbol(rest) or rest in seen:
+                return None
+            seen.add(rest)
+            count = sizes[rest]
+        line = torch.arange(count) * (places[rest] if count > 1 else 0)
+        position = 2 * dim
+        number = number.unsqueeze(position)
+        number = number + line.reshape([-1 if d == position else 1 for d in range(number.dim())])
+        split.append(count * atoms.shape[dim])
+    return number.reshape(split)

@@ -1,0 +1,190 @@
+"""Checks that heads meet the heads, and features the weights, that they meet on one rank.
+
+Every feature that a projection makes is named after the row of the weight that makes it, in the
+unsharded graph and in that of a rank, where the plan says which rows the rank holds. Names move
+through views, splits, norms and pointwise ops. Then, in both graphs alike,
+
+* a query head must be attended with the same key and value head,
+* a column of a divided weight must be multiplied with the same feature.
+
+The rules know nothing of how the graph was emitted. What cannot be followed in the unsharded graph
+is not compared; what can be followed there must be in the rank's, too.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxport.capture.arguments import arguments
+from fxport.capture.inputs import InputKind, graph_input
+from fxport.parallel.dropout import KeyedDropout
+from fxport.parallel.modules import CopyTo, SharedGradient
+from fxport.parallel.plan import Plan
+from fxport.passes.tensor_parallel.emission import constant_index
+from fxport.passes.tensor_parallel.factors import unit_value
+from fxport.passes.tensor_parallel.ops import KINDS, Kind
+
+__all__ = ["check_origins"]
+
+aten = torch.ops.aten
+_ATTENTION = torch.ops.fxport.attention.default
+_MOVING = (aten.flip.default, aten.roll.default, aten.index_select.default)
+_WIDEST = 2**16  # a head's value size, at most
+
+
+def check_origins(whole: fx.Graph, module: fx.GraphModule, plan: Plan, rank: int) -> list[str]:
+    """Everything that meets something else on this rank than in the unsharded graph."""
+    bases, first = {}, 1
+    for shard in plan.parameters:
+        if len(shard.shape) == 2 and any(box[0] is not None for box in shard.indices):
+            bases[shard.name] = first
+            first += shard.shape[0]
+    shapes = {s.name: s.shape for s in plan.parameters if len(s.shape) == 2}
+    wanted = _Origins(bases, {n: (range(s[0]), range(s[1])) for n, s in shapes.items()})
+    wanted.walk(whole, None)
+    indices = {s.name: s.indices[rank] for s in plan.parameters if s.name in shapes}
+    held = {
+        name: tuple(range(n) if i is None else i for n, i in zip(shapes[name], box, strict=True))
+        for name, box in indices.items()
+    }
+    # tied names are one parameter
+    names = {id(module.get_parameter(s.name)): s.name for s in plan.parameters}
+    found = _Origins(bases, held)
+    found.walk(module.graph, (module, names))
+    errors = []
+    for name, origins in wanted.columns.items():
+        if indices[name][1] is None:
+            continue
+        expected = [features[list(held[name][1])] for features in origins]
+        here = found.columns.get(name, [])
+        if not here or not all(any(torch.equal(h, o) for o in expected) for h in here):
+            errors.append(f"{name}: its columns are multiplied with other features")
+    for query, pairs in found.heads.items():
+        if query in wanted.heads and not pairs <= wanted.heads[query]:
+            errors.append("a query head is attended with another key or value head")
+            break
+    lost = {name for name in wanted.followed - found.followed if held[name][0]}
+    errors += [f"{name}: its result cannot be followed to an attention" for name in sorted(lost)]
+    return errors
+
+
+class _Origins:
+    """One walk over a graph.
+
+    Attributes:
+        columns: weight -> the names of the features that its columns are multiplied with.
+        heads: first feature of a query head -> those of its key and value heads.
+        followed: weights whose results reach an attention.
+    """
+
+    def __init__(self, bases: Mapping[str, int], held: Mapping[str, Any]) -> None:
+        self.bases, self.held = bases, held
+        self.constants: dict[fx.Node, Tensor] = {}
+        self.names: dict[fx.Node, Any] = {}
+        self.weights: dict[fx.Node, str] = {}
+        self.columns: dict[str, list[Tensor]] = {}
+        self.heads: dict[int, set[tuple[int, int]]] = {}
+        self.followed: set[str] = set()
+
+    def walk(
+        self, graph: fx.Graph, emitted: tuple[fx.GraphModule, Mapping[int, str]] | None
+    ) -> None:
+        for node in graph.nodes:
+            if node.op == "placeholder" and emitted is None:
+                found = graph_input(node)
+                if found.kind is InputKind.PARAMETER and found.name in self.held:
+                    self.weights[node] = found.name
+            elif node.op == "get_attr" and emitted is not None:
+                value: Any = emitted[0]
+                for part in str(node.target).split("."):
+                    value = getattr(value, part)
+                if id(value) in emitted[1]:
+                    self.weights[node] = emitted[1][id(value)]
+            elif node.op == "call_module" and emitted is not None:
+                self._module(node, emitted[0].get_submodule(str(node.target)))
+            elif node.op == "call_function":
+                self.names[node] = self._call(node)
+
+    def _module(self, node: fx.Node, module: torch.nn.Module) -> None:
+        if not isinstance(module, CopyTo | SharedGradient | KeyedDropout):
+            return
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        if source in self.weights:
+            self.weights[node] = self.weights[source]
+        self.names[node] = self.names.get(source)
+
+    def _call(self, node: fx.Node) -> Any:
+        if node.target is constant_index:
+            self.constants[node] = torch.tensor(node.args[0])
+            return None
+        if node.target is operator.getitem:
+            source, index = node.args
+            found = self.names.get(source)  # type: ignore[arg-type]
+            return None if found is None else found[index]
+        if node.target is aten.linear.default:
+            return self._linear(node)
+        if node.target is _ATTENTION:
+            return self._attention(node)
+        kind = KINDS.get(node.target)
+        named = [i for i in node.all_input_nodes if isinstance(self.names.get(i), Tensor)]
+        if not named:
+            return None
+        if kind is Kind.STRUCTURE or node.target in _MOVING:
+            return self._structure(node)
+        if kind in (Kind.POINTWISE, Kind.NORM, Kind.CAST):
+            return max((self.names[i] for i in named), key=lambda names: names.numel())
+        if node.target is aten.view_as_complex.default:
+            return self.names[named[0]][..., 0]
+        if node.target is aten.view_as_real.default:
+            return torch.stack([self.names[named[0]]] * 2, dim=-1)
+        return None
+
+    def _structure(self, node: fx.Node) -> Any:
+        def known(value: fx.Node) -> Any:
+            if value in self.constants:
+                return self.constants[value]
+            found = self.names.get(value)
+            return unit_value(value) if found is None else found
+
+        target: Any = aten.reshape.default if node.target is aten.view.default else node.target
+        try:
+            return target(*fx.map_arg(node.args, known), **fx.map_arg(node.kwargs, known))
+        except (RuntimeError, IndexError, KeyError, AttributeError):  # cannot be followed
+            return None
+
+    def _linear(self, node: fx.Node) -> Tensor | None:
+        found = arguments(node)
+        name = self.weights.get(found["weight"])
+        if name is None:
+            return None
+        features = self.names.get(found["input"])
+        if isinstance(features, Tensor) and features.numel() == features.shape[-1]:
+            self.columns.setdefault(name, []).append(features.reshape(-1))
+        if name not in self.bases:
+            return None
+        rows = torch.tensor(self.held[name][0], dtype=torch.int64)
+        rank = features.dim() if isinstance(features, Tensor) else 3
+        return (self.bases[name] + rows).reshape([1] * (rank - 1) + [-1])
+
+    def _attention(self, node: fx.Node) -> Any:
+        found = arguments(node)
+        q, k, v = (self.names.get(found[name]) for name in "qkv")
+        if q is None or k is None or v is None or {q.dim(), k.dim(), v.dim()} != {4}:
+            return None
+        group = q.shape[1] // k.shape[1]
+        for head, query in enumerate(q[0, :, 0, 0].tolist()):
+            pair = (int(k[0, head // group, 0, 0]), int(v[0, head // group, 0, 0]))
+            self.heads.setdefault(query, set()).add(pair)
+        ordered = list(self.bases)
+        starts = torch.tensor([self.bases[name] for name in ordered])
+        for names in (q, k, v):
+            places = torch.searchsorted(starts, names.unique(), right=True) - 1
+            self.followed.update(ordered[i] for i in places.unique().tolist())
+        first = q[:, :, :, :1] * _WIDEST
+        return [first + torch.arange(v.shape[3]), None]

@@ -1,0 +1,77 @@
+"""Products without nn.Linear, experts, adapters: divided, exact, and at what price."""
+
+from __future__ import annotations
+
+import pytest
+
+import fxport
+from fxport.parallel.plan import Plan
+from tests.parallel.models import HIDDEN, LAYERS, WIDTH
+from tests.parallel.simulation import compare, make, randomised
+from tests.parallel.wider import WIDER
+from tests.zoo.experts import EXACT, decoder
+
+# name -> all-reduces of one block: forward, backward of values, backward of parameters. A gate's
+# gradient is one number per expert; an adapter's are of its 3 features.
+PRICE = {
+    "einsum": (2, 2, 0),
+    "inferred sizes, type_as": (2, 2, 0),
+    "dense experts": (2, 3, 0),
+    "oss experts": (2, 4, 0),  # one bias of each expert: its view is cut, not the bias
+    "looped experts": (2, 5, 0),
+    "adapters": (2, 2 + 4, 2),
+    "torch's attention": (2, 2, 0),
+    "parallel": (1, 1, 0),
+}
+# Three ranks: head counts that do not divide. Four: fewer heads than ranks.
+RANKS = {"einsum": (2, 8), "oss experts": (2, 4)}
+
+
+@pytest.mark.parametrize("name", WIDER)
+def test_outputs_and_every_gradient_at_the_price(name: str) -> None:
+    model = randomised(WIDER[name]()).requires_grad_()
+    for world_size in RANKS.get(name, (2, 3)):
+        ranks = make(model, world_size)
+        errors = compare(model, ranks)
+        assert errors.output < 1e-12, world_size
+        assert errors.gradient < 1e-12, (world_size, errors.where)
+        if world_size == 2:
+            pay(ranks.modules[0].plan, *PRICE[name])
+
+
+def pay(plan: Plan, forward: int, values: int, parameters: int) -> None:
+    # one more each way for the divided vocabulary: embedding forward, head backward
+    assert plan.count("forward") == forward * LAYERS + 1
+    assert plan.count("backward") == values * LAYERS + 1
+    assert plan.count("backward", "all_reduce of a parameter's gradient") == parameters * LAYERS
+
+
+def test_experts_that_get_their_tokens() -> None:
+    """A router; each expert works on the tokens it got, however many."""
+    model = randomised(decoder(EXACT["indexed add"], layers=1))
+    ranks = make(model, 2)
+    errors = compare(model, ranks)
+    assert errors.output < 1e-12 and errors.gradient < 1e-12, errors
+    # a block with dense layers costs two; here the MLP's is one for each of 3 experts
+    assert ranks.modules[0].plan.count("forward") == 2 * 3 + (1 + 3) + 1
+
+
+def local(plan: Plan, name: str) -> tuple[int, ...]:
+    return plan.shard(name).local_shape(0)
+
+
+def test_weights_of_every_layout_are_divided() -> None:
+    plan = fxport.plan(WIDER["einsum"](), 2)
+    assert local(plan, "blocks.0.attention.qkv") == (3, WIDTH, 3, 8)  # of 5 heads
+    assert local(plan, "blocks.0.attention.out") == (3, 8, WIDTH)
+    assert local(plan, "blocks.0.mlp.up") == (WIDTH, HIDDEN // 2)
+    assert local(plan, "blocks.0.mlp.down") == (HIDDEN // 2, WIDTH)
+    plan = fxport.plan(WIDER["oss experts"](), 2)  # the same part of each of 3 experts
+    assert local(plan, "blocks.0.mlp.up") == (3, WIDTH, HIDDEN)
+    assert local(plan, "blocks.0.mlp.down") == (3, HIDDEN // 2, WIDTH)
+
+
+def test_a_dtype_taken_from_the_residual_stream_does_not_tie_the_heads_to_it() -> None:
+    plan = fxport.plan(WIDER["inferred sizes, type_as"](), 2)
+    for name in ("q", "k", "v", "out"):
+        assert plan.shard(f"blocks.0.attention.{name}.weight").kind in ("column", "row")
