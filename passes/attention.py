@@ -38,13 +38,13 @@ from fxport.passes.attention_flex import (
 from fxport.passes.attention_frame import Frame, frame_of
 from fxport.passes.attention_layout import Size, product
 from fxport.passes.attention_masks import MaskPlan, plan_masks
-from fxport.passes.attention_match import match_softmax
+from fxport.passes.attention_match import check_grad_mode, match_softmax
 from fxport.passes.attention_repeats import spell_out_repeats
 from fxport.passes.attention_sdpa import is_sdpa, match_sdpa
 from fxport.passes.attention_sinks import emit_sinks
 from fxport.passes.attention_site import AttentionSite, Left, Match
 from fxport.passes.attention_softmax import Softmax, softmaxes
-from fxport.passes.attention_views import moved_input
+from fxport.passes.attention_views import moved_input, trace
 from fxport.passes.graph_facts import GraphFacts, erase_dead, erase_if_unused
 from fxport.passes.inplace import without_inplace
 from fxport.passes.masks import Prover
@@ -135,6 +135,9 @@ def _rewrite(
     gm: fx.GraphModule, facts: GraphFacts, prover: Prover, match: Match
 ) -> tuple[AttentionSite, list[Decision]]:
     _check_unwritten(facts, match)
+    moves = [*match.q[1:], *match.k[1:], *match.v[1:]]
+    moves += trace(match.sinks[0])[1:] if match.sinks is not None else ()
+    check_grad_mode(facts, [step.node for step in moves], match.output)
     frame = frame_of(match)
     plan = plan_masks(prover, facts, match, frame)
     traced = [s.node for trace in (match.q, match.k, match.v) for s in trace]
@@ -166,9 +169,9 @@ def _loosen_views(value: fx.Node) -> None:
 
 def _check_unwritten(facts: GraphFacts, match: Match) -> None:
     """Operands are read at the end of the attention now: nothing may write into them before."""
-    for trace in (match.q, match.k, match.v):
-        for step in trace:
-            write = facts.written_between(step.node, trace[0].node, match.output)
+    for steps in (match.q, match.k, match.v):
+        for step in steps:
+            write = facts.written_between(step.node, steps[0].node, match.output)
             if write is not None:
                 raise Left(
                     ReasonCode.MUTATED_IN_PLACE,

@@ -7,6 +7,7 @@ Which axis is the key axis, which the head size, follows from what is contracted
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +24,7 @@ from fxport.passes.attention_softmax import Softmax, subtracted_maximum
 from fxport.passes.attention_views import Step, moved_input, overload_packet, trace, view_dims
 from fxport.passes.graph_facts import GraphFacts, Source, lends_shape_only, only_checks
 
-__all__ = ["match_softmax"]
+__all__ = ["check_grad_mode", "match_softmax"]
 
 aten = torch.ops.aten
 
@@ -73,8 +74,7 @@ def _match_path(facts: GraphFacts, softmax: Softmax, path: list[fx.Node]) -> Mat
         scores.add_initial(path[0], scored.added, scored.beta, walked.dims[0])
     for before, node, dims in zip(path, path[1:], walked.dims[1:], strict=False):
         scores.apply(node, before, dims)
-    moved = [step.node for operand in (left, right, v) for step in operand[1:]]
-    _check_grad_mode(facts, (*path, *softmax.nodes, *forward.nodes, *moved), forward.product.node)
+    check_grad_mode(facts, (*path, *softmax.nodes, *forward.nodes), forward.product.node)
     maxima = (n for node in path for n in subtracted_maximum(node))
     interior = (*path, *maxima, *softmax.nodes, *forward.nodes)
     output = forward.product.node
@@ -330,8 +330,12 @@ def _check_source_of_keys(facts: GraphFacts, k: tuple[Step, ...], forward: _Forw
     raise Left(ReasonCode.NOT_ATTENTION, "keys and values are parameters: a memory look-up")
 
 
-def _check_grad_mode(facts: GraphFacts, nodes: tuple[fx.Node, ...], output: fx.Node) -> None:
-    """One call has one backward; under ``no_grad`` a part of the original has none."""
+def check_grad_mode(facts: GraphFacts, nodes: Iterable[fx.Node], output: fx.Node) -> None:
+    """One call has one backward; under ``no_grad`` a part of the original has none.
+
+    Raises:
+        Left: one of `nodes` runs without autograd, and `output` with it.
+    """
     other = facts.grad_switched(nodes, output)
     if other is not None:
         raise Left(

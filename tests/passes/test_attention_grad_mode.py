@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from attention_graphs import Site, compare, rewrite, trace_training
 from spellings_base import causal_bool, heads_first
 from torch import Tensor
@@ -44,6 +45,19 @@ def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (e / total) @ v
 
 
+def repeated_without(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with torch.no_grad():
+        k = k[:, ::2].repeat_interleave(2, dim=1)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def sinks_without(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with torch.no_grad():
+        column = q[0, :, 0, 0].view(1, -1, 1, 1).expand(q.size(0), -1, q.size(2), 1)
+    w = torch.cat([q @ k.mT, column], dim=-1).softmax(-1)
+    return w[..., :-1] @ v
+
+
 def mask_without(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     with torch.no_grad():
         future = ~causal_bool(q.size(2))
@@ -58,7 +72,15 @@ def maximum_without(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "function", [weights_without, scores_without, transposed_without, written_out]
+    "function",
+    [
+        weights_without,
+        scores_without,
+        transposed_without,
+        written_out,
+        repeated_without,
+        sinks_without,
+    ],
 )
 def test_a_part_without_gradients_is_left(function: Callable[..., Tensor]) -> None:
     module = Site(lambda qkv: function(*heads_first(qkv)).transpose(1, 2).flatten(2))
