@@ -3,7 +3,10 @@
     python -m fxport.tools.zoo                       all families, in the engine
     python -m fxport.tools.zoo --families llama,mpt  some
     python -m fxport.tools.zoo --port-only           port and its own check with numbers
-    python -m fxport.tools.zoo --peer                vLLM's Transformers backend beside it
+    python -m fxport.tools.zoo --families a..m       those from a up to the last that starts with m
+    python -m fxport.tools.zoo --peer                vLLM's Transformers backend instead
+    python -m fxport.tools.zoo --results FILE        JSON lines; finished ones are not run again
+    python -m fxport.tools.zoo --results FILE --page docs/zoo.md     the page, from the lines alone
 
 A tiny random model per family; each in a process of its own. ``exact``: greedy tokens are the
 original's, log-probabilities within 1e-3. ``refused``: with the reason and the line in the way.
@@ -12,7 +15,6 @@ original's, log-probabilities within 1e-3. ``refused``: with the reason and the 
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import sys
@@ -20,7 +22,6 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from tqdm import tqdm
 
 from fxport.tools.zoo_configs import families as all_families
 from fxport.tools.zoo_configs import tiny_model
+from fxport.tools.zoo_records import Result, Run, append, read, write_page
 
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -40,20 +42,6 @@ _ENVIRONMENT = {
 }
 _LENGTHS, _NEW_TOKENS = (1, 3, 17, 41), 8
 _BOUND = 1e-3
-
-
-@dataclass(frozen=True)
-class Result:
-    """What became of one family.
-
-    Attributes:
-        outcome: ``"exact"``, ``"refused"``, ``"wrong"``, ``"failed"`` or ``"not built"``.
-        detail: the reason with its line, or the difference.
-    """
-
-    family: str
-    outcome: str
-    detail: str = ""
 
 
 def judge_port(family: str, implementation: str) -> Result:
@@ -193,46 +181,71 @@ def run(judge: Callable[..., Result], family: str, implementation: str, limit: f
         process.join()
 
 
-@click.command(help=__doc__)
-@click.option("--families", default="", help="Comma-separated; all by default.")
-@click.option("--port-only", is_flag=True, help="Without the engine.")
-@click.option("--peer", is_flag=True, help="vLLM's Transformers backend beside it.")
-@click.option("--attention", type=click.Choice(["eager", "sdpa"]), default="eager")
-@click.option("--limit", default=180.0, show_default=True, help="Seconds for each family.")
-@click.option("--json", "file", type=click.Path(path_type=Path), help="Write results here too.")
-def main(
-    families: str, port_only: bool, peer: bool, attention: str, limit: float, file: Path | None
-) -> None:
+def _chosen(families: str) -> list[str]:
+    """``"llama,mpt"``: these; ``"a..m"``: from a up to the last that starts with m; ``""``: all."""
+    first, dots, last = families.partition("..")
+    if dots:
+        return [f for f in all_families() if first <= f and f[: len(last)] <= last]
+    return families.split(",") if families else all_families()
+
+
+def _prepare(engine: bool) -> None:
+    """Imports what the children share, once."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    import transformers  # noqa: F401  (before the children, once)
+    import transformers  # noqa: F401
 
     import fxport.api
     import fxport.backends.torch
     import fxport.capture.export
     import fxport.passes.serving  # noqa: F401
 
-    if not port_only:
+    if engine:
         import vllm.entrypoints.llm  # noqa: F401
-    chosen = families.split(",") if families else all_families()
-    judge = judge_port if port_only else judge_engine
-    ours, theirs = [], []
-    for family in tqdm(chosen, file=sys.stderr, disable=None):
-        ours.append(run(judge, family, attention, limit))
-        if peer:
-            theirs.append(run(judge_peer, family, attention, limit))
-        if file is not None:
-            file.write_text(json.dumps([asdict(r) for r in ours], indent=1))
-    rows: list[tuple[str, ...]] = [(r.family, r.outcome, r.detail[:150]) for r in ours]
-    if peer:
-        rows = [(*row, p.outcome) for row, p in zip(rows, theirs, strict=True)]
-    header = ["family", "fxport", "detail", *(["Transformers backend"] if peer else [])]
-    click.echo(tabulate(rows, header, maxcolwidths=[None, None, 70, None][: len(header)]))
-    for name, results in (("fxport", ours), ("Transformers backend", theirs)):
-        if results:
-            counts = Counter(r.outcome for r in results)
-            click.echo(f"{name}: " + ", ".join(f"{n} {k}" for k, n in counts.most_common()))
-    if any(r.outcome in ("wrong", "failed") for r in ours):
+
+
+_JUDGES: dict[str, Callable[[str, str], Result]] = {
+    "port": judge_port,
+    "engine": judge_engine,
+    "peer": judge_peer,
+}
+
+
+@click.command(help=__doc__)
+@click.option("--families", default="", help="Comma-separated, or a..m; all by default.")
+@click.option("--port-only", "what", flag_value="port", help="Without the engine.")
+@click.option("--peer", "what", flag_value="peer", help="vLLM's Transformers backend instead.")
+@click.option("--attention", type=click.Choice(["eager", "sdpa"]), default="eager")
+@click.option("--limit", default=180.0, show_default=True, help="Seconds for each family.")
+@click.option("--results", type=click.Path(path_type=Path), help="JSON lines, read and appended.")
+@click.option("--page", type=click.Path(path_type=Path), help="Write this page and run nothing.")
+def main(
+    families: str,
+    what: str | None,
+    attention: str,
+    limit: float,
+    results: Path | None,
+    page: Path | None,
+) -> None:
+    kind = what or "engine"
+    done = read(results) if results is not None else {}
+    if page is not None:
+        write_page(page, done)
+        return
+    _prepare(engine=kind != "port")
+    found: list[Result] = []
+    for family in tqdm(_chosen(families), file=sys.stderr, disable=None):
+        key = Run(family, kind, attention)
+        if key not in done:
+            done[key] = run(_JUDGES[kind], family, attention, limit)
+            if results is not None:
+                append(results, key, done[key])
+        found.append(done[key])
+    rows = [(r.family, r.outcome, r.detail[:150]) for r in found]
+    click.echo(tabulate(rows, ["family", "outcome", "detail"], maxcolwidths=[None, None, 70]))
+    counts = Counter(r.outcome for r in found)
+    click.echo(", ".join(f"{n} {k}" for k, n in counts.most_common()))
+    if any(r.outcome in ("wrong", "failed") for r in found) and kind != "peer":
         sys.exit(1)
 
 

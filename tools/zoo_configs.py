@@ -56,7 +56,10 @@ _SIZES: dict[str, int] = {
     ),
 }  # fmt: skip
 _SAME_AS_HIDDEN = {"word_embed_proj_dim"}
-_EVEN_IF_NONE = {"head_dim", "num_key_value_heads", "n_routed_experts", "n_shared_experts"}
+_EVEN_IF_NONE = {
+    "head_dim", "num_key_value_heads", "n_routed_experts", "n_shared_experts",
+    "num_experts_per_tok",
+}  # fmt: skip
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 
 

@@ -159,8 +159,9 @@ class Emitter:
             return
         for sample, other in zip(self.samples, nodes, strict=True):
             sizes = {self.batch: sample.batch, self.length: sample.length}
-            here = tuple(int(sympy.sympify(s).subs(sizes)) for s in shape_of(node))
+            here = tuple(sympy.sympify(s).subs(sizes) for s in shape_of(node))
             there = tuple(other.meta["val"].shape)
+            # A size that the data decides has no number here: it equals none.
             if here != there or node.meta["val"].dtype != other.meta["val"].dtype:
                 reason = Reason(
                     ReasonCode.DEPENDS_ON_LENGTH,

@@ -12,6 +12,7 @@ import torch
 
 import fxport
 from fxport.tools.zoo_configs import families, tiny_model
+from fxport.tools.zoo_records import read
 
 # Learned positions and a tied head; rotary GQA; QK-norm; softcaps, windows and scaled embeddings;
 # ALiBi by column and fused qkv per head; parallel blocks with partial rotary; latent attention.
@@ -20,12 +21,12 @@ EXACT = ("gpt2", "llama", "qwen3", "gemma2", "bloom", "gpt_neox", "minicpm3")
 
 @pytest.mark.engine
 def test_tokens_are_the_originals(tmp_path: Path) -> None:
-    file = tmp_path / "results.json"
+    file = tmp_path / "results.jsonl"
     command = [sys.executable, "-m", "fxport.tools.zoo", "--families", ",".join(EXACT)]
     done = subprocess.run(
-        [*command, "--json", str(file)], capture_output=True, text=True, check=False
+        [*command, "--results", str(file)], capture_output=True, text=True, check=False
     )
-    results = {r["family"]: r["outcome"] for r in json.loads(file.read_text())}
+    results = {run.family: result.outcome for run, result in read(file).items()}
     assert results == dict.fromkeys(EXACT, "exact"), done.stdout
     assert done.returncode == 0
 

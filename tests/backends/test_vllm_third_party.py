@@ -49,7 +49,6 @@ EXACT = {
     "x: rotary, sdpa": lambda: x_transformers(rotary_pos_emb=True, attn_flash=True),
     "x: QK-norm": lambda: x_transformers(attn_qk_norm=True),
     "x: ALiBi": lambda: x_transformers(alibi_pos_bias=True, alibi_num_heads=2),
-    "x: relative positions": lambda: x_transformers(rel_pos_bias=True),
     "x: softcap": lambda: x_transformers(attn_softclamp_logits=True),
     "litgpt: pythia": lambda: litgpt("pythia-14m"),
     "litgpt: Llama 3.2": lambda: litgpt("Llama-3.2-1B", n_query_groups=1),
@@ -59,6 +58,9 @@ EXACT = {
     "litgpt: Gemma 2": lambda: litgpt("Gemma-2-2b", n_query_groups=1, sliding_window_size=16),
 }
 REFUSED = {
+    "x: learned relative positions": (
+        lambda: x_transformers(rel_pos_bias=True), ReasonCode.MIXES_TOKENS,
+    ),
     "x: token shift": (lambda: x_transformers(shift_tokens=1), ReasonCode.MIXES_TOKENS),
     "x: memory tokens": (
         lambda: x_transformers({"num_memory_tokens": 3}), ReasonCode.MIXES_TOKENS,
