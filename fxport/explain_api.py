@@ -7,6 +7,7 @@ explain(model_or_function, *args) the training door: what ``backend="vllm_generi
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,11 +22,12 @@ __all__ = ["explain"]
 def explain(target: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Explains every softmax, linear and position-dependent value; changes nothing.
 
-    Without arguments, or with token ids (int64 ``[B, T]``) alone, a module is explained as
-    `fxport.port` would see it, and everything in the way is listed, not the first thing only.
-    With other arguments, a function or module is called once with them under `torch.compile`
-    and explained as ``torch.compile(..., backend="vllm_generic")`` would see it, in the mode
-    (train or eval, grad or not) that it is in. Dynamo's caches are emptied by that.
+    Without arguments a module is explained as `fxport.port` would see it, and everything in the
+    way is listed, not the first thing only. With arguments, a function or module is called once
+    under `torch.compile` and explained as ``torch.compile(..., backend="vllm_generic")`` would
+    see it, in the mode (train or eval, grad or not) that it is in. Dynamo's caches are emptied
+    by that. A module with token ids (int64 ``[B, T]``) alone is explained for both: a port keeps
+    the logits only, while a compiled model also gives back what else it returns.
 
     Raises:
         FxportError: a plain function without arguments.
@@ -34,12 +36,19 @@ def explain(target: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -
     if isinstance(target, nn.Module) and _is_serving(args, kwargs):
         from fxport.explain_serving import explain_serving
 
-        return explain_serving(target)
+        served = explain_serving(target)
+        return replace(served, training=_trained(target, args)) if args else served
     if not args and not kwargs:
         raise FxportError("explain(function) needs the arguments to call it with")
     from fxport.explain_training import explain_training
 
     return explain_training(target, args, kwargs)
+
+
+def _trained(model: nn.Module, args: tuple[Any, ...]) -> Explanation:
+    from fxport.explain_training import explain_training
+
+    return explain_training(model, args, {})
 
 
 def _is_serving(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -100,6 +100,7 @@ class Explanation:
         obstacles: everything that refuses a port; empty when it would succeed.
         graph_breaks: training door only.
         graphs: how many graphs were looked at.
+        training: what ``torch.compile`` would do in one call, where token ids were given.
     """
 
     subject: str
@@ -110,6 +111,7 @@ class Explanation:
     obstacles: tuple[Reason, ...] = ()
     graph_breaks: tuple[GraphBreak, ...] = ()
     graphs: int = 1
+    training: Explanation | None = None
 
     @cached_property
     def attention(self) -> tuple[Site, ...]:

@@ -91,7 +91,22 @@ def explanation_text(explanation: Explanation) -> str:
     breaks = [_fill(f"- {b.message}", b.location) for b in explanation.graph_breaks]
     blocks += _section("graph breaks", breaks)
     blocks += _section("in the way of a port", [_reason(r) for r in explanation.obstacles])
+    if explanation.training is not None:
+        blocks += _section("left by torch.compile", _only_in_training(explanation))
     return "\n\n".join(blocks)
+
+
+def _only_in_training(explanation: Explanation) -> list[str]:
+    """Sites that a port rewrites, or that it leaves for another reason."""
+    assert explanation.training is not None
+    known = {_key(site) for site in explanation.left}
+    left = [site for site in explanation.training.left if _key(site) not in known]
+    breaks = [_fill(f"- {b.message}", b.location) for b in explanation.training.graph_breaks]
+    return [_site(group) for group in _folded(left)] + breaks
+
+
+def _key(site: Site) -> Hashable:
+    return site.location, _same(site.reason)
 
 
 def _head(explanation: Explanation) -> list[str]:
@@ -100,11 +115,18 @@ def _head(explanation: Explanation) -> list[str]:
         count = len(explanation.obstacles)
         verdict = "would succeed" if not count else f"refused, {_count(count, 'obstacle')}"
         lines.append(f"port: {verdict}")
+        if explanation.training is not None:
+            lines.append(
+                _fill(f"{_compiled(explanation.training)}; {explanation.training.summary}")
+            )
     else:
-        breaks = len(explanation.graph_breaks)
-        graphs = _count(explanation.graphs, "graph")
-        lines.append(f"torch.compile: {graphs}, {_count(breaks, 'graph break')}")
+        lines.append(_compiled(explanation))
     return lines
+
+
+def _compiled(explanation: Explanation) -> str:
+    breaks = _count(len(explanation.graph_breaks), "graph break")
+    return f"torch.compile: {_count(explanation.graphs, 'graph')}, {breaks}"
 
 
 def _count(number: int, what: str) -> str:

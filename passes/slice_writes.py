@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from fxport.capture.arguments import arguments, shape_of
-from fxport.capture.memory import is_fresh
+from fxport.capture.memory import is_fresh, is_mutation
 
 __all__ = ["join_written_pieces"]
 
@@ -45,7 +45,7 @@ def join_written_pieces(gm: fx.GraphModule) -> int:
         How many tensors were replaced.
     """
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    writes = [n for n in order if _writes(n)]
+    writes = [n for n in order if is_mutation(n)]
     bases = dict.fromkeys(
         base for n in writes if n.target is aten.copy_.default and (base := _base(n)) is not None
     )
@@ -77,11 +77,6 @@ def _join(
         gm.graph.erase_node(piece.view)
     gm.graph.erase_node(base)
     return True
-
-
-def _writes(node: fx.Node) -> bool:
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
 def _base(write: fx.Node) -> fx.Node | None:

@@ -37,12 +37,18 @@ def plain_names(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload):
             plain = _plain(node.target)
-            old, new = ([a.name for a in op._schema.arguments] for op in (node.target, plain))
-            node.kwargs = {new[old.index(name)]: value for name, value in node.kwargs.items()}
-            node.target = plain
+            if plain is not node.target:
+                _rename(node, plain)
             if plain is aten.pad.default and not any(arguments(node)["pad"]):
                 node.args, node.kwargs = (arguments(node)["self"],), {}
                 node.target = aten.clone.default
+
+
+def _rename(node: fx.Node, plain: torch._ops.OpOverload) -> None:
+    assert isinstance(node.target, torch._ops.OpOverload)
+    old, new = ([a.name for a in op._schema.arguments] for op in (node.target, plain))
+    node.kwargs = {new[old.index(name)]: value for name, value in node.kwargs.items()}
+    node.target = plain
 
 
 def _plain(target: torch._ops.OpOverload) -> torch._ops.OpOverload:

@@ -26,6 +26,7 @@ __all__ = ["read_what_was_written"]
 
 aten = torch.ops.aten
 
+_CUTS = (aten.slice.Tensor, aten.select.int)
 # Their result is the first argument itself.
 _SAME = (aten.detach.default, aten.alias.default, aten.copy_.default)
 
@@ -52,6 +53,8 @@ def read_what_was_written(gm: fx.GraphModule) -> tuple[str, ...]:
     Returns:
         Names of the inputs that are no longer written to: what they hold has no effect.
     """
+    if not any(map(is_mutation, gm.graph.nodes)):
+        return ()
     memory = Memory(gm.graph)
     inputs = gm.graph.find_nodes(op="placeholder")
     kept = [n for n in inputs if memory.written_by(n)]
@@ -114,7 +117,7 @@ def _written(write: fx.Node) -> tuple[_Part, fx.Node] | None:
 
 
 def _is_cut(node: fx.Node) -> bool:
-    return node.target in (aten.slice.Tensor, aten.select.int, *_SAME)
+    return node.target in (*_CUTS, *_SAME)
 
 
 def _part(node: fx.Node) -> _Part | None:
@@ -123,7 +126,7 @@ def _part(node: fx.Node) -> _Part | None:
         return None
     if node.target in _SAME:
         return _part(arguments(node)["self"])
-    if node.target not in (aten.slice.Tensor, aten.select.int):
+    if node.target not in _CUTS:
         sizes = tuple(map(sympy.sympify, shape_of(node)))
         return _Part(node, (sympy.Integer(0),) * len(sizes), sizes, frozenset())
     given = arguments(node)

@@ -49,8 +49,8 @@ def parallelize(model: nn.Module, ctx: ParallelContext) -> fx.GraphModule:
     from fxport.passes.tensor_parallel.checker import check
     from fxport.passes.tensor_parallel.origins import check_origins
 
-    differs = _training_differs(model)
     prepared = prepare(model, own_modes=True)
+    differs = _training_differs(model, prepared)
     if model.training and differs is not None:
         _require_dropout_only(model, prepared, differs)
     divided = divide(prepared, ctx)
@@ -66,8 +66,8 @@ def parallelize(model: nn.Module, ctx: ParallelContext) -> fx.GraphModule:
     return module
 
 
-def _training_differs(model: nn.Module) -> str | None:
-    """What runs in training mode only, in words."""
+def _training_differs(model: nn.Module, prepared: Prepared) -> str | None:
+    """What runs in training mode only, in words; `prepared` in the modes that the model is in."""
     from torch._subclasses.fake_tensor import DataDependentOutputException
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
@@ -78,17 +78,23 @@ def _training_differs(model: nn.Module) -> str | None:
     try:
         return training_differs(training)
     except (DataDependentOutputException, GuardOnDataDependentSymNode):  # experts on their tokens
-        graphs = prepare(training, own_modes=True).graph, prepare(model).graph
+        other = prepared if model.training else prepare(training, own_modes=True)
+        graphs = other.graph, _evaluating(model, prepared).graph
     targets = [[str(n.target) for n in gm.graph.nodes if n.op == "call_function"] for gm in graphs]
     return None if targets[0] == targets[1] else "the model runs other operations"
 
 
+def _evaluating(model: nn.Module, prepared: Prepared) -> Prepared:
+    from fxport.passes.tensor_parallel.build import prepare
+
+    return prepare(model) if any(m.training for m in model.modules()) else prepared
+
+
 def _require_dropout_only(model: nn.Module, training: Prepared, differs: str) -> None:
     """The module can be put into eval mode later: all but dropout must be alike there."""
-    from fxport.passes.tensor_parallel.build import prepare
     from fxport.passes.tensor_parallel.dropout import without_dropout
 
-    evaluating = prepare(model)
+    evaluating = _evaluating(model, training)
     if without_dropout(training.graph.graph) != without_dropout(evaluating.graph.graph):
         raise FxportError(
             f"{differs} in training mode, and more than dropout is different there: "

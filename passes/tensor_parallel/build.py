@@ -101,8 +101,7 @@ def divide(prepared: Prepared, context: ParallelContext) -> Divided:
     labels = label(prepared.graph, context.world_size)
     vocabulary = tuple(
         n for n in prepared.vocabulary
-        if context.world_size > 1
-        and divides(unit_shape(arguments(n)["weight"])[0], context.world_size)
+        if divides(unit_shape(arguments(n)["weight"])[0], context.world_size)
     )  # fmt: skip
     whole: frozenset[str] = frozenset()
     for _ in range(len(labels.leaves) + len(prepared.captured.parameters) + 1):

@@ -25,6 +25,8 @@ def bounds(size: int, world_size: int) -> list[int]:
 
 
 def divides(size: int, world_size: int) -> bool:
-    """Whether every rank gets a row."""
+    """Whether there is something to divide and every rank gets a row."""
+    if world_size == 1:
+        return False
     limits = bounds(size, world_size)
     return limits[-2] < limits[-1]

@@ -221,10 +221,47 @@ def test_all_is_well_in_serving() -> None:
     found = fxport.explain(Model(*[plain] * LAYERS), IDS)
     assert found.door is Door.SERVING and found.ok and not found.obstacles
     assert len(found.rewritten) == LAYERS
+    assert found.training is not None and found.training.ok
+    assert "left by torch.compile" not in str(found)
     (table,) = found.positions
     assert "wpe.weight" in table.subject and table.location is not None
     assert table.location.line == line_of("positions")
     assert "port: would succeed" in str(found)
+
+
+def test_without_tokens_nothing_is_run() -> None:
+    assert fxport.explain(Model(*[plain] * LAYERS)).training is None
+
+
+class Returned(Model):
+    """Gives back the weights of the second block; a port keeps the logits only."""
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x = self.wte(ids) + self.wpe(torch.arange(ids.shape[1]))
+        for i, block in enumerate(self.blocks):
+            if i == 1:
+                a = block.attn
+                q, k, v = (heads_of(t) for t in a.qkv(block.norm(x)).chunk(3, dim=-1))
+                scores = (q @ k.mT / 3).masked_fill(~a.mask[: ids.shape[1], : ids.shape[1]], -1e9)
+                weights = scores.softmax(-1)  # returned
+                x = x + a.out((weights @ v).transpose(1, 2).reshape(x.shape))
+            else:
+                x = block(x)
+        return self.head(x), weights
+
+
+def test_what_a_port_drops_and_training_keeps() -> None:
+    found = fxport.explain(Returned(*[plain] * LAYERS), IDS)
+    assert found.ok and len(found.rewritten) == LAYERS
+    assert found.training is not None and found.training.door is Door.TRAINING
+    assert [s.outcome is Outcome.LEFT for s in found.training.sites] == [False, True, False, False]
+    text = str(found)
+    assert "torch.compile: 1 graph, 0 graph breaks; attention 3 of 4, 1 left" in " ".join(
+        text.split()
+    )
+    where = text.index("left by torch.compile:")
+    assert f"test_explain.py:{line_of('returned')}" in text[where:]
+    json.dumps(found.to_dict())
 
 
 class Mixing(Model):
