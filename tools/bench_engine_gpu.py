@@ -1,6 +1,7 @@
-"""A port of a plain Llama in vLLM on one GPU, against vLLM's own class and Transformers'.
+"""A port of a plain Llama in vLLM on GPUs, against vLLM's own class and Transformers'.
 
-    python -m fxport.tools.bench_engine_gpu [--size 1b] [--variants ...] [--profile] [--json FILE]
+    python -m fxport.tools.bench_engine_gpu [--size 1b] [--variants ...] [--ranks 1]
+                                            [--profile DIR] [--json FILE]
 
 Random weights, bf16, CUDA graphs, torch.compile, vLLM's defaults but for the options in `_OPTIONS`
 (the same for all). Variants:
@@ -11,7 +12,8 @@ Random weights, bf16, CUDA graphs, torch.compile, vLLM's defaults but for the op
 * transformers: the same class of Transformers through vLLM's Transformers backend.
 
 Measured: start-up of a process with empty compile caches; 512 prompts of 512 tokens with 128
-tokens out; one prompt alone. Every variant runs in a process of its own, with the engine inside it.
+tokens out; one prompt alone. Every variant runs in a process of its own, with the engine inside it;
+with `--ranks 2` the model is divided over two GPUs (tensor parallel), each with a process.
 """
 
 from __future__ import annotations
@@ -50,7 +52,6 @@ _OPTIONS: dict[str, Any] = {
     "enable_prefix_caching": False,
     "skip_tokenizer_init": True,
     "load_format": "dummy",
-    "distributed_executor_backend": "uni",
 }
 
 
@@ -68,6 +69,7 @@ class Measured:
 
     variant: str
     size: str
+    ranks: int
     start_s: float
     output_per_s: float
     spread: float
@@ -98,15 +100,18 @@ def prepare(size: Size, directory: Path) -> float:
     return seconds
 
 
-def _engine(variant: str, directory: Path) -> Any:
+def _engine(variant: str, directory: Path, ranks: int) -> Any:
     from vllm import LLM
 
+    executor = "uni" if ranks == 1 else "mp"
+    parallel = {"tensor_parallel_size": ranks, "distributed_executor_backend": executor}
+    options = {**_OPTIONS, **parallel}
     if variant == "port":
-        llm = LLM(str(directory / "port"), **_OPTIONS)
+        llm = LLM(str(directory / "port"), **options)
         llm.apply_model(_fill_tables)
         return llm
     implementation = "transformers" if variant == "transformers" else "vllm"
-    return LLM(str(directory / "hf"), model_impl=implementation, **_OPTIONS)
+    return LLM(str(directory / "hf"), model_impl=implementation, **options)
 
 
 def _fill_tables(model: torch.nn.Module) -> None:
@@ -131,10 +136,10 @@ def _generate(llm: Any, prompts: int, output: int, seed: int) -> float:
     return seconds
 
 
-def measure(variant: str, size: str, directory: Path, profile: Path | None) -> Measured:
+def measure(variant: str, size: str, directory: Path, profile: Path | None, ranks: int) -> Measured:
     """Starts the engine in this process and measures it."""
     start = time.perf_counter()
-    llm = _engine(variant, directory)
+    llm = _engine(variant, directory, ranks)
     _generate(llm, 1, 1, seed=0)
     start_s = time.perf_counter() - start
     _generate(llm, 8, 8, seed=1)  # kernels that the first requests compile
@@ -149,6 +154,7 @@ def measure(variant: str, size: str, directory: Path, profile: Path | None) -> M
     return Measured(
         variant,
         size,
+        ranks,
         start_s,
         max(runs),
         1 - min(runs) / max(runs),
@@ -178,9 +184,10 @@ def _profiled(title: str, run: Callable[[], object]) -> list[str]:
 
 
 def _in_own_process(
-    variant: str, size: str, directory: Path, profile: Path | None
+    variant: str, size: str, directory: Path, profile: Path | None, ranks: int
 ) -> Measured | str:
     arguments = [f"--variant={variant}", f"--size={size}", f"--directory={directory}"]
+    arguments.append(f"--ranks={ranks}")
     if profile is not None:
         arguments.append(f"--profile={profile}")
     command = [*_SELF, "one", *arguments]
@@ -213,6 +220,7 @@ def table(results: list[Measured]) -> str:
             [
                 m.size,
                 m.variant,
+                m.ranks,
                 f"{m.output_per_s:.0f} (-{m.spread:.1%})",
                 f"{m.output_per_s / bound.output_per_s:.3f}" if bound else "",
                 f"{m.first_ms:.1f}",
@@ -221,7 +229,7 @@ def table(results: list[Measured]) -> str:
                 f"{m.start_s:.0f}",
             ]
         )
-    headers = ["size", "variant", "tokens out / s", "of native", "first token ms"]
+    headers = ["size", "variant", "GPUs", "tokens out / s", "of native", "first token ms"]
     headers += ["further token ms", "of native", "start-up s"]
     return tabulate(rows, headers, tablefmt="github")
 
@@ -229,11 +237,17 @@ def table(results: list[Measured]) -> str:
 @click.group(invoke_without_command=True)
 @click.option("--size", "sizes", default="1b", show_default=True, help="Comma-separated.")
 @click.option("--variants", default=",".join(VARIANTS), show_default=True)
+@click.option("--ranks", default=1, show_default=True, help="GPUs to divide the model over.")
 @click.option("--profile", type=click.Path(path_type=Path), help="Directory for kernel times.")
 @click.option("--json", "path", type=click.Path(path_type=Path), help="One line per result too.")
 @click.pass_context
 def main(
-    context: click.Context, sizes: str, variants: str, profile: Path | None, path: Path | None
+    context: click.Context,
+    sizes: str,
+    variants: str,
+    ranks: int,
+    profile: Path | None,
+    path: Path | None,
 ) -> None:
     """Measures every variant of every size; prints a table."""
     if context.invoked_subcommand is not None:
@@ -247,7 +261,7 @@ def main(
             subprocess.run([*_SELF, "prepare-only", *prepared], check=True)
             for variant in variants.split(","):
                 file = None if profile is None else profile / f"{variant}-{size}.txt"
-                found = _in_own_process(variant, size, directory, file)
+                found = _in_own_process(variant, size, directory, file, ranks)
                 click.echo(found)
                 if isinstance(found, Measured):
                     results.append(found)
@@ -274,9 +288,10 @@ def prepare_only(size: str, directory: Path) -> None:
 @click.option("--size", required=True)
 @click.option("--directory", type=click.Path(path_type=Path), required=True)
 @click.option("--profile", type=click.Path(path_type=Path))
-def one(variant: str, size: str, directory: Path, profile: Path | None) -> None:
+@click.option("--ranks", type=int, required=True)
+def one(variant: str, size: str, directory: Path, profile: Path | None, ranks: int) -> None:
     """One variant in this process; one line of JSON."""
-    click.echo("\n" + json.dumps(asdict(measure(variant, size, directory, profile))))
+    click.echo("\n" + json.dumps(asdict(measure(variant, size, directory, profile, ranks))))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from fxport.capture.emitter import symbolic_tokens
+from fxport.capture.location import user_location
 from fxport.capture.sample import Sample, device_of, take_sample
 from fxport.capture.state import State
 from fxport.capture.trace import quiet, token_argument
@@ -37,6 +38,9 @@ _BATCHES = (2, 3, 4)  # few: a cache may have no more rows
 # Without a limit in the model, tables are made up to here; also the longest [T, T] constant.
 _UNBOUNDED = 4096
 _FAR = 2**17
+_RECURRENT = tuple(
+    getattr(torch.ops.aten, name) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")
+)
 # A forward that asks more than this about the length is refused where its graphs differ.
 _MOST_PATHS = 24
 
@@ -58,6 +62,7 @@ def trace_at_lengths(model: nn.Module, *, every_pair: bool = True) -> Traced:
     """
     token_argument(model)
     fresh = _first(model, every_pair)
+    _refuse_recurrence(fresh)
     limit = _longest(model, fresh.length)
     lengths, limit = _lengths(model, limit)
     history = _history(model, fresh, limit or _UNBOUNDED)
@@ -97,6 +102,26 @@ def _first(model: nn.Module, every_pair: bool) -> Sample:
         except PortError as error:
             errors.append(error)
     raise errors[0]
+
+
+def _refuse_recurrence(sample: Sample) -> None:
+    """Before the search for the longest length: shapes of `nn.LSTM` are derived step by step.
+
+    Raises:
+        PortError: a recurrent network runs on what depends on the tokens.
+    """
+    reasons = [
+        Reason(
+            ReasonCode.MIXES_TOKENS,
+            f"a recurrent network (`{node.target}`) runs along the sequence",
+            user_location(node),
+            "only attention may look at other tokens",
+        )
+        for node in sample.varying
+        if getattr(node.target, "overloadpacket", None) in _RECURRENT
+    ]
+    if reasons:
+        raise PortError(reasons)
 
 
 def _batch(length: int) -> int:

@@ -3,7 +3,8 @@
 All implementations mean the same by (out, lse), so forward and backward choose independently. A
 choice depends on the call's facts and on torch's settings, never on values, timings or earlier
 calls. On CUDA: cuDNN where it covers the call and was measured faster (`fxport.ops.cudnn`), else
-our Triton kernels, else, with a warning, the blocked path.
+our Triton kernels; FlashAttention-3 instead of either where it is installed and was measured faster
+(`fxport.ops.flash3`); else, with a warning, the blocked path.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fxport.ops import blocked, cpu_flash, cudnn
+from fxport.ops import blocked, cpu_flash, cudnn, flash3
 from fxport.ops.facts import Facts
 
 __all__ = ["Implementation", "calls", "choose"]
@@ -49,6 +50,15 @@ class Implementation:
 _BLOCKED = Implementation("blocked", lambda facts: None, blocked.forward, blocked.backward)
 _CPU_FLASH = Implementation("cpu_flash", cpu_flash.refuses, cpu_flash.forward, cpu_flash.backward)
 _CUDNN = Implementation("cudnn", cudnn.refuses, cudnn.forward, cudnn.backward)
+
+
+def _no_backward(*_: object) -> tuple[Tensor | None, ...]:
+    raise RuntimeError("FlashAttention-3 has no backward pass here: `flash3.refuses` says so")
+
+
+_FLASH3 = Implementation(
+    "flash3", lambda f: flash3.refuses(f, "triton"), flash3.forward, _no_backward
+)
 
 
 @cache
@@ -83,10 +93,14 @@ def choose(facts: Facts) -> Implementation:
 
 def _choose_cuda(facts: Facts) -> Implementation:
     if torch.backends.cudnn.is_available() and cudnn.refuses(facts) is None:
-        return _CUDNN
+        return _or_flash3(_CUDNN, facts)
     triton = _triton()
     reason = "Triton is not installed" if triton is None else triton.refuses(facts)
     if triton is not None and reason is None:
-        return triton
+        return _or_flash3(triton, facts)
     _warn_slow(str(reason))
     return _BLOCKED
+
+
+def _or_flash3(rival: Implementation, facts: Facts) -> Implementation:
+    return rival if flash3.refuses(facts, rival.name) else _FLASH3

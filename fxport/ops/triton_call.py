@@ -104,6 +104,10 @@ class Call:
         params: AttentionParams,
     ) -> Call:
         """Prepare the arguments of `forward`."""
+        if q.is_cuda:
+            # Descriptors are made by the driver for the thread's context, which a thread of
+            # autograd's need not have yet; torch binds it here.
+            torch.cuda.set_device(torch.cuda.current_device())
         rows, columns = q.shape[2], k.shape[2]
         kind = 0
         if bias is not None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fxport
-from tests.backends.engine import Generated, engine, generate, recompute, sharpened
+from tests.backends.engine import Generated, assert_same, engine, generate, recompute, sharpened
 from tests.zoo.gpt import GPT
 from tests.zoo.llama import Llama
 
@@ -68,3 +68,20 @@ def test_greedy_tokens_with_chunked_prefill(
     print(f"log-probabilities differ by {worst:.1e}")
     assert [one.tokens for one in found] == [one.tokens for one in expected]
     assert worst < bound
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("options", [EAGER, GRAPHS], ids=["eager", "graphs"])
+def test_two_gpus(
+    case: tuple[Path, list[list[int]], list[Generated]], options: dict[str, Any]
+) -> None:
+    """The model divided over two GPUs: the tokens of the original, as closely as on one."""
+    directory, prompts, expected = case
+    settings = {"attention_backend": "FLEX_ATTENTION", "gpu_memory_utilization": 0.2, **options}
+    settings |= {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    with engine(directory, **settings) as llm:
+        try:
+            found = generate(llm, prompts, COUNT)
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+    assert_same(found, expected)

@@ -7,6 +7,7 @@ imported, which `test_triton_attention` arranges.
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -306,3 +307,24 @@ def test_memory_is_linear() -> None:
     needs = (True, True, True, True, False, False)
     triton_attention.backward(out, None, q, k, v, out, lse, bias, *none, params, needs)
     assert torch.cuda.max_memory_allocated() - before < length * length * 2 // 4
+
+
+@pytest.mark.skipif(not GPU, reason="threads have a CUDA context of their own")
+def test_in_new_threads() -> None:
+    """A thread of autograd's may start with our kernels, without any other CUDA call before."""
+    q, k, v = (torch.randn(2, 4, 300, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(3))
+    none, params = (None,) * 5, P(0.125, causal=True)
+    needs = (True, True, True, False, False, False)
+
+    def both() -> list[Tensor | None]:
+        out, lse = triton_attention.forward(q, k, v, *none, params)
+        return [out, *triton_attention.backward(q, None, q, k, v, out, lse, *none, params, needs)]
+
+    want = both()
+    del want[1:]
+    torch.cuda.synchronize()
+    both()  # leaves its memory to the thread, which would get a context by allocating
+    with ThreadPoolExecutor(1) as pool:
+        got = pool.submit(both).result()
+    assert want[0] is not None and got[0] is not None
+    assert torch.equal(got[0], want[0])

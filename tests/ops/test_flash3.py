@@ -1,0 +1,175 @@
+"""FlashAttention-3 behind `fxport::attention`: which calls it gets, and that they are right."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import Case, assert_same, make, op, run
+from torch import Tensor
+
+from fxport.ops import dispatch, flash3
+from fxport.ops.band import Band, band_of
+from fxport.ops.facts import Facts
+from fxport.ops.params import AttentionParams
+from fxport.ops.reference import reference_attention
+
+P = AttentionParams
+ROUNDING = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
+CAUSAL = P(0.1, causal=True)
+COVERED = (
+    Case("causal", rows=517, columns=517, size=64, params=CAUSAL),
+    Case("full", rows=389, columns=517, size=128),
+    Case("fewer-rows", rows=300, columns=517, size=128, params=P(0.1, True, q_offset=217)),
+    Case("mqa", batch=1, q_heads=8, kv_heads=1, rows=260, columns=260, size=128, params=CAUSAL),
+    Case("no-groups", kv_heads=6, rows=333, columns=333, size=256, params=P(0.06, causal=True)),
+    Case("equal", batch=128, q_heads=1, kv_heads=1, rows=128, columns=128, size=128),
+    Case(
+        "packed", batch=1, rows=533, columns=533, size=128, cu_seqlens=(0, 11, 12, 12, 341, 533),
+        params=CAUSAL,
+    ),
+    Case("packed-full", batch=1, rows=733, columns=733, size=64, cu_seqlens=(0, 200, 733)),
+    Case("long", batch=1, rows=1500, columns=2333, size=256, params=P(0.06, True, q_offset=833)),
+)  # fmt: skip
+
+
+def _facts(needs: tuple[bool, ...] | None = None, **changes: Any) -> Facts:
+    q = torch.empty(2, 6, 8192, 128, dtype=torch.bfloat16, device="meta")
+    facts = Facts.of(q, q, q, None, None, None, None, P(0.125, causal=True), needs)
+    return replace(facts, **{"device": "cuda", "capability": (9, 0), **changes})
+
+
+def _sizes(length: int, size: int) -> dict[str, torch.Size]:
+    shape = torch.Size((2, 6, length, size))
+    return {"q_shape": shape, "k_shape": shape, "v_shape": shape}
+
+
+_BACKWARD = (True, True, True, False, False, False)
+
+
+@pytest.mark.parametrize(
+    ("facts", "rival", "reason"),
+    [
+        (_facts(), "cudnn", None),
+        (_facts(packed=True), "triton", None),
+        (_facts(deterministic=True), "triton", None),  # forward always adds in the same order
+        (_facts(**_sizes(512, 128)), "triton", None),
+        (_facts(**_sizes(512, 128)), "cudnn", "not faster than cudnn"),
+        (_facts(**_sizes(64, 128)), "triton", "not faster than triton"),
+        (_facts(**_sizes(8192, 96)), "triton", "head size"),
+        (_facts(_BACKWARD), "triton", "backward"),
+        (_facts(band=Band(-1023, 0)), "triton", "windows"),
+        (_facts(band=Band(None, 5)), "triton", "windows"),
+        (_facts(band=Band(None, -1)), "triton", "windows"),
+        (_facts(dtype=torch.float32), "triton", "float32"),
+        (_facts(sinks=True), "triton", "sinks"),
+        (_facts(alibi_slopes=True), "triton", "ALiBi"),
+        (_facts(bias_dtype=torch.bool, bias_shape=(512,)), "triton", "bias"),
+        (_facts(params=P(0.1, softcap=2.0)), "triton", "tanh"),
+        (_facts(params=P(0.1, dropout_p=0.1)), "triton", "dropout"),
+        (_facts(params=P(-0.1, causal=True)), "triton", "scale"),
+        (_facts(v_shape=torch.Size((2, 6, 8192, 64))), "triton", "head size"),
+        (_facts(capability=(8, 0)), "triton", "not measured"),
+        (_facts(q_shape=torch.Size((2, 6, 0, 128))), "triton", "empty"),
+    ],
+)
+def test_refusals(
+    facts: Facts, rival: str, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flash3, "_not_installed", lambda: None)
+    found = flash3.refuses(facts, rival)
+    assert (found is None) == (reason is None) and (reason or "") in (found or "")
+
+
+def test_switched_off_or_not_installed() -> None:
+    torch.backends.cuda.enable_flash_sdp(False)
+    try:
+        assert "switched off" in (flash3.refuses(_facts(), "cudnn") or "")
+    finally:
+        torch.backends.cuda.enable_flash_sdp(True)
+    found = flash3.refuses(_facts(), "cudnn")
+    assert found is None or "not installed" in found
+
+
+@pytest.mark.parametrize("rows", [1, 4, 6])
+@pytest.mark.parametrize("columns", [1, 4, 7])
+def test_only_what_the_library_means(rows: int, columns: int) -> None:
+    """Every small call: those put as causal or full see just the columns that the library does."""
+    i, j = torch.arange(rows)[:, None], torch.arange(columns)
+    found: Counter[bool | None] = Counter()
+    sides = range(-1, columns + 1)
+    for causal, left, right, offset in product((False, True), sides, sides, range(-3, columns + 2)):
+        params = P(1.0, causal, left, right, q_offset=offset)
+        put = flash3._is_causal(band_of(params, rows, columns), rows, columns)
+        found[put] += 1
+        if put is None:
+            continue
+        a = i + offset
+        seen = (
+            ~(causal & (j > a)) & ((j >= a - left) | (left < 0)) & ((j <= a + right) | (right < 0))
+        )
+        assert torch.equal(seen, (j - i <= columns - rows) | torch.tensor(not put)), params
+        assert seen.any(1).all(), params
+    assert found[None] and found[False] and (found[True] or rows == 1 or rows > columns)
+
+
+# -- on a GPU ----------------------------------------------------------------------------------
+
+
+def _usable() -> bool:
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        return False
+    return flash3._not_installed() is None
+
+
+library = pytest.mark.skipif(not _usable(), reason="needs a Hopper GPU and vLLM's library")
+
+
+def _on_gpu(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *tensors, params = arguments
+    out, lse = op(*(None if x is None else x.cuda() for x in tensors), params)
+    return out.cpu(), lse.cpu()
+
+
+@pytest.mark.gpu
+@library
+@pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
+@pytest.mark.parametrize("case", COVERED, ids=str)
+def test_against_reference(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward by the library, backward from its (out, lse) by whatever is chosen there."""
+    monkeypatch.setattr(flash3, "_not_faster", lambda facts, rival: None)  # the sizes are small
+    arguments = make(case, dtype)
+    want = run(reference_attention, arguments.to(torch.float64), with_lse=False)
+    before = dispatch.calls.copy()
+    assert_same(run(_on_gpu, arguments, with_lse=False), want, ROUNDING[dtype])
+    forward, backward = sorted(dispatch.calls - before, key=lambda name: "backward" in name)
+    assert forward == "flash3.forward" and backward in ("cudnn.backward", "triton.backward")
+
+
+@pytest.mark.gpu
+@library
+def test_layouts_and_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the inputs' strides: the promised strides, and the same bits each time."""
+    monkeypatch.setattr(flash3, "_not_faster", lambda facts, rival: None)
+    generator = torch.Generator("cuda").manual_seed(3)
+    options = {"generator": generator, "device": "cuda", "dtype": torch.bfloat16}
+    plain = [torch.randn(3, 4, 192, 64, **options) for _ in range(3)]
+    fused = torch.randn(3, 192, 3 * 4 * 64, **options)
+    for inputs in (
+        plain,
+        [x.transpose(1, 2).contiguous().transpose(1, 2) for x in plain],
+        [x.transpose(2, 3).contiguous().transpose(2, 3) for x in plain],
+        [torch.cat([x[..., :1], x], -1)[..., 1:] for x in plain],
+        [x.view(3, 192, 4, 64).transpose(1, 2) for x in fused.split(256, -1)],
+        [x[:1].expand(3, 4, 192, 64) for x in plain],
+    ):
+        before = dispatch.calls.copy()
+        out, lse = op(*inputs, *[None] * 5, CAUSAL)
+        again = op(*(x.contiguous() for x in inputs), *[None] * 5, CAUSAL)
+        assert dispatch.calls - before == {"flash3.forward": 2}
+        assert out.transpose(1, 2).is_contiguous() and lse.is_contiguous()
+        assert torch.equal(out, again[0]) and torch.equal(lse, again[1])
