@@ -132,6 +132,7 @@ class Scores:
     Attributes:
         scale, softcap: ``scale * q.k`` before, ``softcap * tanh(./softcap)`` after; 0: none.
         row_scales, steps, sinks: as in `Match`.
+        shift: the operation that moved all scores of a row alike, which only a softmax ignores.
         read: constants whose value was read.
     """
 
@@ -144,6 +145,7 @@ class Scores:
         self.row_scales: list[RowScale] = []
         self.steps: list[MaskStep] = []
         self.sinks: tuple[fx.Node, Dims] | None = None
+        self.shift: fx.Node | None = None
         self.read: list[fx.Node] = []
 
     def add_initial(self, node: fx.Node, added: fx.Node, beta: float, dims: Dims) -> None:
@@ -161,6 +163,7 @@ class Scores:
         if rule is not None:
             rule(self, node, carrier)
         elif overload_packet(node) is aten.cat:
+            self.needs_no_shift("the sinks are")
             along = arguments(node)["dim"] % len(dims)
             other = next(t for t in arguments(node)["tensors"] if t is not carrier)
             self.sinks = (other, (*dims[:along], (), *dims[along + 1 :]))
@@ -193,6 +196,20 @@ class Scores:
                 f"{what} comes after the mask or bias",
                 node,
                 f"apply {what} to the raw scores, and the mask last",
+            )
+
+    def needs_no_shift(self, what: str) -> None:
+        """A sink or a softcap sees what the softmax alone would not.
+
+        Raises:
+            Left: a number was added to all scores, or a maximum subtracted, before.
+        """
+        if self.shift is not None:
+            raise Left(
+                ReasonCode.ORDER_OF_OPS,
+                f"the scores are shifted before {what} applied",
+                self.shift,
+                "take the maximum over the scores and the sinks; add no number before a softcap",
             )
 
     # -- operations ------------------------------------------------------------------------------
@@ -249,6 +266,7 @@ class Scores:
     def _tanh(self, node: fx.Node, carrier: fx.Node) -> None:
         del carrier
         self._needs_no_masks(node, "the softcap")
+        self.needs_no_shift("the softcap is")
         if self.softcap:
             raise Left(ReasonCode.UNSUPPORTED_FEATURE, "two softcaps", node)
         self.softcap = 1.0
@@ -274,12 +292,16 @@ class Scores:
         maximum = isinstance(second, fx.Node) and bool(subtracted_maximum(node))
         if not maximum or self._varies_along_keys(second):  # type: ignore[arg-type]
             self._add_bias(node, second, -1.0)
+        else:
+            self.shift = node
 
     def _add_bias(self, node: fx.Node, bias: Any, coefficient: float) -> None:
         if self.sinks is not None:
             self._needs_no_masks(node, "the mask")
         if not isinstance(bias, fx.Node) or not isinstance(bias.meta["val"], torch.Tensor):
-            return  # one number on every score changes nothing under the softmax
+            if number(bias) != 0:
+                self.shift = node  # one number on every score changes nothing under the softmax
+            return
         self.steps.append(MaskStep(MaskKind.ADD, node, self.dims, bias, coefficient))
 
     def _masked_fill(self, node: fx.Node, carrier: fx.Node) -> None:

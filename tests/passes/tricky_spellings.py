@@ -290,3 +290,4 @@ def maximum_over_queries_subtracted(qkv: Tensor) -> Tensor:
 
 
 import tricky_rare  # noqa: E402, F401  (adds its cases to TRICKY)
+import tricky_shifts  # noqa: E402, F401
