@@ -33,22 +33,15 @@ def explain(target: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -
         FxportError: a plain function without arguments.
         Exception: whatever the function raises when it is called (training door).
     """
-    if isinstance(target, nn.Module) and _is_serving(args, kwargs):
-        from fxport.explain_serving import explain_serving
+    from fxport.explain_serving import explain_serving
+    from fxport.explain_training import explain_training
 
+    if isinstance(target, nn.Module) and _is_serving(args, kwargs):
         served = explain_serving(target)
-        return replace(served, training=_trained(target, args)) if args else served
+        return replace(served, training=explain_training(target, args, {})) if args else served
     if not args and not kwargs:
         raise FxportError("explain(function) needs the arguments to call it with")
-    from fxport.explain_training import explain_training
-
     return explain_training(target, args, kwargs)
-
-
-def _trained(model: nn.Module, args: tuple[Any, ...]) -> Explanation:
-    from fxport.explain_training import explain_training
-
-    return explain_training(model, args, {})
 
 
 def _is_serving(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

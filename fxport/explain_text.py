@@ -88,8 +88,7 @@ def explanation_text(explanation: Explanation) -> str:
         _entry(x.subject, count, x.detail, x.location, name) for x, name, count in folded_positions
     ]
     blocks += _section("positions", lines)
-    breaks = [_fill(f"- {b.message}", b.location) for b in explanation.graph_breaks]
-    blocks += _section("graph breaks", breaks)
+    blocks += _section("graph breaks", _breaks(explanation))
     blocks += _section("in the way of a port", [_reason(r) for r in explanation.obstacles])
     if explanation.training is not None:
         blocks += _section("left by torch.compile", _only_in_training(explanation))
@@ -101,8 +100,11 @@ def _only_in_training(explanation: Explanation) -> list[str]:
     assert explanation.training is not None
     known = {_key(site) for site in explanation.left}
     left = [site for site in explanation.training.left if _key(site) not in known]
-    breaks = [_fill(f"- {b.message}", b.location) for b in explanation.training.graph_breaks]
-    return [_site(group) for group in _folded(left)] + breaks
+    return [_site(group) for group in _folded(left)] + _breaks(explanation.training)
+
+
+def _breaks(explanation: Explanation) -> list[str]:
+    return [_fill(f"- {b.message}", b.location) for b in explanation.graph_breaks]
 
 
 def _key(site: Site) -> Hashable:

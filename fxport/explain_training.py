@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from fxport.capture.location import is_library, location_at
+from fxport.capture.trace import first_line
 from fxport.errors import Location, Reason
 from fxport.explain_records import Door, Explanation, GraphBreak, Site
 
@@ -76,7 +77,7 @@ def observe(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
     earlier = get_compilation_metrics()
     try:
         torch.compile(target, backend=record)(*args, **kwargs)
-        split = [GraphBreak(_first_line(b.reason), _line(b.user_stack)) for b in breaks_so_far]
+        split = [GraphBreak(first_line(b.reason), _line(b.user_stack)) for b in breaks_so_far]
         # A frame given up altogether (a break inside of a loop) is recorded elsewhere.
         skipped = [_given_up(m) for m in get_compilation_metrics() if m not in earlier]
     finally:
@@ -95,13 +96,9 @@ def _given_up(metrics: Any) -> GraphBreak | None:
     if metrics.fail_type is None or file is None or line is None:
         return None
     return GraphBreak(
-        _first_line(metrics.fail_reason or metrics.fail_type),
+        first_line(metrics.fail_reason or metrics.fail_type),
         location_at(file, line, metrics.co_name),
     )
-
-
-def _first_line(reason: str) -> str:
-    return next((line.strip() for line in reason.splitlines() if line.strip()), "")
 
 
 def _line(stack: Sequence[FrameSummary]) -> Location | None:

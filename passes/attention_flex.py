@@ -24,6 +24,7 @@ from torch._higher_order_ops.flex_attention import flex_attention as flex_attent
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxport.capture.arguments import shape_of
+from fxport.capture.memory import is_mutation
 from fxport.errors import ReasonCode
 from fxport.passes.attention_emit import Emitter
 from fxport.passes.attention_site import Left
@@ -273,9 +274,8 @@ def _check_elementwise(inner: fx.Node, node: fx.Node) -> None:
     known = isinstance(target, torch._ops.OpOverload) and (
         torch.Tag.pointwise in target.tags or target.overloadpacket in _HARMLESS
     )
-    mutable = isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
     random = known and torch.Tag.nondeterministic_seeded in target.tags  # type: ignore[union-attr]
-    if not known or mutable or random:
+    if not known or is_mutation(inner) or random:
         raise Left(
             ReasonCode.UNSUPPORTED_FEATURE,
             f"a function of the call uses `{target}`, which is not elementwise",

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from fxport.capture.arguments import arguments, shape_of
+from fxport.capture.memory import is_mutation
 from fxport.errors import ReasonCode
 from fxport.passes.attention_layout import Axis, Dims, LayoutError, axes_of, resolve, resolve_all
 from fxport.passes.attention_products import Contraction, Product, as_product, contract, factors_of
@@ -353,9 +354,7 @@ def _check_closed(interior: tuple[fx.Node, ...], output: fx.Node) -> None:
         for user in node.users:
             if user in inside or only_checks(user) or lends_shape_only(node, user):
                 continue
-            written = isinstance(user.target, torch._ops.OpOverload) and (
-                user.target._schema.is_mutable
-            )
+            written = is_mutation(user)
             raise Left(
                 ReasonCode.MUTATED_IN_PLACE if written else ReasonCode.WEIGHTS_USED_ELSEWHERE,
                 "the scores are changed in place in between"

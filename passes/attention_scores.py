@@ -163,7 +163,7 @@ class Scores:
         if rule is not None:
             rule(self, node, carrier)
         elif overload_packet(node) is aten.cat:
-            self.needs_no_shift("the sinks are")
+            self._needs_no_shift("the sinks are")
             along = arguments(node)["dim"] % len(dims)
             other = next(t for t in arguments(node)["tensors"] if t is not carrier)
             self.sinks = (other, (*dims[:along], (), *dims[along + 1 :]))
@@ -198,7 +198,7 @@ class Scores:
                 f"apply {what} to the raw scores, and the mask last",
             )
 
-    def needs_no_shift(self, what: str) -> None:
+    def _needs_no_shift(self, what: str) -> None:
         """A sink or a softcap sees what the softmax alone would not.
 
         Raises:
@@ -266,7 +266,7 @@ class Scores:
     def _tanh(self, node: fx.Node, carrier: fx.Node) -> None:
         del carrier
         self._needs_no_masks(node, "the softcap")
-        self.needs_no_shift("the softcap is")
+        self._needs_no_shift("the softcap is")
         if self.softcap:
             raise Left(ReasonCode.UNSUPPORTED_FEATURE, "two softcaps", node)
         self.softcap = 1.0

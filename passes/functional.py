@@ -17,7 +17,7 @@ from torch import fx
 from fxport.capture.arguments import arguments
 from fxport.capture.inputs import graph_input
 from fxport.capture.location import user_location
-from fxport.capture.memory import is_fresh
+from fxport.capture.memory import is_fresh, is_mutation
 from fxport.errors import PortError, Reason, ReasonCode
 from fxport.passes.slice_writes import join_written_pieces
 
@@ -33,8 +33,7 @@ def functionalise(gm: fx.GraphModule) -> None:
     join_written_pieces(gm)
     reasons: list[Reason] = []
     for node in list(gm.graph.nodes):
-        target = node.target
-        if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+        if is_mutation(node):
             reason = replace_mutation(gm, node)
             if reason is not None:
                 reasons.append(reason)

@@ -9,9 +9,9 @@ Those that cannot be replaced safely stay, and keep their neighbourhood from bei
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
+from fxport.capture.memory import is_mutation
 from fxport.passes.functional import replace_mutation
 
 __all__ = ["without_inplace"]
@@ -20,6 +20,5 @@ __all__ = ["without_inplace"]
 def without_inplace(gm: fx.GraphModule) -> None:
     """Replaces what can be replaced."""
     for node in list(gm.graph.nodes):
-        target = node.target
-        if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+        if is_mutation(node):
             replace_mutation(gm, node)

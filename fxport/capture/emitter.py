@@ -6,8 +6,7 @@ call(view, x, [B, T, 64])  ->  node with a fake value; its shape at T = 37 is th
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +25,7 @@ from fxport.capture.inputs import GraphInput, InputKind, graph_input
 from fxport.capture.location import user_location
 from fxport.capture.rows import EVERY_ROW
 from fxport.capture.sample import Sample
-from fxport.capture.trace import quiet
+from fxport.capture.trace import in_one_line
 from fxport.errors import PortError, Reason, ReasonCode
 
 __all__ = ["Emitter", "Unified", "symbolic_tokens"]
@@ -62,24 +61,6 @@ class Unified:
     batch: sympy.Symbol
     length: sympy.Symbol
     shapes: ShapeEnv
-
-
-@contextmanager
-def _refusing(target: Any, node: fx.Node) -> Iterator[None]:
-    """Torch cannot derive the shape of some operations for a symbolic length."""
-    try:
-        with quiet():
-            yield
-    except PortError:
-        raise
-    except Exception as error:  # a fake implementation may raise anything
-        first = str(error).partition("\n")[0]
-        reason = Reason(
-            ReasonCode.DEPENDS_ON_LENGTH,
-            f"`{target}` has no shape for every length: {type(error).__name__}: {first}",
-            user_location(node),
-        )
-        raise PortError([reason]) from error
 
 
 def _identifier(name: str) -> str:
@@ -159,8 +140,15 @@ class Emitter:
         check: bool = True,
     ) -> fx.Node:
         """A call, with the source facts of the first sample's node."""
-        with _refusing(target, nodes[0]):
+        try:
             node = self._make(target, args, kwargs)
+        except Exception as error:  # torch has no symbolic shapes for some operations
+            reason = Reason(
+                ReasonCode.DEPENDS_ON_LENGTH,
+                f"`{target}` has no shape for every length: {in_one_line(error)}",
+                user_location(nodes[0]),
+            )
+            raise PortError([reason]) from error
         kept = ("stack_trace", "nn_module_stack", "custom", "source_fn_stack", EVERY_ROW)
         node.meta.update({k: v for k, v in nodes[0].meta.items() if k in kept})
         if check:

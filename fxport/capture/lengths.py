@@ -31,6 +31,8 @@ from fxport.errors import PortError, Reason, ReasonCode
 
 __all__ = ["continues", "trace_at_lengths"]
 
+aten = torch.ops.aten
+
 # Lengths that share no factors with each other or with usual feature sizes. The first gives the
 # hints of the symbolic graph; 1 is checked with numbers, as many models treat it apart.
 _LENGTHS = (37, 53, 41, 29, 23, 17, 11, 7, 5, 3)
@@ -38,9 +40,7 @@ _BATCHES = (2, 3, 4)  # few: a cache may have no more rows
 # Without a limit in the model, tables are made up to here; also the longest [T, T] constant.
 _UNBOUNDED = 4096
 _FAR = 2**17
-_RECURRENT = tuple(
-    getattr(torch.ops.aten, name) for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")
-)
+_RECURRENT = (aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu)
 # A forward that asks more than this about the length is refused where its graphs differ.
 _MOST_PATHS = 24
 

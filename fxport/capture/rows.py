@@ -24,6 +24,7 @@ from torch.utils._sympy.symbol import SymT, symbol_is_type
 from fxport.capture.arguments import arguments, shape_of, shape_of_tensor
 from fxport.capture.frames import Builder, Coordinate, Frame, refuse_selection
 from fxport.capture.location import module_of, user_location
+from fxport.capture.memory import is_mutation
 from fxport.errors import Location, PortError, Reason, ReasonCode
 from fxport.report import Decision, Outcome
 
@@ -124,8 +125,7 @@ def _without_mutation(gm: fx.GraphModule) -> None:
 
     reasons = []
     for node in list(gm.graph.nodes):
-        target = node.target
-        if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+        if is_mutation(node):
             inputs = [node, *node.all_input_nodes]
             reason = replace_mutation(gm, node) if any(map(_counts, inputs)) else None
             reasons += [] if reason is None else [reason]

@@ -29,7 +29,16 @@ from fxport.capture.rephrase import rephrased
 from fxport.capture.selections import Empties, Selections, is_marker
 from fxport.errors import PortError, Reason, ReasonCode
 
-__all__ = ["aliases_of", "explain_failure", "export", "graph_of", "quiet", "token_argument"]
+__all__ = [
+    "aliases_of",
+    "explain_failure",
+    "export",
+    "first_line",
+    "graph_of",
+    "in_one_line",
+    "quiet",
+    "token_argument",
+]
 
 _LOGGERS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
 _NOTHING_EMPTY: Empties = frozenset[int]().__contains__
@@ -134,8 +143,17 @@ def explain_failure(error: Exception) -> Reason:
             where,
             hint="control flow must not depend on the values of the tokens",
         )
-    message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return Reason(ReasonCode.CAPTURE_FAILED, f"{type(error).__name__}: {message}", where)
+    return Reason(ReasonCode.CAPTURE_FAILED, in_one_line(error), where)
+
+
+def in_one_line(error: Exception) -> str:
+    """``RuntimeError: shape '[3, 4]' is invalid``: torch's messages go on for pages."""
+    return f"{type(error).__name__}: {first_line(str(error))}"
+
+
+def first_line(text: str) -> str:
+    """The first that is not empty; "" without one."""
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")
 
 
 def graph_of(exported: torch.export.ExportedProgram, aliases: Mapping[str, str]) -> fx.GraphModule:

@@ -23,6 +23,7 @@ from fxport.capture.emitter import Emitter, Unified
 from fxport.capture.inputs import graph_input
 from fxport.capture.location import user_location
 from fxport.capture.sample import Sample
+from fxport.capture.trace import quiet
 from fxport.errors import PortError, Reason, ReasonCode
 
 __all__ = ["NeedsTable", "unify"]
@@ -49,7 +50,8 @@ def unify(samples: Sequence[Sample], longest: Sample | None = None) -> Unified:
         PortError: the graphs differ in something that is no expression in B and T.
         NeedsTable: `longest` is None, and a constant differs between lengths.
     """
-    return _Unifier(samples, longest).run()
+    with quiet():
+        return _Unifier(samples, longest).run()
 
 
 class _Differ(Exception):

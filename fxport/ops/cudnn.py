@@ -16,14 +16,13 @@ from torch import Tensor
 
 from fxport.ops.band import Band, band_of
 from fxport.ops.facts import Facts
+from fxport.ops.fused import not_for_libraries
 from fxport.ops.layout import addressable, in_heads_layout
 from fxport.ops.params import AttentionParams
 
 __all__ = ["backward", "forward", "refuses"]
 
 _CAUSAL, _ALL = Band(None, 0), Band(None, None)
-_HALVES = (torch.bfloat16, torch.float16)
-_LARGEST = 2**31  # entries of a tensor: beyond, offsets were not tested
 _cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention.default
 _cudnn_backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
 
@@ -46,12 +45,12 @@ _MEASURED: dict[tuple[int, int], tuple[_Faster, ...]] = {
 
 def refuses(facts: Facts) -> str | None:
     """Why a call is not for these kernels: they do not cover it, or are not faster."""
-    return _not_covered(facts) or _not_exact(facts) or _not_faster(facts)
+    return (
+        not_for_libraries(facts) or _not_covered(facts) or _not_exact(facts) or _not_faster(facts)
+    )
 
 
 def _not_covered(facts: Facts) -> str | None:
-    if facts.dtype not in _HALVES:
-        return f"no cuDNN kernel for {facts.dtype}"
     if facts.bias_dtype is not None or facts.alibi_slopes or facts.sinks or facts.packed:
         return "bias, ALiBi, sinks and packing are not in the kernels"
     if facts.params.softcap > 0 or facts.params.dropout_p > 0:
@@ -59,18 +58,12 @@ def _not_covered(facts: Facts) -> str | None:
     rows, columns = facts.q_shape[2], facts.k_shape[2]
     if facts.band != _ALL and not (facts.band == _CAUSAL and rows == columns):
         return "the kernels are used for all columns, or causal with as many rows as columns"
-    if facts.q_shape[3] != facts.v_shape[3] or facts.q_shape[3] % 8:
-        return "one head size that 8 divides"
-    if max(shape.numel() for shape in (facts.q_shape, facts.k_shape)) >= _LARGEST:
-        return f"a tensor of {_LARGEST} entries or more"
-    if 0 in (*facts.q_shape, *facts.k_shape):
-        return "an empty tensor"
+    if facts.q_shape[3] % 8:
+        return "a head size that 8 divides"
     return None
 
 
 def _not_exact(facts: Facts) -> str | None:
-    if facts.params.scale <= 0:
-        return "a scale that is not positive"
     if facts.lse_gradient:
         return "the kernels take no gradient of lse"
     if facts.deterministic and facts.needs is not None:

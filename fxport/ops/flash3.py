@@ -24,13 +24,12 @@ from torch import Tensor
 
 from fxport.ops.band import Band, band_of
 from fxport.ops.facts import Facts
+from fxport.ops.fused import not_for_libraries
 from fxport.ops.layout import addressable, in_heads_layout, in_row_major_layout
 from fxport.ops.params import AttentionParams
 
 __all__ = ["forward", "refuses"]
 
-_HALVES = (torch.bfloat16, torch.float16)
-_LARGEST = 2**31  # entries of a tensor: beyond, offsets were not tested
 _ARGUMENTS = (
     *("q", "k", "v", "k_new", "v_new", "q_v", "out"),
     *("cu_seqlens_q", "cu_seqlens_k", "cu_seqlens_k_new", "seqused_q", "seqused_k"),
@@ -71,20 +70,12 @@ def refuses(facts: Facts, rival: str) -> str | None:
 def _not_covered(facts: Facts) -> str | None:
     if facts.needs is not None:
         return "there is no backward kernel"
-    if facts.dtype not in _HALVES:
-        return f"no kernel for {facts.dtype}"
+    if reason := not_for_libraries(facts):
+        return reason
     if facts.bias_dtype is not None or facts.alibi_slopes or facts.sinks:
         return "bias and ALiBi are not in the kernels, and sinks are in bfloat16 alone"
     if facts.params.softcap > 0 or facts.params.dropout_p > 0:
         return "the kernels' tanh is an approximation, and dropout is not in them"
-    if facts.params.scale <= 0:
-        return "a scale that is not positive"
-    if facts.q_shape[3] != facts.v_shape[3]:
-        return "one head size"
-    if 0 in (*facts.q_shape, *facts.k_shape):
-        return "an empty tensor"
-    if max(shape.numel() for shape in (facts.q_shape, facts.k_shape)) >= _LARGEST:
-        return f"a tensor of {_LARGEST} entries or more"
     if _is_causal(facts.band, facts.q_shape[2], facts.k_shape[2]) is None:
         return "used for all columns, or causal up to the last; windows were seen to go wrong"
     return None

@@ -117,6 +117,13 @@ def op(*arguments: Any) -> tuple[Tensor, Tensor]:
     )
 
 
+def op_on_gpu(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """As `op`, for tensors of the CPU; computed on the GPU."""
+    *tensors, params = arguments
+    out, lse = op(*(None if x is None else x.cuda() for x in tensors), params)
+    return out.cpu(), lse.cpu()
+
+
 def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], relative: float) -> None:
     """Every entry within `relative` of the largest wanted value (or of 1)."""
     assert got.keys() == want.keys()

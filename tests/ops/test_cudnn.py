@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import Case, assert_same, make, op, run
+from attention_cases import Case, assert_same, make, op_on_gpu, run
 from torch import Tensor
 
 from fxport.ops import attention, cudnn, dispatch
@@ -85,12 +85,6 @@ def _hopper() -> bool:
 hopper = pytest.mark.skipif(not _hopper(), reason="measured on Hopper only")
 
 
-def _on_gpu(*arguments: Any) -> tuple[Tensor, Tensor]:
-    *tensors, params = arguments
-    out, lse = op(*(None if x is None else x.cuda() for x in tensors), params)
-    return out.cpu(), lse.cpu()
-
-
 @pytest.mark.gpu
 @hopper
 @pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
@@ -99,7 +93,7 @@ def test_against_reference(case: Case, dtype: torch.dtype) -> None:
     arguments = make(case, dtype)
     want = run(reference_attention, arguments.to(torch.float64), with_lse=False)
     before = dispatch.calls.copy()
-    assert_same(run(_on_gpu, arguments, with_lse=False), want, ROUNDING[dtype])
+    assert_same(run(op_on_gpu, arguments, with_lse=False), want, ROUNDING[dtype])
     assert dispatch.calls - before == {"cudnn.forward": 1, "cudnn.backward": 1}
 
 
@@ -110,7 +104,7 @@ def test_a_gradient_of_lse_goes_to_our_kernels() -> None:
     arguments = make(COVERED[0], torch.bfloat16)
     want = run(reference_attention, arguments.to(torch.float64))
     before = dispatch.calls.copy()
-    assert_same(run(_on_gpu, arguments), want, ROUNDING[torch.bfloat16])
+    assert_same(run(op_on_gpu, arguments), want, ROUNDING[torch.bfloat16])
     assert dispatch.calls - before == {"cudnn.forward": 1, "triton.backward": 1}
 
 

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import Case, assert_same, make, op, run
-from torch import Tensor
+from attention_cases import Case, assert_same, make, op, op_on_gpu, run
 
 from fxport.ops import dispatch, flash3
 from fxport.ops.band import Band, band_of
@@ -129,12 +128,6 @@ def _usable() -> bool:
 library = pytest.mark.skipif(not _usable(), reason="needs a Hopper GPU and vLLM's library")
 
 
-def _on_gpu(*arguments: Any) -> tuple[Tensor, Tensor]:
-    *tensors, params = arguments
-    out, lse = op(*(None if x is None else x.cuda() for x in tensors), params)
-    return out.cpu(), lse.cpu()
-
-
 @pytest.mark.gpu
 @library
 @pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
@@ -145,7 +138,7 @@ def test_against_reference(case: Case, dtype: torch.dtype, monkeypatch: pytest.M
     arguments = make(case, dtype)
     want = run(reference_attention, arguments.to(torch.float64), with_lse=False)
     before = dispatch.calls.copy()
-    assert_same(run(_on_gpu, arguments, with_lse=False), want, ROUNDING[dtype])
+    assert_same(run(op_on_gpu, arguments, with_lse=False), want, ROUNDING[dtype])
     forward, backward = sorted(dispatch.calls - before, key=lambda name: "backward" in name)
     assert forward == "flash3.forward" and backward in ("cudnn.backward", "triton.backward")
 
