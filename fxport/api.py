@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,6 +17,9 @@ from fxport.errors import FxportError, PortError, Reason, ReasonCode
 from fxport.report import Decision, Outcome, Report
 from fxport.saved import GenerationConfig, Tokenizer, write_port
 from fxport.serving import Part, ServingGraph
+
+if TYPE_CHECKING:
+    from fxport.capture.layouts import Layout
 
 __all__ = ["Port", "port", "trainable"]
 
@@ -93,6 +97,7 @@ def trainable(model: nn.Module) -> nn.Module:
 def port(model: nn.Module, example_inputs: None = None, *, max_seq_len: int | None = None) -> Port:
     """Ports a plain causal language model: ``model(tokens[B, T]) -> logits[B, T, V]``.
 
+    A model that takes ``[T, B]`` and gives ``[T, B, V]`` is found out and proven as such.
     The model is not changed. Eval mode is used for serving whatever mode the model is in.
 
     Args:
@@ -104,12 +109,43 @@ def port(model: nn.Module, example_inputs: None = None, *, max_seq_len: int | No
         PortError: the model cannot be proven; every obstacle with file and line.
         FxportError: `max_seq_len` is beyond what the model allows.
     """
+    from fxport.capture.clone import uncompiled
+    from fxport.capture.layouts import (
+        Layout,
+        layout_of,
+        no_batch_axis,
+        time_first_as_batch_first,
+    )
+
+    if example_inputs is not None:
+        raise FxportError("example_inputs is not supported: forward must take the token ids alone")
+    model = uncompiled(model)
+    try:
+        return _batch_first(model, max_seq_len)
+    except PortError:
+        layout = layout_of(model)
+        if layout is Layout.BATCH_FIRST:
+            raise
+    if layout is Layout.ONE_SEQUENCE:
+        raise PortError([no_batch_axis(model)])
+    found = _batch_first(time_first_as_batch_first(model), max_seq_len)
+    return _in_layout(found, model, layout)
+
+
+def _in_layout(found: Port, model: nn.Module, layout: Layout) -> Port:
+    """The port of the adapted copy as a port of the model itself."""
+    detail = f"forward takes {layout}; the port takes [B, T], as vLLM does"
+    decision = Decision("capture", Outcome.REWRITTEN, "layout of the tokens", detail)
+    report = dataclasses.replace(found.report, decisions=(decision, *found.report.decisions))
+    return dataclasses.replace(found, _model=model, report=report)
+
+
+def _batch_first(model: nn.Module, max_seq_len: int | None) -> Port:
+    """See `port`; for a model that takes ``[B, T]``."""
     from fxport.capture.export import capture
     from fxport.capture.rows import every_row_records
     from fxport.passes.serving import lower_for_serving
 
-    if example_inputs is not None:
-        raise FxportError("example_inputs is not supported: forward must take the token ids alone")
     captured = capture(model)
     selections = every_row_records(captured.graph)
     lowered = lower_for_serving(captured, max_seq_len, _stated_length(model))
@@ -233,7 +269,7 @@ def _self_check(
 ) -> Decision:
     """Original and serving graph on random tokens; the longest length too where it is cheap."""
     from fxport.backends.torch import PackedModel, check_against
-    from fxport.capture.clone import clone_for_capture
+    from fxport.capture.clone import clone_to_run
     from fxport.original import logits_function
 
     if any(p.is_meta for p in parameters.values()):
@@ -247,7 +283,7 @@ def _self_check(
         sum(lengths) * size > _CHECK_BUDGET or heads * lengths[-1] ** 2 > _CHECK_WEIGHTS
     ):
         lengths.pop()
-    clone = clone_for_capture(model)
+    clone = clone_to_run(model)
     worst = check_against(
         model,
         logits_function(clone, serving.vocab_size),

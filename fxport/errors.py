@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -88,12 +89,16 @@ class PortError(FxportError):
 
     def __init__(self, reasons: Sequence[Reason]) -> None:
         self.reasons = tuple(reasons)
-        count = len(self.reasons)
-        head = "" if count == 1 else f"{count} obstacles:\n"
-        super().__init__(head + "\n".join(str(r) for r in self.reasons))
+        times = Counter(str(r) for r in self.reasons)  # the same line in every layer
+        head = "" if len(times) == 1 else f"{len(times)} obstacles:\n"
+        super().__init__(head + "\n".join(_repeated(*said) for said in times.items()))
 
     def __reduce__(self) -> tuple[type[PortError], tuple[tuple[Reason, ...]]]:
         return type(self), (self.reasons,)
+
+
+def _repeated(text: str, times: int) -> str:
+    return text if times == 1 else f"{text}\n    ({times} times)"
 
 
 class SavedPortError(FxportError):

@@ -11,7 +11,7 @@ from torch import fx, nn
 from fxport.capture.arguments import arguments
 from fxport.capture.inputs import graph_input
 from fxport.capture.location import user_location
-from fxport.errors import Location, PortError, Reason, ReasonCode
+from fxport.errors import FxportError, Location, PortError, Reason, ReasonCode
 from fxport.explain_records import Door, Explanation, LinearSite
 
 __all__ = ["explain_serving"]
@@ -85,7 +85,7 @@ def _linears(
 
     try:
         shards = {shard.name: shard for shard in plan(model, _RANKS).parameters}
-    except PortError:  # the same reasons as the port's: they are listed as obstacles
+    except FxportError:  # a port's reasons are listed as obstacles
         return None
     return tuple(
         LinearSite(name, shards[name].kind, shards[name].reason, line)
@@ -115,13 +115,13 @@ _LENGTHS = (37, 23, 11, 5, 3)
 
 
 def _not_captured(model: nn.Module, obstacles: tuple[Reason, ...]) -> Explanation:
-    from fxport.capture.clone import clone_for_capture
+    from fxport.capture.clone import clone_to_run
     from fxport.capture.trace import quiet
     from fxport.explain_training import observe
 
     name = type(model).__name__
     try:
-        clone = clone_for_capture(model)
+        clone = clone_to_run(model)
     except PortError:
         return Explanation(name, Door.SERVING, obstacles=obstacles)  # it is among them
     ids, failure = _tokens_that_run(clone)

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxport.capture.clone import uncompiled
+from fxport.capture.layouts import Layout, layout_of, time_first_as_batch_first
 from fxport.capture.sample import device_of
 from fxport.errors import FxportError
 from fxport.loading import Loaded, load
@@ -61,6 +63,9 @@ def verify(
         SavedPortError: the directory is damaged.
     """
     loaded = load(directory)
+    model = uncompiled(model)
+    if layout_of(model) is Layout.TIME_FIRST:
+        model = time_first_as_batch_first(model)
     if engine and importlib.util.find_spec("vllm") is None:
         raise FxportError("vLLM is not installed; verify(..., engine=False) leaves the engine out")
     serving = loaded.serving
@@ -101,10 +106,10 @@ class _Original:
     """The model in eval mode, recomputed in full for every question."""
 
     def __init__(self, model: nn.Module, vocab_size: int, bound: float) -> None:
-        from fxport.capture.clone import clone_for_capture
+        from fxport.capture.clone import clone_to_run
         from fxport.original import logits_function
 
-        self._logits = logits_function(clone_for_capture(model), vocab_size)
+        self._logits = logits_function(clone_to_run(model), vocab_size)
         self._device = device_of(model)
         self.vocab_size, self.bound = vocab_size, bound
 

@@ -5,11 +5,18 @@ Before                                  After
     z = masked_fill_(y, mask, -inf)         z = masked_fill(y, mask, -inf)
     softmax(y)                              softmax(z)
 
-Sound only while nobody sees `y` through another view: the changed value, and everything it may
-share memory with, must be fresh (made by an operation that returns new memory) and unaliased.
+    q, k, v = chunk(qkv, 3)                 q, k, v = chunk(qkv, 3)
+    q = mul_(q, scale)                      q = mul(q, scale)
+
+Sound only while nobody else sees the change: the memory is fresh (made by an operation that
+returns new memory), and no other view of it that may overlap is read afterwards.
 """
 
 from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import fx
@@ -17,18 +24,33 @@ from torch import fx
 from fxport.capture.arguments import arguments
 from fxport.capture.inputs import graph_input
 from fxport.capture.location import user_location
-from fxport.capture.memory import is_fresh, is_mutation
+from fxport.capture.memory import Memory, is_fresh, is_mutation
 from fxport.errors import PortError, Reason, ReasonCode
 from fxport.passes.slice_writes import join_written_pieces
 
 __all__ = ["functionalise", "replace_mutation"]
+
+aten = torch.ops.aten
+
+# Nothing of what was there is left, so its values are no input.
+_FILLED = {
+    aten.fill_.Scalar: aten.full_like.default,
+    aten.zero_.default: aten.zeros_like.default,
+}
+
+
+# Their results share no memory with each other.
+_SPLITS = {
+    aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default,
+    aten.unbind.int, aten.tensor_split.sections, aten.tensor_split.indices,
+}  # fmt: skip
 
 
 def functionalise(gm: fx.GraphModule) -> None:
     """Rewrites every mutable op in place on the graph.
 
     Raises:
-        PortError: an in-place op changes a value that other operations see through a view.
+        PortError: an in-place op changes memory that is read through another view afterwards.
     """
     join_written_pieces(gm)
     reasons: list[Reason] = []
@@ -47,14 +69,18 @@ def replace_mutation(gm: fx.GraphModule, node: fx.Node) -> Reason | None:
     """Rewrites one in-place op; a reason when that would not be exact."""
     target = node.target
     assert isinstance(target, torch._ops.OpOverload)
-    functional = _out_of_place(target)
+    functional = _FILLED.get(target) or _out_of_place(target)
     changed = arguments(node).get("self")
     refusal = _refusal(node)
     if functional is None or not isinstance(changed, fx.Node) or _is_shared(changed, node):
         return refusal
+    dtype = changed.meta["val"].dtype
     with gm.graph.inserting_before(node):
         new = gm.graph.call_function(functional, node.args, node.kwargs)
-    new.meta = dict(node.meta)
+        new.meta = dict(node.meta)
+        if any(_widens(argument, dtype) for argument in node.all_input_nodes):
+            new = gm.graph.call_function(aten.to.dtype, (new, dtype))
+            new.meta = dict(node.meta)
     for user in list(changed.users):
         if node < user:
             user.replace_input_with(changed, new)
@@ -99,10 +125,43 @@ def _out_of_place(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None
     return functional if same else None
 
 
+def _widens(argument: fx.Node, dtype: torch.dtype) -> bool:
+    """Whether the out-of-place form may give another dtype: in place, the changed one's stays."""
+    value = argument.meta["val"]
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return False
+    return value.dtype != dtype
+
+
 def _is_shared(value: fx.Node, mutation: fx.Node) -> bool:
-    """Whether memory of `value` may be seen by anybody but its direct users."""
-    if value.op != "call_function" or not is_fresh(value):
+    """Whether anybody but the users of `value` may see that `mutation` changes it."""
+    if value.op != "call_function" or value.meta["val"].dtype != mutation.meta["val"].dtype:
         return True
-    if value.meta["val"].dtype != mutation.meta["val"].dtype:
+    memory = Memory(mutation.graph)
+    place = memory.shared(value)
+    others = [n for n in mutation.graph.nodes if memory.shared(n) is place and n is not value]
+    if any(other.op != "call_function" for other in others):
         return True
-    return any(not is_fresh(user) for user in value.users if user is not mutation)
+    # Views made later come from `value`, from its changed form, or from one of these.
+    before = (other for other in others if other < mutation)
+    return any(_is_read_after(n, mutation) and not _apart(n, value) for n in before)
+
+
+def _is_read_after(node: fx.Node, mutation: fx.Node) -> bool:
+    return any(mutation < user for user in node.users)
+
+
+def _apart(one: fx.Node, other: fx.Node) -> bool:
+    """Whether two views show different pieces of a tensor that was split."""
+    pieces = dict(_pieces(one))
+    return any(source in pieces and pieces[source] != index for source, index in _pieces(other))
+
+
+def _pieces(view: fx.Node) -> Iterator[tuple[fx.Node, int]]:
+    """(split, which piece) for every split on the way to a view."""
+    node: fx.Node | None = view
+    while node is not None and not (node.op == "call_function" and is_fresh(node)):
+        source = next(iter(node.all_input_nodes), None)
+        if node.target is operator.getitem and source is not None and source.target in _SPLITS:
+            yield source, cast(int, node.args[1]) % len(source.meta["val"])
+        node = source

@@ -1,6 +1,7 @@
 """From a captured model to the graphs that vLLM runs: the serving passes in order.
 
-capture -> known values -> head -> attention -> token locality (proof) -> positions -> split
+capture -> known values -> look-ups -> head -> attention -> token locality (proof) -> positions
+-> split
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from fxport.passes.functional import functionalise
 from fxport.passes.head import find_head
 from fxport.passes.known_values import fold_known_values
 from fxport.passes.limits import longest_sequence
+from fxport.passes.lookups import look_up_first
 from fxport.passes.positions import gather_by_position
 from fxport.passes.split import Splitter, attention_layers, token_embedding
 from fxport.passes.token_locality import Locality, analyse
@@ -61,6 +63,9 @@ def lower_for_serving(
         functionalise(gm)
     with recorder.stage("known values"):
         fold_known_values(gm)
+    tokens = next(n for n in gm.graph.nodes if n.name == captured.tokens)
+    with recorder.stage("look-ups"):
+        look_up_first(gm, tokens)
     limit = longest_sequence(gm, captured.length, captured.limit)
     max_seq_len, length_decision = _choose_length(limit, max_seq_len, stated)
     with recorder.stage("head") as stage:
@@ -69,7 +74,6 @@ def lower_for_serving(
     with recorder.stage("attention") as stage:
         attention = rewrite_attention(gm)
         stage.note(attention.decisions)
-    tokens = next(n for n in gm.graph.nodes if n.name == captured.tokens)
     embedding = token_embedding(tokens)
     locality = analyse(gm, symbols, max_seq_len)
     reasons = _obstacles(attention.decisions, locality)

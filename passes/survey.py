@@ -26,6 +26,7 @@ from fxport.passes.decisions import sites_of
 from fxport.passes.functional import functionalise
 from fxport.passes.head import find_head
 from fxport.passes.limits import longest_sequence
+from fxport.passes.lookups import look_up_first
 from fxport.passes.split import token_embedding
 from fxport.passes.token_locality import Locality, Rows, analyse
 from fxport.report import Outcome
@@ -60,6 +61,7 @@ def survey(captured: Captured) -> Survey:
     tokens = next(n for n in gm.graph.nodes if n.name == captured.tokens)
     with _collected(reasons):
         functionalise(gm)
+    look_up_first(gm, tokens)
     limit = longest_sequence(gm, captured.length, captured.limit) or _UNBOUNDED_LENGTH
     with _collected(reasons):
         find_head(gm, captured.length)

@@ -154,6 +154,12 @@ def _source(node: fx.Node, symbols: Symbols) -> Rows | None:
             return Rows(None, 0, start)
         if all(isinstance(size, int) for size in shape_of(node)):
             return None
+        if shape_of(node) == (symbols.batch,):
+            raise Refusal(
+                ReasonCode.POSITION_UNKNOWN,
+                "this arange counts along the first axis of the token ids, which is the batch",
+                "take the token ids as [B, T]",
+            )
         raise Refusal(ReasonCode.POSITION_UNKNOWN, "this arange does not count token positions")
     if target in (aten.slice.Tensor, aten.narrow.default):
         bound = arguments(node)

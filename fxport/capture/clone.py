@@ -13,7 +13,25 @@ from torch import nn
 from fxport.capture.location import direct_caller, location_at
 from fxport.errors import PortError, Reason, ReasonCode
 
-__all__ = ["clone_for_capture", "convert", "off_meta", "watch_attributes"]
+__all__ = [
+    "clone_for_capture",
+    "clone_to_run",
+    "convert",
+    "off_meta",
+    "uncompiled",
+    "watch_attributes",
+]
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """What ``torch.compile(module)`` has wrapped, else `model`: the wrapper cannot be exported."""
+    from torch._dynamo import OptimizedModule
+
+    if not isinstance(model, OptimizedModule):
+        return model
+    inner = model._orig_mod
+    assert isinstance(inner, nn.Module)
+    return inner
 
 
 def clone_for_capture(model: nn.Module) -> nn.Module:
@@ -22,7 +40,21 @@ def clone_for_capture(model: nn.Module) -> nn.Module:
     Raises:
         PortError: when an attribute cannot be copied.
     """
-    shared: dict[int, Any] = {id(t): t for t in _tensors(model)}
+    return _copied(model, {id(t): t for t in _tensors(model)})
+
+
+def clone_to_run(model: nn.Module) -> nn.Module:
+    """The same with buffers and other tensors of its own: a run with numbers may write to them.
+
+    Raises:
+        PortError: when an attribute cannot be copied.
+    """
+    # A tensor with a history cannot be copied, nor written to.
+    shared = (t for t in _tensors(model) if isinstance(t, nn.Parameter) or not t.is_leaf)
+    return _copied(model, {id(t): t for t in shared})
+
+
+def _copied(model: nn.Module, shared: dict[int, Any]) -> nn.Module:
     try:
         clone = copy.deepcopy(model, shared)
     except (TypeError, RuntimeError, NotImplementedError, AttributeError) as error:

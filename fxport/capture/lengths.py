@@ -29,7 +29,7 @@ from fxport.capture.traced import Traced
 from fxport.capture.unify import NeedsTable, Unified, unify
 from fxport.errors import PortError, Reason, ReasonCode
 
-__all__ = ["continues", "trace_at_lengths"]
+__all__ = ["continues", "forward_only", "trace_at_lengths"]
 
 aten = torch.ops.aten
 
@@ -173,7 +173,7 @@ def _sides(model: nn.Module, hint: int) -> set[int]:
     ids = torch.zeros(1, hint, dtype=torch.long, device=device_of(model))
     _, length, fake = symbolic_tokens(mode, ids, [DimDynamic.STATIC, DimDynamic.DYNAMIC])
     # The sample at this length says what is wrong, if anything is.
-    with _forward_only(model), mode, contextlib.suppress(Exception):
+    with forward_only(model), mode, contextlib.suppress(Exception):
         model(fake)
     found: set[int] = set()
     for guard in shapes.guards:
@@ -204,7 +204,7 @@ def _flips(question: sympy.Rel, length: sympy.Symbol) -> set[int]:
 
 
 @contextmanager
-def _forward_only(model: nn.Module) -> Iterator[None]:
+def forward_only(model: nn.Module) -> Iterator[None]:
     """Runs that leave no trace on the model."""
     state = State(model)
     try:
@@ -218,7 +218,7 @@ def _runs(model: nn.Module, length: int) -> bool:
     """Whether forward accepts this many tokens, by shapes alone."""
     ids = torch.zeros(1, length, dtype=torch.long, device=device_of(model))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with _forward_only(model), mode:
+    with forward_only(model), mode:
         try:
             model(mode.from_tensor(ids))
         except Exception:  # an assertion, an index, a shape: the model does not take it

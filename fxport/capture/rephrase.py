@@ -2,6 +2,8 @@
 
 x.data                                       ->  x.detach()
 F.pad(x, (0, 0))                             ->  x.clone()
+x.type_as(other)                             ->  x.to(other.dtype): no value of `other` matters
+torch._weight_norm(v, g, dim)                ->  v * (g / |v|)
 nn.TransformerEncoder(...)(x, mask=m)        ->  the same, without looking into m whether it is
                                                  causal: the layers get m itself
 """
@@ -12,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules import transformer
@@ -46,7 +49,21 @@ class _Rephrase(TorchFunctionMode):
             return args[0].detach()  # the same memory; export would not know where it comes from
         if func is F.pad and _adds_nothing(kwargs["pad"] if "pad" in kwargs else args[1]):
             return args[0].clone()  # torch would take every size of x for a constant
+        if func is Tensor.type_as:
+            return _cast_as(func, *args, **kwargs)
+        if func is torch._weight_norm:
+            return _normed(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _cast_as(func: Callable[..., Any], value: Tensor, other: Tensor) -> Any:
+    return value.to(other.dtype) if value.device == other.device else func(value, other)
+
+
+def _normed(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """`nn.utils.weight_norm` and its parametrization; `dim` -1 is the norm of all of `v`."""
+    others = None if dim == -1 else [d for d in range(v.dim()) if d != dim]
+    return v * (g / torch.linalg.vector_norm(v, 2, others, keepdim=dim != -1))
 
 
 def _adds_nothing(pad: Sequence[Any]) -> bool:

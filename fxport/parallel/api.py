@@ -25,9 +25,10 @@ def plan(model: nn.Module, world_size: int) -> Plan:
     Raises:
         PortError: the model cannot be captured.
     """
+    from fxport.capture.clone import uncompiled
     from fxport.passes.tensor_parallel.build import divide, prepare
 
-    return divide(prepare(model), ParallelContext(0, world_size)).plan
+    return divide(prepare(uncompiled(model)), ParallelContext(0, world_size)).plan
 
 
 def parallelize(model: nn.Module, ctx: ParallelContext) -> fx.GraphModule:
@@ -45,10 +46,12 @@ def parallelize(model: nn.Module, ctx: ParallelContext) -> fx.GraphModule:
         FxportError: the model does more in training mode than dropout and is in that mode, or the
             emitted graph did not pass the independent check.
     """
+    from fxport.capture.clone import uncompiled
     from fxport.passes.tensor_parallel.build import divide, prepare, rank_module
     from fxport.passes.tensor_parallel.checker import check
     from fxport.passes.tensor_parallel.origins import check_origins
 
+    model = uncompiled(model)
     prepared = prepare(model, own_modes=True)
     differs = _training_differs(model, prepared)
     if model.training and differs is not None:

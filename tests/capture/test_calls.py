@@ -55,13 +55,13 @@ def test_the_model_keeps_its_own_forward() -> None:
 
 CODES = {
     "loss only": ReasonCode.CAPTURE_FAILED,
-    "time first": ReasonCode.NO_VOCABULARY,
     "packed": ReasonCode.CAPTURE_FAILED,
     "row by row": ReasonCode.NO_VOCABULARY,
     "reads more than it wrote": ReasonCode.MUTATED_STATE,
     "reads before it writes": ReasonCode.MUTATED_STATE,
     "nn.TransformerEncoder, no mask": ReasonCode.NOT_CAUSAL,
     "autocast switched on": ReasonCode.UNSUPPORTED_OP,
+    "tables made of values": ReasonCode.MUTATED_STATE,
 }
 
 

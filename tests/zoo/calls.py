@@ -96,7 +96,6 @@ class RowByRow(Decoder):
 # Not taken today, each with a reason and never with other numbers.
 REFUSED: dict[str, Callable[[], nn.Module]] = {
     "loss only": LossOnly,
-    "time first": TimeFirst,
     "packed": Packed,
     "row by row": RowByRow,
 }

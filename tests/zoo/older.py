@@ -176,6 +176,29 @@ class Regions(nn.Module):
         return self.out(x)
 
 
+class SharedTables(Regions):
+    """One dictionary for all layers; its tables are kept in the dtype of the last call's queries.
+
+    `from_tokens` keeps something of their values too.
+    """
+
+    def __init__(self, from_tokens: bool = False) -> None:
+        super().__init__()
+        self.cache: dict[str, Tensor] = {}
+        self.from_tokens = from_tokens
+
+    def tables(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        length = x.shape[-2]
+        if "cos" not in self.cache or self.cache["cos"].shape[0] < length:
+            self.cache["cos"], self.cache["sin"] = self.angles(length)
+        for name, table in self.cache.items():
+            self.cache[name] = table.type_as(x) + (x.sum() * 0 if self.from_tokens else 0)
+        return self.cache["cos"][:length], self.cache["sin"][:length]
+
+    def turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return super().turn(x, *self.tables(x))
+
+
 class OtherNames(Regions):
     """Operations under their second names, and a padding that adds nothing."""
 
@@ -202,8 +225,10 @@ EXACT: dict[str, Callable[[], nn.Module]] = {
     "nn.Sequential": sequential,
     "autocast switched off": Regions,
     "other names": OtherNames,
+    "tables kept in the dtype of a value": SharedTables,
 }
 REFUSED: dict[str, Callable[[], nn.Module]] = {
     "nn.TransformerEncoder, no mask": lambda: TutorialLM(causal=False),
     "autocast switched on": lambda: Regions(enabled=True),
+    "tables made of values": lambda: SharedTables(from_tokens=True),
 }

@@ -1,0 +1,180 @@
+"""In-place operations on views: replaced where nobody else sees the change, else refused."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from fxport.capture.export import capture
+from fxport.capture.inputs import InputKind, graph_input
+from fxport.capture.memory import is_mutation
+from fxport.errors import PortError, ReasonCode
+from fxport.passes.functional import functionalise
+
+aten = torch.ops.aten
+LAYERS, VOCAB, WIDTH, HEADS = 4, 29, 24, 3
+Body = Callable[[Tensor], Tensor]
+
+
+class Model(nn.Module):
+    """`body` is applied to a projection ``[B, T, 3 * WIDTH]`` in every layer."""
+
+    def __init__(self, body: Body, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.body = body
+        self.embed = nn.Embedding(VOCAB, WIDTH)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(LAYERS))
+        self.head = nn.Linear(WIDTH, VOCAB)
+        self.to(dtype).requires_grad_(False)  # autograd forbids what is done to some views
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = x + self.body(layer(x))
+        return self.head(x)
+
+
+# --- replaced ------------------------------------------------------------------------------------
+
+
+def one_of_three(x: Tensor) -> Tensor:
+    q, k, v = x.chunk(3, -1)
+    q *= 0.5
+    return q * k + v
+
+
+def through_views(x: Tensor) -> Tensor:
+    q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in x.split(WIDTH, -1))
+    q.mul_(0.5)
+    k += 0.25
+    return (q * k - v).transpose(1, 2).flatten(2)
+
+
+def unbound(x: Tensor) -> Tensor:
+    q, k, v = x.unflatten(-1, (3, WIDTH)).unbind(2)
+    v.clamp_(min=-0.1)
+    return q + k * v
+
+
+def twice(x: Tensor) -> Tensor:
+    q, k, v = x.chunk(3, -1)
+    q *= 0.5
+    q += k
+    return q * v
+
+
+def base_read_before(x: Tensor) -> Tensor:
+    total = x.sum(-1, keepdim=True)
+    q = x[..., :WIDTH]
+    q *= 0.5
+    return q + total
+
+
+def filled(x: Tensor) -> Tensor:
+    table = torch.zeros(WIDTH).double().fill_(0.5)  # of the same dtype it would be the same tensor
+    return x[..., :WIDTH] * table.to(x.dtype).fill_(0.25)
+
+
+REPLACED = [one_of_three, through_views, unbound, twice, base_read_before, filled]
+
+
+def mutations(gm: fx.GraphModule) -> Counter[Any]:
+    return Counter(n.target for n in gm.graph.nodes if is_mutation(n))
+
+
+def logits(gm: fx.GraphModule, model: nn.Module, ids: Tensor) -> Tensor:
+    given = []
+    for node in gm.graph.find_nodes(op="placeholder"):
+        source = graph_input(node)
+        given.append(
+            ids if source.kind is InputKind.DATA else model.get_parameter(source.name).detach()
+        )
+    found: Any = gm(*given)
+    return found[0] if isinstance(found, tuple) else found
+
+
+@pytest.mark.parametrize("body", REPLACED, ids=lambda f: f.__name__)
+def test_replaced(body: Body) -> None:
+    torch.manual_seed(0)
+    model = Model(body).eval()
+    gm = capture(model).graph
+    assert mutations(gm).total() >= LAYERS
+    functionalise(gm)
+    assert not mutations(gm)
+    for shape in ((2, 7), (3, 3)):
+        ids = torch.randint(0, VOCAB, shape)
+        torch.testing.assert_close(logits(gm, model, ids), model(ids), rtol=1e-12, atol=1e-12)
+
+
+def test_a_filled_tensor_is_a_constant() -> None:
+    gm = capture(Model(filled)).graph
+    functionalise(gm)
+    count = Counter(n.target for n in gm.graph.nodes)
+    assert count[aten.full_like.default] == 2 * LAYERS and not count[aten.fill.Scalar]
+
+
+def test_the_dtype_stays() -> None:
+    """``bf16.mul_(f32)`` gives bf16, ``bf16 * f32`` does not."""
+    table = torch.linspace(0.5, 2.0, 3 * WIDTH)
+
+    def body(x: Tensor) -> Tensor:
+        y = x + 1
+        y.mul_(table)
+        return y[..., :WIDTH] * y[..., -WIDTH:]
+
+    torch.manual_seed(0)
+    model = Model(body, torch.bfloat16).eval()
+    gm = capture(model).graph
+    functionalise(gm)
+    products = [n for n in gm.graph.nodes if n.target is aten.mul.Tensor]
+    kept = [n for n in products if any(u.target is aten.to.dtype for u in n.users)]
+    assert len(products) == 2 * LAYERS and len(kept) == LAYERS
+    assert not mutations(gm)
+
+
+# --- refused -------------------------------------------------------------------------------------
+
+
+def base_read_after(x: Tensor) -> Tensor:
+    q = x[..., :WIDTH]
+    q *= 0.5
+    return q + x[..., WIDTH : 2 * WIDTH]
+
+
+def overlapping(x: Tensor) -> Tensor:
+    q, k = x[..., : WIDTH + 1], x[..., WIDTH : 2 * WIDTH]
+    q *= 0.5
+    return q[..., :WIDTH] + k
+
+
+def earlier_view_read_after(x: Tensor) -> Tensor:
+    q, k, v = x.chunk(3, -1)
+    heads = q.unflatten(-1, (HEADS, -1))
+    q *= 0.5
+    return heads.flatten(2) * k + v
+
+
+def the_same_piece(x: Tensor) -> Tensor:
+    q, k, v = x.chunk(3, -1)
+    again = x.chunk(3, -1)[0]
+    q *= 0.5
+    return again * k + v
+
+
+REFUSED = [base_read_after, overlapping, earlier_view_read_after, the_same_piece]
+
+
+@pytest.mark.parametrize("body", REFUSED, ids=lambda f: f.__name__)
+def test_refused(body: Body) -> None:
+    gm = capture(Model(body)).graph
+    with pytest.raises(PortError) as caught:
+        functionalise(gm)
+    assert {r.code for r in caught.value.reasons} == {ReasonCode.MUTATED_IN_PLACE}
+    assert len(caught.value.reasons) == LAYERS
+    lines = [r.location.source if r.location else "" for r in caught.value.reasons]
+    assert lines == ["q *= 0.5"] * LAYERS
