@@ -8,6 +8,9 @@ Before                                  After
     q, k, v = chunk(qkv, 3)                 q, k, v = chunk(qkv, 3)
     q = mul_(q, scale)                      q = mul(q, scale)
 
+    part = slice(s, 3, -T)  [B, H, T, T]    (all of s: the same tensor)
+    copy_(part, x)                          t = clone(x)
+
 Sound only while nobody else sees the change: the memory is fresh (made by an operation that
 returns new memory), and no other view of it that may overlap is read afterwards.
 """
@@ -21,14 +24,14 @@ from typing import cast
 import torch
 from torch import fx
 
-from fxport.capture.arguments import arguments
+from fxport.capture.arguments import arguments, shape_of
 from fxport.capture.inputs import graph_input
 from fxport.capture.location import user_location
 from fxport.capture.memory import Memory, is_fresh, is_mutation
 from fxport.errors import PortError, Reason, ReasonCode
 from fxport.passes.slice_writes import join_written_pieces
 
-__all__ = ["functionalise", "replace_mutation"]
+__all__ = ["drop_whole_slices", "functionalise", "replace_mutation"]
 
 aten = torch.ops.aten
 
@@ -52,6 +55,7 @@ def functionalise(gm: fx.GraphModule) -> None:
     Raises:
         PortError: an in-place op changes memory that is read through another view afterwards.
     """
+    drop_whole_slices(gm)
     join_written_pieces(gm)
     reasons: list[Reason] = []
     for node in list(gm.graph.nodes):
@@ -65,6 +69,15 @@ def functionalise(gm: fx.GraphModule) -> None:
     gm.recompile()
 
 
+def drop_whole_slices(gm: fx.GraphModule) -> None:
+    """A slice of everything, ``scores[:, :, :, -T:]``, is the tensor itself."""
+    for node in gm.graph.find_nodes(op="call_function", target=aten.slice.Tensor):
+        given = arguments(node)
+        if given["step"] == 1 and shape_of(node) == shape_of(given["self"]):
+            node.replace_all_uses_with(given["self"])
+            gm.graph.erase_node(node)
+
+
 def replace_mutation(gm: fx.GraphModule, node: fx.Node) -> Reason | None:
     """Rewrites one in-place op; a reason when that would not be exact."""
     target = node.target
@@ -74,11 +87,16 @@ def replace_mutation(gm: fx.GraphModule, node: fx.Node) -> Reason | None:
     refusal = _refusal(node)
     if functional is None or not isinstance(changed, fx.Node) or _is_shared(changed, node):
         return refusal
-    dtype = changed.meta["val"].dtype
+    dtype, source = changed.meta["val"].dtype, _written_over_all(node)
     with gm.graph.inserting_before(node):
-        new = gm.graph.call_function(functional, node.args, node.kwargs)
+        if source is not None:
+            new = gm.graph.call_function(aten.clone.default, (source,))
+            casts = source.meta["val"].dtype != dtype
+        else:
+            new = gm.graph.call_function(functional, node.args, node.kwargs)
+            casts = any(_widens(argument, dtype) for argument in node.all_input_nodes)
         new.meta = dict(node.meta)
-        if any(_widens(argument, dtype) for argument in node.all_input_nodes):
+        if casts:
             new = gm.graph.call_function(aten.to.dtype, (new, dtype))
             new.meta = dict(node.meta)
     for user in list(changed.users):
@@ -87,6 +105,15 @@ def replace_mutation(gm: fx.GraphModule, node: fx.Node) -> Reason | None:
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)
     return None
+
+
+def _written_over_all(node: fx.Node) -> fx.Node | None:
+    """What is copied into all of a tensor: nothing is left of what was there."""
+    if node.target is not aten.copy_.default:
+        return None
+    target, source = (arguments(node)[name] for name in ("self", "src"))
+    same = isinstance(source, fx.Node) and shape_of(source) == shape_of(target)
+    return source if same else None
 
 
 def _refusal(node: fx.Node) -> Reason:

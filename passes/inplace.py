@@ -12,13 +12,15 @@ from __future__ import annotations
 from torch import fx
 
 from fxport.capture.memory import is_mutation
-from fxport.passes.functional import replace_mutation
+from fxport.passes.functional import drop_whole_slices, replace_mutation
 
 __all__ = ["without_inplace"]
 
 
 def without_inplace(gm: fx.GraphModule) -> None:
     """Replaces what can be replaced."""
+    if any(map(is_mutation, gm.graph.nodes)):
+        drop_whole_slices(gm)
     for node in list(gm.graph.nodes):
         if is_mutation(node):
             replace_mutation(gm, node)

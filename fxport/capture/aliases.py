@@ -29,6 +29,11 @@ _NAMES = {
     "arccos": "acos", "arcsin": "asin", "arctan": "atan", "arctan2": "atan2", "arccosh": "acosh",
     "arcsinh": "asinh", "arctanh": "atanh",
 }  # fmt: skip
+# Python's operators: their underscores do not say that they change something.
+_OPERATORS = {
+    "__and__": "bitwise_and", "__or__": "bitwise_or", "__xor__": "bitwise_xor",
+    "__iand__": "bitwise_and_", "__ior__": "bitwise_or_", "__ixor__": "bitwise_xor_",
+}  # fmt: skip
 aten = torch.ops.aten
 
 
@@ -53,11 +58,16 @@ def _rename(node: fx.Node, plain: torch._ops.OpOverload) -> None:
 
 def _plain(target: torch._ops.OpOverload) -> torch._ops.OpOverload:
     namespace, name = target._schema.name.split("::")
-    in_place = "_" if name.endswith("_") else ""
-    plain = _NAMES.get(name.removesuffix("_"))
-    packet = getattr(aten, f"{plain}{in_place}", None) if plain and namespace == "aten" else None
+    plain = _OPERATORS.get(name) or _plain_name(name)
+    packet = getattr(aten, plain, None) if plain and namespace == "aten" else None
     overload = next((o for o in _overloads(packet) if _takes_the_same(o, target)), None)
     return overload or target
+
+
+def _plain_name(name: str) -> str | None:
+    in_place = "_" if name.endswith("_") else ""
+    plain = _NAMES.get(name.removesuffix("_"))
+    return f"{plain}{in_place}" if plain else None
 
 
 def _overloads(packet: torch._ops.OpOverloadPacket | None) -> list[torch._ops.OpOverload]:

