@@ -21,10 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from fxport.capture.emitter import symbolic_tokens
-from fxport.capture.location import user_location
+from fxport.capture.location import forward_line, user_location
 from fxport.capture.sample import Sample, device_of, take_sample
 from fxport.capture.state import State
-from fxport.capture.trace import quiet, token_argument
+from fxport.capture.trace import as_traced, token_argument
 from fxport.capture.traced import Traced
 from fxport.capture.unify import NeedsTable, Unified, unify
 from fxport.errors import PortError, Reason, ReasonCode
@@ -208,7 +208,7 @@ def forward_only(model: nn.Module) -> Iterator[None]:
     """Runs that leave no trace on the model."""
     state = State(model)
     try:
-        with quiet(), torch.no_grad():
+        with as_traced():
             yield
     finally:
         state.restore()
@@ -227,9 +227,22 @@ def _runs(model: nn.Module, length: int) -> bool:
 
 
 def _longest(model: nn.Module, known: int) -> int | None:
-    """The largest length that forward accepts; None when that is beyond what is tried."""
+    """The largest length that forward accepts; None when that is beyond what is tried.
+
+    Raises:
+        PortError: forward cannot be run on shapes alone.
+    """
     if _runs(model, _UNBOUNDED + 1):
         return None
+    if not _runs(model, known):  # a trace at this very length succeeded
+        reason = Reason(
+            ReasonCode.LENGTH_SPECIALISED,
+            "the longest sequence is unknown: forward looks at values, so it cannot be asked "
+            "with shapes alone",
+            forward_line(model),
+            "control flow must not depend on the values of tensors",
+        )
+        raise PortError([reason])
     low, high = known, _UNBOUNDED + 1
     while high - low > 1:
         middle = (low + high) // 2

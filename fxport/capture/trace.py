@@ -31,6 +31,7 @@ from fxport.errors import PortError, Reason, ReasonCode
 
 __all__ = [
     "aliases_of",
+    "as_traced",
     "explain_failure",
     "export",
     "first_line",
@@ -61,17 +62,21 @@ def export(
         Exception: whatever the user's code or torch raises; see `explain_failure`.
     """
     with (
-        _no_fast_path(),
-        rephrased(),
-        quiet(),
+        as_traced(),
         _without_partial_graph(),
         record_user_lines(),
         Selections(empty),
-        torch.no_grad(),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
         return torch.export.export(model, inputs, dynamic_shapes=dynamic, strict=False)
+
+
+@contextmanager
+def as_traced() -> Iterator[None]:
+    """What forward is asked with shapes alone is asked as a trace would ask it."""
+    with _no_fast_path(), rephrased(), quiet(), torch.no_grad():
+        yield
 
 
 @contextmanager

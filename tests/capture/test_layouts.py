@@ -29,6 +29,7 @@ def test_time_first(name: str) -> None:
     port = fxport.port(model)
     layouts = [d.detail for d in port.report.decisions if d.subject == "layout of the tokens"]
     assert layouts == ["forward takes [T, B]; the port takes [B, T], as vLLM does"]
+    assert port.report.facts["max_position_embeddings"] == awkward.LIMIT
     packed = PackedModel(port.serving, port.parameters)
     sequences = [torch.randint(0, VOCAB, (n,)) for n in (1, 13, 2, 50)]
     for sequence, found in zip(sequences, packed(sequences), strict=True):

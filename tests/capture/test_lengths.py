@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from fxport.capture.export import Captured, capture
 from fxport.capture.inputs import InputKind, graph_input
+from fxport.capture.lengths import _longest
 from fxport.capture.memory import Memory
 from fxport.errors import PortError, ReasonCode
 from fxport.passes.serving import lower_for_serving
@@ -202,3 +203,15 @@ def test_memory_knows_writes_through_views():
 
 def test_every_awkward_model_is_tested():
     assert set(UNIFIED) | {"experts", "experts with skip"} == set(awkward.MODELS)
+
+
+def test_a_length_that_cannot_be_found_is_refused() -> None:
+    """It was taken for the length that had been tried first."""
+
+    class Looks(Decoder):
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids) * (1 if ids.sum().item() >= 0 else 2)
+
+    with pytest.raises(PortError, match="longest sequence is unknown") as caught:
+        _longest(Looks().eval(), 37)
+    assert caught.value.reasons[0].location is not None
