@@ -42,14 +42,16 @@ class _Graphs:
         """ids ``[1, N]``, sequences of these lengths end to end -> logits ``[1, N, V]``."""
         positions = torch.cat([torch.arange(n, device=ids.device) for n in lengths])
         ends = torch.tensor([0, *lengths], device=ids.device).cumsum(0).to(torch.int32)
+        # As vLLM has them: one row for each token.
+        embeddings = self._embed(weights, input_ids=ids)[0]
         hidden = self._body(
             weights,
-            embeddings=self._embed(weights, input_ids=ids),
+            embeddings=embeddings[None],
             positions=positions,
             input_ids=ids,
             cu_seqlens=ends,
-        )
-        return self._head(weights, hidden=hidden)
+        )[0]
+        return self._head(weights, hidden=hidden[None])
 
 
 def _callable(part: Part) -> Callable[..., torch.Tensor]:

@@ -7,6 +7,7 @@ capture -> known values -> look-ups -> head -> attention -> token locality (proo
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,14 +19,21 @@ from fxport.capture.inputs import InputKind, graph_input
 from fxport.diff.stages import Recorder, Stage
 from fxport.errors import FxportError, PortError, Reason, ReasonCode
 from fxport.passes.attention import rewrite_attention
-from fxport.passes.axes import Axis, Symbols
+from fxport.passes.axes import Axes, Axis, Symbols
 from fxport.passes.functional import functionalise
-from fxport.passes.head import find_head
+from fxport.passes.head import Head, find_head
 from fxport.passes.known_values import fold_known_values
 from fxport.passes.limits import longest_sequence
 from fxport.passes.lookups import look_up_first
 from fxport.passes.positions import gather_by_position
-from fxport.passes.split import Splitter, attention_layers, token_embedding
+from fxport.passes.split import (
+    Splitter,
+    attention_layers,
+    begins_with_rows,
+    ends_in_rows,
+    rows_of,
+    token_embedding,
+)
 from fxport.passes.token_locality import Locality, analyse
 from fxport.report import Decision, Outcome
 from fxport.serving import ServingGraph
@@ -81,11 +89,11 @@ def lower_for_serving(
         reasons = _check_output(locality, head.logits) + _check_short_lengths(captured)
     if reasons:
         raise PortError(reasons)
-    hidden = head.hidden
+    form = rows_of(head.hidden, locality.axes[head.hidden])
     with recorder.stage("positions") as stage:
         positions, gathered = gather_by_position(gm, locality, tokens)
         stage.note(gathered)
-    serving = _split(captured, gm, tokens, positions, embedding, hidden, head.logits, max_seq_len)
+    serving = _split(captured, gm, tokens, positions, embedding, head, form, max_seq_len)
     proven = Decision(
         "token locality",
         Outcome.PROVEN,
@@ -171,10 +179,13 @@ def _split(
     tokens: fx.Node,
     positions: fx.Node,
     embedding: fx.Node,
-    hidden: fx.Node,
-    logits: fx.Node,
+    ends: Head,
+    form: Axes | None,
     max_seq_len: int,
 ) -> ServingGraph:
+    hidden, logits = ends.hidden, ends.logits
+    features = shape_of(hidden) if form is None else (f for d in form for f in d)
+    width = math.prod(f for f in features if isinstance(f, int))
     constants: dict[str, torch.Tensor] = {}
 
     def constant_name(node: fx.Node) -> str:
@@ -191,6 +202,9 @@ def _split(
         ("positions", 0),
     )
     head = split.part([("hidden", hidden)], logits, ("hidden", 1))
+    if form is not None:
+        ends_in_rows(body, width)
+        begins_with_rows(head, form)
     inputs = {
         graph_input(n).name: graph_input(n)
         for n in gm.graph.nodes
@@ -214,7 +228,7 @@ def _split(
         aliases=dict(captured.aliases),
         unused=tuple(sorted(set(captured.state) - used - set(captured.aliases))),
         vocab_size=int(shape_of(logits)[-1]),
-        hidden_size=int(shape_of(hidden)[-1]),
+        hidden_size=width,
         max_position_embeddings=max_seq_len,
         dtype=_dtype(captured),
     )

@@ -8,6 +8,7 @@ Before (one graph)                                 After
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +22,18 @@ from fxport.capture.location import user_location
 from fxport.errors import PortError, Reason, ReasonCode
 from fxport.ops.params import AttentionParams
 from fxport.passes.attention_views import overload_packet
+from fxport.passes.axes import Axes, Axis, Dim
 from fxport.passes.constants import evaluate, is_symbolic
 from fxport.serving import AttentionLayer, Part
 
-__all__ = ["Splitter", "attention_layers", "token_embedding"]
+__all__ = [
+    "Splitter",
+    "attention_layers",
+    "begins_with_rows",
+    "ends_in_rows",
+    "rows_of",
+    "token_embedding",
+]
 
 aten = torch.ops.aten
 
@@ -140,6 +149,57 @@ def _copy(graph: fx.Graph, node: fx.Node, copied: dict[fx.Node, Any]) -> fx.Node
     kept = ("stack_trace", "nn_module_stack", "custom", "val")
     new.meta = {key: node.meta[key] for key in kept if key in node.meta}
     return new
+
+
+def rows_of(hidden: fx.Node, axes: Axes) -> tuple[Dim, ...] | None:
+    """How a hidden state lies in memory where it is not ``[B, T, C]`` already; else None.
+
+    vLLM takes a row for each token: with one sequence, ``[T, B, C]``, ``[B * T, C]`` and
+    ``[B, T, H, D]`` are such rows too, once they are reshaped.
+
+    Raises:
+        PortError: the features of a token do not lie beside each other.
+    """
+    if len(axes) == 3 and axes[:2] == ((Axis.BATCH,), (Axis.TOKEN,)):
+        return None
+    factors = [f for dim in axes for f in dim if f is not Axis.BATCH]
+    alone = all(len(dim) - (Axis.BATCH in dim) == 1 for dim in axes if Axis.TOKEN in dim)
+    if factors and factors[0] is Axis.TOKEN and alone:
+        return axes
+    reason = Reason(
+        ReasonCode.UNSUPPORTED_FEATURE,
+        "the last hidden state does not hold the features of a token beside each other",
+        user_location(hidden),
+        "project [B, T, C] onto the vocabulary",
+    )
+    raise PortError([reason])
+
+
+def ends_in_rows(body: Part, width: int) -> None:
+    """Has the body return ``[1, N, width]``."""
+    output = next(n for n in body.graph.nodes if n.op == "output")
+    positions = next(n for n in body.graph.nodes if n.name == "positions")
+    with body.graph.inserting_before(output):
+        size = body.graph.call_function(aten.sym_size.int, (positions, 0))
+        output.args = (
+            body.graph.call_function(aten.reshape.default, (output.args[0], [1, size, width])),
+        )
+
+
+def begins_with_rows(head: Part, axes: tuple[Dim, ...]) -> None:
+    """Has the head take ``[1, N, C]`` and bring it into the form that the model has."""
+    hidden = next(n for n in head.graph.nodes if n.op == "placeholder" and n.name == "hidden")
+    last = [n for n in head.graph.nodes if n.op == "placeholder"][-1]
+    users = [u for u in hidden.users if u.target is not aten.sym_size.int]  # N is asked of it
+    with head.graph.inserting_after(last):
+        size = head.graph.call_function(aten.sym_size.int, (hidden, 1))
+    form = [
+        size if Axis.TOKEN in d else math.prod(f for f in d if isinstance(f, int)) for d in axes
+    ]
+    with head.graph.inserting_after(size):
+        shaped = head.graph.call_function(aten.reshape.default, (hidden, form))
+    for user in users:
+        user.replace_input_with(hidden, shaped)
 
 
 def attention_layers(gm: fx.GraphModule) -> tuple[AttentionLayer, ...]:

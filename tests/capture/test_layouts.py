@@ -38,6 +38,36 @@ def test_time_first(name: str) -> None:
         torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", time_first.BATCH_FIRST)
+def test_the_last_state_has_a_row_for_each_token(name: str) -> None:
+    """However the model has it: `PackedModel` cuts as vLLM does."""
+    torch.manual_seed(5)
+    model = time_first.BATCH_FIRST[name]().double().eval()
+    port = fxport.port(model)
+    assert port.serving.hidden_size == awkward.WIDTH
+    packed = PackedModel(port.serving, port.parameters)
+    sequences = [torch.randint(0, VOCAB, (n,)) for n in (1, 13, 2, 50)]
+    for sequence, found in zip(sequences, packed(sequences), strict=True):
+        with torch.no_grad():
+            expected = model(sequence[None])[0]
+        torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-12)
+
+
+class FeaturesFirst(time_first.Folded):
+    """``[C, B, T]`` before the head."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        last = self.hidden(ids.t()).permute(2, 1, 0)
+        return torch.einsum("cbt,vc->btv", last, self.embed.weight)
+
+
+def test_features_apart_are_refused() -> None:
+    with pytest.raises(PortError) as caught:
+        fxport.port(FeaturesFirst().double().eval())
+    assert caught.value.reasons[0].code is ReasonCode.UNSUPPORTED_FEATURE
+    assert caught.value.reasons[0].location is not None
+
+
 def test_the_trainable_module_is_called_as_the_model_is() -> None:
     torch.manual_seed(5)
     model = time_first.Folded().double().eval()

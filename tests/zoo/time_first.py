@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.zoo.awkward import HEAD, HEADS, LAYERS, LIMIT, VOCAB, WIDTH
@@ -44,7 +45,7 @@ class Folded(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(LAYERS))
         self.between = between()
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def hidden(self, ids: Tensor) -> Tensor:
         length, batch = ids.shape
         x = self.embed(ids) + self.places(torch.arange(length)).unsqueeze(1)
         future = torch.full((length, length), float("-inf")).triu(1).to(x)
@@ -56,7 +57,33 @@ class Folded(nn.Module):
             weights = (torch.bmm(q * HEAD**-0.5, k.transpose(1, 2)) + future).softmax(-1)
             y = torch.bmm(weights, v).transpose(0, 1).reshape(length, batch, WIDTH)
             x = self.between(norm(x + projection(y)))
-        return nn.functional.linear(x, self.embed.weight)
+        return x
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.linear(self.hidden(ids), self.embed.weight)
+
+
+class Inside(Folded):
+    """``[B, T]`` for the caller, ``[T, B, C]`` up to the logits."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids.t()).transpose(0, 1)
+
+
+class FlatHead(Folded):
+    """``[B, T]``; the logits of all tokens in one product of matrices."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        flat = self.hidden(ids.t()).transpose(0, 1).reshape(-1, WIDTH)
+        return torch.mm(flat, self.embed.weight.t()).view(*ids.shape, VOCAB)
+
+
+class HeadsToTheEnd(Folded):
+    """``[B, T]``; the last state is ``[B, T, H, D]``, and so is the weight."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        last = self.hidden(ids.t()).transpose(0, 1).unflatten(-1, (HEADS, HEAD))
+        return torch.einsum("bthd,vhd->btv", last, self.embed.weight.view(VOCAB, HEADS, HEAD))
 
 
 class OverTheBatch(nn.Module):
@@ -69,6 +96,11 @@ class OverTheBatch(nn.Module):
 EXACT: dict[str, Callable[[], nn.Module]] = {
     "word language model": WordLanguageModel,
     "folded": Folded,
+}
+BATCH_FIRST: dict[str, Callable[[], nn.Module]] = {
+    "time first inside": Inside,
+    "flat head": FlatHead,
+    "heads to the end": HeadsToTheEnd,
 }
 REFUSED: dict[str, Callable[[], nn.Module]] = {
     "time first, no mask": lambda: WordLanguageModel(masked=False),
