@@ -39,24 +39,31 @@ aten = torch.ops.aten
 
 
 _PASSING_ON = {
-    aten.view, aten.reshape, aten.to, aten._to_copy, aten.contiguous, aten.clone, aten.alias,
-    aten.detach,
+    aten.view, aten.reshape, aten.flatten, aten.to, aten._to_copy, aten.contiguous, aten.clone,
+    aten.alias, aten.detach,
 }  # fmt: skip
 
 
 def token_embedding(tokens: fx.Node) -> fx.Node:
-    """The first look-up of the token ids in a learned table.
+    """The first look-up of the token ids, or of what each id alone becomes, in a learned table.
 
     Raises:
         PortError: the ids are not looked up, so nothing can be said about a vocabulary.
     """
-    same = [tokens]  # the ids themselves, and what only passes them on
-    for ids in same:
-        for node in ids.users:
-            if node.target is aten.embedding.default and arguments(node)["indices"] is ids:
-                return node
-            if _passes_on(node, ids):
-                same.append(node)
+    same, edited = {tokens}, {tokens}  # what only passes the ids on; what is made of each id
+    found: list[fx.Node] = []
+    for node in tokens.graph.nodes:
+        if node.target is aten.embedding.default and arguments(node)["indices"] in edited:
+            found.append(node)
+        elif _passes_on(node, edited):
+            edited.add(node)
+            if node.all_input_nodes[0] in same and shape_of(node) == shape_of(tokens):
+                same.add(node)
+        elif _made_of_each(node, edited):
+            edited.add(node)
+    whole = [node for node in found if arguments(node)["indices"] in same]
+    if found:
+        return (whole or found)[0]
     first = next((user for user in tokens.users if not is_symbolic(user)), tokens)
     reason = Reason(
         ReasonCode.NO_VOCABULARY,
@@ -67,13 +74,32 @@ def token_embedding(tokens: fx.Node) -> fx.Node:
     raise PortError([reason])
 
 
-def _passes_on(node: fx.Node, ids: fx.Node) -> bool:
+def _passes_on(node: fx.Node, ids: set[fx.Node]) -> bool:
     """``input_ids.view(-1, input_ids.size(-1))``, ``.long()``, ``.contiguous()``"""
-    return (
-        overload_packet(node) in _PASSING_ON
-        and arguments(node).get("self") is ids
-        and shape_of(node) == shape_of(ids)
-    )
+    if overload_packet(node) not in _PASSING_ON:
+        return False
+    source = arguments(node).get("self")
+    return source in ids and not node.meta["val"].is_floating_point()
+
+
+def _made_of_each(node: fx.Node, ids: set[fx.Node]) -> bool:
+    """``torch.where(input_ids == IMAGE, 0, input_ids)``: one integer or bool for each id."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+        return False
+    if torch.Tag.pointwise not in target.tags and target.overloadpacket is not aten.where:
+        return False  # not every overload of `where` has the tag
+    if node.meta["val"].is_floating_point():
+        return False
+    values = [n for n in node.all_input_nodes if not is_symbolic(n)]
+    given = [n for n in values if n in ids]
+    others = [n for n in values if n not in ids]
+    return bool(given) and len(values) == len(node.all_input_nodes) and all(map(_single, others))
+
+
+def _single(node: fx.Node) -> bool:
+    """A number that is the same for every token."""
+    return all(size == 1 for size in shape_of(node))
 
 
 @dataclass(frozen=True)

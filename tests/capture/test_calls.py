@@ -11,7 +11,7 @@ from fxport.backends.torch import PackedModel
 from fxport.errors import PortError, ReasonCode
 from tests.zoo import caches, older
 from tests.zoo.awkward import VOCAB
-from tests.zoo.calls import EXACT, REFUSED
+from tests.zoo.calls import EXACT, IMAGE, REFUSED
 
 
 def logits_in(output: object) -> Tensor:
@@ -35,6 +35,7 @@ def test_the_logits_are_found(name: str) -> None:
     packed = PackedModel(port.serving, port.parameters)
     for length in (1, 2, 13, 50):
         sequences = [torch.randint(0, VOCAB, (n,)) for n in (length, 7)]
+        sequences[0][:1] = sequences[1][3] = IMAGE
         for sequence, found in zip(sequences, packed(sequences), strict=True):
             with torch.no_grad():
                 expected = logits_in(model(sequence[None]))[0]
@@ -54,6 +55,7 @@ def test_the_model_keeps_its_own_forward() -> None:
 
 
 CODES = {
+    "bigram ids": ReasonCode.NO_VOCABULARY,
     "loss only": ReasonCode.CAPTURE_FAILED,
     "packed": ReasonCode.CAPTURE_FAILED,
     "row by row": ReasonCode.NO_VOCABULARY,

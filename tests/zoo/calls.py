@@ -64,6 +64,36 @@ EXACT: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+IMAGE = 5
+
+
+class ImageIds(Decoder):
+    """The id of an image is looked up as id 0, by arithmetic on each id."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(torch.where(ids == IMAGE, 0, ids))
+
+
+class ImageIdsWritten(Decoder):
+    """The same, written to a copy of the ids."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        looked_up = ids.clone()
+        looked_up[ids == IMAGE] = 0
+        return super().forward(looked_up)
+
+
+EXACT |= {"image ids": ImageIds, "image ids written": ImageIdsWritten}
+
+
+class BigramIds(Decoder):
+    """What is looked up depends on the token before, too."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        before = torch.cat((torch.zeros_like(ids[:, :1]), ids[:, :-1]), 1)
+        return super().forward((ids + before) % VOCAB)
+
+
 class LossOnly(Decoder):
     """Never returns logits."""
 
@@ -95,6 +125,7 @@ class RowByRow(Decoder):
 
 # Not taken today, each with a reason and never with other numbers.
 REFUSED: dict[str, Callable[[], nn.Module]] = {
+    "bigram ids": BigramIds,
     "loss only": LossOnly,
     "packed": Packed,
     "row by row": RowByRow,
