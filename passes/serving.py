@@ -89,11 +89,11 @@ def lower_for_serving(
         reasons = _check_output(locality, head.logits) + _check_short_lengths(captured)
     if reasons:
         raise PortError(reasons)
-    form = rows_of(head.hidden, locality.axes[head.hidden])
+    forms = tuple(rows_of(n, locality.axes[n]) for n in (embedding, head.hidden))
     with recorder.stage("positions") as stage:
         positions, gathered = gather_by_position(gm, locality, tokens)
         stage.note(gathered)
-    serving = _split(captured, gm, tokens, positions, embedding, head, form, max_seq_len)
+    serving = _split(captured, gm, tokens, positions, embedding, head, forms, max_seq_len)
     proven = Decision(
         "token locality",
         Outcome.PROVEN,
@@ -180,12 +180,12 @@ def _split(
     positions: fx.Node,
     embedding: fx.Node,
     ends: Head,
-    form: Axes | None,
+    forms: tuple[Axes | None, ...],
     max_seq_len: int,
 ) -> ServingGraph:
     hidden, logits = ends.hidden, ends.logits
-    features = shape_of(hidden) if form is None else (f for d in form for f in d)
-    width = math.prod(f for f in features if isinstance(f, int))
+    looked_up, last = forms
+    width = _width(hidden, last)
     constants: dict[str, torch.Tensor] = {}
 
     def constant_name(node: fx.Node) -> str:
@@ -202,9 +202,12 @@ def _split(
         ("positions", 0),
     )
     head = split.part([("hidden", hidden)], logits, ("hidden", 1))
-    if form is not None:
-        ends_in_rows(body, width)
-        begins_with_rows(head, form)
+    if looked_up is not None:
+        ends_in_rows(embed, ("input_ids", 1), _width(embedding, looked_up))
+        begins_with_rows(body, "embeddings", looked_up)
+    if last is not None:
+        ends_in_rows(body, ("positions", 0), width)
+        begins_with_rows(head, "hidden", last)
     inputs = {
         graph_input(n).name: graph_input(n)
         for n in gm.graph.nodes
@@ -232,6 +235,12 @@ def _split(
         max_position_embeddings=max_seq_len,
         dtype=_dtype(captured),
     )
+
+
+def _width(state: fx.Node, form: Axes | None) -> int:
+    """How many features each token has."""
+    sizes = shape_of(state) if form is None else (f for dim in form for f in dim)
+    return math.prod(s for s in sizes if isinstance(s, int))
 
 
 def _dtype(captured: Captured) -> torch.dtype:

@@ -177,8 +177,8 @@ def _copy(graph: fx.Graph, node: fx.Node, copied: dict[fx.Node, Any]) -> fx.Node
     return new
 
 
-def rows_of(hidden: fx.Node, axes: Axes) -> tuple[Dim, ...] | None:
-    """How a hidden state lies in memory where it is not ``[B, T, C]`` already; else None.
+def rows_of(state: fx.Node, axes: Axes) -> tuple[Dim, ...] | None:
+    """How embeddings or a hidden state lie in memory where that is not ``[B, T, C]``; else None.
 
     vLLM takes a row for each token: with one sequence, ``[T, B, C]``, ``[B * T, C]`` and
     ``[B, T, H, D]`` are such rows too, once they are reshaped.
@@ -194,38 +194,45 @@ def rows_of(hidden: fx.Node, axes: Axes) -> tuple[Dim, ...] | None:
         return axes
     reason = Reason(
         ReasonCode.UNSUPPORTED_FEATURE,
-        "the last hidden state does not hold the features of a token beside each other",
-        user_location(hidden),
+        "the features of a token do not lie beside each other here, where the model is cut",
+        user_location(state),
         "project [B, T, C] onto the vocabulary",
     )
     raise PortError([reason])
 
 
-def ends_in_rows(body: Part, width: int) -> None:
-    """Has the body return ``[1, N, width]``."""
-    output = next(n for n in body.graph.nodes if n.op == "output")
-    positions = next(n for n in body.graph.nodes if n.name == "positions")
-    with body.graph.inserting_before(output):
-        size = body.graph.call_function(aten.sym_size.int, (positions, 0))
-        output.args = (
-            body.graph.call_function(aten.reshape.default, (output.args[0], [1, size, width])),
-        )
+def ends_in_rows(part: Part, length: tuple[str, int], width: int) -> None:
+    """Has a part return ``[1, N, width]``.
+
+    Args:
+        length: the input and its dimension that hold N.
+    """
+    output = next(n for n in part.graph.nodes if n.op == "output")
+    with part.graph.inserting_before(output):
+        size = part.graph.call_function(aten.sym_size.int, (_input(part, length[0]), length[1]))
+        state: Any = output.args[0]
+        rows = part.graph.call_function(aten.reshape.default, (state, [1, size, width]))
+        output.args = (rows,)
 
 
-def begins_with_rows(head: Part, axes: tuple[Dim, ...]) -> None:
-    """Has the head take ``[1, N, C]`` and bring it into the form that the model has."""
-    hidden = next(n for n in head.graph.nodes if n.op == "placeholder" and n.name == "hidden")
-    last = [n for n in head.graph.nodes if n.op == "placeholder"][-1]
-    users = [u for u in hidden.users if u.target is not aten.sym_size.int]  # N is asked of it
-    with head.graph.inserting_after(last):
-        size = head.graph.call_function(aten.sym_size.int, (hidden, 1))
+def begins_with_rows(part: Part, name: str, axes: tuple[Dim, ...]) -> None:
+    """Has a part take ``[1, N, C]`` and bring it into the form that the model has."""
+    given = _input(part, name)
+    last = [n for n in part.graph.nodes if n.op == "placeholder"][-1]
+    users = [u for u in given.users if u.target is not aten.sym_size.int]  # N is asked of it
+    with part.graph.inserting_after(last):
+        size = part.graph.call_function(aten.sym_size.int, (given, 1))
     form = [
         size if Axis.TOKEN in d else math.prod(f for f in d if isinstance(f, int)) for d in axes
     ]
-    with head.graph.inserting_after(size):
-        shaped = head.graph.call_function(aten.reshape.default, (hidden, form))
+    with part.graph.inserting_after(size):
+        shaped = part.graph.call_function(aten.reshape.default, (given, form))
     for user in users:
-        user.replace_input_with(hidden, shaped)
+        user.replace_input_with(given, shaped)
+
+
+def _input(part: Part, name: str) -> fx.Node:
+    return next(n for n in part.graph.nodes if n.op == "placeholder" and n.name == name)
 
 
 def attention_layers(gm: fx.GraphModule) -> tuple[AttentionLayer, ...]:
