@@ -136,7 +136,7 @@ def _rewrite(
 ) -> tuple[AttentionSite, list[Decision]]:
     _check_unwritten(facts, match)
     moves = [*match.q[1:], *match.k[1:], *match.v[1:]]
-    moves += trace(match.sinks[0])[1:] if match.sinks is not None else ()
+    moves += trace(match.sinks[0])[1:] if isinstance(match.sinks, tuple) else ()
     check_grad_mode(facts, [step.node for step in moves], match.output)
     frame = frame_of(match)
     plan = plan_masks(prover, facts, match, frame)

@@ -67,6 +67,14 @@ def plan_masks(prover: Prover, facts: GraphFacts, match: Match, frame: Frame) ->
         band, slopes, dense = FULL, None, list(match.steps)
         unproven = "no flag says which keys are allowed"
     _check_dense(dense, proof)
+    exact_rows = not match.zero_rows and (from_data or (proof.rest and not proof.known))
+    if exact_rows and match.sinks is not None:
+        raise Left(
+            ReasonCode.EMPTY_ROW,
+            "a mask may leave a row without any key, where this sink gives NaN",
+            match.start,
+            "add the sink as a column of the scores, or bound the maximum from below by 0",
+        )
     if from_data and not match.zero_rows:
         lowering = proof.lowered or not proof.known
         sure = [s for s, f in zip(match.steps, sources, strict=True) if _never_low(f, lowering)]
@@ -79,7 +87,7 @@ def plan_masks(prover: Prover, facts: GraphFacts, match: Match, frame: Frame) ->
         origin=_origin([f for s, f in zip(match.steps, sources, strict=True) if s in dense]),
         unproven=unproven if any(s in dense for s in fixed) else "",
         relied_on=facts.buffers([s.tensor for s in used if s.tensor is not None]),
-        exact_rows=not match.zero_rows and (from_data or (proof.rest and not proof.known)),
+        exact_rows=exact_rows,
         adds=any(s.kind is MaskKind.ADD for s in match.steps),
     )
 
@@ -119,6 +127,14 @@ def _check_dense(dense: list[MaskStep], proof: Proof) -> None:
     for index, step in enumerate(dense):
         later = dense[index + 1 :]
         finite_fill = step.kind is MaskKind.FILL and step.number != float("-inf")
+        if step.kind is MaskKind.KEEP:
+            raise Left(
+                ReasonCode.MASK_NOT_PROVEN,
+                "the weights are multiplied by a mask that is not proven to be of zeros and ones"
+                " or to be causal" + (f": {proof.why}" if proof.why else ""),
+                step.node,
+                "fill the scores with float('-inf') before the softmax",
+            )
         if step.kind in (MaskKind.MULTIPLY, MaskKind.FLOOR):
             raise Left(
                 ReasonCode.MASK_NOT_PROVEN,

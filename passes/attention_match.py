@@ -7,6 +7,7 @@ Which axis is the key axis, which the head size, follows from what is contracted
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +21,7 @@ from fxport.errors import ReasonCode
 from fxport.passes.attention_layout import Axis, Dims, LayoutError, axes_of, resolve, resolve_all
 from fxport.passes.attention_products import Contraction, Product, as_product, contract, factors_of
 from fxport.passes.attention_scores import Scores, Walk, paths, walk
-from fxport.passes.attention_site import Left, MaskKind, Match
+from fxport.passes.attention_site import Left, MaskKind, MaskStep, Match
 from fxport.passes.attention_softmax import Softmax, subtracted_maximum
 from fxport.passes.attention_views import Step, moved_input, overload_packet, trace, view_dims
 from fxport.passes.graph_facts import GraphFacts, Source, lends_shape_only, only_checks
@@ -75,6 +76,7 @@ def _match_path(facts: GraphFacts, softmax: Softmax, path: list[fx.Node]) -> Mat
         scores.add_initial(path[0], scored.added, scored.beta, walked.dims[0])
     for before, node, dims in zip(path, path[1:], walked.dims[1:], strict=False):
         scores.apply(node, before, dims)
+    _apply_kept(facts, scores, softmax, walked.dims[-1])
     check_grad_mode(facts, (*path, *softmax.nodes, *forward.nodes), forward.product.node)
     maxima = (n for node in path for n in subtracted_maximum(node))
     interior = (*path, *maxima, *softmax.nodes, *forward.nodes)
@@ -102,9 +104,31 @@ def _match_path(facts: GraphFacts, softmax: Softmax, path: list[fx.Node]) -> Mat
         sinks=scores.sinks,
         dropout_p=forward.dropout_p,
         # Where no key is allowed a sink takes all the weight.
-        zero_rows=softmax.zero_rows or forward.zeroed is not None or scores.sinks is not None,
+        zero_rows=softmax.zero_rows
+        or forward.zeroed is not None
+        or (scores.sinks is not None and softmax.sink is None),
         relied_on=facts.buffers(scores.read),
     )
+
+
+def _apply_kept(facts: GraphFacts, scores: Scores, softmax: Softmax, dims: Dims) -> None:
+    """What is done to the exponentials before they are divided."""
+    if softmax.sink is not None:
+        scores.add_sink(softmax.start, softmax.sink)
+    kept = softmax.kept
+    if kept is None:
+        return
+    for step in scores.steps:
+        finite = step.kind is not MaskKind.FILL or step.number != float("-inf")
+        if finite and step.tensor is not None and facts.source(step.tensor) & Source.DATA:
+            raise Left(
+                ReasonCode.EMPTY_ROW,
+                "scores are masked by data with a finite number, and the weights once more: "
+                "rows without any key come out as NaN or not, as the scores will have it",
+                kept.node,
+                "fill the scores with float('-inf') under both masks",
+            )
+    scores.steps.append(MaskStep(kept.kind, kept.node, dims, kept.mask, -math.inf, kept.inverted))
 
 
 def _score_dims(walked: Walk) -> Dims:

@@ -15,6 +15,7 @@ from fxport.capture.arguments import arguments, shape_of
 from fxport.errors import ReasonCode
 from fxport.passes.attention_layout import Axis, Dim, Dims, Factor, LayoutError, is_one, resolve
 from fxport.passes.attention_products import as_product
+from fxport.passes.attention_quotient import filled_with
 from fxport.passes.attention_site import Left, MaskKind, MaskStep, RowScale
 from fxport.passes.attention_softmax import subtracted_maximum
 from fxport.passes.attention_views import is_cast, moved_input, number, overload_packet, view_dims
@@ -26,6 +27,7 @@ __all__ = ["Scores", "Walk", "paths", "walk"]
 
 aten = torch.ops.aten
 
+PADS = {aten.pad, aten.constant_pad_nd}
 _BINARY = {aten.mul, aten.div, aten.true_divide, aten.add, aten.sub, aten.maximum}
 _UNARY = {aten.tanh, aten.clamp, aten.clamp_min, aten.masked_fill, aten.neg}
 
@@ -45,6 +47,8 @@ def _carriers(node: fx.Node) -> list[fx.Node]:
     packet = overload_packet(node)
     if packet is aten.cat:
         given: list[Any] = list(arguments(node)["tensors"])
+    elif packet in PADS:
+        given = [node.args[0]]
     elif packet is aten.where:
         given = list(node.args[1:])
     elif packet in _BINARY or node.target is aten.max.other:
@@ -97,7 +101,7 @@ def walk(path: list[fx.Node], dims: Dims) -> Walk:
     sink: tuple[Axis, bool, Dim] | None = None
     for before, node in itertools.pairwise(path):
         try:
-            if overload_packet(node) is aten.cat:
+            if overload_packet(node) is aten.cat or overload_packet(node) in PADS:
                 if sink is not None:
                     raise Left(ReasonCode.UNSUPPORTED_FEATURE, "two sinks", node)
                 sink, after = _with_sink(node, before, found[-1])
@@ -116,6 +120,8 @@ def walk(path: list[fx.Node], dims: Dims) -> Walk:
 
 
 def _with_sink(node: fx.Node, carrier: fx.Node, dims: Dims) -> tuple[tuple[Axis, bool, Dim], Dims]:
+    if overload_packet(node) in PADS:
+        return _with_padding(node, dims)
     given = arguments(node)
     tensors, along = list(given["tensors"]), given["dim"] % len(dims)
     other = [t for t in tensors if t is not carrier]
@@ -124,6 +130,15 @@ def _with_sink(node: fx.Node, carrier: fx.Node, dims: Dims) -> tuple[tuple[Axis,
     axis = Axis(shape_of(node)[along], (node, along))
     after = (*dims[:along], (Factor(axis),), *dims[along + 1 :])
     return (axis, tensors[0] is not carrier, dims[along]), after
+
+
+def _with_padding(node: fx.Node, dims: Dims) -> tuple[tuple[Axis, bool, Dim], Dims]:
+    given = arguments(node)
+    amounts = list(given["pad"])
+    if given.get("mode", "constant") != "constant" or amounts not in ([0, 1], [1, 0]):
+        raise Left(ReasonCode.UNSUPPORTED_FEATURE, "the scores are padded here", node)
+    axis = Axis(shape_of(node)[-1], (node, len(dims) - 1))
+    return (axis, amounts == [1, 0], dims[-1]), (*dims[:-1], (Factor(axis),))
 
 
 class Scores:
@@ -144,7 +159,7 @@ class Scores:
         self.softcap = 0.0
         self.row_scales: list[RowScale] = []
         self.steps: list[MaskStep] = []
-        self.sinks: tuple[fx.Node, Dims] | None = None
+        self.sinks: tuple[fx.Node, Dims] | float | None = None
         self.shift: fx.Node | None = None
         self.read: list[fx.Node] = []
 
@@ -163,10 +178,24 @@ class Scores:
         if rule is not None:
             rule(self, node, carrier)
         elif overload_packet(node) is aten.cat:
-            self._needs_no_shift("the sinks are")
             along = arguments(node)["dim"] % len(dims)
             other = next(t for t in arguments(node)["tensors"] if t is not carrier)
-            self.sinks = (other, (*dims[:along], (), *dims[along + 1 :]))
+            self._needs_no_shift("the sinks are")
+            same = filled_with(other)
+            self.sinks = (other, (*dims[:along], (), *dims[along + 1 :])) if same is None else same
+        elif overload_packet(node) in PADS:
+            self.add_sink(node, number(arguments(node).get("value")) or 0.0)
+
+    def add_sink(self, node: fx.Node, sink: float) -> None:
+        """A sink that is one known number.
+
+        Raises:
+            Left: the scores were shifted, or there are other sinks.
+        """
+        self._needs_no_shift("the sinks are")
+        if self.sinks is not None or not math.isfinite(sink):
+            raise Left(ReasonCode.UNSUPPORTED_FEATURE, "two sinks, or one that is infinite", node)
+        self.sinks = sink
 
     # -- numbers ---------------------------------------------------------------------------------
 
@@ -190,7 +219,7 @@ class Scores:
         return self._facts.only_lifted(factor)
 
     def _needs_no_masks(self, node: fx.Node, what: str) -> None:
-        if self.steps or self.sinks:
+        if self.steps or self.sinks is not None:
             raise Left(
                 ReasonCode.ORDER_OF_OPS,
                 f"{what} comes after the mask or bias",

@@ -8,7 +8,7 @@ from torch import fx
 from fxport.errors import ReasonCode
 from fxport.passes.attention_emit import Emitter
 from fxport.passes.attention_frame import Frame
-from fxport.passes.attention_layout import Dims, LayoutError, align, axes_of
+from fxport.passes.attention_layout import Dims, LayoutError, align, axes_of, product
 from fxport.passes.attention_site import Left
 from fxport.passes.attention_views import trace
 
@@ -17,16 +17,23 @@ __all__ = ["emit_sinks"]
 aten = torch.ops.aten
 
 
-def emit_sinks(emitter: Emitter, sinks: tuple[fx.Node, Dims], frame: Frame) -> fx.Node:
+def emit_sinks(emitter: Emitter, sinks: tuple[fx.Node, Dims] | float, frame: Frame) -> fx.Node:
     """The sinks as ``[Hq]``.
 
     Args:
-        sinks: the column that was concatenated, and the scores' dimensions with size 1 in place
+        sinks: the number, or the column that was concatenated, and the scores' dimensions with size 1 in place
             of the key axis.
 
     Raises:
         Left: they vary by more than the head.
     """
+    if isinstance(sinks, float):
+        heads = product(frame.heads)
+        assert isinstance(heads, int)
+        anchor = emitter.anchor.meta["val"]
+        dtype = torch.promote_types(anchor.dtype, torch.float32)
+        device = anchor.device
+        return emitter.constant("sinks", torch.full((heads,), sinks, dtype=dtype, device=device))
     column, dims = sinks
     steps = trace(column)
     try:

@@ -35,6 +35,7 @@ class MaskKind(enum.Enum):
     ADD = "add"  # score + number * tensor
     FILL = "fill"  # number where tensor (or where not tensor, if inverted), score elsewhere
     MULTIPLY = "multiply"  # score * tensor
+    KEEP = "keep"  # weight * tensor, before the weights are divided by their sum
     FLOOR = "floor"  # max(score, number)
     CAUSAL = "causal"  # column j forbidden in row i for j > i, said by a flag
 
@@ -81,7 +82,7 @@ class Match:
         scale, softcap: as in `AttentionParams`.
         row_scales: factors that go onto q.
         steps: masks and biases, in the order in which they apply.
-        sinks: tensor whose only axis is (part of) the heads, with its dimensions.
+        sinks: tensor whose only axis is (part of) the heads, with its dimensions; or a number.
         zero_rows: a row without an allowed key gives zeros in the original already.
         relied_on: buffers whose value was read.
     """
@@ -101,7 +102,7 @@ class Match:
     softcap: float = 0.0
     row_scales: tuple[RowScale, ...] = ()
     steps: tuple[MaskStep, ...] = ()
-    sinks: tuple[fx.Node, Dims] | None = None
+    sinks: tuple[fx.Node, Dims] | float | None = None
     dropout_p: float = 0.0
     zero_rows: bool = False
     relied_on: tuple[str, ...] = ()

@@ -1,7 +1,7 @@
 """Where attentions may be: every softmax of a graph, written as one call or out in full.
 
-softmax(x)     log_softmax(x).exp()     e = exp(x - amax(x)); e / sum(e)
-(e @ v) / sum(e)
+softmax(x)     log_softmax(x).exp()     e = exp(x - amax(x)); e / sum(e)     (e @ v) / sum(e)
+exp(x - logsumexp(x))     p = softmax(x) * mask; p / sum(p)     e / (sum(e) + 1)
 """
 
 from __future__ import annotations
@@ -13,8 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from fxport.capture.arguments import arguments
-from fxport.passes.attention_products import as_product
+from fxport.capture.arguments import arguments, shape_of
+from fxport.passes.attention_layout import is_one
+from fxport.passes.attention_quotient import (
+    Denominator,
+    Kept,
+    denominator_of,
+    divides_rows,
+    kept_by,
+    kept_reduction,
+)
 from fxport.passes.attention_views import overload_packet
 
 __all__ = ["Softmax", "softmaxes", "subtracted_maximum"]
@@ -39,6 +47,8 @@ class Softmax:
         zero_rows: gives zeros where everything is -inf, instead of NaN.
         quotient: the division by the sum, when it comes after the product with the values;
             `weights` are then not divided yet.
+        kept: a mask on the exponentials.
+        sink: a number that stands beside every row's scores without a value of its own.
     """
 
     start: fx.Node
@@ -48,10 +58,21 @@ class Softmax:
     nodes: tuple[fx.Node, ...]
     zero_rows: bool = False
     quotient: fx.Node | None = None
+    kept: Kept | None = None
+    sink: float | None = None
 
 
 def softmaxes(graph: fx.Graph) -> Iterator[Softmax]:
-    """Every softmax, in graph order. The graph must not change in between."""
+    """Every softmax, in graph order, that is no part of a larger one.
+
+    The graph must not change in between.
+    """
+    found = list(_candidates(graph))
+    parts = {n for s in found for n in s.nodes if n is not s.start}
+    yield from (s for s in found if s.start not in parts)
+
+
+def _candidates(graph: fx.Graph) -> Iterator[Softmax]:
     for node in graph.nodes:
         packet = overload_packet(node)
         found: Softmax | None = None
@@ -69,10 +90,25 @@ def softmaxes(graph: fx.Graph) -> Iterator[Softmax]:
 
 def _exponential_of_log(node: fx.Node) -> Softmax | None:
     log = node.args[0]
-    if not isinstance(log, fx.Node) or overload_packet(log) not in _LOGS or len(log.users) != 1:
+    if not isinstance(log, fx.Node):
         return None
-    given = arguments(log)
-    return Softmax(log, given["self"], node, given["dim"], (log, node))
+    if overload_packet(log) in _LOGS and len(log.users) == 1:
+        given = arguments(log)
+        return Softmax(log, given["self"], node, given["dim"], (log, node))
+    return _less_its_logsumexp(node, log)
+
+
+def _less_its_logsumexp(node: fx.Node, shifted: fx.Node) -> Softmax | None:
+    """``exp(x - logsumexp(x, dim, keepdim=True))``"""
+    scores, total = shifted.args[0], shifted.args[1] if len(shifted.args) > 1 else None
+    if overload_packet(shifted) is not aten.sub or arguments(shifted).get("alpha", 1) != 1:
+        return None
+    if not isinstance(scores, fx.Node) or not isinstance(total, fx.Node):
+        return None
+    found = kept_reduction(total, aten.logsumexp)
+    if found is None or found.summed is not scores:
+        return None
+    return Softmax(node, scores, node, found.dim, (*found.nodes, shifted, node))
 
 
 def _quotient(node: fx.Node) -> Softmax | None:
@@ -80,61 +116,63 @@ def _quotient(node: fx.Node) -> Softmax | None:
     top, bottom = node.args[0], node.args[1]
     if not isinstance(top, fx.Node) or not isinstance(bottom, fx.Node):
         return None
-    found = _kept_sum(bottom)
-    if found is None or arguments(node).get("rounding_mode") is not None:
+    under = denominator_of(bottom)
+    if under is None or arguments(node).get("rounding_mode") is not None:
         return None
-    exponential, dim, nodes = found
-    if overload_packet(exponential) is not aten.exp:
+    weights = under.summed
+    kept = kept_by(weights)
+    source = weights if kept is None else kept.before
+    scores = _exponent(source, under)
+    if scores is None:
         return None
-    scores = exponential.args[0]
-    assert isinstance(scores, fx.Node)
-    if exponential is top:
-        return Softmax(node, scores, node, dim, (top, *nodes, node))
-    if not _divides_rows(top, exponential, dim):
+    nodes = (source, *((weights,) if kept is not None else ()), *under.nodes)
+    sink = under.sink
+    if under.maximum is not None:
+        found = _maximum_given_back(scores, under.maximum, under.dim)
+        if found is None:
+            return None
+        scores, more = found
+        nodes, sink = (*more, *nodes), 0.0
+    quiet = under.sink is not None
+    if weights is top:
+        return Softmax(node, scores, node, under.dim, (*nodes, node), quiet, None, kept, sink)
+    if not divides_rows(top, weights, under.dim):
         return None
-    return Softmax(node, scores, exponential, dim, (exponential, *nodes), quotient=node)
+    return Softmax(node, scores, weights, under.dim, nodes, quiet, node, kept, sink)
 
 
-def _kept_sum(node: fx.Node) -> tuple[fx.Node, int, tuple[fx.Node, ...]] | None:
-    """(what is summed, over which dimension, the nodes) of a sum that keeps its dimension."""
-    total = node
-    if overload_packet(node) is aten.unsqueeze:
-        total = arguments(node)["self"]
-    if overload_packet(total) is not aten.sum:
+def _exponent(source: fx.Node, under: Denominator) -> fx.Node | None:
+    """What the weights before any mask are the exponentials of, up to a factor for each row."""
+    if overload_packet(source) is aten.exp:
+        found = source.args[0]
+    elif overload_packet(source) in _CALLS and under.sink is None and under.maximum is None:
+        given = arguments(source)
+        found = given["self"] if given["dim"] % len(shape_of(source)) == under.dim else None
+    else:
         return None
-    given = arguments(total)
-    dims = given.get("dim")
-    if dims is None or len(dims) != 1 or given.get("dtype") is not None:
-        return None
-    rank = given["self"].meta["val"].dim()
-    dim = dims[0] % rank
-    if total is node:
-        return (given["self"], dim, (node,)) if given.get("keepdim") else None
-    if given.get("keepdim") or arguments(node)["dim"] % rank != dim:
-        return None
-    return given["self"], dim, (total, node)
+    return found if isinstance(found, fx.Node) else None
 
 
-def _divides_rows(top: fx.Node, exponential: fx.Node, dim: int) -> bool:
-    """Whether `top` is a product of the exponentials in whose rows the sum stands as it is."""
-    product = as_product(top)
-    if product is None or exponential not in (product.left, product.right):
-        return False
-    own = product.labels[0 if product.left is exponential else 1]
-    result = product.labels[2]
-    return (
-        dim == len(own) - 1
-        and len(result) == len(own)
-        and result[:-1] == own[:-1]
-        and own[-1] not in result
-    )
+def _maximum_given_back(
+    shifted: fx.Node, maximum: fx.Node, dim: int
+) -> tuple[fx.Node, tuple[fx.Node, ...]] | None:
+    """(x, the nodes) of ``x - m`` where the denominator has ``exp(-m)``: 0 beside the scores."""
+    nodes = subtracted_maximum(shifted)
+    if maximum not in nodes or shifted.args[1] is not maximum:
+        return None
+    shape = shape_of(maximum)
+    if len(shape) != len(shape_of(shifted)) or not is_one(shape[dim]):
+        return None
+    if arguments(shifted).get("alpha", 1) != 1 or not isinstance(shifted.args[0], fx.Node):
+        return None
+    return shifted.args[0], (*nodes, shifted)
 
 
 def subtracted_maximum(scores: fx.Node) -> tuple[fx.Node, ...]:
     """The nodes of the maximum in ``x - amax(x)``, which changes no softmax; () otherwise."""
     if overload_packet(scores) is not aten.sub or not isinstance(scores.args[1], fx.Node):
         return ()
-    known = (aten.amax, aten.max, aten.detach, aten.unsqueeze)
+    known = (aten.amax, aten.max, aten.detach, aten.unsqueeze, aten.clamp, aten.clamp_min)
     found: list[fx.Node] = []
     node: object = scores.args[1]
     while isinstance(node, fx.Node) and node is not scores.args[0]:
@@ -151,4 +189,4 @@ def _keeps_dimension(node: fx.Node) -> bool:
     packet = overload_packet(node)
     if node.target is operator.getitem or packet is aten.unsqueeze:
         return True
-    return packet is not aten.detach and bool(arguments(node).get("keepdim"))
+    return packet in (aten.amax, aten.max) and bool(arguments(node).get("keepdim"))

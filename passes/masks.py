@@ -325,6 +325,11 @@ def joint_effect(
                 return None
             finite = finite or step.number != float("-inf")
             allowed = allowed & ~mask
+        elif step.kind is MaskKind.KEEP:
+            assert value is not None
+            if not bool(((value == 0) | (value == 1)).all()):
+                return None
+            allowed = allowed & (value == 1)
         elif step.kind is MaskKind.MULTIPLY:
             assert value is not None
             if not bool(((value == 0) | (value == 1)).all()):

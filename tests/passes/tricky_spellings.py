@@ -289,5 +289,6 @@ def maximum_over_queries_subtracted(qkv: Tensor) -> Tensor:
     return finish((s - s.amax(-2, keepdim=True).detach()).softmax(-1), v)
 
 
+import tricky_normalised  # noqa: E402, F401
 import tricky_rare  # noqa: E402, F401  (adds its cases to TRICKY)
 import tricky_shifts  # noqa: E402, F401
