@@ -1,7 +1,7 @@
 """Exponentials divided by their sum: what is summed, and what else stands in the denominator.
 
-    e / sum(e)               (e * mask) / sum(e * mask)         e / (sum(e) + 1)
-    (e @ v) / sum(e)         exp(x - m) / (sum(exp(x - m)) + exp(-m))
+e / sum(e)               (e * mask) / sum(e * mask)         e / (sum(e) + 1)
+(e @ v) / sum(e)         exp(x - m) / (sum(exp(x - m)) + exp(-m))
 """
 
 from __future__ import annotations
@@ -13,11 +13,20 @@ import torch
 from torch import fx
 
 from fxport.capture.arguments import arguments, shape_of
+from fxport.capture.memory import Memory
 from fxport.passes.attention_products import as_product
 from fxport.passes.attention_site import MaskKind
 from fxport.passes.attention_views import number, overload_packet
 
-__all__ = ["Denominator", "Kept", "denominator_of", "divides_rows", "filled_with", "kept_by", "kept_reduction"]
+__all__ = [
+    "Denominator",
+    "Kept",
+    "denominator_of",
+    "divides_rows",
+    "filled_with",
+    "kept_by",
+    "kept_reduction",
+]
 
 aten = torch.ops.aten
 
@@ -75,7 +84,9 @@ def _is_zero(value: object) -> bool:
 
 
 def filled_with(node: fx.Node) -> float | None:
-    """The number that every entry of a freshly made tensor is."""
+    """The number that every entry of a freshly made tensor is, if nothing is written into it."""
+    if Memory(node.graph).written_by(node):
+        return None
     while overload_packet(node) in _VIEWS and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     packet = overload_packet(node)

@@ -21,8 +21,8 @@ def emit_sinks(emitter: Emitter, sinks: tuple[fx.Node, Dims] | float, frame: Fra
     """The sinks as ``[Hq]``.
 
     Args:
-        sinks: the number, or the column that was concatenated, and the scores' dimensions with size 1 in place
-            of the key axis.
+        sinks: the number, or the column that was concatenated, and the scores' dimensions with
+            size 1 in place of the key axis.
 
     Raises:
         Left: they vary by more than the head.

@@ -1,4 +1,4 @@
-"""Normalisations by hand: less the logsumexp, masked after the exponential, one more than the sum."""
+"""Normalisations by hand: less the logsumexp, masked after the exponential, one beside the sum."""
 
 from __future__ import annotations
 
