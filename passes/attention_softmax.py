@@ -100,9 +100,9 @@ def _exponential_of_log(node: fx.Node) -> Softmax | None:
 
 def _less_its_logsumexp(node: fx.Node, shifted: fx.Node) -> Softmax | None:
     """``exp(x - logsumexp(x, dim, keepdim=True))``"""
-    scores, total = shifted.args[0], shifted.args[1] if len(shifted.args) > 1 else None
     if overload_packet(shifted) is not aten.sub or arguments(shifted).get("alpha", 1) != 1:
         return None
+    scores, total = shifted.args[:2]
     if not isinstance(scores, fx.Node) or not isinstance(total, fx.Node):
         return None
     found = kept_reduction(total, aten.logsumexp)
