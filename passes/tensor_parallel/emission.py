@@ -258,7 +258,7 @@ class Emission:
             raise WholeParameter(name)
 
     def _data_op(self, node: fx.Node) -> None:
-        if node in self.vocabulary:
+        if node in self.vocabulary and self.boxes.complete(self.labels.atoms[node]):
             weight = graph_input(arguments(node)["weight"]).name
             if weight not in self.whole:
                 self.rules[VOCABULARY](self, node)

@@ -117,6 +117,24 @@ def _cast(e: Emission, node: fx.Node) -> None:
     e.local.add(node)
 
 
+def _embedding(e: Emission, node: fx.Node) -> None:
+    """Every token's features of this rank: a table that is read as values of heads, say."""
+    args = arguments(node)
+    if args["weight"] in e.labels.atoms or args["indices"] in e.local:
+        raise Undividable(node, "no table of parameters", [e.labels.atoms[node]])
+    columns = e.all_boxes(lambda r: (None, e.box(node, r)[-1]))
+    weight = e.static(args.pop("weight"), "column", columns, local=True)
+    e.env[node] = e.call(node.target, weight, e.env[args.pop("indices")], **args)
+    e.local.add(node)
+
+
+def _halves(e: Emission, node: fx.Node) -> None:
+    """A rank has the same positions of both halves: they are in one class."""
+    args = arguments(node)
+    e.env[node] = e.call(node.target, **{**args, "self": e.entering(args["self"])})
+    e.local.add(node)
+
+
 def _complex(e: Emission, node: fx.Node) -> None:
     e.env[node] = e.call(node.target, e.entering(arguments(node)["self"]))
     e.local.add(node)
@@ -130,10 +148,11 @@ def _mean(e: Emission, node: fx.Node) -> None:
         kept = [d for d in range(e.labels.atoms[node].dim()) if not args["keepdim"] or d in rest]
         if [e.box(x)[d] for d in rest] != [e.box(node)[d] for d in kept]:
             raise Undividable(node, "reduces a divided value to a whole one", [e.labels.atoms[x]])
-        e.env[node] = e.call(node.target, e.entering(x), [dim], args["keepdim"],
-                             dtype=args["dtype"])  # fmt: skip
+        e.env[node] = e.call(node.target, **{**args, "self": e.entering(x)})
         e.local.add(node)
         return
+    if node.target is aten.linalg_vector_norm.default:
+        raise Undividable(node, "the length of a divided vector", [e.labels.atoms[x]])
     size = e.labels.atoms[x].shape[dim]
     total = e.call(
         aten.sum.dim_IntList,
@@ -226,11 +245,12 @@ def _attention(e: Emission, node: fx.Node) -> None:
             args[name] = e.take(args[name], 1, mappings[e.rank][0])
     mine = e.box(q)[1] or tuple(range(heads))
     args["head_offset"] = mine[0]
-    for name, dim in (("sinks", 0), ("alibi_slopes", 0), ("bias", 1)):
+    for name in ("sinks", "alibi_slopes", "bias"):
         value = args[name]
         if value is None:
             continue
         shape = unit_shape(value)
+        dim = len(shape) - 3 if name == "bias" else 0  # [.., H, T, S]
 
         def box(rank: int, shape: tuple[int, ...] = shape, dim: int = dim) -> Box:
             return tuple(
@@ -279,6 +299,8 @@ RULES: Mapping[Any, Rule] = {
     Kind.LINEAR: _linear,
     Kind.CONTRACTION: emit_contraction,
     Kind.CAST: _cast,
+    Kind.EMBEDDING: _embedding,
+    Kind.HALVES: _halves,
     Kind.COMPLEX: _complex,
     Kind.MEAN: _mean,
     Kind.NORM: _norm,

@@ -163,6 +163,8 @@ def _label_call(labels: Labels, node: fx.Node, world_size: int) -> None:
         source = arguments(node)["self"]
         if source in labels.atoms:  # else it is what it was before: on every rank
             labels.atoms[node] = labels.atoms[source]
+    elif kind is Kind.HALVES:
+        _halves(labels, node)
     elif kind is Kind.COMPLEX:
         _complex(labels, node)
     elif kind is Kind.ATTENTION:
@@ -324,6 +326,13 @@ def _complex(labels: Labels, node: fx.Node) -> None:
         return
     labels.classes.pair(atoms[..., 0], atoms[..., 1])
     labels.atoms[node] = atoms[..., 0]
+
+
+def _halves(labels: Labels, node: fx.Node) -> None:
+    found = arguments(node)
+    first, second = labels.atoms[found["self"]].chunk(2, found["dim"])
+    labels.classes.pair(first, second)
+    labels.atoms[node] = first
 
 
 def _attention(labels: Labels, node: fx.Node, world_size: int) -> None:

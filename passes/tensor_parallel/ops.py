@@ -21,8 +21,9 @@ class Kind(enum.Enum):
     CONTRACTION = "a product with a weight, or of two activations"
     EMBEDDING = "looks rows up"
     NORM = "normalises over the last dimensions"
-    MEAN = "mean or sum over dimensions"
+    MEAN = "mean, sum or length over dimensions"
     CAST = "takes the dtype of another value"
+    HALVES = "combines the two halves of a dimension"
     COMPLEX = "pairs of real numbers as complex ones, and back"
     ATTENTION = "fxport::attention"
 
@@ -33,6 +34,7 @@ _STRUCTURE = (
     aten.chunk.default, aten.unbind.int, aten.cat.default, aten.stack.default,
     aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim, aten.flatten.using_ints,
     aten.unflatten.int, aten.t.default, aten.movedim.int, aten.view_as.default,
+    aten.expand_as.default,
     aten.mT.default, aten.narrow.default, aten.repeat.default, aten.repeat_interleave.self_int,
 )  # fmt: skip
 # Pointwise ops that do not carry the tag: they are compositions, or keep the dtype only.
@@ -51,7 +53,9 @@ _OTHERS = {
     aten.embedding.default: Kind.EMBEDDING,
     aten.layer_norm.default: Kind.NORM,
     aten.rms_norm.default: Kind.NORM,
+    aten.glu.default: Kind.HALVES,
     aten.mean.dim: Kind.MEAN,
+    aten.linalg_vector_norm.default: Kind.MEAN,
     aten.sum.dim_IntList: Kind.MEAN,
     aten.type_as.default: Kind.CAST,
     aten.to.other: Kind.CAST,

@@ -139,6 +139,8 @@ class _Origins:
             return self._structure(node)
         if kind in (Kind.POINTWISE, Kind.NORM, Kind.CAST):
             return max((self.names[i] for i in named), key=lambda names: names.numel())
+        if kind is Kind.HALVES:
+            return self.names[named[0]].chunk(2, arguments(node)["dim"])[0]
         if node.target is aten.view_as_complex.default:
             return self.names[named[0]][..., 0]
         if node.target is aten.view_as_real.default:

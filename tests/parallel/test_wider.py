@@ -6,7 +6,7 @@ import pytest
 
 import fxport
 from fxport.parallel.plan import Plan
-from tests.parallel.models import HIDDEN, LAYERS, WIDTH
+from tests.parallel.models import HEAD, HIDDEN, LAYERS, VOCAB, WIDTH
 from tests.parallel.simulation import compare, make, randomised
 from tests.parallel.wider import WIDER
 from tests.zoo.experts import EXACT, decoder
@@ -22,6 +22,9 @@ PRICE = {
     "adapters": (2, 2 + 4, 2),
     "torch's attention": (2, 2, 0),
     "parallel": (1, 1, 0),
+    "learned bias": (2, 3, 0),  # the slopes' gradients, of the bias that is made of them
+    "unit length, torch's GLU": (2, 2, 0),
+    "value tables": (2, 2, 0),
 }
 # Three ranks: head counts that do not divide. Four: fewer heads than ranks.
 RANKS = {"einsum": (2, 8), "oss experts": (2, 4)}
@@ -75,3 +78,12 @@ def test_a_dtype_taken_from_the_residual_stream_does_not_tie_the_heads_to_it() -
     plan = fxport.plan(WIDER["inferred sizes, type_as"](), 2)
     for name in ("q", "k", "v", "out"):
         assert plan.shard(f"blocks.0.attention.{name}.weight").kind in ("column", "row")
+
+
+def test_a_table_of_values_is_cut_with_the_heads_and_the_token_embedding_is_not() -> None:
+    plan = fxport.plan(WIDER["value tables"](), 2)
+    assert local(plan, "tables.0.weight") == (VOCAB, 2 * HEAD)
+    assert plan.shard("embed.weight").kind == "vocabulary"
+    plan = fxport.plan(WIDER["unit length, torch's GLU"](), 2)
+    assert local(plan, "blocks.0.mlp.gate_up.weight") == (HIDDEN, WIDTH)
+    assert plan.shard("blocks.0.attention.q.weight").kind == "column"

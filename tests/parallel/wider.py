@@ -8,7 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.parallel.models import HEAD, HIDDEN, WIDTH, Decoder, Mlp, PackedGlu, Separate, attend
+from tests.parallel.models import (
+    HEAD,
+    HIDDEN,
+    VOCAB,
+    WIDTH,
+    Decoder,
+    Mlp,
+    PackedGlu,
+    Separate,
+    attend,
+)
 
 EXPERTS, CHOSEN = 3, 2
 
@@ -156,6 +166,60 @@ class ParallelBlock(nn.Module):
         return x + self.attention(y) + self.mlp(y)
 
 
+class LearnedBias(Separate):
+    """A slope for each head is learned, and reaches the scores as ``[H, T, T]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slopes = weight(self.heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = (p(x).view(b, t, -1, HEAD).transpose(1, 2) for p in (self.q, self.k, self.v))
+        places = torch.arange(t)
+        bias = (places[None, :] - places[:, None]) * self.slopes[:, None, None]
+        after = torch.ones(t, t, dtype=torch.bool).triu(1)
+        scores = (q @ k.mT * HEAD**-0.5 + bias).masked_fill(after, -torch.inf)
+        return self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(b, t, -1))
+
+
+class UnitLength(Separate):
+    """Queries and keys of length 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = (p(x).view(b, t, -1, HEAD) for p in (self.q, self.k, self.v))
+        return self.out(attend(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v))
+
+
+class TorchGlu(PackedGlu):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.glu(self.gate_up(x), dim=-1))
+
+
+class ValueTable(Separate):
+    """Values come from the tokens themselves too."""
+
+    def forward(self, x: Tensor, values: Tensor | None = None) -> Tensor:
+        assert values is not None
+        b, t, _ = x.shape
+        q, k, v = (p(x).view(b, t, -1, HEAD) for p in (self.q, self.k, self.v))
+        return self.out(attend(q, k, v + values.view(b, t, -1, HEAD)))
+
+
+class ValueTables(Decoder):
+    def __init__(self) -> None:
+        super().__init__(ValueTable)
+        self.tables = nn.ModuleList(nn.Embedding(VOCAB, 4 * HEAD) for _ in self.blocks)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids) + self.positions(torch.arange(ids.shape[1]))
+        for block, table in zip(self.blocks, self.tables, strict=True):
+            x = x + block.attention(block.norm1(x), table(ids))
+            x = x + block.mlp(block.norm2(x))
+        return self.head(self.norm(x))
+
+
 def parallel() -> nn.Module:
     model = Decoder(Separate)
     model.blocks = nn.ModuleList(ParallelBlock() for _ in model.blocks)
@@ -171,4 +235,7 @@ WIDER: dict[str, Callable[[], nn.Module]] = {
     "adapters": lambda: Decoder(lambda: adapted(Separate()), lambda: adapted(Mlp())),
     "torch's attention": lambda: Decoder(TorchAttention),
     "parallel": parallel,
+    "learned bias": lambda: Decoder(LearnedBias),
+    "unit length, torch's GLU": lambda: Decoder(UnitLength, TorchGlu),
+    "value tables": ValueTables,
 }
