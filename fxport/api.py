@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from fxport.saved import GenerationConfig, Tokenizer, write_port
 from fxport.serving import Part, ServingGraph
 
 if TYPE_CHECKING:
+    from fxport.capture.export import Captured
     from fxport.capture.layouts import Layout
 
 __all__ = ["Port", "port", "trainable"]
@@ -150,7 +151,7 @@ def _batch_first(model: nn.Module, max_seq_len: int | None) -> Port:
     selections = every_row_records(captured.graph)
     lowered = lower_for_serving(captured, max_seq_len, _stated_length(model))
     serving = lowered.serving
-    checked = _self_check(model, serving, captured.parameters)
+    checked = _self_check(model, serving, captured)
     half, half_decision = _half(model, serving)
     respelled = (*_experts(captured.experts), *_unkept(captured.unkept))
     decisions = (*respelled, *selections, *lowered.decisions, half_decision, checked)
@@ -264,25 +265,28 @@ _CHECK_BUDGET = 4e11
 _CHECK_WEIGHTS = 3e7
 
 
-def _self_check(
-    model: nn.Module, serving: ServingGraph, parameters: Mapping[str, torch.Tensor]
-) -> Decision:
-    """Original and serving graph on random tokens; the longest length too where it is cheap."""
+def _self_check(model: nn.Module, serving: ServingGraph, captured: Captured) -> Decision:
+    """Original and serving graph on random tokens; the longest length too where it is cheap.
+
+    Where forward may take another path at some length, on both sides of it.
+    """
     from fxport.backends.torch import PackedModel, check_against
     from fxport.capture.clone import clone_to_run
     from fxport.original import logits_function
 
+    parameters = captured.parameters
     if any(p.is_meta for p in parameters.values()):
         return _unchecked("the parameters are on the meta device, so there is nothing to compare")
     size = sum(p.numel() for p in parameters.values())
     longest = serving.max_position_embeddings
-    lengths = [n for n in (*_CHECK_LENGTHS, longest) if n <= longest]
-    lengths = sorted(set(lengths))
+    doubtful = (n + side for n in captured.doubtful for side in (-1, 0, 1))
+    lengths = sorted({n for n in (*_CHECK_LENGTHS, *doubtful, longest) if 1 <= n <= longest})
     heads = max(layer.num_heads for layer in serving.attention)
+    left_out = []
     while len(lengths) > 1 and (
         sum(lengths) * size > _CHECK_BUDGET or heads * lengths[-1] ** 2 > _CHECK_WEIGHTS
     ):
-        lengths.pop()
+        left_out.append(lengths.pop())
     clone = clone_to_run(model)
     worst = check_against(
         model,
@@ -297,8 +301,18 @@ def _self_check(
         "self-check",
         Outcome.PROVEN,
         "logits on random tokens",
-        f"equal to the original's at lengths {listed}: relative difference {worst:.1e}",
+        f"equal to the original's at lengths {listed}: relative difference {worst:.1e}"
+        + _not_compared(captured.doubtful, left_out),
     )
+
+
+def _not_compared(doubtful: Sequence[int], left_out: Sequence[int]) -> str:
+    """What the report says of lengths at which only numbers tell, and nobody looked."""
+    missed = sorted(set(doubtful) & set(left_out))
+    if not missed:
+        return ""
+    listed = ", ".join(map(str, missed))
+    return f"; forward takes the length as a plain number, and {listed} were too long to compare"
 
 
 def _unchecked(why: str) -> Decision:

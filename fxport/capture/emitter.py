@@ -13,6 +13,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
@@ -158,7 +159,8 @@ class Emitter:
     def _make(self, target: Callable[..., Any], args: Any, kwargs: Any) -> fx.Node:
         node = self.graph.call_function(target, tuple(args), dict(kwargs))
         values = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
-        with self.mode, torch.no_grad():
+        # The C++ side of torch 2.11 takes symbolic sizes of a matmul for constants.
+        with self.mode, torch.no_grad(), enable_python_dispatcher():
             node.meta["val"] = target(*values[0], **values[1])
         return node
 

@@ -44,6 +44,7 @@ class Captured:
         output: which output of the model the logits are, in words.
         way: how it was captured, in words.
         unkept: inputs that forward writes to and the logits do not depend on: caches.
+        doubtful: lengths at which forward may take another path that nobody has seen.
         experts: the implementation of experts that was captured as a loop instead, or "".
     """
 
@@ -60,6 +61,7 @@ class Captured:
     output: str
     way: str
     unkept: tuple[str, ...] = ()
+    doubtful: tuple[int, ...] = ()
     experts: str = ""
 
 
@@ -109,6 +111,7 @@ def capture(
         output=traced.output,
         way=traced.way,
         unkept=traced.unkept,
+        doubtful=traced.doubtful,
         experts=experts,
     )
 

@@ -17,9 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fxport.capture.clone import clone_for_capture, clone_to_run
-from fxport.capture.lengths import forward_only
 from fxport.capture.location import forward_line
 from fxport.capture.outputs import plain
+from fxport.capture.questions import forward_only
 from fxport.capture.sample import device_of
 from fxport.errors import Reason, ReasonCode
 

@@ -9,27 +9,23 @@ model  ->  lengths that matter  ->  a `Sample` of each  ->  one symbolic graph
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 
 import sympy
 import torch
 from torch import nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-from fxport.capture.emitter import symbolic_tokens
 from fxport.capture.location import forward_line, user_location
+from fxport.capture.questions import ask, forward_only, numbers_in
 from fxport.capture.sample import Sample, device_of, take_sample
-from fxport.capture.state import State
-from fxport.capture.trace import as_traced, token_argument
+from fxport.capture.trace import token_argument
 from fxport.capture.traced import Traced
 from fxport.capture.unify import NeedsTable, Unified, unify
 from fxport.errors import PortError, Reason, ReasonCode
 
-__all__ = ["continues", "forward_only", "trace_at_lengths"]
+__all__ = ["continues", "trace_at_lengths"]
 
 aten = torch.ops.aten
 
@@ -41,7 +37,7 @@ _BATCHES = (2, 3, 4)  # few: a cache may have no more rows
 _UNBOUNDED = 4096
 _FAR = 2**17
 _RECURRENT = (aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu)
-# A forward that asks more than this about the length is refused where its graphs differ.
+# What a forward asks beyond this about the length is answered by numbers alone.
 _MOST_PATHS = 24
 
 
@@ -64,7 +60,8 @@ def trace_at_lengths(model: nn.Module, *, every_pair: bool = True) -> Traced:
     fresh = _first(model, every_pair)
     _refuse_recurrence(fresh)
     limit = _longest(model, fresh.length)
-    lengths, limit = _lengths(model, limit)
+    found = _lengths(model, limit)
+    lengths, limit = found.samples, found.limit
     history = _history(model, fresh, limit or _UNBOUNDED)
     samples = [take_sample(model, _batch(length), length, history) for length in lengths]
     try:
@@ -86,6 +83,7 @@ def trace_at_lengths(model: nn.Module, *, every_pair: bool = True) -> Traced:
         output=samples[0].logits,
         way=f"torch.export at the lengths {', '.join(map(str, lengths))}, unified",
         unkept=samples[0].unkept,
+        doubtful=found.doubtful,
     )
 
 
@@ -137,12 +135,22 @@ def _smaller(one: int | None, other: int | None) -> int | None:
 # --- which lengths -----------------------------------------------------------------------------
 
 
-def _lengths(model: nn.Module, limit: int | None) -> tuple[list[int], int | None]:
-    """The usual lengths, and both sides of every number that forward compares the length with.
+@dataclass(frozen=True)
+class _Lengths:
+    """What is captured, and what only numbers can tell.
 
-    Returns:
-        The lengths, and the longest for which they say anything.
+    Attributes:
+        samples: the usual lengths, and both sides of every number that forward compares T with.
+        limit: the longest for which they say anything.
+        doubtful: see `Traced`.
     """
+
+    samples: tuple[int, ...]
+    limit: int | None
+    doubtful: tuple[int, ...]
+
+
+def _lengths(model: nn.Module, limit: int | None) -> _Lengths:
     allowed = [*[n for n in _LENGTHS if limit is None or n <= limit][:3], 2]
     if len(allowed) < 3:
         reason = Reason(
@@ -152,73 +160,32 @@ def _lengths(model: nn.Module, limit: int | None) -> tuple[list[int], int | None
     longest = limit or _UNBOUNDED
     known: set[int] = set()
     pending = {allowed[0]}
+    counted = False
     while pending and len(known) < _MOST_PATHS:
-        sides = _sides(model, pending.pop()) - known
+        asked = ask(model, pending.pop())
+        counted |= asked.counted
+        sides = asked.sides - known
         known |= sides
         pending |= {n for n in sides if n <= longest}
     beyond = [n for n in known if n > longest]
     if beyond and limit is None:
         limit = min(beyond) - 1
-    lengths = dict.fromkeys([*allowed, *sorted(n for n in known if n <= longest)])
-    return list(lengths), limit
-
-
-def _sides(model: nn.Module, hint: int) -> set[int]:
-    """Lengths on both sides of every question about the length that a run at `hint` asks.
-
-    Forward may fail half-way (a length as a dictionary key): what was asked before counts.
-    """
-    shapes = ShapeEnv()
-    mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
-    ids = torch.zeros(1, hint, dtype=torch.long, device=device_of(model))
-    _, length, fake = symbolic_tokens(mode, ids, [DimDynamic.STATIC, DimDynamic.DYNAMIC])
-    # The sample at this length says what is wrong, if anything is.
-    with forward_only(model), mode, contextlib.suppress(Exception):
-        model(fake)
-    found: set[int] = set()
-    for guard in shapes.guards:
-        question = guard.expr
-        if isinstance(question, sympy.Eq) and question.subs({length: hint}) == sympy.true:
-            continue  # asked for the number itself (``range(T)``): every plain length answers
-        if isinstance(question, sympy.Rel) and question.free_symbols == {length}:
-            found |= _flips(question, length)
-    return found
-
-
-def _flips(question: sympy.Rel, length: sympy.Symbol) -> set[int]:
-    """Neighbouring lengths with different answers, near every number that the question names."""
-    difference = question.lhs - question.rhs
-    if difference.is_polynomial(length) and sympy.degree(difference, length) == 1:
-        slope = difference.coeff(length, 1)
-        near = {int(sympy.floor(-difference.subs({length: 0}) / slope))}
-    else:
-        near = {int(n) for n in difference.atoms(sympy.Integer)}
-    found: set[int] = set()
-    for number in near:
-        candidates = [n for n in range(number - 1, number + 3) if n > 1]
-        answers = [question.subs({length: n}) for n in candidates]
-        for (one, a), (other, b) in itertools.pairwise(zip(candidates, answers, strict=True)):
-            if a != b:
-                found |= {one, other}
-    return found
-
-
-@contextmanager
-def forward_only(model: nn.Module) -> Iterator[None]:
-    """Runs that leave no trace on the model."""
-    state = State(model)
-    try:
-        with as_traced():
-            yield
-    finally:
-        state.restore()
+    sides = frozenset(n for n in known if n <= longest)
+    doubtful: set[int] = set()
+    if counted or pending:
+        doubtful.update(numbers_in(model, longest))
+    if counted and len(sides) > _MOST_PATHS:  # a loop over the rows that asks at each
+        rows = {n for n in sides if n <= allowed[0] + 1}
+        doubtful, sides = doubtful | rows, sides - rows
+    samples = dict.fromkeys([*allowed, *sorted(sides)])
+    return _Lengths(tuple(samples), limit, tuple(sorted(doubtful)))
 
 
 def _runs(model: nn.Module, length: int) -> bool:
     """Whether forward accepts this many tokens, by shapes alone."""
     ids = torch.zeros(1, length, dtype=torch.long, device=device_of(model))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with forward_only(model), mode:
+    with forward_only(model), mode, enable_python_dispatcher():
         try:
             model(mode.from_tensor(ids))
         except Exception:  # an assertion, an index, a shape: the model does not take it

@@ -46,6 +46,11 @@ class State:
                 container.clear()
                 container.update(copy)
 
+    def values(self) -> Iterator[Any]:
+        """What the containers held."""
+        for _, _, copy in self._containers:
+            yield from copy.values() if isinstance(copy, dict) else copy
+
     def changes(self) -> list[str]:
         """Dotted paths of what differs now: added, removed, or another object."""
         found = []

@@ -26,6 +26,8 @@ class Traced:
         output: which output of the model the logits are, in words.
         way: how it was captured, in words.
         unkept: inputs that forward writes to and the logits do not depend on.
+        doubtful: lengths at which forward may take another path that nobody has seen, since it
+            takes the length as a plain number.
     """
 
     graph: fx.GraphModule
@@ -38,3 +40,4 @@ class Traced:
     output: str
     way: str
     unkept: tuple[str, ...] = ()
+    doubtful: tuple[int, ...] = ()

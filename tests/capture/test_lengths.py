@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+import fxport
 from fxport.capture.export import Captured, capture
 from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.lengths import _longest
 from fxport.capture.memory import Memory
+from fxport.capture.questions import ask
 from fxport.errors import PortError, ReasonCode
 from fxport.passes.serving import lower_for_serving
 from tests.zoo import awkward
@@ -177,6 +179,49 @@ class Doubled(Decoder):
 def test_masks_of_two_lengths_that_disagree_are_refused():
     code, _ = refused(Decoder(mask=NarrowerWhenLong))
     assert code is ReasonCode.DEPENDS_ON_LENGTH
+
+
+class RowsNarrowerWhenLong(nn.Module):
+    """Torch takes T for a number at the loop, and says nothing of the question that follows."""
+
+    def forward(self, length: int) -> Tensor:
+        causal = torch.zeros(length, length, dtype=torch.bool)
+        for row in range(length):
+            causal[row, : row + 1] = True
+        if length > 30:
+            causal = causal & ~causal.tril(-9)
+        return causal
+
+
+class CountedNarrowerWhenLong(nn.Module):
+    """Nobody sees what is asked about a plain number; what the code names is compared."""
+
+    def forward(self, length: int) -> Tensor:
+        count = int(length)
+        causal = torch.ones(count, count, dtype=torch.bool).tril()
+        return causal & ~causal.tril(-9) if count > 30 else causal
+
+
+@pytest.mark.parametrize("mask", [RowsNarrowerWhenLong, CountedNarrowerWhenLong])
+def test_a_question_after_the_length_was_a_number_is_not_missed(mask):
+    model = Decoder(mask=mask).eval()
+    assert ask(model, 37).counted
+    with pytest.raises(PortError) as caught:
+        fxport.port(model)
+    assert caught.value.reasons[0].code is ReasonCode.SELF_CHECK
+
+
+def test_questions_do_not_change_with_the_answers():
+    """Both sides of both numbers are found at once: torch alone would have stopped at the first."""
+
+    class Asks(nn.Module):
+        def forward(self, ids: Tensor) -> Tensor:
+            rows = [torch.ones(4) for _ in range(ids.shape[1])]
+            near = 1 if ids.shape[1] > 20 else 2
+            return torch.stack(rows) * near * min(ids.shape[1], 64)
+
+    asked = ask(Asks(), 37)
+    assert asked.sides >= {20, 21, 64, 65}
 
 
 def test_another_path_for_long_sequences_is_refused_at_its_line():
