@@ -130,7 +130,7 @@ def _as_proven(decision: Decision) -> Decision:
 
 def _check_output(locality: Locality, logits: fx.Node) -> list[Reason]:
     axes = locality.axes[logits]
-    if axes[:-1] == ((Axis.BATCH,), (Axis.TOKEN,)):
+    if axes[:-1] in (((Axis.BATCH,), (Axis.TOKEN,)), ((), (Axis.TOKEN,))):
         return []
     return [
         Reason(ReasonCode.NO_LOGITS, f"the output is made of {axes}; expected [B, T, vocabulary]")

@@ -40,7 +40,7 @@ aten = torch.ops.aten
 
 _PASSING_ON = {
     aten.view, aten.reshape, aten.flatten, aten.to, aten._to_copy, aten.contiguous, aten.clone,
-    aten.alias, aten.detach,
+    aten.alias, aten.detach, aten.select, aten.slice, aten.unsqueeze, aten.squeeze,
 }  # fmt: skip
 
 
@@ -75,7 +75,7 @@ def token_embedding(tokens: fx.Node) -> fx.Node:
 
 
 def _passes_on(node: fx.Node, ids: set[fx.Node]) -> bool:
-    """``input_ids.view(-1, input_ids.size(-1))``, ``.long()``, ``.contiguous()``"""
+    """``input_ids.view(-1, input_ids.size(-1))``, ``.long()``, ``.contiguous()``, ``[0]``"""
     if overload_packet(node) not in _PASSING_ON:
         return False
     source = arguments(node).get("self")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxport.capture.unread import refuse_read
 from fxport.errors import PortError, Reason, ReasonCode
 
 __all__ = ["keep_logits"]
@@ -22,7 +23,8 @@ def keep_logits(gm: fx.GraphModule) -> str:
         Which output of the model that is, in words.
 
     Raises:
-        PortError: no output, or more than one, could be the logits.
+        PortError: no output, or more than one, could be the logits; or they depend on an argument
+            that nobody knows.
     """
     output = next(n for n in gm.graph.nodes if n.op == "output")
     flat: list[Any] = list(output.args[0])
@@ -41,6 +43,7 @@ def keep_logits(gm: fx.GraphModule) -> str:
     index, logits = found[0] if len(found) == 1 else _widest(found)
     output.args = (logits,)
     gm.graph.eliminate_dead_code()
+    refuse_read(gm)
     gm.recompile()
     return "the only output" if len(flat) == 1 else f"output {index} of {len(flat)}"
 
