@@ -136,7 +136,7 @@ def check_against(
     logits_of: Callable[[torch.Tensor], torch.Tensor],
     packed: PackedModel,
     lengths: Sequence[int],
-    vocab_size: int,
+    known_ids: int,
     dtype: torch.dtype,
 ) -> float:
     """Compares original and serving graph on random tokens, all lengths in one packed batch.
@@ -145,6 +145,7 @@ def check_against(
         model: where the tokens must live is read off its parameters.
         logits_of: the original: ids ``[1, T]`` -> logits ``[T, V]`` or ``[V]`` (last only).
         lengths: one sequence of each length is made.
+        known_ids: of token ids below this.
 
     Returns:
         The largest difference, relative to the largest logit.
@@ -154,9 +155,7 @@ def check_against(
     """
     device = device_of(model)
     generator = torch.Generator().manual_seed(0)
-    sequences = [
-        torch.randint(0, vocab_size, (n,), generator=generator).to(device) for n in lengths
-    ]
+    sequences = [torch.randint(0, known_ids, (n,), generator=generator).to(device) for n in lengths]
     bound = ROUNDING * torch.finfo(dtype).eps
     worst = 0.0
     for sequence, found in zip(sequences, packed(sequences), strict=True):

@@ -119,18 +119,28 @@ def port(
             say what an argument is.
     """
     from fxport.capture.clone import uncompiled
-    from fxport.capture.conventions import adaptations
-    from fxport.capture.extra_arguments import token_ids_alone
+    from fxport.capture.extra_arguments import token_ids_alone, unknown_arguments
 
     model = uncompiled(model)
     called, fixed = token_ids_alone(model, example_inputs)
     try:
-        return _of_model(_batch_first(called, max_seq_len), model, fixed)
+        found, adapted = _as_called(called, max_seq_len)
+    except PortError as error:
+        raise (error if example_inputs is not None else unknown_arguments(model, error)) from None
+    return _of_model(found, model, (*fixed, *adapted))
+
+
+def _as_called(model: nn.Module, max_seq_len: int | None) -> tuple[Port, tuple[Decision, ...]]:
+    """The port of a model that takes token ids alone, and what was put around it for that."""
+    from fxport.capture.conventions import adaptations
+
+    try:
+        return _batch_first(model, max_seq_len), ()
     except PortError:
-        called, decisions = adaptations(called)
+        adapted, decisions = adaptations(model)
         if not decisions:
             raise
-    return _of_model(_batch_first(called, max_seq_len), model, (*fixed, *decisions))
+    return _batch_first(adapted, max_seq_len), decisions
 
 
 def _of_model(found: Port, model: nn.Module, decisions: tuple[Decision, ...]) -> Port:
@@ -290,7 +300,7 @@ def _self_check(
         logits_function(clone, serving.vocab_size),
         PackedModel(serving, parameters),
         lengths,
-        serving.vocab_size,
+        serving.known_ids,
         serving.dtype,
     )
     listed = ", ".join(str(n) for n in lengths)

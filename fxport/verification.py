@@ -72,7 +72,7 @@ def verify(
         raise FxportError("vLLM is not installed; verify(..., engine=False) leaves the engine out")
     serving = loaded.serving
     asked = _checked(prompts, loaded, new_tokens) or prompts_for(
-        serving.vocab_size, serving.max_position_embeddings, new_tokens, seed
+        serving.known_ids, serving.max_position_embeddings, new_tokens, seed
     )
     original = _Original(model, serving.vocab_size, _BOUNDS[serving.dtype])
     weights = first_in_weights(loaded, dict(model.named_parameters()))
@@ -91,7 +91,7 @@ def verify(
 def _checked(
     prompts: Sequence[Sequence[int]] | None, loaded: Loaded, new_tokens: int
 ) -> list[list[int]]:
-    limit, vocabulary = loaded.serving.max_position_embeddings, loaded.serving.vocab_size
+    limit, vocabulary = loaded.serving.max_position_embeddings, loaded.serving.known_ids
     if not 0 < new_tokens < limit:
         raise FxportError(f"new_tokens must be between 1 and {limit - 1}, not {new_tokens}")
     for prompt in prompts or ():

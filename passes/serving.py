@@ -34,6 +34,7 @@ from fxport.passes.split import (
     rows_of,
     token_embedding,
 )
+from fxport.passes.table_lookups import look_up_in_tables
 from fxport.passes.token_locality import Locality, analyse
 from fxport.report import Decision, Outcome
 from fxport.serving import ServingGraph
@@ -73,6 +74,7 @@ def lower_for_serving(
         fold_known_values(gm)
     tokens = next(n for n in gm.graph.nodes if n.name == captured.tokens)
     with recorder.stage("look-ups"):
+        look_up_in_tables(gm, tokens)
         look_up_first(gm, tokens)
     limit = longest_sequence(gm, captured.length, captured.limit)
     max_seq_len, length_decision = _choose_length(limit, max_seq_len, stated)

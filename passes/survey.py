@@ -28,6 +28,7 @@ from fxport.passes.head import find_head
 from fxport.passes.limits import longest_sequence
 from fxport.passes.lookups import look_up_first
 from fxport.passes.split import token_embedding
+from fxport.passes.table_lookups import look_up_in_tables
 from fxport.passes.token_locality import Locality, Rows, analyse
 from fxport.report import Outcome
 
@@ -61,6 +62,7 @@ def survey(captured: Captured) -> Survey:
     tokens = next(n for n in gm.graph.nodes if n.name == captured.tokens)
     with _collected(reasons):
         functionalise(gm)
+    look_up_in_tables(gm, tokens)
     look_up_first(gm, tokens)
     limit = longest_sequence(gm, captured.length, captured.limit) or _UNBOUNDED_LENGTH
     with _collected(reasons):

@@ -26,6 +26,8 @@ aten = torch.ops.aten
     aten._to_copy,
     aten.dropout,
     aten.feature_dropout,
+    aten.alpha_dropout,
+    aten.rrelu,
     aten.conj,
     aten.resolve_conj,
     aten._conj,
@@ -33,7 +35,7 @@ aten = torch.ops.aten
     aten.imag,
 )
 def _same(call: Call) -> Axes:
-    if call.arguments.get("train"):
+    if call.arguments.get("train") or call.arguments.get("training"):
         raise Refusal(ReasonCode.UNSUPPORTED_OP, "dropout is active in eval mode")
     return call.axes[call.node.all_input_nodes[0]]
 
@@ -43,7 +45,7 @@ def _first(call: Call) -> Axes:
     return call.of("self")
 
 
-@rule(aten.zeros, aten.ones, aten.full, aten.scalar_tensor)
+@rule(aten.zeros, aten.ones, aten.full, aten.scalar_tensor, aten.empty)
 def _factory(call: Call) -> Axes:
     return checked(tuple(call.symbols.factor(s) for s in call.sizes()))
 
@@ -56,12 +58,12 @@ def _range(call: Call) -> Axes:
     return _factory(call)
 
 
-@rule(aten.zeros_like, aten.ones_like, aten.full_like)
+@rule(aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like)
 def _factory_like(call: Call) -> Axes:
     return call.of("self")
 
 
-@rule(aten.new_zeros, aten.new_ones, aten.new_full)
+@rule(aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty)
 def _new(call: Call) -> Axes:
     return _factory(call)
 
@@ -78,6 +80,7 @@ def _new(call: Call) -> Axes:
     aten.unsqueeze,
     aten.view_as,
     aten.reshape_as,
+    aten.ravel,
 )
 def _regroup(call: Call) -> Axes:
     source = call.axes[call.node.all_input_nodes[0]]

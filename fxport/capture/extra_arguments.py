@@ -22,10 +22,10 @@ from torch.utils._pytree import tree_map
 from fxport.capture.adapt import adapted
 from fxport.capture.location import forward_line
 from fxport.capture.unread import unread
-from fxport.errors import FxportError
+from fxport.errors import FxportError, PortError, Reason, ReasonCode
 from fxport.report import Decision, Outcome
 
-__all__ = ["ExampleInputs", "token_ids_alone"]
+__all__ = ["ExampleInputs", "token_ids_alone", "unknown_arguments"]
 
 ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -86,6 +86,23 @@ def token_ids_alone(
     return adapted(model, call), decisions
 
 
+def unknown_arguments(model: nn.Module, refused: PortError) -> PortError:
+    """Says first which arguments nobody knows, where a trace without them failed."""
+    missing = [p.name for p in _missing(inspect.signature(model.forward))]
+    codes = {reason.code for reason in refused.reasons}
+    if not missing or codes != {ReasonCode.CAPTURE_FAILED}:
+        return refused
+    names = ", ".join(f"`{name}`" for name in missing)
+    reason = Reason(
+        ReasonCode.CAPTURE_FAILED,
+        f"forward needs {names} besides the token ids",
+        forward_line(model),
+        "give defaults, or show one call: fxport.port(model, example_inputs=(ids, ...)) with "
+        "int64 ids of several tokens; the report says how each other argument was fixed",
+    )
+    return PortError([reason, *refused.reasons])
+
+
 def _missing(signature: inspect.Signature) -> list[inspect.Parameter]:
     """Arguments without a default after the first."""
     various = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
@@ -125,7 +142,7 @@ def _bound(
         raise FxportError(f"forward cannot be called with example_inputs: {error}") from error
     for name, value in bound.arguments.items():
         if isinstance(value, Tensor) and _is_integer(value) and value.dim() in (1, 2):
-            if value.dim() == 2 and value.shape[0] == value.shape[1] or value.shape[-1] == 1:
+            if (value.dim() == 2 and value.shape[0] == value.shape[1]) or value.shape[-1] == 1:
                 raise FxportError(
                     "give example token ids whose batch and length differ, and longer than 1"
                 )

@@ -54,11 +54,11 @@ def layout_of(model: nn.Module) -> Layout:
         return Layout.BATCH_FIRST  # somebody else has put something around it
     device = device_of(clone)
     rows = torch.zeros(_SEQUENCES, _LENGTH, dtype=torch.long, device=device)
-    if not _shapes(clone, rows):
-        if (_LENGTH,) in _shapes(clone, rows[0]):
-            return Layout.ONE_SEQUENCE
-        if (1, _LENGTH) in _shapes(clone, rows[:1]):
-            return Layout.ONE_ROW
+    several, one = _shapes(clone, rows), _shapes(clone, rows[:1])
+    if not several and (_LENGTH,) in _shapes(clone, rows[0]):
+        return Layout.ONE_SEQUENCE
+    if (not several and one & {(1, _LENGTH), (_LENGTH,)}) or (_LENGTH,) in one:
+        return Layout.ONE_ROW
     if device.type == "meta":
         return Layout.BATCH_FIRST
     if _mixes_rows(clone, rows):
@@ -160,7 +160,13 @@ def _with_batch_axis(value: Any) -> Any:
 
 
 def _of_one_row(forward: Callable[..., Any], ids: Tensor) -> Any:
-    return forward(ids[:1])
+    """One row may come back without its batch axis (``squeeze(0)``)."""
+
+    def row(value: Any) -> Any:
+        squeezed = isinstance(value, Tensor) and value.dim() == 2 and len(value) == ids.shape[1]
+        return value[None] if squeezed else value
+
+    return tree_map(row, plain(forward(ids[:1])))
 
 
 _CALLS: dict[Layout, Callable[[Callable[..., Any], Tensor], Any]] = {

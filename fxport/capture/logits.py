@@ -37,7 +37,12 @@ def keep_logits(gm: fx.GraphModule) -> str:
         and node.meta["val"].dim() in (2, 3)
     ]
     if not found:
-        raise PortError([Reason(ReasonCode.NO_LOGITS, "forward returns no tensor [B, T, V]")])
+        reason = Reason(
+            ReasonCode.NO_LOGITS,
+            "forward returns no tensor [B, T, V]",
+            hint="return the logits, alone or beside the loss",
+        )
+        raise PortError([reason])
     # Several candidates (hidden states beside the logits): the widest is over the vocabulary.
     # A wrong choice cannot pass: the head must end in the token embedding's vocabulary.
     index, logits = found[0] if len(found) == 1 else _widest(found)
@@ -53,7 +58,9 @@ def _widest(found: list[tuple[int, fx.Node]]) -> tuple[int, fx.Node]:
     fixed = [(s, i, n) for s, i, n in sizes if isinstance(s, int)]
     if not fixed or [s for s, _, _ in fixed].count(max(s for s, _, _ in fixed)) > 1:
         reason = Reason(
-            ReasonCode.NO_LOGITS, f"forward returns {len(found)} tensors that could be the logits"
+            ReasonCode.NO_LOGITS,
+            f"forward returns {len(found)} tensors that could be the logits",
+            hint="return the logits of the next token alone: generation uses no other head",
         )
         raise PortError([reason])
     _, index, node = max(fixed, key=lambda f: f[0])
