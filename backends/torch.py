@@ -6,12 +6,15 @@ Several sequences lie end to end, as in vLLM; attention sees them through ``cu_s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import fx, nn
 
 import fxport.ops.attention  # noqa: F401  (registers the op)
 from fxport.capture.sample import device_of
+from fxport.capture.trace import in_one_line
 from fxport.errors import PortError, Reason, ReasonCode
 from fxport.nested import attach
 from fxport.serving import Part, ServingGraph
@@ -25,6 +28,7 @@ __all__ = [
     "relative_error",
 ]
 
+_Result = TypeVar("_Result")
 _ATTENTION = torch.ops.fxport.attention.default
 
 
@@ -158,8 +162,11 @@ def check_against(
     sequences = [torch.randint(0, known_ids, (n,), generator=generator).to(device) for n in lengths]
     bound = ROUNDING * torch.finfo(dtype).eps
     worst = 0.0
-    for sequence, found in zip(sequences, packed(sequences), strict=True):
-        expected = logits_of(sequence[None])
+    results = _run("the serving graph", lambda: packed(sequences))
+    for sequence, found in zip(sequences, results, strict=True):
+        expected = _run(
+            f"the model itself, at length {len(sequence)},", partial(logits_of, sequence[None])
+        )
         found = found[-1] if expected.dim() == 1 else found
         error = relative_error(found, expected)
         if not error <= bound:
@@ -172,6 +179,15 @@ def check_against(
             raise Difference([reason])
         worst = max(worst, error)
     return worst
+
+
+def _run(what: str, run: Callable[[], _Result]) -> _Result:
+    try:
+        return run()
+    except (RuntimeError, IndexError, ValueError, AssertionError) as error:
+        message = f"{what} fails on random token ids: {in_one_line(error)}"
+        hint = "say how long sequences may be, max_seq_len=..., if they are too long"
+        raise Difference([Reason(ReasonCode.SELF_CHECK, message, hint=hint)]) from error
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

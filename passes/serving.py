@@ -25,6 +25,7 @@ from fxport.passes.head import Head, find_head
 from fxport.passes.known_values import fold_known_values
 from fxport.passes.limits import longest_sequence
 from fxport.passes.lookups import look_up_first
+from fxport.passes.masked_caches import read_under_masks
 from fxport.passes.positions import gather_by_position
 from fxport.passes.split import (
     Splitter,
@@ -68,8 +69,10 @@ def lower_for_serving(
     gm = captured.graph
     symbols = Symbols(captured.batch, captured.length)
     recorder = Recorder(gm)
-    with recorder.stage("functionalise"):
+    with recorder.stage("functionalise") as stage:
+        caches = read_under_masks(gm, symbols)
         functionalise(gm)
+        stage.note(caches)
     with recorder.stage("known values"):
         fold_known_values(gm)
     tokens = next(n for n in gm.graph.nodes if n.name == captured.tokens)
@@ -104,6 +107,7 @@ def lower_for_serving(
     )
     decisions = (
         length_decision,
+        *caches,
         *head.decisions,
         *map(_as_proven, attention.decisions),
         proven,

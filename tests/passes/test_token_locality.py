@@ -364,6 +364,14 @@ def test_limit_of_a_learned_table_without_an_assertion():
     assert longest_sequence(captured.graph, captured.length, captured.limit) == 62
 
 
+def test_limit_of_positions_that_are_repeated_for_every_sequence():
+    def repeated(self, x, idx):
+        return x + self.wpe(torch.arange(idx.shape[1]).expand(idx.shape) + 3)
+
+    captured = capture(type("Model", (Base,), {"between": repeated})())
+    assert longest_sequence(captured.graph, captured.length, captured.limit) == 61
+
+
 def test_length_as_a_number_is_refused():
     model = type("Model", (Base,), {"between": length_as_a_number})()
     with pytest.raises(PortError, match=r"a number \(6\.08") as caught:
