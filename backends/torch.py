@@ -6,12 +6,15 @@ Several sequences lie end to end, as in vLLM; attention sees them through ``cu_s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import fx, nn
 
 import fxport.ops.attention  # noqa: F401  (registers the op)
 from fxport.capture.sample import device_of
+from fxport.capture.trace import in_one_line
 from fxport.errors import PortError, Reason, ReasonCode
 from fxport.nested import attach
 from fxport.serving import Part, ServingGraph
@@ -25,6 +28,7 @@ __all__ = [
     "relative_error",
 ]
 
+_Result = TypeVar("_Result")
 _ATTENTION = torch.ops.fxport.attention.default
 
 
@@ -136,7 +140,7 @@ def check_against(
     logits_of: Callable[[torch.Tensor], torch.Tensor],
     packed: PackedModel,
     lengths: Sequence[int],
-    vocab_size: int,
+    known_ids: int,
     dtype: torch.dtype,
 ) -> float:
     """Compares original and serving graph on random tokens, all lengths in one packed batch.
@@ -145,6 +149,7 @@ def check_against(
         model: where the tokens must live is read off its parameters.
         logits_of: the original: ids ``[1, T]`` -> logits ``[T, V]`` or ``[V]`` (last only).
         lengths: one sequence of each length is made.
+        known_ids: of token ids below this.
 
     Returns:
         The largest difference, relative to the largest logit.
@@ -154,13 +159,14 @@ def check_against(
     """
     device = device_of(model)
     generator = torch.Generator().manual_seed(0)
-    sequences = [
-        torch.randint(0, vocab_size, (n,), generator=generator).to(device) for n in lengths
-    ]
+    sequences = [torch.randint(0, known_ids, (n,), generator=generator).to(device) for n in lengths]
     bound = ROUNDING * torch.finfo(dtype).eps
     worst = 0.0
-    for sequence, found in zip(sequences, packed(sequences), strict=True):
-        expected = logits_of(sequence[None])
+    results = _run("the serving graph", lambda: packed(sequences))
+    for sequence, found in zip(sequences, results, strict=True):
+        expected = _run(
+            f"the model itself, at length {len(sequence)},", partial(logits_of, sequence[None])
+        )
         found = found[-1] if expected.dim() == 1 else found
         error = relative_error(found, expected)
         if not error <= bound:
@@ -173,6 +179,15 @@ def check_against(
             raise Difference([reason])
         worst = max(worst, error)
     return worst
+
+
+def _run(what: str, run: Callable[[], _Result]) -> _Result:
+    try:
+        return run()
+    except (RuntimeError, IndexError, ValueError, AssertionError) as error:
+        message = f"{what} fails on random token ids: {in_one_line(error)}"
+        hint = "say how long sequences may be, max_seq_len=..., if they are too long"
+        raise Difference([Reason(ReasonCode.SELF_CHECK, message, hint=hint)]) from error
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -20,7 +20,7 @@ from fxport.serving import Part, ServingGraph
 
 if TYPE_CHECKING:
     from fxport.capture.export import Captured
-    from fxport.capture.layouts import Layout
+    from fxport.capture.extra_arguments import ExampleInputs
 
 __all__ = ["Port", "port", "trainable"]
 
@@ -95,49 +95,60 @@ def trainable(model: nn.Module) -> nn.Module:
     return clone
 
 
-def port(model: nn.Module, example_inputs: None = None, *, max_seq_len: int | None = None) -> Port:
+def port(
+    model: nn.Module,
+    example_inputs: ExampleInputs | None = None,
+    *,
+    max_seq_len: int | None = None,
+) -> Port:
     """Ports a plain causal language model: ``model(tokens[B, T]) -> logits[B, T, V]``.
 
-    A model that takes ``[T, B]`` and gives ``[T, B, V]`` is found out and proven as such.
-    The model is not changed. Eval mode is used for serving whatever mode the model is in.
+    A model that takes ``[T, B]``, ``[T]`` or ``[1, T]`` alone, that loops over the rows of the
+    batch, or that returns the loss is found out and proven as such. The model is not changed. Eval
+    mode is used for serving whatever mode the model is in.
 
     Args:
         model: any `nn.Module`; its forward may return the logits in a tuple, dict or dataclass.
-        example_inputs: reserved; the model must be callable with token ids alone.
+        example_inputs: for a forward that needs more than the token ids: the arguments of one
+            call (a tuple, or a mapping by name), the ids among them, several of them long. The
+            report says how each other argument was fixed for every call.
         max_seq_len: the longest sequence to serve; by default the longest that the model allows.
 
     Raises:
         PortError: the model cannot be proven; every obstacle with file and line.
-        FxportError: `max_seq_len` is beyond what the model allows.
+        FxportError: `max_seq_len` is beyond what the model allows, or `example_inputs` does not
+            say what an argument is.
     """
     from fxport.capture.clone import uncompiled
-    from fxport.capture.layouts import (
-        Layout,
-        layout_of,
-        no_batch_axis,
-        time_first_as_batch_first,
-    )
+    from fxport.capture.extra_arguments import token_ids_alone, unknown_arguments
 
-    if example_inputs is not None:
-        raise FxportError("example_inputs is not supported: forward must take the token ids alone")
     model = uncompiled(model)
+    called, fixed = token_ids_alone(model, example_inputs)
     try:
-        return _batch_first(model, max_seq_len)
+        found, adapted = _as_called(called, max_seq_len)
+    except PortError as error:
+        raise (error if example_inputs is not None else unknown_arguments(model, error)) from None
+    return _of_model(found, model, (*fixed, *adapted))
+
+
+def _as_called(model: nn.Module, max_seq_len: int | None) -> tuple[Port, tuple[Decision, ...]]:
+    """The port of a model that takes token ids alone, and what was put around it for that."""
+    from fxport.capture.conventions import adaptations
+
+    try:
+        return _batch_first(model, max_seq_len), ()
     except PortError:
-        layout = layout_of(model)
-        if layout is Layout.BATCH_FIRST:
+        adapted, decisions = adaptations(model)
+        if not decisions:
             raise
-    if layout is Layout.ONE_SEQUENCE:
-        raise PortError([no_batch_axis(model)])
-    found = _batch_first(time_first_as_batch_first(model), max_seq_len)
-    return _in_layout(found, model, layout)
+    return _batch_first(adapted, max_seq_len), decisions
 
 
-def _in_layout(found: Port, model: nn.Module, layout: Layout) -> Port:
+def _of_model(found: Port, model: nn.Module, decisions: tuple[Decision, ...]) -> Port:
     """The port of the adapted copy as a port of the model itself."""
-    detail = f"forward takes {layout}; the port takes [B, T], as vLLM does"
-    decision = Decision("capture", Outcome.REWRITTEN, "layout of the tokens", detail)
-    report = dataclasses.replace(found.report, decisions=(decision, *found.report.decisions))
+    if not decisions:
+        return found
+    report = dataclasses.replace(found.report, decisions=(*decisions, *found.report.decisions))
     return dataclasses.replace(found, _model=model, report=report)
 
 
@@ -293,7 +304,7 @@ def _self_check(model: nn.Module, serving: ServingGraph, captured: Captured) -> 
         logits_function(clone, serving.vocab_size),
         PackedModel(serving, parameters),
         lengths,
-        serving.vocab_size,
+        serving.known_ids,
         serving.dtype,
     )
     listed = ", ".join(str(n) for n in lengths)

@@ -34,7 +34,7 @@ def explain(target: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -
         Exception: whatever the function raises when it is called (training door).
     """
     from fxport.capture.clone import uncompiled
-    from fxport.capture.layouts import Layout, layout_of, time_first_as_batch_first
+    from fxport.capture.conventions import adaptations
     from fxport.explain_serving import explain_serving
     from fxport.explain_training import explain_training
 
@@ -42,8 +42,9 @@ def explain(target: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -
         target = uncompiled(target)
     if isinstance(target, nn.Module) and _is_serving(args, kwargs):
         served = explain_serving(target)
-        if served.obstacles and layout_of(target) is Layout.TIME_FIRST:
-            served = explain_serving(time_first_as_batch_first(target))
+        if served.obstacles:
+            adapted, decisions = adaptations(target)
+            served = explain_serving(adapted) if decisions else served
         return replace(served, training=explain_training(target, args, {})) if args else served
     if not args and not kwargs:
         raise FxportError("explain(function) needs the arguments to call it with")

@@ -16,7 +16,16 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from fxport.capture.arguments import arguments
 from fxport.ops.params import AttentionParams
+
+aten = torch.ops.aten
+# What only passes token ids on.
+_PASSING_ON = {
+    aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.contiguous.default,
+    aten.clone.default, aten.alias.default, aten.detach.default, aten.to.dtype, aten.select.int,
+    aten.slice.Tensor, aten.unsqueeze.default,
+}  # fmt: skip
 
 __all__ = ["AttentionLayer", "Part", "ServingGraph"]
 
@@ -83,3 +92,32 @@ class ServingGraph:
     hidden_size: int
     max_position_embeddings: int
     dtype: torch.dtype
+
+    @property
+    def known_ids(self) -> int:
+        """How many token ids can be looked up: the logits may be padded to more."""
+        rows = [
+            shape[0]
+            for part in (self.embed, self.body)
+            for shape in map(self._shape, _tables(part))
+            if shape
+        ]
+        return min([self.vocab_size, *rows])
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        constant = self.constants.get(name)
+        return self.parameters.get(name, ()) if constant is None else tuple(constant.shape)
+
+
+def _tables(part: Part) -> list[str]:
+    """Names of the tables in which the ids themselves are looked up."""
+    same = {n for n in part.graph.find_nodes(op="placeholder") if n.name == "input_ids"}
+    found = []
+    for node in part.graph.nodes:
+        if node.target in _PASSING_ON and node.args[0] in same:
+            same.add(node)
+        elif node.target is aten.embedding.default:
+            given = arguments(node)
+            if given["indices"] in same and given["weight"].name in part.weights:
+                found.append(part.weights[given["weight"].name])
+    return found

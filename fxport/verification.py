@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from fxport.capture.clone import uncompiled
-from fxport.capture.layouts import Layout, layout_of, time_first_as_batch_first
+from fxport.capture.conventions import adaptations
+from fxport.capture.extra_arguments import ExampleInputs, token_ids_alone
 from fxport.capture.sample import device_of
 from fxport.errors import FxportError
 from fxport.loading import Loaded, load
@@ -38,6 +39,7 @@ def verify(
     model: nn.Module,
     directory: str | Path,
     *,
+    example_inputs: ExampleInputs | None = None,
     prompts: Sequence[Sequence[int]] | None = None,
     new_tokens: int = 8,
     seed: int = 0,
@@ -53,6 +55,7 @@ def verify(
     Args:
         model: the original; not changed.
         directory: from `Port.save`.
+        example_inputs: those that the port was made with.
         prompts: token ids; by default random and adversarial ones (`verify_prompts`).
         new_tokens: how many tokens are generated for each prompt.
         seed: of the random prompts.
@@ -63,14 +66,13 @@ def verify(
         SavedPortError: the directory is damaged.
     """
     loaded = load(directory)
-    model = uncompiled(model)
-    if layout_of(model) is Layout.TIME_FIRST:
-        model = time_first_as_batch_first(model)
+    model, _ = token_ids_alone(uncompiled(model), example_inputs)
+    model, _ = adaptations(model)
     if engine and importlib.util.find_spec("vllm") is None:
         raise FxportError("vLLM is not installed; verify(..., engine=False) leaves the engine out")
     serving = loaded.serving
     asked = _checked(prompts, loaded, new_tokens) or prompts_for(
-        serving.vocab_size, serving.max_position_embeddings, new_tokens, seed
+        serving.known_ids, serving.max_position_embeddings, new_tokens, seed
     )
     original = _Original(model, serving.vocab_size, _BOUNDS[serving.dtype])
     weights = first_in_weights(loaded, dict(model.named_parameters()))
@@ -89,7 +91,7 @@ def verify(
 def _checked(
     prompts: Sequence[Sequence[int]] | None, loaded: Loaded, new_tokens: int
 ) -> list[list[int]]:
-    limit, vocabulary = loaded.serving.max_position_embeddings, loaded.serving.vocab_size
+    limit, vocabulary = loaded.serving.max_position_embeddings, loaded.serving.known_ids
     if not 0 < new_tokens < limit:
         raise FxportError(f"new_tokens must be between 1 and {limit - 1}, not {new_tokens}")
     for prompt in prompts or ():

@@ -78,7 +78,7 @@ def frame_of(match: Match) -> Frame:
         )
     origins = {a.origin for a in head}
     query = max(own, key=lambda a: _likeness_to_query(a, origins, product(key), own))
-    is_head = _heads(shared, origins)
+    is_head = _heads(shared, origins, query)
     return Frame(
         batch=tuple(a for a in shared if a not in is_head),
         kv_heads=tuple(a for a in shared if a in is_head),
@@ -96,9 +96,14 @@ def _likeness_to_query(
     return axis.origin not in head_origins, axis.size == keys, own.index(axis)
 
 
-def _heads(shared: list[Axis], origins: set[object]) -> set[Axis]:
-    """Axes cut from the same feature dimension as the head size, else all static but the first."""
+def _heads(shared: list[Axis], origins: set[object], query: Axis) -> set[Axis]:
+    """Axes cut from the same feature dimension as the head size, else all static but the first.
+
+    One alone is a head where the batch, like the queries, would have no fixed size: B is 1.
+    """
     found = {a for a in shared if a.origin in origins}
+    if not found and len(shared) == 1 and not isinstance(query.size, int):
+        return {a for a in shared if isinstance(a.size, int)}
     if found or len(shared) < 2:
         return found
     static = {a for a in shared if isinstance(a.size, int)}

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from fxport.capture.arguments import arguments, shape_of
-from fxport.capture.inputs import InputKind
+from fxport.capture.inputs import InputKind, graph_input
 from fxport.passes.constants import depends_on, evaluate
 
 __all__ = ["longest_sequence"]
@@ -27,6 +27,7 @@ def longest_sequence(gm: fx.GraphModule, length: sympy.Symbol, limit: int | None
     """The smaller of `limit` and what every look-up at constant positions allows."""
     varying = depends_on(gm, InputKind.DATA, InputKind.PARAMETER)
     horizon = min(limit or _HORIZON, _HORIZON)
+    batch = _others(gm, length)
     for node in gm.graph.nodes:
         found = _lookup(node)
         if found is None or found[0] in varying:
@@ -36,8 +37,8 @@ def longest_sequence(gm: fx.GraphModule, length: sympy.Symbol, limit: int | None
             continue
         dim = shape_of(index).index(length)
         try:
-            values = evaluate(index, {length: horizon})
-        except ValueError:  # depends on the batch size; token locality judges that
+            values = evaluate(index, {**batch, length: horizon})
+        except ValueError:  # depends on something that has no value
             continue
         flat = values.movedim(dim, 0).reshape(horizon, -1)
         outside = ((flat < -rows) | (flat >= rows)).any(dim=1).nonzero()
@@ -45,6 +46,17 @@ def longest_sequence(gm: fx.GraphModule, length: sympy.Symbol, limit: int | None
             limit = min(limit or horizon, int(outside[0]))
             horizon = max(limit, 1)
     return limit
+
+
+def _others(gm: fx.GraphModule, length: sympy.Symbol) -> dict[sympy.Symbol, int]:
+    """The batch size: whatever it is, the positions are the same for every sequence."""
+    given = [
+        size
+        for node in gm.graph.find_nodes(op="placeholder")
+        if graph_input(node).kind is InputKind.DATA
+        for size in shape_of(node)
+    ]
+    return {size: 1 for size in given if isinstance(size, sympy.Symbol) and size != length}
 
 
 def _lookup(node: fx.Node) -> tuple[fx.Node, int] | None:

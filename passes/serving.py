@@ -25,6 +25,7 @@ from fxport.passes.head import Head, find_head
 from fxport.passes.known_values import fold_known_values
 from fxport.passes.limits import longest_sequence
 from fxport.passes.lookups import look_up_first
+from fxport.passes.masked_caches import read_under_masks
 from fxport.passes.positions import gather_by_position
 from fxport.passes.split import (
     Splitter,
@@ -34,6 +35,7 @@ from fxport.passes.split import (
     rows_of,
     token_embedding,
 )
+from fxport.passes.table_lookups import look_up_in_tables
 from fxport.passes.token_locality import Locality, analyse
 from fxport.report import Decision, Outcome
 from fxport.serving import ServingGraph
@@ -67,12 +69,15 @@ def lower_for_serving(
     gm = captured.graph
     symbols = Symbols(captured.batch, captured.length)
     recorder = Recorder(gm)
-    with recorder.stage("functionalise"):
+    with recorder.stage("functionalise") as stage:
+        caches = read_under_masks(gm, symbols)
         functionalise(gm)
+        stage.note(caches)
     with recorder.stage("known values"):
         fold_known_values(gm)
     tokens = next(n for n in gm.graph.nodes if n.name == captured.tokens)
     with recorder.stage("look-ups"):
+        look_up_in_tables(gm, tokens)
         look_up_first(gm, tokens)
     limit = longest_sequence(gm, captured.length, captured.limit)
     max_seq_len, length_decision = _choose_length(limit, max_seq_len, stated)
@@ -102,6 +107,7 @@ def lower_for_serving(
     )
     decisions = (
         length_decision,
+        *caches,
         *head.decisions,
         *map(_as_proven, attention.decisions),
         proven,
@@ -130,7 +136,7 @@ def _as_proven(decision: Decision) -> Decision:
 
 def _check_output(locality: Locality, logits: fx.Node) -> list[Reason]:
     axes = locality.axes[logits]
-    if axes[:-1] == ((Axis.BATCH,), (Axis.TOKEN,)):
+    if axes[:-1] in (((Axis.BATCH,), (Axis.TOKEN,)), ((), (Axis.TOKEN,))):
         return []
     return [
         Reason(ReasonCode.NO_LOGITS, f"the output is made of {axes}; expected [B, T, vocabulary]")

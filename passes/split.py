@@ -9,6 +9,7 @@ Before (one graph)                                 After
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,8 @@ aten = torch.ops.aten
 
 _PASSING_ON = {
     aten.view, aten.reshape, aten.flatten, aten.to, aten._to_copy, aten.contiguous, aten.clone,
-    aten.alias, aten.detach,
+    aten.alias, aten.detach, aten.select, aten.slice, aten.unsqueeze, aten.squeeze,
+    aten.unbind,
 }  # fmt: skip
 
 
@@ -57,7 +59,7 @@ def token_embedding(tokens: fx.Node) -> fx.Node:
             found.append(node)
         elif _passes_on(node, edited):
             edited.add(node)
-            if node.all_input_nodes[0] in same and shape_of(node) == shape_of(tokens):
+            if node.all_input_nodes[0] in same and _shaped_like(node, tokens):
                 same.add(node)
         elif _made_of_each(node, edited):
             edited.add(node)
@@ -75,11 +77,18 @@ def token_embedding(tokens: fx.Node) -> fx.Node:
 
 
 def _passes_on(node: fx.Node, ids: set[fx.Node]) -> bool:
-    """``input_ids.view(-1, input_ids.size(-1))``, ``.long()``, ``.contiguous()``"""
-    if overload_packet(node) not in _PASSING_ON:
+    """``input_ids.view(-1, input_ids.size(-1))``, ``.long()``, ``.contiguous()``, ``[0]``"""
+    if node.target is operator.getitem:
+        return node.args[0] in ids
+    if overload_packet(node) not in _PASSING_ON or arguments(node).get("self") not in ids:
         return False
-    source = arguments(node).get("self")
-    return source in ids and not node.meta["val"].is_floating_point()
+    value = node.meta["val"]
+    values = value if isinstance(value, list | tuple) else [value]
+    return not any(v.is_floating_point() for v in values)
+
+
+def _shaped_like(node: fx.Node, tokens: fx.Node) -> bool:
+    return isinstance(node.meta["val"], torch.Tensor) and shape_of(node) == shape_of(tokens)
 
 
 def _made_of_each(node: fx.Node, ids: set[fx.Node]) -> bool:

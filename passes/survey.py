@@ -27,7 +27,9 @@ from fxport.passes.functional import functionalise
 from fxport.passes.head import find_head
 from fxport.passes.limits import longest_sequence
 from fxport.passes.lookups import look_up_first
+from fxport.passes.masked_caches import read_under_masks
 from fxport.passes.split import token_embedding
+from fxport.passes.table_lookups import look_up_in_tables
 from fxport.passes.token_locality import Locality, Rows, analyse
 from fxport.report import Outcome
 
@@ -59,8 +61,11 @@ def survey(captured: Captured) -> Survey:
     gm = captured.graph
     reasons: list[Reason] = []
     tokens = next(n for n in gm.graph.nodes if n.name == captured.tokens)
+    symbols = Symbols(captured.batch, captured.length)
+    read_under_masks(gm, symbols)
     with _collected(reasons):
         functionalise(gm)
+    look_up_in_tables(gm, tokens)
     look_up_first(gm, tokens)
     limit = longest_sequence(gm, captured.length, captured.limit) or _UNBOUNDED_LENGTH
     with _collected(reasons):
@@ -68,7 +73,7 @@ def survey(captured: Captured) -> Survey:
     attention = rewrite_attention(gm)
     with _collected(reasons):
         token_embedding(tokens)
-    locality = analyse(gm, Symbols(captured.batch, captured.length), limit)
+    locality = analyse(gm, symbols, limit)
     sites = sites_of(attention.decisions)
     if locality.reasons:
         left = [s for s in sites if s.outcome is Outcome.LEFT]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,7 +41,12 @@ aten = torch.ops.aten
     aten.max,
     aten.min,
     aten.var_mean,
+    aten.std_mean,
     aten.median,
+    aten.aminmax,
+    aten.nansum,
+    aten.count_nonzero,
+    aten.linalg_norm,
 )
 def _reduce(call: Call) -> Any:
     if "other" in call.arguments:  # max(a, b) of two tensors
@@ -70,6 +76,8 @@ def _reduce(call: Call) -> Any:
     aten.topk,
     aten.kthvalue,
     aten.logcumsumexp,
+    aten.cummax,
+    aten.cummin,
     aten.glu,
 )
 def _along_dim(call: Call) -> Any:
@@ -94,6 +102,32 @@ def _norm(call: Call) -> Axes:
     for dim in axes[len(axes) - count :]:
         free(dim, "normalisation")
     return axes
+
+
+@rule(aten.group_norm)
+def _group_norm(call: Call) -> Axes:
+    """Over everything but the first axis, ``[N, C, ...]``."""
+    axes = call.of("input")
+    for dim in axes[1:]:
+        free(dim, "group norm")
+    return axes
+
+
+@rule(aten.prelu)
+def _prelu(call: Call) -> Axes:
+    """One slope, or one for each entry of the second axis."""
+    axes = call.of("self")
+    if call.of("weight") not in ((), ((),)):
+        free(axes[1], "a slope for each channel")
+    return axes
+
+
+@rule(aten.cosine_similarity)
+def _cosine_similarity(call: Call) -> Axes:
+    axes = join(call.of("x1"), call.of("x2"))
+    index = call.dim("dim", len(axes))
+    free(axes[index], "cosine similarity")
+    return (*axes[:index], *axes[index + 1 :])
 
 
 @rule(aten.conv1d, aten.conv2d, aten.conv3d)
@@ -136,9 +170,10 @@ def _linear(call: Call) -> Axes:
     return (*axes[:-1], weight[0])
 
 
-@rule(aten.matmul, aten.mm, aten.bmm)
+@rule(aten.matmul, aten.mm, aten.bmm, aten.mv, aten.dot)
 def _matmul(call: Call) -> Axes:
-    left, right = (call.axes[n] for n in _operands(call, ("self", "other", "mat2")))
+    names = ("self", "other", "mat2", "vec", "tensor")
+    left, right = (call.axes[n] for n in _operands(call, names))
     return _product(left, right)
 
 
@@ -153,12 +188,36 @@ def _operands(call: Call, names: Sequence[str]) -> list[fx.Node]:
 
 
 def _product(left: Axes, right: Axes) -> Axes:
-    if len(left) < 2 or len(right) < 2:
-        raise Refusal(ReasonCode.UNSUPPORTED_OP, "a product with a one-dimensional tensor")
+    """As `torch.matmul`: a vector is a matrix of one row, or of one column, that goes again."""
+    if len(left) < 2:
+        found = _product(((), *left), right)
+        return (*found[: len(found) - 2], found[-1])
+    if len(right) < 2:
+        return _product(left, (*right, ()))[:-1]
     free(left[-1], "a matrix product")
     free(right[-2], "a matrix product")
     outer = join(left[:-2], right[:-2]) if left[:-2] or right[:-2] else ()
     return checked((*outer, left[-2], right[-1]))
+
+
+@rule(aten.tensordot)
+def _tensordot(call: Call) -> Axes:
+    left, right = call.of("self"), call.of("other")
+    summed = [
+        {d % len(axes) for d in call.arguments[name]}
+        for axes, name in ((left, "dims_self"), (right, "dims_other"))
+    ]
+    for axes, dims in zip((left, right), summed, strict=True):
+        for d in dims:
+            free(axes[d], "a tensor product")
+    return checked(
+        tuple(
+            dim
+            for axes, dims in zip((left, right), summed, strict=True)
+            for d, dim in enumerate(axes)
+            if d not in dims
+        )
+    )
 
 
 @rule(aten.outer, aten.ger)
@@ -169,18 +228,42 @@ def _outer(call: Call) -> Axes:
 
 @rule(aten.einsum)
 def _einsum(call: Call) -> Axes:
-    equation = call.arguments["equation"].replace(" ", "")
-    if "." in equation or "->" not in equation:
-        raise Refusal(ReasonCode.UNSUPPORTED_OP, f"no rule for the einsum `{equation}`")
+    operands = [call.axes[t] for t in call.arguments["tensors"]]
+    equation = _spelled_out(call.arguments["equation"], operands)
     inputs, output = equation.split("->")
     letters: dict[str, Dim] = {}
-    operands = [call.axes[t] for t in call.arguments["tensors"]]
     for subscript, axes in zip(inputs.split(","), operands, strict=True):
         for letter, dim in zip(subscript, axes, strict=True):
             letters[letter] = join((letters.get(letter, ()),), (dim,))[0]
     for letter in set(letters) - set(output):
         free(letters[letter], f"the einsum `{equation}`")
     return checked(tuple(letters[letter] for letter in output))
+
+
+def _spelled_out(equation: str, operands: Sequence[Axes]) -> str:
+    """Without an ellipsis, and with its output.
+
+    "...d,de->...e" for [b, t, d]  ->  "XYd,de->XYe"
+    """
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    subscripts = inputs.split(",")
+    if not arrow:  # letters that occur once, in alphabetic order, behind the ellipsis
+        once = sorted(c for c in set(inputs) if c.isalpha() and inputs.count(c) == 1)
+        output = ("..." if "..." in inputs else "") + "".join(once)
+    unused = [c for c in string.ascii_letters if c not in equation]
+    dots = [
+        len(axes) - len(subscript.replace("...", ""))
+        for subscript, axes in zip(subscripts, operands, strict=True)
+        if "..." in subscript
+    ]
+    longest = max(dots, default=0)
+    letters = "".join(unused[:longest])
+    widths = iter(dots)
+    subscripts = [
+        s.replace("...", letters[longest - next(widths) :] if "..." in s else "")
+        for s in subscripts
+    ]
+    return f"{','.join(subscripts)}->{output.replace('...', letters)}"
 
 
 # --- look-ups --------------------------------------------------------------------------------
@@ -229,7 +312,7 @@ def _gather(call: Call) -> Axes:
     return index
 
 
-@rule(aten.scatter, aten.scatter_add)
+@rule(aten.scatter, aten.scatter_add, aten.scatter_reduce)
 def _scatter(call: Call) -> Axes:
     """Within each token: only the axis along which values are placed may differ."""
     axes, index = call.of("self"), call.of("index")

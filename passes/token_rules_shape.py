@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from fxport.capture.arguments import shape_of
+from fxport.capture.arguments import arguments, shape_of
 from fxport.errors import ReasonCode
-from fxport.passes.axes import Axes, Refusal, checked, has_axis, join, name, reshape
+from fxport.passes.axes import Axes, Axis, Refusal, checked, has_axis, join, name, reshape
+from fxport.passes.constants import is_symbolic
 from fxport.passes.token_call import Call, free, rule
 
 __all__: list[str] = []
@@ -25,6 +26,8 @@ aten = torch.ops.aten
     aten._to_copy,
     aten.dropout,
     aten.feature_dropout,
+    aten.alpha_dropout,
+    aten.rrelu,
     aten.conj,
     aten.resolve_conj,
     aten._conj,
@@ -32,7 +35,7 @@ aten = torch.ops.aten
     aten.imag,
 )
 def _same(call: Call) -> Axes:
-    if call.arguments.get("train"):
+    if call.arguments.get("train") or call.arguments.get("training"):
         raise Refusal(ReasonCode.UNSUPPORTED_OP, "dropout is active in eval mode")
     return call.axes[call.node.all_input_nodes[0]]
 
@@ -42,7 +45,7 @@ def _first(call: Call) -> Axes:
     return call.of("self")
 
 
-@rule(aten.zeros, aten.ones, aten.full, aten.scalar_tensor)
+@rule(aten.zeros, aten.ones, aten.full, aten.scalar_tensor, aten.empty)
 def _factory(call: Call) -> Axes:
     return checked(tuple(call.symbols.factor(s) for s in call.sizes()))
 
@@ -55,12 +58,12 @@ def _range(call: Call) -> Axes:
     return _factory(call)
 
 
-@rule(aten.zeros_like, aten.ones_like, aten.full_like)
+@rule(aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like)
 def _factory_like(call: Call) -> Axes:
     return call.of("self")
 
 
-@rule(aten.new_zeros, aten.new_ones, aten.new_full)
+@rule(aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty)
 def _new(call: Call) -> Axes:
     return _factory(call)
 
@@ -77,6 +80,7 @@ def _new(call: Call) -> Axes:
     aten.unsqueeze,
     aten.view_as,
     aten.reshape_as,
+    aten.ravel,
 )
 def _regroup(call: Call) -> Axes:
     source = call.axes[call.node.all_input_nodes[0]]
@@ -185,10 +189,31 @@ def _resized(call: Call, axes: Axes, index: int, what: str) -> Axes:
     return (*axes[:index], call.symbols.factor(call.sizes()[index]), *axes[index + 1 :])
 
 
+def _only_row(call: Call, index: int) -> bool:
+    """The first row of the token ids where nothing looks at other rows: vLLM has no others."""
+    tokens = call.arguments["self"]
+    if tokens.op != "placeholder" or call.of("self")[index] != (Axis.BATCH,):
+        return False
+    users = [user for user in tokens.users if not is_symbolic(user)]
+    return all(map(_first_row, users))
+
+
+def _first_row(node: fx.Node) -> bool:
+    """``ids[0]`` or ``ids[:1]``"""
+    if node.target not in (aten.select.int, aten.slice.Tensor):
+        return False
+    given = arguments(node)
+    if node.target is aten.select.int:
+        return bool(given["dim"] == 0 and given["index"] == 0)
+    return given["dim"] == 0 and not given["start"] and given["end"] == 1 and given["step"] == 1
+
+
 @rule(aten.slice, aten.narrow)
 def _slice(call: Call) -> Axes:
     axes = call.of("self")
     index = call.dim("dim", len(axes))
+    if _only_row(call, index):
+        return ((), *axes[1:])
     before = shape_of(call.arguments["self"])[index]
     if call.sizes()[index] == before and call.arguments.get("step", 1) == 1:
         return axes
@@ -211,7 +236,8 @@ def _slice(call: Call) -> Axes:
 def _select(call: Call) -> Axes:
     axes = call.of("self")
     index = call.dim("dim", len(axes))
-    free(axes[index], "select")
+    if not _only_row(call, index):
+        free(axes[index], "select")
     return axes[:index] + axes[index + 1 :]
 
 

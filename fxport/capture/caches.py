@@ -22,7 +22,7 @@ from fxport.capture.arguments import arguments, shape_of
 from fxport.capture.inputs import GraphInput
 from fxport.capture.memory import Memory, is_fresh, is_mutation
 
-__all__ = ["read_what_was_written"]
+__all__ = ["drop_unread_writes", "read_what_was_written"]
 
 aten = torch.ops.aten
 
@@ -67,7 +67,7 @@ def read_what_was_written(gm: fx.GraphModule) -> tuple[str, ...]:
     ]
     for node, user in uses:
         _forward(gm, node, user, memory, order)
-    _drop_unread_writes(gm)
+    drop_unread_writes(gm)
     memory = Memory(gm.graph)
     return tuple(_name(n) for n in kept if not memory.written_by(n))
 
@@ -162,7 +162,7 @@ def _with(values: tuple[sympy.Expr, ...], dim: int, value: sympy.Expr) -> tuple[
     return (*values[:dim], value, *values[dim + 1 :])
 
 
-def _drop_unread_writes(gm: fx.GraphModule) -> None:
+def drop_unread_writes(gm: fx.GraphModule) -> None:
     """Erases the writes that the outputs do not depend on."""
     needed = Memory(gm.graph).needed(gm.graph)
     for node in reversed(list(gm.graph.nodes)):

@@ -1,6 +1,8 @@
-"""Models that take ``[T, B]``, called as if they took ``[B, T]``.
+"""Models that take no ``[B, T]``, called as if they did.
 
 tokens [T, B] -> logits [T, B, V]        forward(ids.t()).transpose(0, 1)
+tokens [T]    -> logits [T, V]           forward(ids[0])[None]      vLLM has one sequence, B = 1
+tokens [1, T], or a loop over the rows   forward(ids[:1])
 
 What is captured and proven is the model together with what is put around it.
 """
@@ -8,22 +10,22 @@ What is captured and proven is the model together with what is put around it.
 from __future__ import annotations
 
 import enum
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fxport.capture.clone import clone_for_capture, clone_to_run
-from fxport.capture.location import forward_line
+from fxport.capture.adapt import adapted
+from fxport.capture.clone import clone_to_run
 from fxport.capture.outputs import plain
 from fxport.capture.questions import forward_only
 from fxport.capture.sample import device_of
-from fxport.errors import Reason, ReasonCode
 
-__all__ = ["Layout", "layout_of", "no_batch_axis", "time_first_as_batch_first"]
+__all__ = ["Layout", "as_batch_first", "layout_of"]
 
 # The sizes of the tokens that are tried: different from each other and from few features.
 _SEQUENCES, _LENGTH = 4, 7
@@ -34,6 +36,8 @@ class Layout(enum.StrEnum):
 
     BATCH_FIRST = "[B, T]"
     ONE_SEQUENCE = "[T]"
+    ONE_ROW = "[1, T]"
+    ROW_BY_ROW = "[B, T], one row after the other"
     TIME_FIRST = "[T, B]"
 
 
@@ -50,11 +54,16 @@ def layout_of(model: nn.Module) -> Layout:
         return Layout.BATCH_FIRST  # somebody else has put something around it
     device = device_of(clone)
     rows = torch.zeros(_SEQUENCES, _LENGTH, dtype=torch.long, device=device)
-    if not _shapes(clone, rows) and (_LENGTH,) in _shapes(clone, rows[0]):
+    several, one = _shapes(clone, rows), _shapes(clone, rows[:1])
+    if not several and (_LENGTH,) in _shapes(clone, rows[0]):
         return Layout.ONE_SEQUENCE
-    if device.type != "meta" and _mixes_rows(clone, rows):
+    if (not several and one & {(1, _LENGTH), (_LENGTH,)}) or (_LENGTH,) in one:
+        return Layout.ONE_ROW
+    if device.type == "meta":
+        return Layout.BATCH_FIRST
+    if _mixes_rows(clone, rows):
         return Layout.TIME_FIRST
-    return Layout.BATCH_FIRST
+    return Layout.ROW_BY_ROW if _loops_over_rows(clone, rows) else Layout.BATCH_FIRST
 
 
 def _shapes(model: nn.Module, ids: Tensor) -> set[tuple[int, ...]]:
@@ -93,36 +102,76 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one, other, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
-def no_batch_axis(model: nn.Module) -> Reason:
-    """Why a model that takes one sequence is refused."""
-    return Reason(
-        ReasonCode.CAPTURE_FAILED,
-        "forward takes one sequence of token ids, `[T]`, without a batch axis",
-        forward_line(model),
-        "take the token ids as [B, T]",
-    )
+class _Calls(TorchFunctionMode):
+    """Counts them."""
+
+    count = 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
 
 
-def time_first_as_batch_first(model: nn.Module) -> nn.Module:
-    """A copy that shares its tensors and takes ``[B, T]`` where the model takes ``[T, B]``.
+def _loops_over_rows(model: nn.Module, ids: Tensor) -> bool:
+    """Whether more rows take more calls of torch, and each row gets what it gets alone."""
+    ids = (torch.arange(ids.numel(), device=ids.device) % 2).view_as(ids)
+    counts, found = [], []
+    try:
+        for rows in (ids[1:2], ids[:2], ids[:3]):
+            with _Calls() as calls:
+                found.append(_run(model, rows))
+            counts.append(calls.count)
+    except Exception:  # forward does not take such tokens; the refusal says what is wrong
+        return False
+    alone, two, three = found
+    if alone is None or two is None or three is None or not counts[0] < counts[1] < counts[2]:
+        return False
+    return _equal(alone, two[1:2]) and _equal(two, three[:2])
+
+
+# --- called as if ------------------------------------------------------------------------------
+
+
+def as_batch_first(model: nn.Module, layout: Layout) -> nn.Module:
+    """A copy that shares its tensors and takes ``[B, T]`` where the model takes `layout`.
 
     Raises:
         PortError: the model cannot be copied.
     """
-    clone = clone_for_capture(model)
-    for copied, original in zip(clone.modules(), model.modules(), strict=True):
-        copied.training = original.training
-    cls = type(clone)
+    return adapted(model, _CALLS[layout])
 
-    @functools.wraps(cls.forward)
-    def forward(self: nn.Module, ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return tree_map(_batch_to_front, plain(cls.forward(self, ids.t(), *args, **kwargs)))
 
-    # A class, not an attribute of the instance: copies of the copy call themselves.
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    clone.__class__ = type(cls.__name__, (cls,), {"forward": forward, **names})
-    return clone
+def _of_time_first(forward: Callable[..., Any], ids: Tensor) -> Any:
+    return tree_map(_batch_to_front, plain(forward(ids.t())))
 
 
 def _batch_to_front(value: Any) -> Any:
     return value.transpose(0, 1) if isinstance(value, Tensor) and value.dim() > 1 else value
+
+
+def _of_one_sequence(forward: Callable[..., Any], ids: Tensor) -> Any:
+    return tree_map(_with_batch_axis, plain(forward(ids[0])))
+
+
+def _with_batch_axis(value: Any) -> Any:
+    return value[None] if isinstance(value, Tensor) and value.dim() > 0 else value
+
+
+def _of_one_row(forward: Callable[..., Any], ids: Tensor) -> Any:
+    """One row may come back without its batch axis (``squeeze(0)``)."""
+
+    def row(value: Any) -> Any:
+        squeezed = isinstance(value, Tensor) and value.dim() == 2 and len(value) == ids.shape[1]
+        return value[None] if squeezed else value
+
+    return tree_map(row, plain(forward(ids[:1])))
+
+
+_CALLS: dict[Layout, Callable[[Callable[..., Any], Tensor], Any]] = {
+    Layout.TIME_FIRST: _of_time_first,
+    Layout.ONE_SEQUENCE: _of_one_sequence,
+    Layout.ONE_ROW: _of_one_row,
+    Layout.ROW_BY_ROW: _of_one_row,
+}

@@ -42,6 +42,7 @@ _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<functio
 _TORCH = str(Path(torch.__file__).parent)
 _STDLIB = sysconfig.get_path("stdlib")
 _OWN = str(Path(__file__).parents[1])
+_CAPTURE = f"{__package__}."
 # Notations: the line that uses them says more than theirs.
 _NOTATIONS = tuple(
     str(Path(spec.origin).parent)
@@ -144,9 +145,12 @@ def user_location(node: fx.Node) -> Location | None:
 
 def forward_line(model: torch.nn.Module) -> Location | None:
     """Where the model's forward begins; None when it was made at a prompt."""
+    # What was put around the model (`fxport.capture.adapt`) is in front of its own class.
+    written = (c.forward for c in type(model).__mro__ if "forward" in vars(c))
+    forward = next(f for f in written if not getattr(f, "__module__", "").startswith(_CAPTURE))
     try:
-        file = inspect.getsourcefile(type(model).forward)
-        lines, first = inspect.getsourcelines(type(model).forward)
+        file = inspect.getsourcefile(forward)
+        lines, first = inspect.getsourcelines(forward)
     except (OSError, TypeError):  # made at a prompt: there is no file to name
         return None
     return Location(file or "", first, "forward", lines[0].strip())

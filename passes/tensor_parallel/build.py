@@ -19,6 +19,7 @@ from fxport.passes.attention import rewrite_attention
 from fxport.passes.functional import functionalise
 from fxport.passes.head import find_head
 from fxport.passes.lookups import look_up_first
+from fxport.passes.table_lookups import look_up_in_tables
 from fxport.passes.tensor_parallel.boxes import Undividable, select
 from fxport.passes.tensor_parallel.dropout import key_dropout
 from fxport.passes.tensor_parallel.emission import Emission, WholeParameter
@@ -66,7 +67,9 @@ def prepare(model: nn.Module, *, own_modes: bool = False) -> Prepared:
     captured = capture(model, own_modes=own_modes)
     gm = captured.graph
     functionalise(gm)
-    look_up_first(gm, next(n for n in gm.graph.nodes if n.name == captured.tokens))
+    tokens = next(n for n in gm.graph.nodes if n.name == captured.tokens)
+    look_up_in_tables(gm, tokens)
+    look_up_first(gm, tokens)
     head = find_head(gm, captured.length)
     result = rewrite_attention(gm)
     multiply_activations_first(gm)

@@ -56,9 +56,6 @@ def test_the_model_keeps_its_own_forward() -> None:
 
 CODES = {
     "bigram ids": ReasonCode.NO_VOCABULARY,
-    "loss only": ReasonCode.CAPTURE_FAILED,
-    "packed": ReasonCode.CAPTURE_FAILED,
-    "row by row": ReasonCode.NO_VOCABULARY,
     "reads more than it wrote": ReasonCode.MUTATED_STATE,
     "reads before it writes": ReasonCode.MUTATED_STATE,
     "nn.TransformerEncoder, no mask": ReasonCode.NOT_CAUSAL,

@@ -12,7 +12,7 @@ from torch import nn
 import fxport
 from fxport.backends.torch import PackedModel
 from fxport.capture.export import capture
-from fxport.capture.layouts import Layout, layout_of, time_first_as_batch_first
+from fxport.capture.layouts import Layout, as_batch_first, layout_of
 from fxport.errors import PortError, ReasonCode
 from fxport.passes.lookups import look_up_first
 from tests.zoo import awkward, caches, calls, time_first
@@ -107,7 +107,7 @@ class Mixed(calls.Decoder):
         return logits + logits.mean(0, keepdim=True)
 
 
-@pytest.mark.parametrize("model", [calls.Decoder, Mixed, calls.RowByRow, calls.LossOnly])
+@pytest.mark.parametrize("model", [calls.Decoder, Mixed])
 def test_other_layouts_are_not_taken_for_time_first(model: type[nn.Module]) -> None:
     torch.manual_seed(5)
     assert layout_of(model().eval()) is Layout.BATCH_FIRST
@@ -115,7 +115,7 @@ def test_other_layouts_are_not_taken_for_time_first(model: type[nn.Module]) -> N
 
 def test_look_ups_come_first() -> None:
     torch.manual_seed(5)
-    model = time_first_as_batch_first(time_first.Folded().double().eval())
+    model = as_batch_first(time_first.Folded().double().eval(), Layout.TIME_FIRST)
     captured = capture(model)
     gm = captured.graph
     tokens = next(n for n in gm.graph.nodes if n.name == captured.tokens)
@@ -129,12 +129,6 @@ def test_look_ups_come_first() -> None:
     (found,) = [n for n in tokens.users if n.target is aten.embedding.default]
     assert str(found.meta["val"].shape[0]) == str(captured.batch)
     assert look_up_first(gm, tokens) == 0
-
-
-def test_one_sequence_is_refused_as_such() -> None:
-    with pytest.raises(PortError, match="without a batch axis") as caught:
-        fxport.port(calls.Packed().eval())
-    assert caught.value.reasons[0].location is not None
 
 
 def test_the_buffers_stay() -> None:

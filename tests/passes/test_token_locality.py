@@ -132,7 +132,37 @@ def fraction_of_the_length(self, x, idx):
     return x + (torch.arange(T) / T)[:, None]  # HERE
 
 
+def einsum_with_dots_over_tokens(self, x, idx):
+    return x + torch.einsum("...tc,...td->...cd", x, x).mean(1, keepdim=True)  # HERE
+
+
+def vector_over_tokens(self, x, idx):
+    return x + (x.transpose(1, 2) @ x[..., 0].transpose(0, 1)).mean()  # HERE
+
+
+def tensor_product_over_tokens(self, x, idx):
+    return x + torch.tensordot(x, x, ([0, 1], [0, 1])).mean(0)  # HERE
+
+
+def group_norm_over_tokens(self, x, idx):
+    return F.group_norm(x.transpose(1, 2), 4).transpose(1, 2)  # HERE
+
+
+def similarity_over_tokens(self, x, idx):
+    return x * F.cosine_similarity(x, x.exp(), dim=1)[:, None]  # HERE
+
+
+def largest_so_far(self, x, idx):
+    return x.cummax(1).values  # HERE
+
+
 MIXING = [
+    (einsum_with_dots_over_tokens, ReasonCode.MIXES_TOKENS),
+    (vector_over_tokens, ReasonCode.MIXES_TOKENS),
+    (tensor_product_over_tokens, ReasonCode.MIXES_TOKENS),
+    (group_norm_over_tokens, ReasonCode.MIXES_TOKENS),
+    (similarity_over_tokens, ReasonCode.MIXES_TOKENS),
+    (largest_so_far, ReasonCode.MIXES_TOKENS),
     (conv, ReasonCode.MIXES_TOKENS),
     (cumulative_mean, ReasonCode.MIXES_TOKENS),
     (shift, ReasonCode.MIXES_TOKENS),
@@ -264,7 +294,46 @@ def in_place(self, x, idx):
     return h
 
 
+def einsum_with_dots(self, x, idx):
+    per_head = x.unflatten(-1, (4, 6))
+    mixed = torch.einsum("...hd,hde->...he", per_head, self.mix.weight.view(4, 6, 24))
+    return x + torch.einsum("...he,...hd", mixed, per_head).flatten(-2)[..., :C]
+
+
+def vector_products(self, x, idx):
+    gate = x @ self.mix.bias + torch.mv(self.mix.weight, self.mix.bias) @ self.mix.bias
+    return x * gate[..., None]
+
+
+def tensor_product(self, x, idx):
+    return torch.tensordot(x, self.mix.weight, dims=([2], [1])) + torch.tensordot(
+        self.mix.weight, self.mix.bias, 1
+    )
+
+
+def group_norm(self, x, idx):
+    B, T, _ = x.shape
+    return F.group_norm(x.reshape(B * T, C), 4).view(B, T, C)
+
+
+def similarity(self, x, idx):
+    return x * F.cosine_similarity(x, self.mix.bias[None, None], dim=-1)[..., None]
+
+
+def slopes(self, x, idx):
+    return F.prelu(x, self.mix.bias[:1]) + F.rrelu(x) + F.alpha_dropout(x, 0.1, self.training)
+
+
+def statistics(self, x, idx):
+    spread, mean = torch.std_mean(x, -1, keepdim=True)
+    low, high = torch.aminmax(x, dim=-1, keepdim=True)
+    return (x - mean) / spread + x.cummax(-1).values / (high - low)
+
+
 LOCAL = [
+    (einsum_with_dots, 0), (vector_products, 0), (tensor_product, 0), (group_norm, 0),
+    (similarity, 0), (slopes, 0),
+    (statistics, 0),
     (learned, 1), (learned_offset, 1), (learned_rows, 1), (expanded, 1), (counted, 1),
     (inv_freq_in_forward, 1), (unknown_op_on_constants, 0), (padded_features, 0),
     (buffer_rows, 1), (narrowed, 1), (on_the_fly, 1), (einsum_angles, 1), (like_zeros, 0),
@@ -293,6 +362,14 @@ def test_limit_of_a_learned_table_without_an_assertion():
     captured = capture(model)
     assert captured.limit is None
     assert longest_sequence(captured.graph, captured.length, captured.limit) == 62
+
+
+def test_limit_of_positions_that_are_repeated_for_every_sequence():
+    def repeated(self, x, idx):
+        return x + self.wpe(torch.arange(idx.shape[1]).expand(idx.shape) + 3)
+
+    captured = capture(type("Model", (Base,), {"between": repeated})())
+    assert longest_sequence(captured.graph, captured.length, captured.limit) == 61
 
 
 def test_length_as_a_number_is_refused():

@@ -94,13 +94,6 @@ class BigramIds(Decoder):
         return super().forward((ids + before) % VOCAB)
 
 
-class LossOnly(Decoder):
-    """Never returns logits."""
-
-    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
-        return loss_of(super().forward(ids), targets)
-
-
 class TimeFirst(Decoder):
     """``[T, B]`` in and ``[T, B, V]`` out."""
 
@@ -108,25 +101,7 @@ class TimeFirst(Decoder):
         return super().forward(ids.t()).transpose(0, 1)
 
 
-class Packed(Decoder):
-    """One sequence without a batch axis."""
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return super().forward(ids[None])[0]
-
-
-class RowByRow(Decoder):
-    """A loop over the batch."""
-
-    def forward(self, ids: Tensor) -> Tensor:
-        rows = [super(RowByRow, self).forward(ids[b : b + 1])[0] for b in range(ids.shape[0])]
-        return torch.stack(rows)
-
-
 # Not taken today, each with a reason and never with other numbers.
 REFUSED: dict[str, Callable[[], nn.Module]] = {
     "bigram ids": BigramIds,
-    "loss only": LossOnly,
-    "packed": Packed,
-    "row by row": RowByRow,
 }
