@@ -15,7 +15,7 @@ was, with a reason.
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -25,7 +25,7 @@ from fxport.capture.arguments import arguments
 from fxport.capture.location import module_of, user_location
 from fxport.errors import Reason, ReasonCode
 from fxport.ops.params import AttentionParams
-from fxport.passes.attention_bias import emit_dense, emit_row_scales, restore_nan
+from fxport.passes.attention_bias import emit_check, emit_dense, emit_row_scales, restore_nan
 from fxport.passes.attention_emit import Emitter
 from fxport.passes.attention_flex import (
     FlexCall,
@@ -73,10 +73,14 @@ class AttentionResult:
     decisions: tuple[Decision, ...]
 
 
-def rewrite_attention(gm: fx.GraphModule) -> AttentionResult:
+def rewrite_attention(gm: fx.GraphModule, *, check_scores: bool = False) -> AttentionResult:
     """Rewrites a graph of either door in place.
 
     The new call nodes carry their `AttentionSite` in ``meta["attention"]``.
+
+    Args:
+        check_scores: where a mask forbids only while scores stay above some number, check it
+            whenever the graph runs; otherwise the site says that it is assumed.
     """
     if not _starts(gm.graph) and not flex_calls(gm.graph):
         return AttentionResult((), ())
@@ -96,7 +100,7 @@ def rewrite_attention(gm: fx.GraphModule) -> AttentionResult:
                 if isinstance(start, Softmax)
                 else match_sdpa(facts, start)
             )
-            site, more = _rewrite(gm, facts, prover, match)
+            site, more = _rewrite(gm, facts, prover, match, check_scores)
         except Left as left:
             decisions.append(_left(node, left.reason(node)))
             if node in flex:
@@ -132,7 +136,7 @@ def _starts(graph: fx.Graph) -> list[Softmax | fx.Node]:
 
 
 def _rewrite(
-    gm: fx.GraphModule, facts: GraphFacts, prover: Prover, match: Match
+    gm: fx.GraphModule, facts: GraphFacts, prover: Prover, match: Match, check_scores: bool
 ) -> tuple[AttentionSite, list[Decision]]:
     _check_unwritten(facts, match)
     moves = [*match.q[1:], *match.k[1:], *match.v[1:]]
@@ -143,7 +147,7 @@ def _rewrite(
     traced = [s.node for trace in (match.q, match.k, match.v) for s in trace]
     emitter = Emitter(gm, match.output, [*traced, *match.interior])
     try:
-        call, replacement, site = _emit(emitter, match, frame, plan)
+        call, replacement, site = _emit(emitter, match, frame, plan, check_scores)
     except Left:
         emitter.undo()
         raise
@@ -182,7 +186,7 @@ def _check_unwritten(facts: GraphFacts, match: Match) -> None:
 
 
 def _emit(
-    emitter: Emitter, match: Match, frame: Frame, plan: MaskPlan
+    emitter: Emitter, match: Match, frame: Frame, plan: MaskPlan, check_scores: bool
 ) -> tuple[fx.Node, fx.Node, AttentionSite]:
     dtype = _compute_dtype(match)
     (q, fq), (k, fk), (v, fv) = (
@@ -209,11 +213,15 @@ def _emit(
     if dense.nan_rows:
         lse = emitter.call(operator.getitem, call, 1)
         out = restore_nan(emitter, out, lse, v, dense.nan_in_scores)
+    if check_scores and plan.above is not None:
+        lse = emitter.call(operator.getitem, call, 1)
+        emit_check(emitter, lse, plan.above, match.steps[-1].node)
     wanted = [tuple(f.axis for f in dim) for dim in match.out_dims]
     out = emitter.relayout(out, frame.out, wanted)
     if out.meta["val"].dtype != match.output.meta["val"].dtype:
         out = emitter.call(aten.to.dtype, out, match.output.meta["val"].dtype)
-    return call, out, _site(match, frame, plan, params, dense.bias is not None)
+    site = _site(match, frame, plan, params, dense.bias is not None)
+    return call, out, replace(site, checked=check_scores and plan.above is not None)
 
 
 def _compute_dtype(match: Match) -> torch.dtype:
@@ -290,6 +298,7 @@ def _site(
         sinks=match.sinks is not None,
         alibi=plan.slopes is not None,
         relied_on=tuple(sorted({*plan.relied_on, *match.relied_on})),
+        above=plan.above,
     )
 
 

@@ -21,12 +21,13 @@ import torch
 from torch import fx
 
 from fxport.capture.arguments import shape_of
+from fxport.capture.location import user_location
 from fxport.passes.attention_emit import Emitter
 from fxport.passes.attention_frame import Frame, recipe
 from fxport.passes.attention_masks import MaskPlan
 from fxport.passes.attention_site import MaskKind, MaskStep, RowScale
 
-__all__ = ["Dense", "emit_dense", "emit_row_scales", "restore_nan"]
+__all__ = ["Dense", "emit_check", "emit_dense", "emit_row_scales", "restore_nan"]
 
 aten = torch.ops.aten
 
@@ -140,6 +141,19 @@ def emit_row_scales(
     if q.meta["val"].dtype != dtype:
         q = emitter.call(aten.to.dtype, q, dtype)
     return q
+
+
+def emit_check(emitter: Emitter, lse: fx.Node, above: float, mask: fx.Node) -> None:
+    """Raises while it runs if a row's scores are so low that masked keys would get weight."""
+    low = emitter.call(aten.le.Scalar, lse, above)
+    some = emitter.call(aten.gt.Scalar, lse, _MINUS_INF)  # rows without a key are another matter
+    failed = emitter.call(aten.any.default, emitter.call(aten.logical_and.default, low, some))
+    passed = emitter.call(aten.logical_not.default, failed)
+    place = user_location(mask)
+    text = f"fxport: attention scores below {above:g} reach the number that they are masked with"
+    text += f" ({place})" if place else ""
+    hint = "; mask with minus infinity instead"
+    emitter.call(aten._assert_async.msg, passed, (text + hint).replace('"', "'"))
 
 
 def restore_nan(

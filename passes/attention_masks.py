@@ -16,7 +16,8 @@ from fxport.errors import ReasonCode
 from fxport.passes.attention_frame import Frame
 from fxport.passes.attention_site import Left, MaskKind, MaskStep, Match
 from fxport.passes.graph_facts import GraphFacts, Source
-from fxport.passes.masks import FULL, Band, Proof, Prover, is_forbidding
+from fxport.passes.mask_bands import FULL, Band
+from fxport.passes.masks import Proof, Prover, hard_limit, is_forbidding
 
 __all__ = ["MaskPlan", "plan_masks"]
 
@@ -33,6 +34,8 @@ class MaskPlan:
         relied_on: buffers that the proof read.
         exact_rows: rows without an allowed key need care (see `attention_bias`).
         adds: some mask, proven or not, is added to the scores rather than filled in.
+        above: some score of every row must be, for the finite number that masked scores become
+            to forbid them; None where it does in any case.
     """
 
     band: Band
@@ -43,6 +46,11 @@ class MaskPlan:
     relied_on: tuple[str, ...]
     exact_rows: bool
     adds: bool
+    above: float | None
+
+
+# exp(-100) is nothing beside 1, in float64 too, and for any number of keys.
+_MARGIN = 100.0
 
 
 def plan_masks(prover: Prover, facts: GraphFacts, match: Match, frame: Frame) -> MaskPlan:
@@ -67,6 +75,7 @@ def plan_masks(prover: Prover, facts: GraphFacts, match: Match, frame: Frame) ->
         band, slopes, dense = FULL, None, list(match.steps)
         unproven = "no flag says which keys are allowed"
     _check_dense(dense, proof)
+    above = _above(match, proof, open_)
     exact_rows = not match.zero_rows and (from_data or (proof.rest and not proof.known))
     if exact_rows and match.sinks is not None:
         raise Left(
@@ -89,7 +98,26 @@ def plan_masks(prover: Prover, facts: GraphFacts, match: Match, frame: Frame) ->
         relied_on=facts.buffers([s.tensor for s in used if s.tensor is not None]),
         exact_rows=exact_rows,
         adds=any(s.kind is MaskKind.ADD for s in match.steps),
+        above=above,
     )
+
+
+def _above(match: Match, proof: Proof, open_: list[MaskStep]) -> float | None:
+    """Masked scores may be higher than others of their row, unless those are above this."""
+    ceiling = proof.ceiling
+    for index, step in enumerate(match.steps):
+        if step.kind in (MaskKind.FILL, MaskKind.FLOOR):
+            ceiling = max(ceiling, step.number)
+        limit = hard_limit(step.node)
+        later = match.steps[index + 1 :]
+        if ceiling > limit and any(s.kind is MaskKind.ADD and s in open_ for s in later):
+            raise Left(
+                ReasonCode.ORDER_OF_OPS,
+                f"a bias is added to scores that are masked with {ceiling:g}",
+                step.node,
+                "fill with float('-inf'), or mask last",
+            )
+    return ceiling + _MARGIN if match.steps and ceiling > limit else None
 
 
 def _source(facts: GraphFacts, step: MaskStep) -> Source:

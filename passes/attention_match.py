@@ -84,6 +84,7 @@ def _match_path(facts: GraphFacts, softmax: Softmax, path: list[fx.Node]) -> Mat
     if softmax.quotient is not None:
         interior, output = (*interior, output), softmax.quotient
     _check_closed(interior, output)
+    _check_rounding(interior, output)
     key = forward.key_dim
     return Match(
         start=softmax.start,
@@ -386,6 +387,25 @@ def _check_closed(interior: tuple[fx.Node, ...], output: fx.Node) -> None:
                 else "the scores or weights are used besides this attention",
                 user if user.op != "output" else node,
                 "use the out-of-place operation" if written else "",
+            )
+
+
+def _check_rounding(interior: tuple[fx.Node, ...], output: fx.Node) -> None:
+    """The op keeps its operands' precision; the original may round more coarsely than it shows."""
+    visible = output.meta["val"].dtype.itemsize
+    for node in interior:
+        before, after = (
+            n.meta.get("val") if isinstance(n, fx.Node) else None for n in (*node.args[:1], node)
+        )
+        if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+            continue
+        narrowed = after.dtype.itemsize < min(before.dtype.itemsize, visible)
+        if narrowed and after.is_floating_point() and as_product(node) is None:
+            raise Left(
+                ReasonCode.UNSUPPORTED_FEATURE,
+                f"scores or weights are rounded from {before.dtype} to {after.dtype} in between",
+                node,
+                "the softmax in float32, or in the model's own dtype if that is wider",
             )
 
 

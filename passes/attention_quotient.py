@@ -96,6 +96,10 @@ def filled_with(node: fx.Node) -> float | None:
         return 1.0
     if packet in _FULL:
         return number(arguments(node)["fill_value"])
+    if packet is aten.mul:  # -9e15 * ones_like(scores)
+        of, factor = node.args[0], number(node.args[1])
+        each = filled_with(of) if isinstance(of, fx.Node) else None
+        return None if each is None or factor is None else each * factor
     return number(arguments(node)["s"]) if packet is aten.scalar_tensor else None
 
 

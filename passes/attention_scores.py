@@ -346,6 +346,8 @@ class Scores:
         if self.sinks is not None:
             self._needs_no_masks(node, "the mask")
         constant = self.constant(value)
+        if constant is None and isinstance(value, fx.Node):
+            constant = _as_stored(filled_with(value), value)
         if constant is None:
             raise Left(
                 ReasonCode.UNSUPPORTED_FEATURE,
@@ -370,6 +372,11 @@ class Scores:
         if constant is None:
             raise Left(ReasonCode.UNSUPPORTED_FEATURE, "the scores are clamped", node)
         self.steps.append(MaskStep(MaskKind.FLOOR, node, self.dims, None, constant))
+
+
+def _as_stored(value: float | None, node: fx.Node) -> float | None:
+    """The number as the tensor's dtype holds it."""
+    return None if value is None else float(torch.tensor(value, dtype=node.meta["val"].dtype))
 
 
 def _is_single(tensor: torch.Tensor) -> bool:

@@ -121,6 +121,9 @@ class AttentionSite:
         heads, kv_heads, head_dim, value_dim: geometry.
         sinks, alibi: whether the call has them.
         relied_on: qualified names of the buffers that the proof read.
+        above: what every row's scores must reach, because masked ones become a finite number
+            that is not far below; None where nothing is assumed.
+        checked: whether the graph checks that.
     """
 
     module: str
@@ -135,6 +138,8 @@ class AttentionSite:
     sinks: bool = False
     alibi: bool = False
     relied_on: tuple[str, ...] = field(default=())
+    above: float | None = None
+    checked: bool = False
 
     def __str__(self) -> str:
         words = [self.mask, f"{self.heads} heads"]
@@ -148,4 +153,7 @@ class AttentionSite:
         words += [w for w, on in (("sinks", self.sinks), ("ALiBi", self.alibi)) if on]
         if self.params.dropout_p:
             words.append(f"dropout {self.params.dropout_p:g}")
+        if self.above is not None:
+            known = "checked" if self.checked else "assumed"
+            words.append(f"scores {known} to be above {self.above:g}")
         return "fxport::attention " + ", ".join(words)

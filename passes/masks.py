@@ -5,17 +5,21 @@
     where((i - j >= 0) & (i - j < 128), s, finfo.min)        ->  causal, window_left = 127
     s + slopes * (j - i), masked_fill(..., -inf)             ->  causal, ALiBi slopes
 
-Several masks on one attention count by their joint effect. A finite number forbids a key if it is
-at most `FORBIDDEN`: next to any score s that is allowed, ``exp(FORBIDDEN - s)`` is 0 in float32
-and float64 as long as scores differ by less than 9000 within a row. Finite numbers above it do
-not forbid: they are a bias.
+Several masks on one attention count by their joint effect. Which finite numbers forbid a key:
+
+    up to `HARD`          as -inf does: float32 has no fractions left there, and scores that differ
+                          by so much within a row are rounding errors
+    up to `FORBIDDEN`     added: a bias like any other, since scores may differ by as much
+                          filled in: as long as every row has a score well above it, which its
+                          logsumexp tells when it runs (`Proof.ceiling`)
+    above                 never
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -28,50 +32,17 @@ from fxport.passes.attention_frame import Frame, Recipe, recipe
 from fxport.passes.attention_layout import Size, product
 from fxport.passes.attention_site import Left, MaskKind, MaskStep
 from fxport.passes.graph_facts import GraphFacts, reachable
+from fxport.passes.mask_bands import FULL, Band, band_of
 from fxport.passes.mask_keys import Keys
 from fxport.passes.mask_scope import scope_of
 from fxport.passes.mask_slopes import same_slopes, slopes_of
 from fxport.passes.mask_values import constant_value
 
-__all__ = ["FORBIDDEN", "FULL", "Band", "Proof", "Prover", "band_of", "is_forbidding"]
+__all__ = ["Proof", "Prover", "hard_limit", "is_forbidding", "joint_effect"]
 
 FORBIDDEN = -1e4
-HARD = -1e8
+HARD = -(2.0**24)
 MAX_ENTRIES = 2**27  # of a mask that is computed: 11,585 tokens square, 1 GiB as int64
-
-
-@dataclass(frozen=True)
-class Band:
-    """Row i sees column j iff ``lower <= j - i <= upper``; None: without limit.
-
-    `from_end`: `upper` and `lower` count from ``Tk - Tq`` (the last row sees the last column).
-    """
-
-    lower: int | None
-    upper: int | None
-    from_end: bool = False
-
-    def matrix(self, rows: int, columns: int) -> Tensor:
-        """The mask itself, bool ``[rows, columns]``."""
-        offset = columns - rows if self.from_end else 0
-        distance = torch.arange(columns) - torch.arange(rows)[:, None] - offset
-        allowed = torch.ones(rows, columns, dtype=torch.bool)
-        if self.lower is not None:
-            allowed &= distance >= self.lower
-        if self.upper is not None:
-            allowed &= distance <= self.upper
-        return allowed
-
-    def __str__(self) -> str:
-        if self.upper == 0:
-            words = "causal" if not self.from_end else "causal from the end"
-            return words if self.lower is None else f"{words}, window {1 - self.lower}"
-        if self.upper is None and self.lower is None:
-            return "full"
-        return f"window from {self.lower} to {self.upper}"
-
-
-FULL = Band(None, None)
 
 
 @dataclass(frozen=True)
@@ -86,6 +57,7 @@ class Proof:
         known: whether the values could be looked at.
         finite: some key is forbidden by a finite number rather than by -inf.
         lowered: and by adding it, not by filling.
+        ceiling: the highest number that a forbidden score is set to.
     """
 
     band: Band | None
@@ -95,11 +67,17 @@ class Proof:
     known: bool = True
     finite: bool = False
     lowered: bool = False
+    ceiling: float = -math.inf
 
 
 def is_forbidding(value: float) -> bool:
-    """Whether a score set to (or lowered by) this number gets weight 0."""
+    """Whether a score set to this number gets weight 0, scores being what they usually are."""
     return value <= FORBIDDEN
+
+
+def hard_limit(scores: fx.Node) -> float:
+    """A score that is set to this number, or lowered by it, gets weight 0."""
+    return max(HARD, torch.finfo(scores.meta["val"].dtype).min / 2)
 
 
 class Prover:
@@ -253,36 +231,41 @@ class Effect:
     Attributes:
         allowed: bool ``[b, h, Tq, Tk]``, b and h may be 1.
         bias: what is added to allowed scores, broadcastable likewise; None: nothing.
-        hard: like `allowed`, but biases down to `HARD` forbid nothing: far keys under ALiBi.
-        raw: the sum of those biases, wherever they are.
-        finite, lowered: see `Proof`.
+        raw: the same, with what is added to forbidden ones.
+        finite, lowered, ceiling: see `Proof`.
         rounding: unit roundoff of what is added, 0 where it is float32's or finer.
     """
 
     allowed: Tensor
     bias: Tensor | None
-    hard: Tensor
     raw: Tensor | None
     finite: bool
     lowered: bool
+    ceiling: float
     rounding: float
 
     def proof(self) -> Proof:
-        slopes = None if self.raw is None else slopes_of(self.raw, self.hard, self.rounding)
-        if slopes is not None:
-            band = band_of(_only(self.hard))
-            if band is not None:
-                return Proof(band, slopes, finite=self.finite, lowered=self.lowered)
-        allowed = _only(self.allowed)
-        band = None if allowed is None else band_of(allowed)
+        found = Proof(None, None, False, "", True, self.finite, self.lowered, self.ceiling)
+        slopes = None if self.raw is None else slopes_of(self.raw, self.allowed, self.rounding)
+        band = band_of(_only(self.allowed))
+        if slopes is not None and band is not None:
+            return replace(found, band=band, slopes=slopes)
         if self.bias is not None:
-            return Proof(
-                None, rest=True, why="it adds a bias", finite=self.finite, lowered=self.lowered
-            )
+            return replace(found, rest=True, why=self._added())
         if band is None:
             why = "the allowed keys are no band around the diagonal"
-            return Proof(None, rest=True, why=why, finite=self.finite, lowered=self.lowered)
-        return Proof(band, finite=self.finite, lowered=self.lowered)
+            return replace(found, rest=True, why=why)
+        return replace(found, band=band)
+
+    def _added(self) -> str:
+        assert self.bias is not None
+        lowest = float(self.bias.masked_fill(~self.allowed, 0.0).min())
+        if is_forbidding(lowest):
+            return (
+                f"it adds {lowest:g}, which forbids nothing where scores differ by as much"
+                f" (-inf does, and {HARD:g} or less)"
+            )
+        return "it adds a bias"
 
     def agrees(self, proof: Proof) -> bool:
         """Whether a proof made at another length says the truth here."""
@@ -293,9 +276,9 @@ class Effect:
         if proof.slopes is None:
             return self.bias is None and bool((self.allowed == expected).all())
         same = self.raw is not None and same_slopes(
-            proof.slopes, self.raw, self.hard, self.rounding
+            proof.slopes, self.raw, self.allowed, self.rounding
         )
-        return same and bool((self.hard == expected).all())
+        return same and bool((self.allowed == expected).all())
 
 
 def joint_effect(
@@ -310,20 +293,20 @@ def joint_effect(
     zeroed = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
     bias: Tensor | None = None
     finite = lowered = False
-    rounding = 0.0
+    rounding, ceiling = 0.0, -math.inf
     for step, value in zip(steps, values, strict=True):
         if step.kind is MaskKind.CAUSAL:
             allowed = allowed & Band(None, 0).matrix(rows, columns)
         elif step.kind is MaskKind.FLOOR:
             if not is_forbidding(step.number):
                 return None
-            finite = True
+            finite, ceiling = True, max(ceiling, step.number)
         elif step.kind is MaskKind.FILL:
             assert value is not None
             mask = ~value.bool() if step.inverted else value.bool()
             if not is_forbidding(step.number):
                 return None
-            finite = finite or step.number != float("-inf")
+            finite, ceiling = finite or step.number != -math.inf, max(ceiling, step.number)
             allowed = allowed & ~mask
         elif step.kind is MaskKind.KEEP:
             assert value is not None
@@ -344,18 +327,21 @@ def joint_effect(
             added = value.double() * step.number
             if bool(added.isnan().any()) or bool((added > -FORBIDDEN / 2).any()):
                 return None  # a forbidden score might come back by it
+            limit = hard_limit(step.node)
             lowered = lowered or bool(((added <= FORBIDDEN) & added.isfinite()).any())
-            allowed = allowed & (added > HARD)
-            bias = _sum(bias, added.masked_fill(added <= HARD, 0.0))
+            allowed = allowed & (added > limit)
+            ceiling += max(float(added.max()), 0.0)
+            bias = _sum(bias, added.masked_fill(added <= limit, 0.0))
             rounding = max(rounding, _rounding(step))
-    hard = allowed
-    if bias is not None:
-        allowed = allowed & (bias > FORBIDDEN)
+    if bias is not None and bool(zeroed.any()):  # 0 + bias is the bias, filled in
+        filled = zeroed & allowed & (bias <= FORBIDDEN)
+        ceiling = max(ceiling, float(bias.masked_fill(~filled, -math.inf).max()))
+        allowed, bias = allowed & ~filled, bias.masked_fill(filled, 0.0)
     if bool((zeroed & allowed).any()):
         return None
     nothing = bias is None or not bool(((bias != 0) & allowed).any())
     return Effect(
-        allowed, None if nothing else bias, hard, bias, finite or lowered, lowered, rounding
+        allowed, None if nothing else bias, bias, finite or lowered, lowered, ceiling, rounding
     )
 
 
@@ -374,34 +360,3 @@ def _only(allowed: Tensor) -> Tensor | None:
     """The ``[Tq, Tk]`` mask that all batch entries and heads share; None if they differ."""
     flat = allowed.reshape(-1, *allowed.shape[-2:])
     return flat[0] if len(flat) == 1 or bool((flat == flat[:1]).all()) else None
-
-
-def band_of(allowed: Tensor | None) -> Band | None:
-    """The band that a bool ``[Tq, Tk]`` mask is, or None."""
-    if allowed is None or not bool(allowed.any()):
-        return None
-    rows, columns = allowed.shape
-    # The last row shows the lower edge, the first row the upper one.
-    seen = [(i, allowed[i].nonzero().flatten()) for i in range(0, rows, max(rows - 1, 1))]
-    low = min((int(c[0]) - i for i, c in seen if len(c)), default=0)
-    high = max((int(c[-1]) - i for i, c in seen if len(c)), default=0)
-    lower = None if low <= 1 - rows else low
-    upper = None if high >= columns - 1 else high
-    for band in _readings(lower, upper, rows, columns):
-        if bool((band.matrix(rows, columns) == allowed).all()):
-            return band
-    return None
-
-
-def _readings(lower: int | None, upper: int | None, rows: int, columns: int) -> list[Band]:
-    readings = [Band(lower, upper)]
-    if rows != columns:
-        offset = columns - rows
-        readings.append(
-            Band(
-                None if lower is None else lower - offset,
-                None if upper is None else upper - offset,
-                from_end=True,
-            )
-        )
-    return sorted(readings, key=lambda b: b.upper != 0)  # causal, if one of them is

@@ -40,7 +40,7 @@ def training_pipeline(gm: fx.GraphModule) -> PipelineResult:
         with recorder.stage("known values"):
             fold_known_values(graph)
         with recorder.stage("attention") as stage:
-            attention = rewrite_attention(graph)
+            attention = rewrite_attention(graph, check_scores=True)
             stage.note(attention.decisions)
         stages.extend(recorder.stages)
         sites.extend(attention.sites)

@@ -13,7 +13,7 @@ from spellings_base import finish, heads_first
 from torch import Tensor, nn
 
 from fxport.passes import masks
-from fxport.passes.masks import Band, band_of
+from fxport.passes.mask_bands import Band, band_of
 from fxport.report import Outcome
 
 

@@ -1,0 +1,75 @@
+"""Bands around the diagonal: the masks that flags of the op express."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["FULL", "Band", "band_of"]
+
+
+@dataclass(frozen=True)
+class Band:
+    """Row i sees column j iff ``lower <= j - i <= upper``; None: without limit.
+
+    `from_end`: `upper` and `lower` count from ``Tk - Tq`` (the last row sees the last column).
+    """
+
+    lower: int | None
+    upper: int | None
+    from_end: bool = False
+
+    def matrix(self, rows: int, columns: int) -> Tensor:
+        """The mask itself, bool ``[rows, columns]``."""
+        offset = columns - rows if self.from_end else 0
+        distance = torch.arange(columns) - torch.arange(rows)[:, None] - offset
+        allowed = torch.ones(rows, columns, dtype=torch.bool)
+        if self.lower is not None:
+            allowed &= distance >= self.lower
+        if self.upper is not None:
+            allowed &= distance <= self.upper
+        return allowed
+
+    def __str__(self) -> str:
+        if self.upper == 0:
+            words = "causal" if not self.from_end else "causal from the end"
+            return words if self.lower is None else f"{words}, window {1 - self.lower}"
+        if self.upper is None and self.lower is None:
+            return "full"
+        return f"window from {self.lower} to {self.upper}"
+
+
+FULL = Band(None, None)
+
+
+def band_of(allowed: Tensor | None) -> Band | None:
+    """The band that a bool ``[Tq, Tk]`` mask is, or None."""
+    if allowed is None or not bool(allowed.any()):
+        return None
+    rows, columns = allowed.shape
+    # The last row shows the lower edge, the first row the upper one.
+    seen = [(i, allowed[i].nonzero().flatten()) for i in range(0, rows, max(rows - 1, 1))]
+    low = min((int(c[0]) - i for i, c in seen if len(c)), default=0)
+    high = max((int(c[-1]) - i for i, c in seen if len(c)), default=0)
+    lower = None if low <= 1 - rows else low
+    upper = None if high >= columns - 1 else high
+    for band in _readings(lower, upper, rows, columns):
+        if bool((band.matrix(rows, columns) == allowed).all()):
+            return band
+    return None
+
+
+def _readings(lower: int | None, upper: int | None, rows: int, columns: int) -> list[Band]:
+    readings = [Band(lower, upper)]
+    if rows != columns:
+        offset = columns - rows
+        readings.append(
+            Band(
+                None if lower is None else lower - offset,
+                None if upper is None else upper - offset,
+                from_end=True,
+            )
+        )
+    return sorted(readings, key=lambda b: b.upper != 0)  # causal, if one of them is

@@ -1,0 +1,163 @@
+"""Masks with a finite number, where scores come near it; and scores that are rounded on the way."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+import pytest
+import torch
+from attention_graphs import Rewritten, Site, compare, trace_directly, trace_training
+from spellings_base import causal_bool, finish, heads_first
+from torch import Tensor
+
+from fxport.passes.attention import rewrite_attention
+
+HARD = -(2.0**24)
+
+
+def example(scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(3, 2, 9, 4, 6, generator=generator, dtype=torch.float64) * scale
+
+
+def added(s: Tensor, low: float) -> Tensor:
+    return s + torch.zeros(s.shape[-2:], dtype=s.dtype).masked_fill(~causal_bool(s.size(-1)), low)
+
+
+def filled(s: Tensor, low: float) -> Tensor:
+    return s.masked_fill(~causal_bool(s.size(-1)), low)
+
+
+def chosen(s: Tensor, low: float) -> Tensor:
+    return torch.where(causal_bool(s.size(-1)), s, torch.full_like(s[..., :1, :1], low))
+
+
+def replaced(s: Tensor, low: float) -> Tensor:
+    """As in the first GPT."""
+    b = causal_bool(s.size(-1)).to(s.dtype)
+    return s * b + low * (1 - b)
+
+
+def floored(s: Tensor, low: float) -> Tensor:
+    return s.masked_fill(~causal_bool(s.size(-1)), float("-inf")).clamp(min=low)
+
+
+def attention(masked: Callable[[Tensor, float], Tensor], low: float) -> Site:
+    def function(qkv: Tensor) -> Tensor:
+        q, k, v = heads_first(qkv)
+        return finish(masked(q @ k.mT, low).softmax(-1), v)
+
+    return Site(function)
+
+
+def rewritten(module: Site, data: Tensor, check: bool = True) -> Rewritten:
+    graph = trace_directly(module, [data])
+    result = rewrite_attention(graph, check_scores=check)
+    graph.graph.lint()
+    graph.recompile()
+    return Rewritten(graph, result)
+
+
+def detail(found: Rewritten) -> str:
+    return found.result.decisions[0].detail
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+@pytest.mark.parametrize("low", [-1e4, -1e6])
+def test_a_finite_number_that_is_added_stays_a_bias(low: float, scale: float) -> None:
+    """At scale 100 the scores differ by 1e5: masked keys have all the weight of some rows."""
+    module, data = attention(added, low), example(scale)
+    found = rewritten(module, data)
+    assert found.count == 1 and "dense constant bias" in detail(found)
+    compare(module, found.graph, [data])
+    reason = found.result.decisions[1].reason
+    assert reason is not None and f"it adds {low:g}" in reason.message
+
+
+@pytest.mark.parametrize("masked", [added, filled, chosen, replaced, floored])
+@pytest.mark.parametrize("low", [HARD, -1e9, torch.finfo(torch.float32).min])
+def test_a_number_beyond_fractions_is_a_flag(
+    masked: Callable[[Tensor, float], Tensor], low: float
+) -> None:
+    module, data = attention(masked, low), example(100.0)
+    found = rewritten(module, data)
+    assert detail(found).startswith("fxport::attention causal")
+    assert "dense" not in detail(found) and "scores" not in detail(found)
+    compare(module, found.graph, [data])
+
+
+FILLS = [filled, chosen, replaced, floored]
+
+
+@pytest.mark.parametrize("masked", FILLS)
+def test_a_fill_that_scores_may_reach_is_checked(
+    masked: Callable[[Tensor, float], Tensor],
+) -> None:
+    module, data = attention(masked, -1e4), example()
+    found = rewritten(module, data)
+    assert "causal" in detail(found) and "scores checked to be above -9900" in detail(found)
+    compare(module, found.graph, [data])
+    with pytest.raises(RuntimeError, match=r"scores below -9900 .*; mask with minus infinity"):
+        found.graph(example(300.0))
+
+
+def test_the_check_names_the_mask() -> None:
+    graph = trace_training(attention(filled, -1e4), [example()])
+    rewrite_attention(graph, check_scores=True)
+    (check,) = graph.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_async.msg)
+    line = inspect.getsourcelines(filled)[1] + 1
+    assert f"test_low_masks.py:{line})" in check.args[1]
+
+
+def test_nan_is_no_low_score() -> None:
+    module, data = attention(filled, -1e4), example()
+    found = rewritten(module, data)
+    data[0, 0, 3] = torch.nan
+    torch.testing.assert_close(found.graph(data), module(data), equal_nan=True)
+
+
+def test_without_a_check_it_is_said() -> None:
+    found = rewritten(attention(filled, -1e4), example(), check=False)
+    assert "scores assumed to be above -9900" in detail(found)
+    assert not [n for n in found.graph.graph.nodes if "assert" in str(n.target)]
+
+
+def test_a_bias_from_the_data_after_such_a_fill() -> None:
+    def function(qkv: Tensor, bias: Tensor) -> Tensor:
+        q, k, v = heads_first(qkv)
+        return finish((filled(q @ k.mT, -1e4) + bias).softmax(-1), v)
+
+    module, data = Site(function), [example(), torch.full((9,), 3.0, dtype=torch.float64)]
+    graph = trace_directly(module, data)
+    found = Rewritten(graph, rewrite_attention(graph, check_scores=True))
+    assert found.left() == ["order-of-operations"]
+
+
+def test_half_precision_ends_earlier() -> None:
+    """float16 has no lower number than -65504: there it forbids, in float32 scores it does not."""
+    low = torch.finfo(torch.float16).min
+    data = example()
+    for dtype, words in ((torch.float16, "causal"), (torch.float32, "dense constant bias")):
+        found = rewritten(attention(added, low), data.to(dtype))
+        assert words in detail(found)
+        assert ("dense" in detail(found)) == ("dense" in words)
+
+
+@pytest.mark.parametrize(
+    "rounded",
+    [
+        lambda s: s.softmax(-1, dtype=torch.float32).to(s.dtype),
+        lambda s: s.float().softmax(-1).type_as(s),
+        lambda s: s.softmax(-1).float().to(s.dtype),
+    ],
+)
+def test_rounding_that_the_result_shows(rounded: Callable[[Tensor], Tensor]) -> None:
+    def function(qkv: Tensor) -> Tensor:
+        q, k, v = heads_first(qkv)
+        return finish(rounded(q @ k.mT), v)
+
+    wide = rewritten(Site(function), example())
+    assert wide.count == 0 and wide.left() == ["unsupported-feature"]
+    compare(Site(function), wide.graph, [example()])
+    assert rewritten(Site(function), example().float()).count == 1
