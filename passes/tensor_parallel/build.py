@@ -28,6 +28,7 @@ from fxport.passes.tensor_parallel.factors import label, unit_shape
 from fxport.passes.tensor_parallel.products import multiply_activations_first
 from fxport.passes.tensor_parallel.records import plan_of
 from fxport.passes.tensor_parallel.solver import solve
+from fxport.passes.tensor_parallel.spellings import one_spelling
 from fxport.passes.tensor_parallel.vocabulary import divides
 from fxport.report import Outcome
 
@@ -72,6 +73,7 @@ def prepare(model: nn.Module, *, own_modes: bool = False) -> Prepared:
     look_up_first(gm, tokens)
     head = find_head(gm, captured.length)
     result = rewrite_attention(gm)
+    one_spelling(gm)
     multiply_activations_first(gm)
     left = tuple(
         Replicated(d.module or d.subject, f"attention left as it is: {d.reason.message}")

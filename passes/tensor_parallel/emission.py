@@ -244,10 +244,17 @@ class Emission:
                 self._learned.add(node)
                 if value.op == "placeholder":
                     self._whole(value)
-            sized = KINDS.get(node.target) is not Kind.CAST
-            if sized and value in self.local and any(self.box(value)):
+            if value in self.local and self._reads_size(node, value):
                 raise Undividable(node, "a size of a divided value", [self.labels.atoms[value]])
         self.env[node] = self.graph.node_copy(node, self.env.__getitem__)
+
+    def _reads_size(self, node: fx.Node, value: fx.Node) -> bool:
+        """Whether the op asks for a size that is another on a part of the value."""
+        if KINDS.get(node.target) is Kind.CAST:
+            return False
+        if node.target is aten.sym_size.int:
+            return self.divided(value, arguments(node)["dim"])
+        return any(self.box(value))
 
     def _whole(self, parameter: fx.Node) -> None:
         """A use that needs all of a parameter."""

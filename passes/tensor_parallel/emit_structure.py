@@ -42,6 +42,9 @@ def _shape(box: Box, full: tuple[int, ...]) -> tuple[int, ...]:
 
 def emit_structure(e: Emission, node: fx.Node) -> None:
     """The same op with this rank's sizes; checked on the labels, position by position."""
+    if node in e.labels.spread:
+        _copies(e, node)
+        return
     atoms = e.labels.atoms[node]
     target, args = node.target, arguments(node)
     inputs = [i for i in node.all_input_nodes if i in e.labels.atoms]
@@ -79,6 +82,21 @@ def emit_structure(e: Emission, node: fx.Node) -> None:
                           [e.labels.atoms[i] for i in inputs])  # fmt: skip
     new = {k: fx.map_arg(v, lambda n: _operand(e, n)) for k, v in args.items()}
     e.env[node] = e.call(target, **new)
+    e.local.add(node)
+
+
+def _copies(e: Emission, node: fx.Node) -> None:
+    """As many copies as this rank has heads."""
+    source = arguments(node)["self"]
+    atoms = e.labels.atoms[node]
+    if source in e.local:
+        raise Undividable(node, "a divided vector for all heads", [e.labels.atoms[source], atoms])
+    before, here = e.labels.atoms[source].shape, select(atoms, e.box(node)).shape
+    if here[-1] != before[-1]:
+        raise Undividable(node, "the vector's own positions are divided", [atoms])
+    full = atoms.shape
+    sizes = [-1 if n == m else k for n, m, k in zip(before, full, here, strict=True)]
+    e.env[node] = e.call(aten.expand.default, e.entering(source), sizes)
     e.local.add(node)
 
 

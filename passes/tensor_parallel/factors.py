@@ -25,6 +25,7 @@ from fxport.capture.inputs import InputKind, graph_input
 from fxport.passes.tensor_parallel.classes import Classes
 from fxport.passes.tensor_parallel.contraction import contraction
 from fxport.passes.tensor_parallel.ops import KINDS, Kind
+from fxport.passes.tensor_parallel.spread import REPEATING, spreads
 
 __all__ = ["Attention", "Labels", "Linear", "label", "unit_shape", "unit_value"]
 
@@ -76,6 +77,8 @@ class Labels:
     reductions: list[tuple[fx.Node, Tensor, Tensor]] = field(default_factory=list)
     """(node, atoms reduced ``[groups, n]``, atoms of the results ``[groups]``)."""
     equal_heads: bool = False
+    spread: set[fx.Node] = field(default_factory=set)
+    """Copies of one vector for all heads, with labels of their own."""
 
 
 def unit_value(value: Any) -> Any:
@@ -145,7 +148,7 @@ def _label_call(labels: Labels, node: fx.Node, world_size: int) -> None:
     if not isinstance(node.meta["val"], (Tensor, tuple, list)):
         return
     kind = KINDS.get(node.target)
-    if kind is Kind.STRUCTURE and _structure(labels, node):
+    if kind is Kind.STRUCTURE and (_spread(labels, node) or _structure(labels, node)):
         return
     if kind is Kind.POINTWISE:
         _pointwise(labels, node)
@@ -199,6 +202,16 @@ def _unknown(labels: Labels, node: fx.Node) -> None:
         parts.append(labels.classes.fresh(shape))
     labels.atoms[node] = tuple(parts)
     _force(labels, node, labels.atoms[node], why)
+
+
+def _spread(labels: Labels, node: fx.Node) -> bool:
+    atoms = labels.atoms.get(arguments(node)["self"]) if node.target in REPEATING else None
+    if not isinstance(atoms, Tensor) or not spreads(node, atoms, unit_shape(node)):
+        return False
+    _force(labels, node, atoms, "every head has a copy")
+    labels.atoms[node] = labels.classes.fresh(unit_shape(node))
+    labels.spread.add(node)
+    return True
 
 
 def _structure(labels: Labels, node: fx.Node) -> bool:

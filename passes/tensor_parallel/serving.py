@@ -35,6 +35,7 @@ from fxport.passes.tensor_parallel.factors import Labels, label, unit_shape
 from fxport.passes.tensor_parallel.products import multiply_activations_first
 from fxport.passes.tensor_parallel.records import plan_of
 from fxport.passes.tensor_parallel.solver import solve
+from fxport.passes.tensor_parallel.spellings import one_spelling
 from fxport.passes.tensor_parallel.vocabulary import divides
 from fxport.serving import AttentionLayer, Part, ServingGraph
 
@@ -196,6 +197,7 @@ def _with_values(serving: ServingGraph, part: Part, device: torch.device) -> fx.
     for node in list(graph.nodes):
         _fold_number(graph, node)
     gm = fx.GraphModule(nn.Module(), graph)
+    one_spelling(gm)
     multiply_activations_first(gm)
     return gm
 
