@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from fxport.ops import dispatch
-from fxport.ops.facts import Facts, Needs
+from fxport.ops.facts import Needs
 from fxport.ops.layout import empty_heads
+from fxport.ops.opaque import Below, differentiate, opaque_op
 from fxport.ops.params import AttentionParams
+from fxport.ops.plans import plan
 from fxport.ops.validate import check_arguments, check_segments, check_transforms
 
 __all__ = ["attention"]
@@ -101,7 +103,7 @@ def _numbers(params: AttentionParams) -> tuple[float, bool, int, int, float, flo
 # -- forward -----------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("fxport::attention", mutates_args=(), schema=_FORWARD_SCHEMA)
+@opaque_op("fxport::attention", _FORWARD_SCHEMA)
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -113,18 +115,16 @@ def _attention(
     seed: Tensor | None,
     *numbers: Any,
 ) -> tuple[Tensor, Tensor]:
-    params = AttentionParams(*numbers)
     check_transforms()
-    check_arguments(q, k, v, bias, sinks, alibi_slopes, cu_seqlens, seed, params)
+    tensors = (q, k, v, bias, sinks, alibi_slopes, cu_seqlens, seed)
+    params, chosen = plan(tensors, numbers)
     if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
         check_segments(cu_seqlens, q.shape[2])
-    facts = Facts.of(q, k, v, bias, sinks, alibi_slopes, cu_seqlens, params)
-    chosen = dispatch.choose(facts)
     dispatch.calls[f"{chosen.name}.forward"] += 1
-    return chosen.forward(q, k, v, bias, sinks, alibi_slopes, cu_seqlens, seed, params)
+    return chosen.forward(*tensors, params)
 
 
-@_attention.register_fake
+@torch.library.register_fake("fxport::attention")
 def _attention_fake(
     q: Tensor,
     k: Tensor,
@@ -148,7 +148,7 @@ def _attention_fake(
 # -- backward ----------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("fxport::attention_backward", mutates_args=(), schema=_BACKWARD_SCHEMA)
+@opaque_op("fxport::attention_backward", _BACKWARD_SCHEMA)
 def _attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -165,32 +165,15 @@ def _attention_backward(
     *numbers_and_needs: Any,
 ) -> tuple[Tensor, ...]:
     *numbers, wanted = numbers_and_needs
-    params, needs = AttentionParams(*numbers), tuple(wanted)
-    facts = Facts.of(
-        q, k, v, bias, sinks, alibi_slopes, cu_seqlens, params, needs, grad_lse is not None
-    )
-    chosen = dispatch.choose(facts)
+    needs: Needs = tuple(wanted)
+    others = (bias, sinks, alibi_slopes, cu_seqlens, seed)
+    params, chosen = plan((q, k, v, *others), tuple(numbers), needs, grad_lse is not None)
     dispatch.calls[f"{chosen.name}.backward"] += 1
-    grads = chosen.backward(
-        grad_out,
-        grad_lse,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        bias,
-        sinks,
-        alibi_slopes,
-        cu_seqlens,
-        seed,
-        params,
-        needs,
-    )
+    grads = chosen.backward(grad_out, grad_lse, q, k, v, out, lse, *others, params, needs)
     return tuple(q.new_empty(0) if grad is None else grad for grad in grads)
 
 
-@_attention_backward.register_fake
+@torch.library.register_fake("fxport::attention_backward")
 def _attention_backward_fake(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -222,40 +205,47 @@ def _attention_backward_fake(
 # -- autograd, autocast, vmap --------------------------------------------------------------------
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    tensors, ctx.numbers = inputs[:8], inputs[8:]
-    ctx.save_for_backward(*tensors, *output)
-    ctx.set_materialize_grads(False)  # an unused lse gives no gradient instead of zeros
+class _Attention(torch.autograd.Function):
+    """Forward saves what was given and computed, backward is one call of the other op."""
+
+    @staticmethod
+    def forward(ctx: Any, below: Below, *arguments: Any) -> tuple[Tensor, Tensor]:
+        out, lse = below(*arguments)
+        ctx.numbers = arguments[8:]
+        ctx.save_for_backward(*arguments[:8], out, lse)
+        ctx.set_materialize_grads(False)  # an unused lse gives no gradient instead of zeros
+        return out, lse
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        q, k, v, *others, out, lse = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[1:7])
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        grads = torch.ops.fxport.attention_backward.default(
+            grad_out, grad_lse, q, k, v, out, lse, *others, *ctx.numbers, needs
+        )
+        wanted = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+        return (None, *wanted, *([None] * (2 + len(ctx.numbers))))
 
 
-def _differentiate(
-    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    q, k, v, bias, sinks, alibi_slopes, cu_seqlens, seed, out, lse = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:6])
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    grads = torch.ops.fxport.attention_backward(
-        grad_out,
-        grad_lse,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        bias,
-        sinks,
-        alibi_slopes,
-        cu_seqlens,
-        seed,
-        *ctx.numbers,
-        needs,
-    )
-    wanted = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-    return (*wanted, *([None] * (2 + len(ctx.numbers))))
+class _AttentionBackward(torch.autograd.Function):
+    """Second derivatives are refused."""
+
+    @staticmethod
+    def forward(ctx: Any, below: Below, *arguments: Any) -> tuple[Tensor, ...]:
+        grads: tuple[Tensor, ...] = below(*arguments)
+        return grads
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError("fxport::attention_backward has no autograd formula of its own")
 
 
-_attention.register_autograd(_differentiate, setup_context=_save)
+differentiate("fxport::attention", _Attention)
+differentiate("fxport::attention_backward", _AttentionBackward)
 
 
 def _register_autocast(device_type: str, key: str) -> None:
@@ -286,5 +276,5 @@ def _refuse_vmap(*_: Any) -> Any:
     )
 
 
-_attention.register_vmap(_refuse_vmap)
-_attention_backward.register_vmap(_refuse_vmap)
+torch.library.register_vmap("fxport::attention", _refuse_vmap)
+torch.library.register_vmap("fxport::attention_backward", _refuse_vmap)

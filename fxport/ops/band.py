@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from fxport.ops.params import AttentionParams
 
@@ -33,6 +34,7 @@ class Band:
         )
 
 
+@lru_cache(maxsize=1024)
 def band_of(params: AttentionParams, rows: int, columns: int) -> Band:
     """The band of a call with Tq = rows and Tk = columns.
 

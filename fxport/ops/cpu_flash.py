@@ -130,8 +130,9 @@ def _gradients(
     """The kernel's gradients of q, k and v, the last two per query head."""
     k, v = _per_query_head(k, q), _per_query_head(v, q)
     grad_out, q, k, v, out = (_with_dense_rows(x) for x in (grad_out, q, k, v, out))
-    lse = lse.masked_fill(lse == -torch.inf, 0)  # exp(-inf - 0) is 0, exp(-inf + inf) is not
     mask, causal = _key_mask(bias, q), _is_causal(q, k, params)
+    if mask is not None:  # a row may see nothing, and exp(-inf - 0) is 0, exp(-inf + inf) is not
+        lse = lse.masked_fill(lse == -torch.inf, 0)
     if cu_seqlens is None:
         grads: tuple[Tensor, Tensor, Tensor] = _flash_backward(
             grad_out, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=params.scale

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -10,10 +11,25 @@ from torch import Tensor
 from fxport.ops.band import Band, band_of
 from fxport.ops.params import AttentionParams
 
-__all__ = ["Facts", "Needs"]
+__all__ = ["Described", "Facts", "Needs", "Operand"]
 
 Needs = tuple[bool, ...]
 """Which of q, k, v, bias, sinks, alibi_slopes want a gradient, in this order."""
+
+
+class Operand(NamedTuple):
+    """All that checks and choices may read of a tensor."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    def dim(self) -> int:
+        """The number of dimensions."""
+        return len(self.shape)
+
+
+Described: TypeAlias = Tensor | Operand
 
 
 @dataclass(frozen=True)
@@ -53,13 +69,13 @@ class Facts:
 
     @staticmethod
     def of(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Tensor | None,
-        sinks: Tensor | None,
-        alibi_slopes: Tensor | None,
-        cu_seqlens: Tensor | None,
+        q: Described,
+        k: Described,
+        v: Described,
+        bias: Described | None,
+        sinks: Described | None,
+        alibi_slopes: Described | None,
+        cu_seqlens: Described | None,
         params: AttentionParams,
         needs: Needs | None = None,
         lse_gradient: bool = False,

@@ -17,13 +17,21 @@ def empty_heads(like: Tensor, batch: int, heads: int, length: int, size: int) ->
 
 def in_heads_layout(x: Tensor) -> Tensor:
     """`x` [batch, heads, length, size] with the strides of `empty_heads`, copied if need be."""
-    by_length = x.transpose(1, 2)
-    return x if _is_row_major(by_length) else _row_major(by_length).transpose(1, 2)
+    batch, heads, length, size = x.shape
+    by_length = _strides((batch, length, heads, size))
+    if x.stride() == (by_length[0], by_length[2], by_length[1], by_length[3]):
+        return x
+    return in_row_major_layout(x.transpose(1, 2)).transpose(1, 2)
 
 
 def in_row_major_layout(x: Tensor) -> Tensor:
     """`x` with the strides of a new tensor; ``contiguous()`` leaves those of size 1 as they are."""
-    return x if _is_row_major(x) else _row_major(x)
+    strides = _strides(x.shape)
+    if x.stride() == strides:
+        return x
+    x = x.contiguous()
+    # where that had nothing to copy, only strides that address nothing are wrong
+    return x if x.stride() == strides else x.as_strided(x.shape, strides)
 
 
 _ALIGNMENT = 16  # bytes
@@ -48,17 +56,8 @@ def addressable(x: Tensor) -> Tensor:
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))
-
-
-def _is_row_major(x: Tensor) -> bool:
-    return x.stride() == _strides(x.shape)
-
-
-def _row_major(x: Tensor) -> Tensor:
-    # where contiguous() has nothing to copy, only strides that address nothing are wrong
-    return x.contiguous().as_strided(x.shape, _strides(x.shape))
+    strides, step = [1] * len(shape), 1
+    for dim in range(len(shape) - 1, -1, -1):
+        strides[dim] = step
+        step *= shape[dim] or 1
+    return tuple(strides)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fxport.ops.facts import Described
 from fxport.ops.params import AttentionParams
 
 __all__ = ["check_arguments", "check_segments", "check_transforms"]
@@ -28,19 +29,19 @@ def check_transforms() -> None:
 
 
 def check_arguments(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-    cu_seqlens: Tensor | None,
-    seed: Tensor | None,
+    q: Described,
+    k: Described,
+    v: Described,
+    bias: Described | None,
+    sinks: Described | None,
+    alibi_slopes: Described | None,
+    cu_seqlens: Described | None,
+    seed: Described | None,
     params: AttentionParams,
 ) -> None:
     """Raise ValueError, naming the argument, for what the op does not define.
 
-    Reads shapes, dtypes and devices, never values, so that it runs on fake tensors.
+    Reads shapes, dtypes and devices, never values: fake tensors will do, and `Operand`.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check(x.dim() == 4, "{} must be [batch, heads, length, size], got {} dims", name, x.dim())
@@ -72,7 +73,7 @@ def check_arguments(
         _check(other is None or other.device == q.device, "{} is not on {}", name, q.device)
 
 
-def _check_precision(name: str, q: Tensor, x: Tensor) -> None:
+def _check_precision(name: str, q: Described, x: Described) -> None:
     """Softmax runs in float32 unless q is float64: a float64 term would lose bits in silence."""
     _check(x.dtype in _DTYPES, "{} must be floating, got {}", name, x.dtype)
     _check(
@@ -83,7 +84,7 @@ def _check_precision(name: str, q: Tensor, x: Tensor) -> None:
     )
 
 
-def _check_bias(q: Tensor, k: Tensor, bias: Tensor | None) -> None:
+def _check_bias(q: Described, k: Described, bias: Described | None) -> None:
     if bias is None:
         return
     _check(bias.dim() <= 4, "bias must have at most 4 dims, got {}", bias.dim())
@@ -95,7 +96,7 @@ def _check_bias(q: Tensor, k: Tensor, bias: Tensor | None) -> None:
         _check_precision("bias", q, bias)
 
 
-def _check_per_head(name: str, q: Tensor, x: Tensor | None) -> None:
+def _check_per_head(name: str, q: Described, x: Described | None) -> None:
     if x is None:
         return
     _check(x.dim() == 1, "{} must be [query heads], got {} dims", name, x.dim())
@@ -103,7 +104,7 @@ def _check_per_head(name: str, q: Tensor, x: Tensor | None) -> None:
     _check_precision(name, q, x)
 
 
-def _check_packing(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> None:
+def _check_packing(q: Described, k: Described, cu_seqlens: Described | None) -> None:
     if cu_seqlens is None:
         return
     _check(cu_seqlens.dtype == torch.int32, "cu_seqlens must be int32, got {}", cu_seqlens.dtype)
@@ -118,7 +119,7 @@ def _check_packing(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> None:
     )
 
 
-def _check_numbers(seed: Tensor | None, params: AttentionParams) -> None:
+def _check_numbers(seed: Described | None, params: AttentionParams) -> None:
     _check(math.isfinite(params.scale), "scale must be finite, got {}", params.scale)
     _check(params.window_left >= -1, "window_left must be >= -1, got {}", params.window_left)
     _check(params.window_right >= -1, "window_right must be >= -1, got {}", params.window_right)

@@ -1,0 +1,61 @@
+"""Operators that tracing does not look into, with little between a call and its kernel.
+
+``torch.library.custom_op`` does the same at a higher price: a tiny call took 8 to 15 us more, one
+that is differentiated another 75 (it fills in defaults from the schema, and ours has none). That no
+result shares memory with an argument, which it checks at every call, ``opcheck`` checks in the
+tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch._compile import _disable_dynamo  # torch.compiler.disable, without importing Dynamo
+
+__all__ = ["Below", "differentiate", "opaque_op"]
+
+_library = torch.library.Library("fxport", "FRAGMENT")
+
+Below: TypeAlias = Callable[..., Any]
+"""The operator without autograd; takes the same arguments."""
+
+
+def opaque_op(name: str, schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Defines an operator whose kernel, on every device, is the decorated function.
+
+    Results share no memory with arguments, nor with each other.
+    """
+    short = name.removeprefix("fxport::")
+
+    def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        _library.define(short + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(short, _disable_dynamo(kernel), "CompositeExplicitAutograd")
+        return kernel
+
+    return register
+
+
+def differentiate(name: str, function: type[torch.autograd.Function]) -> None:
+    """Gives an operator its derivative.
+
+    Args:
+        name: of an operator that `opaque_op` defined.
+        function: ``forward(ctx, below, *arguments)`` computes it by calling `below`.
+    """
+    short = name.removeprefix("fxport::")
+    op = getattr(torch.ops.fxport, short).default
+
+    def kernel(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
+        keys = keys & torch._C._after_autograd_keyset
+
+        def below(*arguments: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return op.redispatch(keys, *arguments)
+
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+            return function.apply(below, *arguments)
+        return below(*arguments)
+
+    _library.impl(short, _disable_dynamo(kernel), "Autograd", with_keyset=True)
