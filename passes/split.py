@@ -32,6 +32,7 @@ __all__ = [
     "attention_layers",
     "begins_with_rows",
     "ends_in_rows",
+    "passes_on",
     "rows_of",
     "token_embedding",
 ]
@@ -57,7 +58,7 @@ def token_embedding(tokens: fx.Node) -> fx.Node:
     for node in tokens.graph.nodes:
         if node.target is aten.embedding.default and arguments(node)["indices"] in edited:
             found.append(node)
-        elif _passes_on(node, edited):
+        elif passes_on(node, edited):
             edited.add(node)
             if node.all_input_nodes[0] in same and _shaped_like(node, tokens):
                 same.add(node)
@@ -76,7 +77,7 @@ def token_embedding(tokens: fx.Node) -> fx.Node:
     raise PortError([reason])
 
 
-def _passes_on(node: fx.Node, ids: set[fx.Node]) -> bool:
+def passes_on(node: fx.Node, ids: set[fx.Node]) -> bool:
     """``input_ids.view(-1, input_ids.size(-1))``, ``.long()``, ``.contiguous()``, ``[0]``"""
     if node.target is operator.getitem:
         return node.args[0] in ids

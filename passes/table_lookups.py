@@ -18,6 +18,7 @@ from torch import fx
 from fxport.capture.arguments import arguments, shape_of
 from fxport.passes.attention_emit import Emitter
 from fxport.passes.constants import is_symbolic
+from fxport.passes.split import passes_on
 
 __all__ = ["look_up_in_tables"]
 
@@ -35,7 +36,7 @@ def look_up_in_tables(gm: fx.GraphModule, tokens: fx.Node) -> int:
     Returns:
         How many look-ups were replaced.
     """
-    ids, replaced = {tokens}, 0
+    ids, natural, replaced = {tokens}, {tokens}, 0
     hot: dict[fx.Node, fx.Node] = {}  # ids as one-hot rows -> the ids
     for node in list(gm.graph.nodes):
         if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
@@ -46,8 +47,10 @@ def look_up_in_tables(gm: fx.GraphModule, tokens: fx.Node) -> int:
             hot[node] = hot[node.all_input_nodes[0]]
         elif _made_of(node, ids):
             ids.add(node)
+            if passes_on(node, natural) or _remainder(node):
+                natural.add(node)
         else:
-            replaced += _replace(gm, node, ids, hot)
+            replaced += _replace(gm, node, natural, hot)
     return replaced
 
 
@@ -59,10 +62,18 @@ def _made_of(node: fx.Node, ids: set[fx.Node]) -> bool:
     return whole and value.dtype != torch.bool and bool(values) and all(n in ids for n in values)
 
 
+def _remainder(node: fx.Node) -> bool:
+    """``ids * 31 % 1000`` is not negative whatever the ids are."""
+    if node.target is not aten.remainder.Scalar:
+        return False
+    divisor = arguments(node)["other"]
+    return isinstance(divisor, int) and divisor > 0
+
+
 def _replace(
-    gm: fx.GraphModule, node: fx.Node, ids: set[fx.Node], hot: dict[fx.Node, fx.Node]
+    gm: fx.GraphModule, node: fx.Node, natural: set[fx.Node], hot: dict[fx.Node, fx.Node]
 ) -> int:
-    found = _indexed(node, ids) or _multiplied(node, hot)
+    found = _indexed(node, natural) or _multiplied(node, hot)
     if found is None or not isinstance(shape_of(found[0])[0], int):
         return 0
     table, looked_up, bias = found
@@ -80,8 +91,8 @@ def _replace(
 Found = tuple[fx.Node, fx.Node, fx.Node | None]
 
 
-def _indexed(node: fx.Node, ids: set[fx.Node]) -> Found | None:
-    """Rows of a matrix taken by ids."""
+def _indexed(node: fx.Node, natural: set[fx.Node]) -> Found | None:
+    """Rows of a matrix; a negative index would count from the end, where `embedding` fails."""
     if node.target is aten.index.Tensor:
         given = arguments(node)
         chosen = [i for i in given["indices"] if i is not None]
@@ -92,7 +103,7 @@ def _indexed(node: fx.Node, ids: set[fx.Node]) -> Found | None:
     else:
         return None
     table = given["self"]
-    if not first or chosen[0] not in ids or len(shape_of(table)) != 2:
+    if not first or chosen[0] not in natural or len(shape_of(table)) != 2:
         return None
     return table, chosen[0], None
 

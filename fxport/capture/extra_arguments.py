@@ -259,8 +259,7 @@ def _triangle(value: Tensor, ids: Tensor, axes: list[int | None]) -> _Fixed | No
     def make(tokens: Tensor) -> Tensor:
         shape = _shape(value, axes, tokens)
         square = torch.ones(shape[-2:], dtype=torch.bool, device=tokens.device).tril()
-        kinds = {"dtype": value.dtype, "device": tokens.device}
-        chosen = torch.where(square, *(torch.tensor(n, **kinds) for n in numbers))
-        return chosen.expand(shape)
+        seen, unseen = (torch.tensor(n, dtype=value.dtype, device=tokens.device) for n in numbers)
+        return torch.where(square, seen, unseen).expand(shape)
 
     return _Fixed(f"a triangle: {numbers[0]!r} up to the diagonal, else {numbers[1]!r}", make)

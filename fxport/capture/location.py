@@ -146,7 +146,7 @@ def user_location(node: fx.Node) -> Location | None:
 def forward_line(model: torch.nn.Module) -> Location | None:
     """Where the model's forward begins; None when it was made at a prompt."""
     # What was put around the model (`fxport.capture.adapt`) is in front of its own class.
-    written = (c.forward for c in type(model).__mro__ if "forward" in vars(c))
+    written = (vars(c)["forward"] for c in type(model).__mro__ if "forward" in vars(c))
     forward = next(f for f in written if not getattr(f, "__module__", "").startswith(_CAPTURE))
     try:
         file = inspect.getsourcefile(forward)

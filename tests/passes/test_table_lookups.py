@@ -62,8 +62,12 @@ def soft(model: Model, ids: Tensor) -> Tensor:
     return (F.one_hot(ids, V) + 0.5).float() @ model.table
 
 
+def previous(model: Model, ids: Tensor) -> Tensor:
+    return model.table[ids - 1]  # of id 0: the last row
+
+
 TAKEN = [indexed, indexed_with_colon, selected, hot, hot_linear, hashed]
-LEFT = [columns, three_axes, pairs, soft]
+LEFT = [previous, columns, three_axes, pairs, soft]
 
 
 @pytest.mark.parametrize("way", [*TAKEN, *LEFT], ids=lambda way: way.__name__)
