@@ -269,7 +269,9 @@ def _constant(emitter: Emitter, value: torch.Tensor, frame: Frame, q: fx.Node) -
     """Stores a proven constant with the graph."""
     heads = product(frame.heads)
     assert isinstance(heads, int)
-    value = value.expand(heads).contiguous().to(q.meta["val"].device)
+    found = q.meta["val"]
+    dtype = torch.promote_types(found.dtype, torch.float32)
+    value = value.expand(heads).contiguous().to(found.device, dtype)
     return emitter.constant("alibi_slopes", value)
 
 

@@ -163,6 +163,13 @@ def _check_dense(dense: list[MaskStep], proof: Proof) -> None:
                 step.node,
                 "fill the scores with float('-inf') before the softmax",
             )
+        if step.kind is MaskKind.FLOOR and not is_forbidding(step.number):
+            raise Left(
+                ReasonCode.UNSUPPORTED_FEATURE,
+                f"the scores are clamped at {step.number:g}, which changes allowed ones",
+                step.node,
+                "drop the clamp: the softmax is computed without overflow",
+            )
         if step.kind in (MaskKind.MULTIPLY, MaskKind.FLOOR):
             raise Left(
                 ReasonCode.MASK_NOT_PROVEN,

@@ -143,6 +143,8 @@ def _joined(node: fx.Node) -> tuple[_Entries, int] | None:
 
 def _sliced(node: fx.Node, dim: int) -> _Entries | None:
     """The value that slices were cut from, and which part of it along `dim` they are."""
+    if dim >= len(shape_of(node)):
+        return None  # a tensor without elements may be joined whatever its rank: a new cache
     size = shape_of(node)[dim]
     first = 0
     while overload_packet(node) is aten.slice:

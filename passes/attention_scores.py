@@ -125,7 +125,8 @@ def _with_sink(node: fx.Node, carrier: fx.Node, dims: Dims) -> tuple[tuple[Axis,
     given = arguments(node)
     tensors, along = list(given["tensors"]), given["dim"] % len(dims)
     other = [t for t in tensors if t is not carrier]
-    if len(tensors) != 2 or len(other) != 1 or not is_one(shape_of(other[0])[along]):
+    columns = [shape_of(t)[along] for t in other if len(shape_of(t)) == len(dims)]
+    if len(tensors) != 2 or len(columns) != 1 or not is_one(columns[0]):
         raise Left(ReasonCode.UNSUPPORTED_FEATURE, "the scores are concatenated here", node)
     axis = Axis(shape_of(node)[along], (node, along))
     after = (*dims[:along], (Factor(axis),), *dims[along + 1 :])

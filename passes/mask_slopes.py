@@ -5,7 +5,7 @@
 
 A table in half precision holds rounded distances. It counts as linear if every entry is the
 rounding of one line through the diagonal, and if the scores that it is added to are rounded as
-coarsely themselves.
+coarsely themselves. In float64 models it has to be a line in float64.
 """
 
 from __future__ import annotations
@@ -16,31 +16,37 @@ from torch import Tensor
 __all__ = ["same_slopes", "slopes_of"]
 
 
-def slopes_of(raw: Tensor, seen: Tensor, rounding: float) -> Tensor | None:
-    """The slopes, float32 ``[h]``, or None.
+FINE = torch.finfo(torch.float32).eps
+
+
+def slopes_of(raw: Tensor, seen: Tensor, rounding: float, eps: float = FINE) -> Tensor | None:
+    """The slopes, float64 ``[h]``, or None.
 
     Args:
         raw: the bias, float64 ``[b, h, Tq, Tk]``, any of them 1; batch entries must be equal.
         seen: where it counts, bool, broadcastable with `raw`.
         rounding: unit roundoff of the bias where it was stored and added, 0 for float32 and up.
+        eps: of the dtype that decides then.
     """
     if raw.shape[-1] < 2 or not bool((raw == raw[:1]).all()):
         return None
     table, counts = _together(raw, seen)
-    exact = _linear(table, counts)
+    exact = _linear(table, counts, eps)
     if exact is not None or rounding == 0:
         return exact
     lower, upper = _interval(table, counts, rounding)
-    found = ((lower + upper) / 2).float()
+    found = (lower + upper) / 2
     return found if bool((lower <= upper).all()) and bool((found != 0).any()) else None
 
 
-def same_slopes(slopes: Tensor, raw: Tensor, seen: Tensor, rounding: float) -> bool:
+def same_slopes(
+    slopes: Tensor, raw: Tensor, seen: Tensor, rounding: float, eps: float = FINE
+) -> bool:
     """Whether slopes found at one length are those of the bias at another."""
-    own = slopes_of(raw, seen, rounding)
+    own = slopes_of(raw, seen, rounding, eps)
     if own is None:
         return False
-    if torch.allclose(own, slopes, rtol=1e-6, atol=0):
+    if torch.allclose(own, slopes, rtol=8 * eps, atol=0):
         return True
     if rounding == 0:
         return False
@@ -54,7 +60,7 @@ def _together(raw: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
     return table[0], counts[0]
 
 
-def _linear(table: Tensor, counts: Tensor) -> Tensor | None:
+def _linear(table: Tensor, counts: Tensor, eps: float) -> Tensor | None:
     """Slopes of a table ``[h, Tq, Tk]`` in float32 or finer."""
     # The longest stretch of allowed neighbours is in the last row or in the first.
     row = -1 if bool((counts[0, -1, 1:] & counts[0, -1, :-1]).any()) else 0
@@ -66,10 +72,10 @@ def _linear(table: Tensor, counts: Tensor) -> Tensor | None:
     line = slopes[:, None, None] * torch.arange(table.shape[-1], dtype=torch.float64)
     rest = torch.where(counts, table - line, torch.nan)
     spread = rest.nan_to_num(-torch.inf).amax(-1) - rest.nan_to_num(torch.inf).amin(-1)
-    bound = 8 * torch.finfo(torch.float32).eps * table.abs().amax((-2, -1)).clamp_min(1e-30)
+    bound = 8 * eps * table.abs().amax((-2, -1)).clamp_min(1e-30)
     if not bool((spread.clamp_min(0) <= bound[:, None]).all()) or bool((slopes == 0).all()):
         return None
-    return slopes.float()
+    return slopes
 
 
 def _interval(table: Tensor, counts: Tensor, rounding: float) -> tuple[Tensor, Tensor]:

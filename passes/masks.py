@@ -233,7 +233,7 @@ class Effect:
         bias: what is added to allowed scores, broadcastable likewise; None: nothing.
         raw: the same, with what is added to forbidden ones.
         finite, lowered, ceiling: see `Proof`.
-        rounding: unit roundoff of what is added, 0 where it is float32's or finer.
+        rounding, eps: of what is added, see `slopes_of`.
     """
 
     allowed: Tensor
@@ -243,10 +243,13 @@ class Effect:
     lowered: bool
     ceiling: float
     rounding: float
+    eps: float
 
     def proof(self) -> Proof:
         found = Proof(None, None, False, "", True, self.finite, self.lowered, self.ceiling)
-        slopes = None if self.raw is None else slopes_of(self.raw, self.allowed, self.rounding)
+        slopes = (
+            None if self.raw is None else slopes_of(self.raw, self.allowed, self.rounding, self.eps)
+        )
         band = band_of(_only(self.allowed))
         if slopes is not None and band is not None:
             return replace(found, band=band, slopes=slopes)
@@ -276,7 +279,7 @@ class Effect:
         if proof.slopes is None:
             return self.bias is None and bool((self.allowed == expected).all())
         same = self.raw is not None and same_slopes(
-            proof.slopes, self.raw, self.allowed, self.rounding
+            proof.slopes, self.raw, self.allowed, self.rounding, self.eps
         )
         return same and bool((self.allowed == expected).all())
 
@@ -293,7 +296,7 @@ def joint_effect(
     zeroed = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
     bias: Tensor | None = None
     finite = lowered = False
-    rounding, ceiling = 0.0, -math.inf
+    rounding, eps, ceiling = 0.0, torch.finfo(torch.float64).eps, -math.inf
     for step, value in zip(steps, values, strict=True):
         if step.kind is MaskKind.CAUSAL:
             allowed = allowed & Band(None, 0).matrix(rows, columns)
@@ -332,7 +335,7 @@ def joint_effect(
             allowed = allowed & (added > limit)
             ceiling += max(float(added.max()), 0.0)
             bias = _sum(bias, added.masked_fill(added <= limit, 0.0))
-            rounding = max(rounding, _rounding(step))
+            rounding, eps = max(rounding, _rounding(step)), max(eps, _eps(step))
     if bias is not None and bool(zeroed.any()):  # 0 + bias is the bias, filled in
         filled = zeroed & allowed & (bias <= FORBIDDEN)
         ceiling = max(ceiling, float(bias.masked_fill(~filled, -math.inf).max()))
@@ -341,7 +344,7 @@ def joint_effect(
         return None
     nothing = bias is None or not bool(((bias != 0) & allowed).any())
     return Effect(
-        allowed, None if nothing else bias, bias, finite or lowered, lowered, ceiling, rounding
+        allowed, None if nothing else bias, bias, finite or lowered, lowered, ceiling, rounding, eps
     )
 
 
@@ -350,6 +353,11 @@ def _rounding(step: MaskStep) -> float:
     dtype = step.node.meta["val"].dtype
     half = dtype in (torch.bfloat16, torch.float16)
     return torch.finfo(dtype).eps / 2 if half else 0.0
+
+
+def _eps(step: MaskStep) -> float:
+    dtype = step.node.meta["val"].dtype
+    return torch.finfo(dtype if dtype == torch.float64 else torch.float32).eps
 
 
 def _sum(left: Tensor | None, right: Tensor) -> Tensor:

@@ -117,7 +117,14 @@ def written_later(k: Tensor) -> Tensor:
     return both.flatten(1, 2) * h.repeat_interleave(2, 1)
 
 
-@pytest.mark.parametrize("function", [other_order, once, uneven, two_tensors, written_later])
+def new_cache(k: Tensor) -> Tensor:
+    """How transformers begins one: a tensor without elements or dimensions to speak of."""
+    return torch.cat([k.new_empty(0), k], 2) * 1.5
+
+
+@pytest.mark.parametrize(
+    "function", [other_order, once, uneven, two_tensors, written_later, new_cache]
+)
 def test_what_is_no_repetition_stays(function: Callable[[Tensor], Tensor]) -> None:
     k = keys()
     gm = graph_of(function, k)

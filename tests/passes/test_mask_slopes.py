@@ -31,7 +31,7 @@ def test_float32_tables_are_linear_up_to_a_constant_per_row():
     raw = table(torch.float32) + torch.linspace(-3, 3, LENGTH).double()[:, None]
     found = slopes_of(raw, seen(), 0.0)
     assert found is not None
-    torch.testing.assert_close(found, SLOPES, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found, SLOPES.double(), rtol=1e-4, atol=1e-6)
     raw[0, 2, 40, 7] += 0.01
     assert slopes_of(raw, seen(), 0.0) is None
 
@@ -43,7 +43,7 @@ def test_rounded_tables_are_linear_within_their_rounding(dtype):
     found = slopes_of(raw, seen(), roundoff(dtype))
     assert found is not None
     # The slope itself is known to half a unit in its last place.
-    torch.testing.assert_close(found, SLOPES, rtol=roundoff(dtype), atol=0)
+    torch.testing.assert_close(found, SLOPES.double(), rtol=roundoff(dtype), atol=0)
     error = (table(torch.float64, slopes=found) - raw).abs()
     assert bool((error <= 1.01 * roundoff(dtype) * raw.abs()).all())
     assert same_slopes(found, table(dtype, 23), seen(23), roundoff(dtype))
@@ -65,7 +65,7 @@ def test_one_row_for_all_is_linear_up_to_a_constant_per_row(rounding: float):
     row = (SLOPES[:, None, None] * torch.arange(LENGTH)).double()[None]
     found = slopes_of(row, seen(), rounding)
     assert found is not None
-    torch.testing.assert_close(found, SLOPES, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found, SLOPES.double(), rtol=1e-5, atol=0)
     for other in (row.expand(3, -1, -1, -1), torch.cat([row, row])):
         assert slopes_of(other, seen(), rounding) is not None
     assert slopes_of(torch.cat([row, 2 * row]), seen(), rounding) is None
