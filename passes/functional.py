@@ -17,10 +17,6 @@ returns new memory), and no other view of it that may overlap is read afterwards
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterator
-from typing import cast
-
 import torch
 from torch import fx
 
@@ -30,6 +26,7 @@ from fxport.capture.location import user_location
 from fxport.capture.memory import Memory, is_fresh, is_mutation
 from fxport.errors import PortError, Reason, ReasonCode
 from fxport.passes.slice_writes import join_written_pieces
+from fxport.passes.view_writes import apart, parts_above, write_parts
 
 __all__ = ["drop_whole_slices", "functionalise", "replace_mutation"]
 
@@ -40,13 +37,6 @@ _FILLED = {
     aten.fill_.Scalar: aten.full_like.default,
     aten.zero_.default: aten.zeros_like.default,
 }
-
-
-# Their results share no memory with each other.
-_SPLITS = {
-    aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default,
-    aten.unbind.int, aten.tensor_split.sections, aten.tensor_split.indices,
-}  # fmt: skip
 
 
 def functionalise(gm: fx.GraphModule) -> None:
@@ -61,7 +51,7 @@ def functionalise(gm: fx.GraphModule) -> None:
     for node in list(gm.graph.nodes):
         if is_mutation(node):
             reason = replace_mutation(gm, node)
-            if reason is not None:
+            if reason is not None and not _write_parts(gm, node):
                 reasons.append(reason)
     if reasons:
         raise PortError(reasons)
@@ -80,18 +70,44 @@ def drop_whole_slices(gm: fx.GraphModule) -> None:
 
 def replace_mutation(gm: fx.GraphModule, node: fx.Node) -> Reason | None:
     """Rewrites one in-place op; a reason when that would not be exact."""
-    target = node.target
-    assert isinstance(target, torch._ops.OpOverload)
-    functional = _FILLED.get(target) or _out_of_place(target)
+    functional = _functional(node)
     changed = arguments(node).get("self")
     refusal = _refusal(node)
     if functional is None or not isinstance(changed, fx.Node) or _is_shared(changed, node):
         return refusal
-    dtype, source = changed.meta["val"].dtype, _written_over_all(node)
+    _replace(gm, node, changed, _new_value(gm, node, changed, functional))
+    return None
+
+
+def _write_parts(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """The same where what `changed` is a part of is read afterwards: it is made anew."""
+    changed = arguments(node).get("self")
+    functional = _functional(node)
+    if functional is None or not isinstance(changed, fx.Node) or _is_cast(changed, node):
+        return False
+    parts = parts_above(changed, node)
+    if parts is None:
+        return False
+    new = _new_value(gm, node, changed, functional)
+    write_parts(gm, new, parts, node)
+    _replace(gm, node, changed, new)
+    return True
+
+
+def _new_value(
+    gm: fx.GraphModule, node: fx.Node, changed: fx.Node, functional: torch._ops.OpOverload
+) -> fx.Node:
+    """What `changed` holds after an in-place operation, in its dtype."""
+    dtype = changed.meta["val"].dtype
     with gm.graph.inserting_before(node):
-        if source is not None:
-            new = gm.graph.call_function(aten.clone.default, (source,))
+        if node.target is aten.copy_.default:  # nothing is left of what was there
+            source = arguments(node)["src"]
             casts = source.meta["val"].dtype != dtype
+            if shape_of(source) != shape_of(changed):
+                spread = gm.graph.call_function(aten.expand_as.default, (source, changed))
+                spread.meta = {**node.meta, "val": _as_wide(source, changed)}
+                source = spread
+            new = gm.graph.call_function(aten.clone.default, (source,))
         else:
             new = gm.graph.call_function(functional, node.args, node.kwargs)
             casts = any(_widens(argument, dtype) for argument in node.all_input_nodes)
@@ -99,21 +115,22 @@ def replace_mutation(gm: fx.GraphModule, node: fx.Node) -> Reason | None:
         if casts:
             new = gm.graph.call_function(aten.to.dtype, (new, dtype))
             new.meta = dict(node.meta)
+    return new
+
+
+def _replace(gm: fx.GraphModule, node: fx.Node, changed: fx.Node, new: fx.Node) -> None:
     for user in list(changed.users):
         if node < user:
             user.replace_input_with(changed, new)
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)
-    return None
 
 
-def _written_over_all(node: fx.Node) -> fx.Node | None:
-    """What is copied into all of a tensor: nothing is left of what was there."""
-    if node.target is not aten.copy_.default:
-        return None
-    target, source = (arguments(node)[name] for name in ("self", "src"))
-    same = isinstance(source, fx.Node) and shape_of(source) == shape_of(target)
-    return source if same else None
+def _as_wide(source: fx.Node, wide: fx.Node) -> torch.Tensor:
+    """The fake value of the one, expanded to the shape of the other."""
+    value: torch.Tensor = wide.meta["val"]
+    with value.fake_mode, torch.no_grad():  # type: ignore[attr-defined]
+        return source.meta["val"].expand_as(value)  # type: ignore[no-any-return]
 
 
 def _refusal(node: fx.Node) -> Reason:
@@ -134,6 +151,12 @@ def _refusal(node: fx.Node) -> Reason:
         user_location(node),
         "use the out-of-place operation",
     )
+
+
+def _functional(node: fx.Node) -> torch._ops.OpOverload | None:
+    target = node.target
+    assert isinstance(target, torch._ops.OpOverload)
+    return _FILLED.get(target) or _out_of_place(target)
 
 
 def _out_of_place(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
@@ -160,9 +183,14 @@ def _widens(argument: fx.Node, dtype: torch.dtype) -> bool:
     return value.dtype != dtype
 
 
+def _is_cast(value: fx.Node, mutation: fx.Node) -> bool:
+    dtype: torch.dtype = mutation.meta["val"].dtype
+    return value.meta["val"].dtype != dtype
+
+
 def _is_shared(value: fx.Node, mutation: fx.Node) -> bool:
     """Whether anybody but the users of `value` may see that `mutation` changes it."""
-    if value.op != "call_function" or value.meta["val"].dtype != mutation.meta["val"].dtype:
+    if value.op != "call_function" or _is_cast(value, mutation):
         return True
     memory = Memory(mutation.graph)
     place = memory.shared(value)
@@ -171,24 +199,8 @@ def _is_shared(value: fx.Node, mutation: fx.Node) -> bool:
         return True
     # Views made later come from `value`, from its changed form, or from one of these.
     before = (other for other in others if other < mutation)
-    return any(_is_read_after(n, mutation) and not _apart(n, value) for n in before)
+    return any(_is_read_after(n, mutation) and not apart(n, value) for n in before)
 
 
 def _is_read_after(node: fx.Node, mutation: fx.Node) -> bool:
     return any(mutation < user for user in node.users)
-
-
-def _apart(one: fx.Node, other: fx.Node) -> bool:
-    """Whether two views show different pieces of a tensor that was split."""
-    pieces = dict(_pieces(one))
-    return any(source in pieces and pieces[source] != index for source, index in _pieces(other))
-
-
-def _pieces(view: fx.Node) -> Iterator[tuple[fx.Node, int]]:
-    """(split, which piece) for every split on the way to a view."""
-    node: fx.Node | None = view
-    while node is not None and not (node.op == "call_function" and is_fresh(node)):
-        source = next(iter(node.all_input_nodes), None)
-        if node.target is operator.getitem and source is not None and source.target in _SPLITS:
-            yield source, cast(int, node.args[1]) % len(source.meta["val"])
-        node = source

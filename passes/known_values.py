@@ -269,6 +269,42 @@ def _same(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
     return None if value.number is None else _Affine(int(bool(value.number)), value.slopes)
 
 
+def _repeat(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
+    """Along what does not grow, or once."""
+    source = arguments(node)["self"]
+    value, before, after = known.get(source), shape_of(source), shape_of(node)
+    if value is None:
+        return None
+    added = len(after) - len(before)
+    for slope, size, repeated in zip(value.slopes, before, after[added:], strict=True):
+        if slope and size not in (1, repeated):
+            return None
+    return _operand(source, node, known)
+
+
+def _select(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
+    given = arguments(node)
+    value, index = known.get(given["self"]), given["index"]
+    if value is None:
+        return None
+    dim = given["dim"] % len(value.slopes)
+    slopes = value.slopes[:dim] + value.slopes[dim + 1 :]
+    if not value.slopes[dim]:
+        return replace(value, slopes=slopes)
+    if not isinstance(index, int) or index < 0:
+        return None
+    return replace(value, offset=value.offset + index * value.slopes[dim], slopes=slopes)
+
+
+def _where(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
+    """One side, where it is always the same one."""
+    given = arguments(node)
+    condition = known.get(given["condition"])
+    if condition is None or condition.number is None or "other" not in given:
+        return None
+    return _operand(given["self" if condition.number else "other"], node, known)
+
+
 def _expand(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
     return _operand(arguments(node)["self"], node, known)
 
@@ -316,7 +352,7 @@ def _table(pairs: Sequence[tuple[Sequence[Any], Any]]) -> dict[Any, Any]:
 
 _FACTORIES = {aten.full, aten.zeros, aten.ones, aten.new_full, aten.new_zeros, aten.new_ones,
               aten.full_like, aten.zeros_like, aten.ones_like}  # fmt: skip
-_PASSING_ON = (_same, _expand, _unsqueeze, _slice, _index)
+_PASSING_ON = (_same, _expand, _repeat, _unsqueeze, _slice, _select, _index)
 _RULES: dict[Any, Callable[[fx.Node, dict[fx.Node, _Affine]], _Affine | None]] = _table(
     (
         ((aten.arange,), _arange),
@@ -337,6 +373,9 @@ _RULES: dict[Any, Callable[[fx.Node, dict[fx.Node, _Affine]], _Affine | None]] =
         ((aten.index,), _index),
         ((aten.to, aten._to_copy, aten.clone, aten.contiguous, aten.alias, aten.detach), _same),
         ((aten.expand,), _expand),
+        ((aten.repeat,), _repeat),
+        ((aten.select,), _select),
+        ((aten.where,), _where),
         ((aten.unsqueeze,), _unsqueeze),
         ((aten.slice,), _slice),
         ((aten.__and__, aten.logical_and, aten.bitwise_and), _logical(operator.and_)),

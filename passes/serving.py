@@ -1,7 +1,7 @@
 """From a captured model to the graphs that vLLM runs: the serving passes in order.
 
-capture -> known values -> look-ups -> head -> attention -> token locality (proof) -> positions
--> split
+capture -> known values -> look-ups -> head -> sinks -> attention -> token locality (proof)
+-> positions -> split
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from torch import fx
 from fxport.capture.arguments import shape_of
 from fxport.capture.export import Captured
 from fxport.capture.inputs import InputKind, graph_input
+from fxport.capture.recurrence import convolutions_over
 from fxport.diff.stages import Recorder, Stage
 from fxport.errors import FxportError, PortError, Reason, ReasonCode
 from fxport.passes.attention import rewrite_attention
+from fxport.passes.attention_lse import sinks_as_columns
 from fxport.passes.axes import Axes, Axis, Symbols
 from fxport.passes.functional import functionalise
 from fxport.passes.head import Head, find_head
@@ -69,6 +71,8 @@ def lower_for_serving(
     gm = captured.graph
     symbols = Symbols(captured.batch, captured.length)
     recorder = Recorder(gm)
+    if convolutions := convolutions_over(gm, captured.length):
+        raise PortError(convolutions)
     with recorder.stage("functionalise") as stage:
         caches = read_under_masks(gm, symbols)
         functionalise(gm)
@@ -84,6 +88,8 @@ def lower_for_serving(
     with recorder.stage("head") as stage:
         head = find_head(gm, captured.length)
         stage.note(head.decisions)
+    with recorder.stage("sinks"):
+        sinks_as_columns(gm)
     with recorder.stage("attention") as stage:
         attention = rewrite_attention(gm)
         stage.note(attention.decisions)

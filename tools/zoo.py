@@ -74,11 +74,16 @@ def judge_peer(family: str, implementation: str) -> Result:
 
 
 def _built(family: str, implementation: str) -> tuple[Any, Result | None]:
-    """The model, or why there is none."""
+    """The model, or why there is none: one that cannot run itself is none."""
+    import torch
+
     try:
-        return tiny_model(family, implementation), None
+        model = tiny_model(family, implementation)
+        with torch.no_grad():
+            model(torch.zeros(2, 5, dtype=torch.long))
     except Exception as error:  # not every family can be shrunk generically
         return None, Result(family, "not built", _one_line(error))
+    return model, None
 
 
 def _ported(family: str, implementation: str) -> tuple[Any, Any, Result | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -60,6 +61,42 @@ _EVEN_IF_NONE = {
     "head_dim", "num_key_value_heads", "n_routed_experts", "n_shared_experts",
     "num_experts_per_tok",
 }  # fmt: skip
+_OF_A_TOWER = {
+    "num_hidden_layers": 1, "depth": 1, "hidden_size": 64, "intermediate_size": 64,
+    "num_attention_heads": 2, "num_heads": 2,
+}  # fmt: skip
+# Where the defaults leave out a kind of layer, or sizes hang together: given to the configuration
+# as it is made, and left as they are.
+_OF_FAMILY: dict[str, dict[str, Any]] = {
+    "bamba": {"hidden_size": 128, "mamba_n_heads": 4, "mamba_d_state": 16,
+              "num_hidden_layers": LAYERS, "attn_layer_indices": [1, 3]},
+    "dbrx": {"d_model": 128, "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
+             "ffn_config": {"ffn_hidden_size": 192, "moe_num_experts": 4, "moe_top_k": 2,
+                            "hidden_size": 128}},
+    "granitemoehybrid": {"hidden_size": 128, "mamba_n_heads": 4, "mamba_d_state": 16,
+                         "num_hidden_layers": LAYERS,
+                         "layer_types": ["linear_attention", "full_attention"] * 2},
+    "hrm_text": {"num_hidden_layers": LAYERS},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2": {"num_hidden_layers": LAYERS, "layer_types": ["conv", "full_attention"] * 2},
+    "lfm2_moe": {"num_hidden_layers": LAYERS, "layer_types": ["conv", "full_attention"] * 2},
+    "longcat_flash": {"zero_expert_num": 2},
+    "mamba2": {"hidden_size": 128, "num_heads": 8, "head_dim": 32, "state_size": 16},
+    "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 32,
+                       "indexer_budget": 16, "indexer_compress_ratio": 2},
+    "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "lsh"] * 2},
+    "rwkv": {"attention_hidden_size": 128, "intermediate_size": 192},
+    "xlm": {"causal": True},
+    "xlnet": {"use_mems_eval": False},
+    "xlstm": {"hidden_size": 128, "num_hidden_layers": LAYERS, "num_heads": 4},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"hidden_size": 128, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
+              "num_key_value_heads": 4,
+              "layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "zamba2": {"hidden_size": 128, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
+               "n_mamba_heads": 4, "mamba_d_state": 16,
+               "layers_block_type": ["linear_attention", "hybrid"] * 2},
+}  # fmt: skip
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 
 
@@ -80,10 +117,14 @@ def tiny_model(family: str, implementation: str = "eager", seed: int = 0) -> nn.
     """
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    config = CONFIG_MAPPING[family]()
+    own = _OF_FAMILY.get(family, {})
+    config = CONFIG_MAPPING[family](**own)
     text = config.get_text_config(decoder=True)
     for part in {id(c): c for c in (config, text)}.values():
-        _shrink(part)
+        _shrink(part, own)
+    for name in ("vision_config", "audio_config"):  # no token goes through it
+        if getattr(config, name, None) is not None:
+            _shrink_tower(getattr(config, name))
     if hasattr(config, "is_decoder") and not config.is_encoder_decoder:
         config.is_decoder = True
     torch.manual_seed(seed)
@@ -93,18 +134,32 @@ def tiny_model(family: str, implementation: str = "eager", seed: int = 0) -> nn.
     return sharpen(model, seed, spread=2.0)
 
 
-def _shrink(config: Any) -> None:
+def _shrink_tower(config: Any) -> None:
+    for name, size in _OF_A_TOWER.items():
+        if isinstance(getattr(config, name, None), int):
+            _set(config, name, size)
+
+
+def _shrink(config: Any, own: Mapping[str, Any]) -> None:
+    """Smaller sizes wherever the configuration has one of the names, but for those in `own`."""
     depth = next(
         (getattr(config, n) for n in ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
          if isinstance(getattr(config, n, None), int)), 0,
     )  # fmt: skip
     for name, size in _SIZES.items():
+        if name in own:
+            continue
         value = _get(config, name)
         given = isinstance(value, int) and not isinstance(value, bool)
         if given or (value is None and name in _EVEN_IF_NONE and name in vars(config)):
             _set(config, name, 128 if name in _SAME_AS_HIDDEN else size)
     for name, value in list(vars(config).items()):
-        if isinstance(value, list | tuple) and depth > LAYERS and len(value) == depth:
+        if (
+            name not in own
+            and isinstance(value, list | tuple)
+            and depth > LAYERS
+            and len(value) == depth
+        ):
             _set(config, name, _kinds(value))
     if isinstance(getattr(config, "qk_rope_head_dim", None), int):
         _set(config, "head_dim", config.qk_rope_head_dim)  # what is rotated of a latent head

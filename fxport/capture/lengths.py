@@ -17,8 +17,9 @@ from torch import nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fxport.capture.location import forward_line, user_location
+from fxport.capture.location import forward_line
 from fxport.capture.questions import ask, forward_only, numbers_in
+from fxport.capture.recurrence import refuse_recurrence
 from fxport.capture.sample import Sample, device_of, take_sample
 from fxport.capture.trace import token_argument
 from fxport.capture.traced import Traced
@@ -27,8 +28,6 @@ from fxport.errors import PortError, Reason, ReasonCode
 
 __all__ = ["continues", "trace_at_lengths"]
 
-aten = torch.ops.aten
-
 # Lengths that share no factors with each other or with usual feature sizes. The first gives the
 # hints of the symbolic graph; 1 is checked with numbers, as many models treat it apart.
 _LENGTHS = (37, 53, 41, 29, 23, 17, 11, 7, 5, 3)
@@ -36,7 +35,6 @@ _BATCHES = (2, 3, 4)  # few: a cache may have no more rows
 # Without a limit in the model, tables are made up to here; also the longest [T, T] constant.
 _UNBOUNDED = 4096
 _FAR = 2**17
-_RECURRENT = (aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu)
 # What a forward asks beyond this about the length is answered by numbers alone.
 _MOST_PATHS = 24
 
@@ -58,12 +56,14 @@ def trace_at_lengths(model: nn.Module, *, every_pair: bool = True) -> Traced:
     """
     token_argument(model)
     fresh = _first(model, every_pair)
-    _refuse_recurrence(fresh)
+    second = _second(model, fresh.length)
+    refuse_recurrence(fresh, second)  # before the search for the longest length: that runs loops
     limit = _longest(model, fresh.length)
     found = _lengths(model, limit)
     lengths, limit = found.samples, found.limit
     history = _history(model, fresh, limit or _UNBOUNDED)
-    samples = [take_sample(model, _batch(length), length, history) for length in lengths]
+    taken = {} if history else {s.length: s for s in (fresh, second) if s is not None}
+    samples = [taken.get(n) or take_sample(model, _batch(n), n, history) for n in lengths]
     try:
         unified, longest = unify(samples), limit
     except NeedsTable as needed:
@@ -102,24 +102,13 @@ def _first(model: nn.Module, every_pair: bool) -> Sample:
     raise errors[0]
 
 
-def _refuse_recurrence(sample: Sample) -> None:
-    """Before the search for the longest length: shapes of `nn.LSTM` are derived step by step.
-
-    Raises:
-        PortError: a recurrent network runs on what depends on the tokens.
-    """
-    reasons = [
-        Reason(
-            ReasonCode.MIXES_TOKENS,
-            f"a recurrent network (`{node.target}`) runs along the sequence",
-            user_location(node),
-            "only attention may look at other tokens",
-        )
-        for node in sample.varying
-        if getattr(node.target, "overloadpacket", None) in _RECURRENT
-    ]
-    if reasons:
-        raise PortError(reasons)
+def _second(model: nn.Module, first: int) -> Sample | None:
+    """A sample at another usual length, if forward takes one."""
+    length = next(n for n in _LENGTHS if n != first)
+    try:
+        return take_sample(model, _batch(length), length)
+    except PortError:  # beyond its limit, or as wrong as the first; what is taken later says so
+        return None
 
 
 def _batch(length: int) -> int:

@@ -14,6 +14,7 @@ from. A selection of no rows then adds nothing by construction.
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import sympy
@@ -221,7 +222,9 @@ class _Rewriting:
         first, found = self._coordinates_of(node, value, indices)
         frame = found[0].frame
         order = [c.axis for c in found]
-        if order == list(frame.row_axes):
+        if frame.slot_axis is None and len(set(order)) == len(order):
+            dense = self.build.rows(self._every_row(value, frame, first, order), frame, first)
+        elif order == list(frame.row_axes):
             dense = self.build.rows(value, frame, first)
         elif sorted(order) == list(range(len(shape_of(frame.mask)))):
             rows = [axis for axis in order if axis != frame.slot_axis]
@@ -231,10 +234,25 @@ class _Rewriting:
                 refuse_selection(node, "truth values are selected by token and slot")
             dense = self.build.by_slot(frame, value, first, order)
         else:
-            refuse_selection(
-                node, "a token may be selected more than once here: nothing shows that it is not"
-            )
+            refuse_selection(node, "the selected rows are taken by their slots alone")
         self._now(node, dense, frame, self._axes_of_rows(node, first))
+
+    def _every_row(self, value: fx.Node, frame: Frame, first: int, order: Sequence[int]) -> fx.Node:
+        """A value with axes `order` of the mask, from axis `first` on, with all of its row axes.
+
+        Where a token may be selected twice its slots are rows of their own: all have its value.
+        """
+        rank = len(shape_of(value))
+        by_axis = [first + order.index(axis) for axis in sorted(order)]
+        placed = [*range(first), *by_axis, *range(first + len(order), rank)]
+        if placed != list(range(rank)):
+            value = self.build.call(aten.permute.default, value, placed)
+        sizes = self.build.sizes(value)
+        for axis in frame.row_axes:
+            if axis not in order:
+                value = self.build.call(aten.unsqueeze.default, value, first + axis)
+                sizes.insert(first + axis, self.build.size(frame.mask, axis))
+        return self.build.call(aten.expand.default, value, sizes) if len(sizes) > rank else value
 
     def _axes_of_rows(self, node: fx.Node, first: int) -> Any:
         from fxport.passes.axes import Axis
@@ -276,10 +294,12 @@ class _Rewriting:
             adds = node.target is aten.index_add.default
         first, found = self._coordinates_of(node, into, indices)
         frame = found[0].frame
-        if [c.axis for c in found] != list(frame.row_axes):
-            refuse_selection(
-                node, "a token may be selected more than once here: nothing shows that it is not"
-            )
+        order = [c.axis for c in found]
+        if order != list(frame.row_axes):
+            if frame.slot_axis is not None or not adds or order != sorted(set(order)):
+                refuse_selection(node, "rows go back to other places than they were taken from")
+            self._add_back(node, into, values, frame, first, order)
+            return
         rows = self.build.rows(into, frame, first)
         after = len(shape_of(rows)) - first - 1
         values = self._aligned(node, values, frame, after)
@@ -292,6 +312,33 @@ class _Rewriting:
             new = self.build.call(aten.where.self, mask, values, rows)
         if len(frame.row_axes) > 1:
             new = self.build.call(aten.reshape.default, new, self.build.sizes(into))
+        self._is_back(node, new, into, frame)
+
+    def _add_back(
+        self,
+        node: fx.Node,
+        into: fx.Node,
+        values: Any,
+        frame: Frame,
+        first: int,
+        order: Sequence[int],
+    ) -> None:
+        """Adds what a token's slots give, of which several may have been selected."""
+        after = len(shape_of(into)) - first - len(order)
+        values = self._aligned(node, values, frame, after)
+        mask = self.build.before(frame.row_mask, after)
+        kept = self.build.call(aten.where.ScalarOther, mask, values, 0)
+        at = len(shape_of(kept)) - after - 1
+        by_slot = self.build.sizes(kept)
+        by_slot[at : at + 1] = self.build.sizes(frame.mask)
+        kept = self.build.call(aten.reshape.default, kept, by_slot)
+        slots = [at + axis for axis in frame.row_axes if axis not in order]
+        kept = self.build.call(aten.sum.dim_IntList, kept, slots)
+        bound = arguments(node)
+        alpha = {"alpha": bound["alpha"]} if bound.get("alpha", 1) != 1 else {}
+        self._is_back(node, self.build.call(aten.add.Tensor, into, kept, **alpha), into, frame)
+
+    def _is_back(self, node: fx.Node, new: fx.Node, into: fx.Node, frame: Frame) -> None:
         if shape_of(new) != shape_of(into) or new.meta["val"].dtype != into.meta["val"].dtype:
             refuse_selection(node, "the rows that are put back have another shape")
         new.meta[ADDS] = (into, frame.mask)

@@ -94,6 +94,39 @@ def overwritten(x: Tensor) -> Tensor:
     return y / z
 
 
+def base_read_after(x: Tensor) -> Tensor:
+    q = x[..., :WIDTH]
+    q *= 0.5
+    return q + x[..., WIDTH : 2 * WIDTH]
+
+
+def all_but_the_first(x: Tensor) -> Tensor:
+    """Gemma 3n: several streams in one tensor, of which all but one are added to."""
+    y = torch.stack(x.chunk(3, -1))
+    y[1:] += y[0].clone().tanh()
+    return y[0] * y[1] + y[2]
+
+
+def one_entry(x: Tensor) -> Tensor:
+    y = x[..., :WIDTH] * 2.0
+    y[..., 3] = 0.5
+    y[..., -1] = y[..., 0] + y[..., 3]
+    return y.sin()
+
+
+def spread(x: Tensor) -> Tensor:
+    y = x[..., :WIDTH] * 2.0
+    y[..., 2:5] = torch.linspace(0.0, 1.0, 3, dtype=x.dtype)
+    return y
+
+
+def part_of_a_part(x: Tensor) -> Tensor:
+    y = x.unflatten(-1, (3, WIDTH)).contiguous() * 1.5
+    q = y[..., 1, :]
+    q[..., :5] *= 0.5
+    return y[..., 1, :] * q + y[..., 0, :] + y.sum(-2)
+
+
 REPLACED = [
     one_of_three,
     through_views,
@@ -103,6 +136,11 @@ REPLACED = [
     filled,
     whole_slice,
     overwritten,
+    base_read_after,
+    all_but_the_first,
+    one_entry,
+    spread,
+    part_of_a_part,
 ]
 
 
@@ -114,9 +152,9 @@ def logits(gm: fx.GraphModule, model: nn.Module, ids: Tensor) -> Tensor:
     given = []
     for node in gm.graph.find_nodes(op="placeholder"):
         source = graph_input(node)
-        given.append(
-            ids if source.kind is InputKind.DATA else model.get_parameter(source.name).detach()
-        )
+        learned = source.kind is InputKind.PARAMETER
+        stored = model.get_parameter(source.name).detach() if learned else source.value
+        given.append(ids if source.kind is InputKind.DATA else stored)
     found: Any = gm(*given)
     return found[0] if isinstance(found, tuple) else found
 
@@ -132,6 +170,15 @@ def test_replaced(body: Body) -> None:
     for shape in ((2, 7), (3, 3)):
         ids = torch.randint(0, VOCAB, shape)
         torch.testing.assert_close(logits(gm, model, ids), model(ids), rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_around_a_written_part_is_taken_over_by_cat() -> None:
+    gm = capture(Model(all_but_the_first)).graph
+    functionalise(gm)
+    assert Counter(n.target for n in gm.graph.nodes)[aten.cat.default] >= LAYERS
+    gm = capture(Model(one_of_three)).graph  # the other pieces are apart: nothing is joined
+    functionalise(gm)
+    assert not Counter(n.target for n in gm.graph.nodes)[aten.cat.default]
 
 
 def test_a_filled_tensor_is_a_constant() -> None:
@@ -163,16 +210,17 @@ def test_the_dtype_stays() -> None:
 # --- refused -------------------------------------------------------------------------------------
 
 
-def base_read_after(x: Tensor) -> Tensor:
-    q = x[..., :WIDTH]
-    q *= 0.5
-    return q + x[..., WIDTH : 2 * WIDTH]
-
-
 def overlapping(x: Tensor) -> Tensor:
     q, k = x[..., : WIDTH + 1], x[..., WIDTH : 2 * WIDTH]
     q *= 0.5
     return q[..., :WIDTH] + k
+
+
+def an_earlier_part_read_after(x: Tensor) -> Tensor:
+    y = torch.stack(x.chunk(3, -1))
+    before = y[1]
+    y[1:] *= 0.5
+    return before * y[0] + y[2]
 
 
 def earlier_view_read_after(x: Tensor) -> Tensor:
@@ -195,7 +243,13 @@ def part_of_it(x: Tensor) -> Tensor:
     return y
 
 
-REFUSED = [base_read_after, overlapping, earlier_view_read_after, the_same_piece, part_of_it]
+REFUSED = [
+    overlapping,
+    an_earlier_part_read_after,
+    earlier_view_read_after,
+    the_same_piece,
+    part_of_it,
+]
 
 
 @pytest.mark.parametrize("body", REFUSED, ids=lambda f: f.__name__)

@@ -171,6 +171,15 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], int | None]] = {
     "one row spread": (lambda x: positions(x)[:, :1].expand(-1, 4), 0),
     "picked": (lambda x: torch.full((9,), 7)[positions(x) % 9], 7),
     "no padding": (lambda x: torch.ones(x.shape[:2]).bool()[torch.arange(x.shape[0])[:, None]], 1),
+    "in every sequence": (
+        lambda x: torch.arange(x.shape[1]).repeat(x.shape[0], 1) - positions(x),
+        0,
+    ),
+    "the third of each": (lambda x: positions(x)[:, 3].repeat(2), 3),
+    "no image": (lambda x: torch.where(torch.zeros(x.shape[:2]).int()[..., 1] == 1, 0, -1), -1),
+    "repeated twice": (lambda x: positions(x).repeat(1, 2) - positions(x).repeat(1, 2), None),
+    "of two sides": (lambda x: torch.where(positions(x) > 3, 5, 5), None),
+    "repeated once": (lambda x: positions(x).repeat(1, 1) - positions(x), 0),
     "a half": (lambda x: torch.full((3,), 0.5)[positions(x) % 3], None),
     "float": (lambda x: positions(x).double() - positions(x).double(), None),
 }

@@ -201,6 +201,29 @@ class ComparedStyle(Routed):
         return y
 
 
+class TwoRouters(MixtralStyle):
+    """Each slot has a router of its own: a token may choose the same expert twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(WIDTH, EXPERTS, bias=False)
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = torch.stack([self.gate(x), self.other(x)], 1).softmax(-1)
+        return scores.max(-1).values, scores.argmax(-1)
+
+
+class TwoRoutersBySlot(TwoRouters):
+    """The same with slots last."""
+
+    def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            rows, slot = torch.where(chosen == i)
+            y.index_add_(0, rows, expert(x[rows]) * weights[rows, slot, None])
+        return y
+
+
 EXACT: dict[str, Callable[[], nn.Module]] = {
     "indexed add": MistralStyle,
     "one-hot": MixtralStyle,
@@ -213,6 +236,8 @@ EXACT: dict[str, Callable[[], nn.Module]] = {
     "one expert": SwitchStyle,
     "batch and token": BatchTokens,
     "compared": ComparedStyle,
+    "twice the same expert": TwoRouters,
+    "twice, slots last": TwoRoutersBySlot,
 }
 
 
@@ -228,6 +253,17 @@ class CountScaled(NumelStyle):
             rows, slot = torch.where(chosen == i)
             out = expert(x[rows]) / rows.shape[0]  # HERE
             y.index_add_(0, rows, out * weights[rows, slot, None])
+        return y
+
+
+class LastSlotWins(TwoRouters):
+    """Written, not added: of a token that chose the expert twice only one result is kept."""
+
+    def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            rows, slot = torch.where(chosen == i)
+            y[rows] = expert(x[rows]) * weights[rows, slot, None]  # HERE
         return y
 
 
@@ -431,6 +467,7 @@ MIXING: dict[str, Callable[[], nn.Module]] = {
     "compared by slot": ComparedBySlot,
     "another row": Neighbour,
     "written twice": WritesTwice,
+    "last slot wins": LastSlotWins,
     "empty changes all": OtherWhenEmpty,
     "active experts": CountsActive,
     "one empty, one not": PairOfEmpty,

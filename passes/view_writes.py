@@ -1,0 +1,141 @@
+"""Replaces a write into a part of a tensor by a tensor made of the parts.
+
+Before                                      After
+    x = stack(..)              [4, B, T, C]     x = stack(..)
+    part = slice(x, 0, 1, 4)   [3, B, T, C]     part = slice(x, 0, 1, 4)
+    add_(part, z)                               new = add(part, z)
+                                                y = cat([slice(x, 0, 0, 1), new], 0)
+    f(part), g(x)                               f(new), g(y)
+
+Sound only while nothing else that may show the part is read afterwards: every view on the way from
+the tensor to the part gets its new value, and other views made before may not be used again.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import fx
+
+from fxport.capture.arguments import arguments, shape_of
+from fxport.capture.memory import Memory, is_fresh
+from fxport.passes.attention_emit import Emitter
+
+__all__ = ["PartOf", "apart", "parts_above", "write_parts"]
+
+aten = torch.ops.aten
+
+# Their results share no memory with each other.
+_SPLITS = {
+    aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default,
+    aten.unbind.int, aten.tensor_split.sections, aten.tensor_split.indices,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PartOf:
+    """A view that shows entries `start` to `end` of one axis of another tensor.
+
+    Attributes:
+        whole: the other tensor.
+        drops: whether the axis is gone, as after ``x[0]``.
+    """
+
+    view: fx.Node
+    whole: fx.Node
+    dim: int
+    start: int
+    end: int
+    drops: bool
+
+
+def parts_above(view: fx.Node, mutation: fx.Node) -> list[PartOf] | None:
+    """The parts that must be written anew with `view`; None where others may see the change.
+
+    Innermost first. Empty where nothing but `view` itself is read after `mutation`.
+    """
+    memory = Memory(mutation.graph)
+    place = memory.shared(view)
+    shared = [n for n in mutation.graph.nodes if memory.shared(n) is place and n is not view]
+    if any(n.op != "call_function" for n in (view, *shared)):
+        return None
+    read_later = {
+        n
+        for n in shared
+        if n < mutation and any(mutation < u for u in n.users) and not apart(n, view)
+    }
+    found = []
+    while read_later:
+        part = _part(view)
+        if part is None:
+            return None
+        found.append(part)
+        view = part.whole
+        read_later.discard(view)
+    return found
+
+
+def _part(view: fx.Node) -> PartOf | None:
+    if view.target not in (aten.slice.Tensor, aten.select.int):
+        return None
+    given = arguments(view)
+    whole = given["self"]
+    dim = given["dim"] % len(shape_of(whole))
+    size = shape_of(whole)[dim]
+    if not isinstance(size, int):
+        return None
+    if view.target is aten.select.int:
+        index = given["index"]
+        if not isinstance(index, int):
+            return None
+        start = range(size)[index]
+        return PartOf(view, whole, dim, start, start + 1, drops=True)
+    start, end = given["start"] or 0, size if given["end"] is None else given["end"]
+    if not isinstance(start, int) or not isinstance(end, int) or given["step"] != 1:
+        return None
+    kept = range(size)[start:end]
+    return PartOf(view, whole, dim, kept.start, kept.stop, drops=False) if len(kept) else None
+
+
+def write_parts(gm: fx.GraphModule, new: fx.Node, parts: list[PartOf], mutation: fx.Node) -> None:
+    """Makes every tensor above a written view anew, for those who read it after `mutation`.
+
+    Args:
+        new: what the innermost view holds now.
+    """
+    emitter = Emitter(gm, mutation, [new])
+    for part in parts:
+        dim, size = part.dim, shape_of(part.whole)[part.dim]
+        if part.drops:
+            new = emitter.call(aten.unsqueeze.default, new, dim)
+        pieces = [new]
+        if part.start > 0:
+            before = emitter.call(aten.slice.Tensor, part.whole, dim, 0, part.start)
+            pieces.insert(0, before)
+        if part.end < size:
+            pieces.append(emitter.call(aten.slice.Tensor, part.whole, dim, part.end, size))
+        if len(pieces) > 1:
+            new = emitter.call(aten.cat.default, pieces, dim)
+        for user in list(part.whole.users):
+            if mutation < user:
+                user.replace_input_with(part.whole, new)
+
+
+def apart(one: fx.Node, other: fx.Node) -> bool:
+    """Whether two views show different pieces of a tensor that was split."""
+    pieces = dict(_pieces(one))
+    return any(source in pieces and pieces[source] != index for source, index in _pieces(other))
+
+
+def _pieces(view: fx.Node) -> Iterator[tuple[fx.Node, int]]:
+    """(split, which piece) for every split on the way to a view."""
+    node: fx.Node | None = view
+    while node is not None and not (node.op == "call_function" and is_fresh(node)):
+        source = next(iter(node.all_input_nodes), None)
+        if node.target is operator.getitem and source is not None and source.target in _SPLITS:
+            yield source, cast(int, node.args[1]) % len(source.meta["val"])
+        node = source
