@@ -39,6 +39,8 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fxport.backends.dynamo import vllm_generic
+
 VARIANTS = ("eager", "inductor", "sdpa+inductor", "vllm_generic")
 MODES = ("train", "infer")
 _BOUND = "sdpa+inductor"
@@ -160,8 +162,8 @@ def make_step(variant: str, setting: Setting) -> Callable[[], object]:
     return step
 
 
-def _backend(variant: str) -> str:
-    return "vllm_generic" if variant == "vllm_generic" else "inductor"
+def _backend(variant: str) -> str | Callable[..., Any]:
+    return vllm_generic if variant == "vllm_generic" else "inductor"
 
 
 def measure_alone(variant: str, setting: Setting, steps: int) -> Alone:
