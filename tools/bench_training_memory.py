@@ -1,14 +1,23 @@
-"""Time, peak memory and compile time of one training step, side by side.
+"""Time, peak memory and compile time of a training step and of inference, side by side.
 
-    python -m fxport.tools.bench_training_memory --lengths 512,1024,2048,4096
+    python -m fxport.tools.bench_training_memory --lengths 1024,2048 --mode train,infer
 
 A 6-layer GPT with hand-written attention: eager, Inductor, vllm_generic; and the same model with
-``F.scaled_dot_product_attention`` written by hand under Inductor, which is the upper bound. Every
-configuration runs in a process of its own, since the peak of a process never falls.
+``F.scaled_dot_product_attention`` written by hand under Inductor, which is the upper bound.
+
+Times: all variants in one process, in turns (A B C D A B C D ...), so that whoever else uses the
+machine disturbs all alike; a ratio is the median of the ratios of single rounds. Beside the wall's
+time the process's CPU time is taken, which waits for nobody.
+
+Memory and compile time: every variant in a process of its own, since the peak of a process never
+falls, with an empty cache and without parallel compilation, so that CPU seconds (those of the C++
+compiler included) are comparable.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import math
 import os
@@ -18,7 +27,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -27,25 +39,48 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fxport.backends.dynamo import vllm_generic
+
 VARIANTS = ("eager", "inductor", "sdpa+inductor", "vllm_generic")
+MODES = ("train", "infer")
 _BOUND = "sdpa+inductor"
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One variant at one length.
+class Setting:
+    """What is run.
 
     Attributes:
-        step_s: median seconds of forward, backward and optimiser step.
-        peak_mib: how far the resident set rose above what the model alone needs, in MiB.
-        compile_s: seconds of the first step beyond a later one.
+        mode: ``"train"``: forward, backward and optimiser step; ``"infer"``: logits.
     """
 
-    variant: str
+    mode: str
     length: int
-    step_s: float
+    batch: int
+    layers: int
+
+
+@dataclass(frozen=True)
+class Alone:
+    """One variant in a process of its own; memory in MiB, above what it held before compiling.
+
+    Attributes:
+        peak_mib: the peak of a step, once compiled.
+        whole_mib: the peak of everything, compilation included.
+        compile_s: CPU seconds of the first step beyond a later one.
+    """
+
     peak_mib: float
+    whole_mib: float
     compile_s: float
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one variant, one number per round."""
+
+    wall: list[float]
+    cpu: list[float]
 
 
 class _Attention(nn.Module):
@@ -96,111 +131,212 @@ class _GPT(nn.Module):
         self.ln_f = nn.LayerNorm(width)
         self.head = nn.Linear(width, 1024, bias=False)
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         x = self.wte(tokens) + self.wpe(torch.arange(tokens.size(1), device=tokens.device))
         for block in self.h:
             x = block(x)
-        logits = self.head(self.ln_f(x))
+        logits: Tensor = self.head(self.ln_f(x))
+        if targets is None:
+            return logits
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def measure(variant: str, length: int, *, batch: int, steps: int, layers: int) -> Measured:
-    """Runs `steps` training steps in this process and measures them."""
+def make_step(variant: str, setting: Setting) -> Callable[[], object]:
+    """One call is one step of the variant; the first one compiles it."""
     torch.manual_seed(0)
-    model = _GPT(length, by_hand=variant != _BOUND, layers=layers)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    tokens = torch.randint(0, 1024, (batch, length))
-    call: nn.Module = model
+    model = _GPT(setting.length, by_hand=variant != _BOUND, layers=setting.layers)
+    tokens = torch.randint(0, 1024, (setting.batch, setting.length))
+    call: Callable[..., Tensor] = model
     if variant != "eager":
-        backend = "vllm_generic" if variant == "vllm_generic" else "inductor"
-        # One small step first, so that the compiler's own memory counts for nobody.
-        small = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.LayerNorm(4))
-        torch.compile(small, backend=backend)(torch.ones(2, 4)).sum().backward()
-        call = torch.compile(model, backend=backend, dynamic=False)  # type: ignore[assignment]
-    before = _peak_mib()
-    seconds = []
-    for _ in range(steps + 1):
-        start = time.perf_counter()
+        call = torch.compile(model, backend=_backend(variant), dynamic=False)
+    if setting.mode == "infer":
+        model.eval()
+        return torch.inference_mode()(lambda: call(tokens))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    def step() -> None:
         optimizer.zero_grad()
         call(tokens, tokens).backward()
         optimizer.step()
-        seconds.append(time.perf_counter() - start)
-    step = statistics.median(seconds[1:])
-    return Measured(variant, length, step, _peak_mib() - before, seconds[0] - step)
+
+    return step
+
+
+def _backend(variant: str) -> str | Callable[..., Any]:
+    return vllm_generic if variant == "vllm_generic" else "inductor"
+
+
+def measure_alone(variant: str, setting: Setting, steps: int) -> Alone:
+    """Memory and compile time; only in a process that does nothing else."""
+    if variant != "eager":
+        # One small step first, so that the compiler's own memory counts for nobody.
+        small = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.LayerNorm(4))
+        torch.compile(small, backend=_backend(variant))(torch.ones(2, 4)).sum().backward()
+    step = make_step(variant, setting)
+    before = _held_mib()
+    first = _cpu_seconds(step)
+    whole = _peak_mib()
+    _held_mib()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    later = statistics.median(_cpu_seconds(step) for _ in range(steps))
+    return Alone(_peak_mib() - before, whole - before, first - later)
+
+
+def measure_together(variants: Sequence[str], setting: Setting, rounds: int) -> dict[str, Times]:
+    """Times of all variants, in turns."""
+    steps = {variant: make_step(variant, setting) for variant in variants}
+    times = {variant: Times([], []) for variant in variants}
+    for step in steps.values():
+        step()  # compiles
+        step()
+    for _ in range(rounds):
+        for variant, step in steps.items():
+            start = time.perf_counter()
+            times[variant].cpu.append(_cpu_seconds(step))
+            times[variant].wall.append(time.perf_counter() - start)
+    return times
+
+
+def _cpu_seconds(step: Callable[[], object]) -> float:
+    """User and system time of this process and of the compilers that it waits for."""
+    start = _cpu_so_far()
+    step()
+    return _cpu_so_far() - start
+
+
+def _cpu_so_far() -> float:
+    used = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(u.ru_utime + u.ru_stime for u in used)
 
 
 def _peak_mib() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used / (2**20 if sys.platform == "darwin" else 2**10)
+    return _status_mib("VmHWM")
 
 
-def _in_own_process(variant: str, length: int, batch: int, steps: int, layers: int) -> Measured:
-    options = {"variant": variant, "length": length, "batch": batch, "steps": steps}
-    arguments = [f"--{k}={v}" for k, v in {**options, "layers": layers}.items()]
-    command = [sys.executable, "-m", "fxport.tools.bench_training_memory", "one", *arguments]
+def _held_mib() -> float:
+    """What the process cannot do without."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return _status_mib("VmRSS")
+
+
+def _status_mib(entry: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(entry + ":")) / 2**10
+
+
+def _in_own_process(arguments: Sequence[str]) -> Any:
+    """Runs this program with `arguments` and an empty cache; what it printed, as JSON."""
+    command = [sys.executable, "-m", "fxport.tools.bench_training_memory", *arguments]
     with tempfile.TemporaryDirectory() as cache:  # nobody compiles less because another did
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
-        run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if run.returncode:
-        raise click.ClickException(f"{variant} at T={length} failed:\n{run.stderr}")
-    return Measured(**json.loads(run.stdout.splitlines()[-1]))
-
-
-def table(results: list[Measured]) -> str:
-    """One line per length and variant; ratios against the upper bound at the same length."""
-    bounds = {m.length: m for m in results if m.variant == _BOUND}
-    rows = []
-    for m in results:
-        bound = bounds.get(m.length, m)
-        rows.append(
-            (
-                m.length,
-                m.variant,
-                round(m.step_s * 1e3, 1),
-                round(m.step_s / bound.step_s, 2),
-                round(m.peak_mib),
-                round(m.peak_mib / max(bound.peak_mib, 1), 2),
-                round(m.compile_s, 1),
-            )
+        own = {
+            "TORCHINDUCTOR_CACHE_DIR": cache,
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",
+            "MALLOC_MMAP_THRESHOLD_": "131072",  # freed tensors go back to the system
+        }
+        run = subprocess.run(
+            command, capture_output=True, text=True, check=False, env={**os.environ, **own}
         )
-    headers = ("T", "variant", "step ms", "x bound", "peak MiB", "x bound", "compile s")
-    return tabulate(rows, headers=headers)
+    if run.returncode:
+        raise click.ClickException(f"{' '.join(arguments)} failed:\n{run.stderr}")
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def table(results: Sequence[tuple[Setting, str, Alone | None, Times | None]]) -> str:
+    """One line per setting and variant; ratios against the upper bound of the same setting."""
+    alone = {(s, v): a for s, v, a, _ in results if a is not None}
+    times = {(s, v): t for s, v, _, t in results if t is not None}
+    rows = []
+    for setting, variant, _, _ in results:
+        row: list[object] = [setting.mode, setting.length, variant]
+        mine, bound = times.get((setting, variant)), times.get((setting, _BOUND))
+        if mine is not None:
+            row += [_ms(mine.wall), _median_ratio(mine.wall, bound and bound.wall)]
+            row += [_ms(mine.cpu), _median_ratio(mine.cpu, bound and bound.cpu)]
+        else:
+            row += [None] * 4
+        own, bounds = alone.get((setting, variant)), alone.get((setting, _BOUND))
+        if own is not None:
+            row += [round(own.peak_mib), _ratio(own.peak_mib, bounds and bounds.peak_mib)]
+            row += [round(own.whole_mib), _ratio(own.whole_mib, bounds and bounds.whole_mib)]
+            row.append(round(own.compile_s, 1))
+        rows.append(row)
+    headers = (
+        *("mode", "T", "variant", "wall ms", "x bound", "CPU ms", "x bound"),
+        *("peak MiB", "x bound", "with compiling", "x bound", "compile CPU s"),
+    )
+    return tabulate(rows, headers=headers, tablefmt="github")
+
+
+def _ms(seconds: Sequence[float]) -> float:
+    return round(statistics.median(seconds) * 1e3, 1)
+
+
+def _median_ratio(mine: Sequence[float], bound: Sequence[float] | None) -> float | None:
+    if bound is None:
+        return None
+    return round(statistics.median(a / b for a, b in zip(mine, bound, strict=True)), 3)
+
+
+def _ratio(mine: float, bound: float | None) -> float | None:
+    return None if not bound else round(mine / bound, 3)
 
 
 @click.group(invoke_without_command=True)
-@click.option("--lengths", default="512,1024,2048,4096", show_default=True)
+@click.option("--lengths", default="1024,2048", show_default=True)
+@click.option("--mode", "modes", default=",".join(MODES), show_default=True)
 @click.option("--variants", default=",".join(VARIANTS), show_default=True)
 @click.option("--batch", default=1, show_default=True)
-@click.option("--steps", default=5, show_default=True, help="Measured steps per configuration.")
 @click.option("--layers", default=6, show_default=True)
+@click.option("--rounds", default=15, show_default=True, help="Of times; 0: no times.")
+@click.option("--steps", default=3, show_default=True, help="Of memory; 0: no memory.")
 @click.pass_context
 def main(
-    context: click.Context, lengths: str, variants: str, batch: int, steps: int, layers: int
+    context: click.Context,
+    lengths: str,
+    modes: str,
+    variants: str,
+    batch: int,
+    layers: int,
+    rounds: int,
+    steps: int,
 ) -> None:
-    """Measures every variant at every length; prints a table."""
+    """Measures every variant in every setting; prints a table."""
     if context.invoked_subcommand is not None:
         return
-    wanted = [(int(n), v) for n in lengths.split(",") for v in variants.split(",")]
-    unknown = {v for _, v in wanted} - set(VARIANTS)
+    unknown = {*variants.split(","), *modes.split(",")} - {*VARIANTS, *MODES}
     if unknown:
-        raise click.UsageError(f"unknown variants: {', '.join(sorted(unknown))}")
-    results = [
-        _in_own_process(variant, length, batch, steps, layers)
-        for length, variant in tqdm(wanted, unit="run")
-    ]
+        raise click.UsageError(f"unknown: {', '.join(sorted(unknown))}")
+    wanted = [(mode, int(n)) for mode in modes.split(",") for n in lengths.split(",")]
+    results: list[tuple[Setting, str, Alone | None, Times | None]] = []
+    for setting in tqdm([Setting(*w, batch, layers) for w in wanted], unit="setting"):
+        shared = ["--setting", json.dumps(asdict(setting))]
+        times = _in_own_process(["together", *shared, variants, str(rounds)]) if rounds else {}
+        for v in variants.split(","):
+            own = _in_own_process(["alone", *shared, v, str(steps)]) if steps else None
+            results.append(
+                (setting, v, own and Alone(**own), Times(**times[v]) if rounds else None)
+            )
     click.echo(table(results))
 
 
 @main.command(hidden=True)
-@click.option("--variant", required=True)
-@click.option("--length", type=int, required=True)
-@click.option("--batch", type=int, required=True)
-@click.option("--steps", type=int, required=True)
-@click.option("--layers", type=int, required=True)
-def one(variant: str, length: int, batch: int, steps: int, layers: int) -> None:
-    """One configuration in this process; one line of JSON."""
-    measured = measure(variant, length, batch=batch, steps=steps, layers=layers)
-    click.echo(json.dumps(asdict(measured)))
+@click.option("--setting", required=True)
+@click.argument("variant")
+@click.argument("steps", type=int)
+def alone(setting: str, variant: str, steps: int) -> None:
+    """`measure_alone` in this process; one line of JSON."""
+    click.echo(json.dumps(asdict(measure_alone(variant, Setting(**json.loads(setting)), steps))))
+
+
+@main.command(hidden=True)
+@click.option("--setting", required=True)
+@click.argument("variants")
+@click.argument("rounds", type=int)
+def together(setting: str, variants: str, rounds: int) -> None:
+    """`measure_together` in this process; one line of JSON."""
+    found = measure_together(variants.split(","), Setting(**json.loads(setting)), rounds)
+    click.echo(json.dumps({variant: asdict(times) for variant, times in found.items()}))
 
 
 if __name__ == "__main__":
