@@ -1,16 +1,25 @@
 """Tensor-parallel training over NCCL: gradients against one GPU, and the time of a step.
 
     torchrun --nproc-per-node 2 -m fxport.tools.bench_parallel_gpu [--size 1b] [--length 2048]
+                                                                   [--variants ...]
 
 Correctness: a Llama of 4 layers in float64 and float32; loss and every gradient of the divided
-model on all ranks against the undivided model on rank 0's GPU. Speed: forward and backward of a
-bf16 Llama, the undivided model on one GPU and the divided one, the same tokens; both eager, the
-undivided one with and without fxport's attention (its graph divided over one rank).
+model on all ranks against the undivided model on rank 0's GPU, with the loss on gathered logits and
+with `fxport.parallel.TokenLoss`. Speed: forward and backward of a bf16 Llama, the same tokens:
+
+* alone: the undivided model on one GPU; divided: over all, its logits gathered;
+* divided-loss: with `TokenLoss`, which leaves them divided;
+* each with ``-compiled``: through torch.compile, the undivided one with Inductor, the others with
+  `vllm_generic`;
+* divided-loss-overlapped: also Inductor's reordering of collectives.
 """
 
 from __future__ import annotations
 
+import gc
+import os
 import statistics
+import time
 from collections.abc import Callable
 
 import click
@@ -18,13 +27,30 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from tabulate import tabulate
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import fxport
+from fxport.parallel import TokenLoss
 from fxport.passes.tensor_parallel.boxes import select
 from fxport.tools.bench_llama import SIZES, Llama
 
 __all__ = ["main"]
+
+VARIANTS = (
+    "alone",
+    "alone-compiled",
+    "divided",
+    "divided-compiled",
+    "divided-loss",
+    "divided-loss-compiled",
+    "divided-loss-overlapped",
+)
+# what Inductor's config recommends
+_OVERLAP = (
+    "reorder_communication_preserving_peak_memory",
+    "sink_waits_iterative",
+    "reorder_communication_preserving_peak_memory",
+)
 
 
 def _model(size: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -40,25 +66,45 @@ def _model(size: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
     return model.eval()
 
 
-def _step(model: nn.Module, ids: Tensor) -> Tensor:
-    logits = model(ids)
-    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
-    if logits.dtype == torch.float64:
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+class _Gathered(nn.Module):
+    """The loss on the whole logits of each rank."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        logits = self.model(ids).flatten(0, 1)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return F.cross_entropy(logits, targets.flatten())
+
+
+def _batch(size: str, batch: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The same token ids and next tokens on every rank; none follows the last."""
+    generator = torch.Generator().manual_seed(13)
+    ids = torch.randint(0, SIZES[size].vocabulary, (batch, length), generator=generator)
+    targets = ids.roll(-1, 1)
+    targets[:, -1] = -100
+    return ids.to(device), targets.to(device)
+
+
+def _step(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    loss: Tensor = model(*batch)
     loss.backward()
     return loss.detach()
 
 
-def compare(dtype: torch.dtype, device: torch.device) -> tuple[float, float, int]:
+def compare(
+    dtype: torch.dtype, device: torch.device, wrap: Callable[[fx.GraphModule], nn.Module]
+) -> tuple[float, float, int]:
     """Worst relative errors of the loss and of a gradient over all ranks, and how many gradients.
 
     The error of a gradient is ``|found - expected| / |expected|`` in the Frobenius norm.
     """
     model = _model("tiny", dtype, device)
     module = fxport.parallelize(model, fxport.ParallelContext.from_distributed()).to(device)
-    torch.manual_seed(13)
-    ids = torch.randint(0, SIZES["tiny"].vocabulary, (3, 129), device=device)
-    expected, found = _step(model, ids), _step(module, ids)
+    batch = _batch("tiny", 3, 129, device)
+    expected, found = _step(_Gathered(model), batch), _step(wrap(module), batch)
     errors = []
     for shard in module.plan.parameters:  # type: ignore[union-attr]
         whole = model.get_parameter(shard.name).grad
@@ -89,16 +135,38 @@ def _milliseconds(step: Callable[[], object], count: int = 12) -> tuple[float, f
     return median, upper - lower
 
 
-def _timed(name: str, model: nn.Module, ids: Tensor) -> list[object]:
-    def step() -> None:
-        _step(model, ids)
-        for parameter in model.parameters():
-            parameter.grad = None
+def _timed(variant: str, model: nn.Module, batch: tuple[Tensor, Tensor]) -> list[object]:
+    """Name, time, median, loss, peak, seconds of the first step."""
+    kind, *how = variant.split("-")
+    context = fxport.ParallelContext.from_distributed()
+    loss: nn.Module
+    if kind == "alone":
+        loss = _Gathered(model)
+    else:
+        module = fxport.parallelize(model, context).to(batch[0].device)
+        loss = TokenLoss(module) if "loss" in how else _Gathered(module)
+    if "compiled" in how or "overlapped" in how:
+        torch._dynamo.reset()
+        torch._inductor.config.reorder_for_compute_comm_overlap = "overlapped" in how
+        torch._inductor.config.reorder_for_compute_comm_overlap_passes = list(_OVERLAP)
+        backend = "inductor" if kind == "alone" else "vllm_generic"
+        loss = torch.compile(loss, backend=backend, dynamic=False)  # type: ignore[assignment]
 
+    def step() -> Tensor:
+        found = _step(loss, batch)
+        for parameter in loss.parameters():
+            parameter.grad = None
+        return found
+
+    dist.barrier()
+    start = time.perf_counter()
+    value = step().item()
+    first = time.perf_counter() - start
     torch.cuda.reset_peak_memory_stats()
     median, spread = _milliseconds(step)
     peak = torch.cuda.max_memory_allocated() / 2**30
-    return [name, f"{median:.1f} (+-{spread / 2:.1f})", median, f"{peak:.1f}"]
+    time_ms = f"{median:.1f} (+-{spread / 2:.1f})"
+    return [variant, time_ms, median, f"{value:.4f}", f"{peak:.1f}", f"{first:.0f}"]
 
 
 def _all_reduce_gbs(device: torch.device) -> float:
@@ -113,36 +181,37 @@ def _all_reduce_gbs(device: torch.device) -> float:
 @click.option("--size", default="1b", show_default=True, type=click.Choice(sorted(SIZES)))
 @click.option("--batch", default=4, show_default=True)
 @click.option("--length", default=2048, show_default=True)
-def main(size: str, batch: int, length: int) -> None:
+@click.option("--variants", default=",".join(VARIANTS), show_default=True)
+@click.option("--compare/--no-compare", "check", default=True)
+def main(size: str, batch: int, length: int, variants: str, check: bool) -> None:
     """Prints errors, then a table of times; run under torchrun."""
-    dist.init_process_group("nccl")
-    rank = dist.get_rank()
+    rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
     torch.set_float32_matmul_precision("highest")
     say = click.echo if rank == 0 else lambda _: None
-    for dtype in (torch.float64, torch.float32):
-        loss, gradient, count = compare(dtype, device)
-        say(f"{dtype}: loss {loss:.1e}, worst of {count} gradients {gradient:.1e}")
-    bandwidth = _all_reduce_gbs(device)
-    say(f"all-reduce of 256 MiB: {bandwidth:.0f} GB/s (bus)")
-    torch.manual_seed(13)
-    ids = torch.randint(0, SIZES[size].vocabulary, (batch, length), device=device)
+    for dtype in (torch.float64, torch.float32) if check else ():
+        for name, wrap in (("gathered logits", _Gathered), ("divided logits", TokenLoss)):
+            loss, gradient, count = compare(dtype, device, wrap)
+            say(f"{dtype}, {name}: loss {loss:.1e}, worst of {count} gradients {gradient:.1e}")
+    say(f"all-reduce of 256 MiB: {_all_reduce_gbs(device):.0f} GB/s (bus)")
+    ranks = dist.get_world_size()
+    say(f"{ranks} x {torch.cuda.get_device_name()}, torch {torch.__version__}")
+    ids = _batch(size, batch, length, device)
     model = _model(size, torch.bfloat16, device)
-    rows = [_timed("1 GPU, as written", model, ids)]
-    module = fxport.parallelize(model, fxport.ParallelContext(0, 1)).to(device)
-    rows.append(_timed("1 GPU, fxport's graph", module, ids))
-    del module
-    divided = fxport.parallelize(model, fxport.ParallelContext.from_distributed()).to(device)
-    del model
-    torch.cuda.empty_cache()
-    dist.barrier()
-    rows.append(_timed(f"{dist.get_world_size()} GPUs, fxport's graph", divided, ids))
+    rows: list[list[object]] = []
+    for variant in variants.split(","):
+        rows.append(_timed(variant, model, ids))
+        say(f"{rows[-1]}")  # what has been measured survives a cut
+        model.zero_grad()
+        gc.collect()
+        torch.cuda.empty_cache()
     alone = rows[0][2]
     for row in rows:
         row[2] = f"{alone / row[2]:.2f}"  # type: ignore[operator]
-    say(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; {size}, {batch} x {length}")
-    say(tabulate(rows, ["", "forward + backward ms", "speed", "peak GiB"], tablefmt="github"))
+    headers = [f"{ranks} GPUs", "forward + backward ms", "speed", "loss", "peak GiB", "first s"]
+    say(f"{size}, {batch} x {length}\n" + tabulate(rows, headers, tablefmt="github"))
     dist.destroy_process_group()
 
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fxport.parallel.clipping import clip_grad_norm_
+    from fxport.parallel.loss import TokenLoss
 
-__all__ = ["clip_grad_norm_"]
+__all__ = ["TokenLoss", "clip_grad_norm_"]
 
 
 def __getattr__(name: str) -> object:
@@ -16,4 +17,8 @@ def __getattr__(name: str) -> object:
         from fxport.parallel.clipping import clip_grad_norm_
 
         return clip_grad_norm_
+    if name == "TokenLoss":
+        from fxport.parallel.loss import TokenLoss
+
+        return TokenLoss
     raise AttributeError(f"module 'fxport.parallel' has no attribute {name!r}")

@@ -53,6 +53,13 @@ class DistributedTransport:
     def all_reduce(self, value: Tensor, maximum: bool = False) -> Tensor:
         import torch.distributed as dist
 
+        if torch.compiler.is_compiling():
+            # In place, torch 2.11's compiler loses the gradient of what is reduced.
+            from torch.distributed import _functional_collectives as functional
+
+            group = dist.group.WORLD if self.group is None else self.group
+            name = "max" if maximum else "sum"
+            return functional.all_reduce(value.detach().contiguous(), name, group)
         result = value.detach().clone(memory_format=torch.contiguous_format)
         operation = dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM
         dist.all_reduce(result, op=operation, group=self.group)
