@@ -13,6 +13,7 @@ weights when the sink has taken its share.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -143,7 +144,8 @@ def _respell(gm: fx.GraphModule, factor: _Factor) -> None:
     args, kwargs = fx.node.map_arg(
         (softmax.args, dict(softmax.kwargs)), lambda n: joined if n is scores else n
     )
-    weights = emitter.call(softmax.target, *args, **kwargs)
+    target: Any = softmax.target
+    weights = emitter.call(target, *args, **kwargs)
     weights = emitter.call(aten.slice.Tensor, weights, -1, 0, -1)
     softmax.replace_all_uses_with(weights)
     factor.node.replace_all_uses_with(factor.result)
