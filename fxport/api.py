@@ -201,6 +201,9 @@ def _unkept(caches: tuple[str, ...]) -> tuple[Decision, ...]:
 def _stated_length(model: nn.Module) -> int | None:
     """What a Hugging Face configuration says where the code bounds nothing (rotary positions)."""
     config = getattr(model, "config", None)
+    of_text = getattr(config, "get_text_config", None)
+    if callable(of_text):  # a model that also takes images keeps it apart
+        config = of_text(decoder=True)
     found = getattr(config, "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 0 else None
 

@@ -10,16 +10,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
+from torch import Tensor, fx
 
 from fxport.errors import ReasonCode
 from fxport.passes.attention_frame import Frame
+from fxport.passes.attention_products import as_product
 from fxport.passes.attention_site import Left, MaskKind, MaskStep, Match
+from fxport.passes.attention_views import moved_input, number, overload_packet
 from fxport.passes.graph_facts import GraphFacts, Source
 from fxport.passes.mask_bands import FULL, Band
+from fxport.passes.mask_values import constant_value
 from fxport.passes.masks import Proof, Prover, hard_limit, is_forbidding
 
 __all__ = ["MaskPlan", "plan_masks"]
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,11 @@ def plan_masks(prover: Prover, facts: GraphFacts, match: Match, frame: Frame) ->
         )
     if from_data and not match.zero_rows:
         lowering = proof.lowered or not proof.known
-        sure = [s for s, f in zip(match.steps, sources, strict=True) if _never_low(f, lowering)]
+        sure = [
+            s
+            for s, f in zip(match.steps, sources, strict=True)
+            if _never_low(f, lowering) or _is_learned_product(facts, s.tensor)
+        ]
         _check_emptied(dense, sure)
     used = [s for s in fixed if s not in dense]
     return MaskPlan(
@@ -174,7 +184,10 @@ def _check_dense(dense: list[MaskStep], proof: Proof) -> None:
             raise Left(
                 ReasonCode.MASK_NOT_PROVEN,
                 "scores are multiplied by, or clamped at, a mask that is not proven"
-                + (f": {proof.why}" if proof.why else ""),
+                + (f": {proof.why}" if proof.why else "")
+                if proof.rest
+                else "scores are multiplied by, or clamped at, a mask, and others from the data "
+                "come on top: what rows without any key give depends on all of them",
                 step.node,
                 "use masked_fill with float('-inf')",
             )
@@ -205,6 +218,47 @@ def _check_dense(dense: list[MaskStep], proof: Proof) -> None:
 def _never_low(source: Source, lowering: bool) -> bool:
     """Whether adding this value forbids no key: learned, or a constant that was looked at."""
     return Source.DATA not in source and (Source.PARAMETER in source or not lowering)
+
+
+_MOVES_VALUES = {
+    aten.gather, aten.slice, aten.select, aten.index, aten.index_select, aten.narrow, aten.neg
+}  # fmt: skip
+_SMALL = 100.0
+
+
+def _is_learned_product(facts: GraphFacts, node: fx.Node | None) -> bool:
+    """Whether a bias is made of products like q.k, of weights and data: relative positions."""
+    if node is None:
+        return False
+    if as_product(node) is not None:
+        return Source.DATA | Source.PARAMETER in facts.source(node)
+    packet, inputs = overload_packet(node), node.args
+    if packet in (aten.add, aten.sub) and not node.kwargs:
+        return all(
+            _is_learned_product(facts, n) if isinstance(n, fx.Node) else number(n) == 0
+            for n in inputs[:2]
+        )
+    if packet in (aten.mul, aten.div):
+        factor = _fixed_number(facts, inputs[1])
+        size = None if not factor else abs(factor if packet is aten.mul else 1 / factor)
+        moved = None if size is None or size > _SMALL else inputs[0]
+    else:
+        moved = inputs[0] if packet in _MOVES_VALUES else moved_input(node)
+    return isinstance(moved, fx.Node) and _is_learned_product(facts, moved)
+
+
+def _fixed_number(facts: GraphFacts, value: object) -> float | None:
+    if not isinstance(value, fx.Node):
+        return number(value)
+    found = value.meta.get("val")
+    if not isinstance(found, Tensor) or found.dim() or not facts.only_lifted(value):
+        return None
+    if facts.source(value) & ~Source.BUFFER:
+        return None
+    try:
+        return float(constant_value(value, {}))
+    except ValueError:  # a size enters it
+        return None
 
 
 def _check_emptied(dense: list[MaskStep], sure: list[MaskStep]) -> None:

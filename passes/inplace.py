@@ -13,6 +13,7 @@ from torch import fx
 
 from fxport.capture.memory import is_mutation
 from fxport.passes.functional import drop_whole_slices, replace_mutation
+from fxport.passes.slice_writes import join_written_pieces
 
 __all__ = ["without_inplace"]
 
@@ -21,6 +22,7 @@ def without_inplace(gm: fx.GraphModule) -> None:
     """Replaces what can be replaced."""
     if any(map(is_mutation, gm.graph.nodes)):
         drop_whole_slices(gm)
+        join_written_pieces(gm)
     for node in list(gm.graph.nodes):
         if is_mutation(node):
             replace_mutation(gm, node)

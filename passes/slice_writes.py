@@ -62,8 +62,10 @@ def _join(
     own = {p.write for p in pieces} | {p.view for p in pieces}
     if any(order[user] < order[last] for user in base.users if user not in own):
         return False
-    # A source that is written to in between would be read too late.
-    inside = [w for w in writes if order[first] < order[w] < order[last]]
+    # A source that is written to in between would be read too late; and all pieces have a
+    # gradient, or none.
+    switches = [n for n in order if n.target is torch._C._set_grad_enabled]
+    inside = [w for w in (*writes, *switches) if order[first] < order[w] < order[last]]
     if any(w not in own for w in inside):
         return False
     with gm.graph.inserting_after(last):

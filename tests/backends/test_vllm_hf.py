@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import fxport
+from fxport.api import _stated_length
 from fxport.tools.zoo_configs import families, tiny_model
 from fxport.tools.zoo_records import read
 
@@ -46,6 +48,29 @@ def test_the_generation_config_goes_with_the_model(tmp_path: Path) -> None:
     found = json.loads((directory / "generation_config.json").read_text())
     assert found["temperature"] == 0.25 and found["eos_token_id"] == [2, 7]
     assert model.config.use_cache  # off in the port; the model is as it was
+
+
+def test_a_model_that_was_trained_and_has_generated(tmp_path: Path) -> None:
+    """A bfloat16 checkpoint in training mode, with a tied head, after a call with a cache."""
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=64, max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=2, do_sample=False)
+    port = fxport.port(model.train())
+    assert model.training and model.config.use_cache
+    assert port.serving.dtype == torch.bfloat16 and port.half is None
+    assert port.serving.aliases == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert [d for d in port.report.decisions if d.pass_name == "self-check" and d.detail]
+
+
+def test_the_length_of_a_model_that_also_takes_images() -> None:
+    config = transformers.Gemma3Config(text_config={"max_position_embeddings": 96})
+    model = torch.nn.Module()
+    model.config = config
+    assert _stated_length(model) == 96
 
 
 def test_positions_counted_by_what_the_tokens_are_is_refused() -> None:

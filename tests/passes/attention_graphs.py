@@ -157,8 +157,8 @@ def trace_serving(module: nn.Module, data: Sequence[Tensor], dims: Sequence[Any]
     return exported.graph_module
 
 
-def rewrite(graph: fx.GraphModule) -> Rewritten:
-    result = rewrite_attention(graph)
+def rewrite(graph: fx.GraphModule, check_scores: bool = False) -> Rewritten:
+    result = rewrite_attention(graph, check_scores=check_scores)
     graph.graph.lint()
     graph.recompile()
     return Rewritten(graph, result)

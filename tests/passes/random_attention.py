@@ -20,7 +20,7 @@ class Recipe:
     """One composition; every field is one decision a writer makes.
 
     `more`: how many keys there are beyond the queries; `padding`: how a mask from the data is
-    applied, "" for none.
+    applied, "" for none; `loud`: how large the queries are.
     """
 
     batch: int
@@ -42,6 +42,7 @@ class Recipe:
     padding: str
     pad_first: bool
     softmax: str
+    loud: float
     dynamic: bool
 
     @property
@@ -236,12 +237,13 @@ recipes = strategies.builds(
     width=strategies.integers(1, 5),
     from_end=strategies.booleans(),
     spelling=_one_of("fill", "where", "add", "inplace", "one-minus"),
-    fill=strategies.sampled_from([INF, -1e9, -1e4, torch.finfo(torch.float32).min]),
+    fill=strategies.sampled_from([INF, -1e9, -1e5, -1e4, torch.finfo(torch.float32).min]),
     extra=_one_of(
         "none", "none", "softcap", "temperature", "bias", "sinks", "alibi", "learned alibi", "steps"
     ),
     padding=_one_of("", "", "", "fill", "add", "documents"),
     pad_first=strategies.booleans(),
     softmax=_one_of("call", "written", "log", "late", "unkept"),
+    loud=strategies.sampled_from([1.0, 1.0, 1.0, 3000.0]),
     dynamic=strategies.sampled_from([False, False, True]),  # takes three times as long
 )  # fmt: skip

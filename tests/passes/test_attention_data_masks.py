@@ -8,7 +8,15 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_graphs import Rewritten, Site, compare, rewrite, softmax_count, trace_training
+from attention_graphs import (
+    Rewritten,
+    Site,
+    compare,
+    rewrite,
+    softmax_count,
+    trace_directly,
+    trace_training,
+)
 from spellings_base import causal_bool, finish, heads_first
 from torch import Tensor
 
@@ -187,3 +195,55 @@ def test_float32_softmax_between_narrow_products(dtype: torch.dtype) -> None:
         assert out.dtype == dtype
         bound = 4 * torch.finfo(dtype).eps * float(exact.abs().amax())
         assert float((out.double() - exact).abs().amax()) <= bound
+
+
+# -- relative positions by a product of their own, under a padding mask ----------------------------
+
+
+def relative(qkv: Tensor, keep: Tensor, table: Tensor) -> Tensor:
+    """The added scores are no mask: made of weights and data, like q.k."""
+    q, k, v = heads_first(qkv)
+    t = q.size(2)
+    index = (torch.arange(t)[:, None] - torch.arange(t)[None, :]).clamp(-3, 3) + 3
+    rel = torch.gather(q @ table.mT, -1, index.expand(q.size(0), q.size(1), -1, -1))
+    s = q @ k.mT + rel / torch.sqrt(torch.tensor(6.0, dtype=q.dtype))
+    return finish(s.masked_fill(~keep[:, None, None, :], -1e9).softmax(-1), v)
+
+
+def masked_by_a_product(qkv: Tensor, keep: Tensor, table: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    seen = keep.to(q.dtype) * table[0, 0]
+    s = q @ k.mT + (seen[:, None, :, None] @ seen[:, None, None, :] - 1.0) * 1e9
+    return finish(s.masked_fill(~keep[:, None, None, :], -1e9).softmax(-1), v)
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_learned_product_is_no_mask(empty: bool) -> None:
+    module = Site(relative, [torch.randn(7, 6, dtype=torch.float64)])
+    data = [example(), keep_mask(3, 7, empty)]
+    found = rewrite(trace_directly(module, data, {0: (1, 2), 1: (0, 1)}))
+    assert found.count == 1, found.result.decisions
+    compare(module, found.graph, data)
+
+
+def test_a_product_that_is_one_is_left() -> None:
+    module = Site(masked_by_a_product, [torch.ones(1, 1, dtype=torch.float64)])
+    data = [example(), keep_mask(3, 7, empty=True)]
+    found = rewrite(trace_directly(module, data))
+    assert found.left() == ["fully-masked-row"]
+
+
+def test_keys_written_piece_by_piece() -> None:
+    """Multi-head latent attention as in transformers."""
+
+    def function(qkv: Tensor, keep: Tensor) -> Tensor:
+        q, k, v = heads_first(qkv)
+        keys = k.new_empty(k.shape)
+        keys[..., :4].copy_(k[..., :4])
+        keys[..., 4:].copy_(k[:, :1, :, 4:].expand(-1, k.size(1), -1, -1))
+        return finish((q @ keys.mT).masked_fill(~keep[:, None, None, :], INF).softmax(-1), v)
+
+    module, data = Site(function), [example(), keep_mask(3, 7, empty=False)]
+    found = rewrite(trace_training(module, data))
+    assert found.count == 1, found.result.decisions
+    compare(module, found.graph, data)

@@ -99,6 +99,20 @@ def of_another_type(x: Tensor) -> Tensor:
     return y * 2
 
 
+def one_piece_without_gradient(x: Tensor) -> Tensor:
+    y = x.new_empty(x.shape[0], x.shape[1], 2 * x.shape[2])
+    y[..., : x.shape[2]].copy_(x.sin())
+    with torch.no_grad():
+        y[..., x.shape[2] :].copy_(x.cos())
+    return y * 2
+
+
+def test_pieces_in_another_grad_mode_stay() -> None:
+    x = torch.randn(3, 7, 5, dtype=torch.float64, requires_grad=True)
+    gm = traced(one_piece_without_gradient, x)
+    assert join_written_pieces(gm) == 0
+
+
 @pytest.mark.parametrize(
     "function",
     [
