@@ -25,7 +25,7 @@ from fxport.errors import PortError, Reason, ReasonCode
 from fxport.passes.constants import depends_on
 from fxport.report import Decision, Outcome
 
-__all__ = ["Head", "find_head"]
+__all__ = ["Head", "between", "find_head", "no_projection"]
 
 aten = torch.ops.aten
 _PRODUCTS = {
@@ -46,12 +46,15 @@ class Head:
         hidden: the last hidden state, ``[B, T, C]``.
         projection: the product with the vocabulary weight.
         logits: the graph's output, ``[B, T, V]``.
+        start: from here on there must be no attention: `hidden`, or where the last position was
+            chosen before it.
         decisions: for the report.
     """
 
     hidden: fx.Node
     projection: fx.Node
     logits: fx.Node
+    start: fx.Node
     decisions: tuple[Decision, ...]
 
 
@@ -63,60 +66,98 @@ def find_head(gm: fx.GraphModule, length: sympy.Symbol) -> Head:
     """
     output = next(n for n in gm.graph.nodes if n.op == "output")
     data = depends_on(gm, InputKind.DATA)
-    path = _path(output.args[0], data)
-    chosen = [n for n in path if _picks_last(n, length)]
-    erased: set[fx.Node] = set()
-    decisions = [_all_positions(gm, node, path, erased) for node in chosen]
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    sources, decisions = [], []
+    while (choice := _choice(output, length, data, order)) is not None:
+        sources.append(arguments(choice)["self"])
+        decisions.append(_all_positions(gm, choice, output, data))
     logits = output.args[0]
     assert isinstance(logits, fx.Node)
-    path = _path(logits, data)
-    projection = next(n for n in reversed(path) if n.target in _PRODUCTS)
-    hidden = next(n for n in projection.all_input_nodes if n in data)
+    hidden, products = _hidden(_passed_by_all(logits, data, order), logits, data)
+    first = min([hidden, *sources], key=lambda n: order[n])
     vocabulary = shape_of(logits)[-1]
     decisions.append(
         Decision(
             "head",
             Outcome.REWRITTEN,
             "vocabulary projection",
-            f"compute_logits: {len(path) - path.index(projection)} operations, V = {vocabulary}",
-            module_of(projection),
-            user_location(projection),
+            f"compute_logits: {len(between(hidden, logits, data))} operations, V = {vocabulary}",
+            module_of(products[-1]),
+            user_location(products[-1]),
         )
     )
-    return Head(hidden, projection, logits, tuple(decisions))
+    return Head(hidden, products[-1], logits, first, tuple(decisions))
 
 
-def _path(logits: fx.Node, data: set[fx.Node]) -> list[fx.Node]:
-    """From just before the projection's input choice to the logits, in order of computation."""
-    path: list[fx.Node] = []
-    node, projected = logits, False
-    while True:
-        sources = [n for n in node.all_input_nodes if n in data]
-        is_projection = node.target in _PRODUCTS and len(sources) == 1
-        if len(sources) != 1 or node.op != "call_function":
-            if projected:
-                return list(reversed(path))
-            reason = Reason(
-                ReasonCode.NO_VOCABULARY,
-                "the vocabulary projection was not found: "
-                f"the output is computed from {len(sources)} values at `{node.name}`",
-                user_location(node),
-                "the logits must be one product of the last hidden state with a weight",
-            )
-            raise PortError([reason])
-        if projected and not _reshapes_tokens(node):
-            return list(reversed(path))
-        path.append(node)
-        projected = projected or is_projection
-        node = sources[0]
+def _choice(
+    output: fx.Node, length: sympy.Symbol, data: set[fx.Node], order: dict[fx.Node, int]
+) -> fx.Node | None:
+    """The first place where only the last position goes on."""
+    passed = _passed_by_all(output.args[0], data, order)  # type: ignore[arg-type]
+    return next((n for n in reversed(passed) if _picks_last(n, length)), None)
+
+
+def _passed_by_all(logits: fx.Node, data: set[fx.Node], order: dict[fx.Node, int]) -> list[fx.Node]:
+    """What every way from the token ids to the logits goes through, last first."""
+    found: list[fx.Node] = []
+    pending = {logits}
+    while pending:
+        node = max(pending, key=order.__getitem__)
+        if len(pending) == 1:
+            found.append(node)
+        pending.remove(node)
+        pending.update(n for n in node.all_input_nodes if n in data)
+    return found
+
+
+def between(start: fx.Node, end: fx.Node, data: set[fx.Node]) -> list[fx.Node]:
+    """What is computed of `start`, which everything passes, on the way to `end`."""
+    found: dict[fx.Node, None] = {}
+    pending = [end]
+    while pending:
+        node = pending.pop()
+        if node is not start and node not in found:
+            found[node] = None
+            pending.extend(n for n in node.all_input_nodes if n in data)
+    return list(found)
+
+
+def _hidden(
+    passed: list[fx.Node], logits: fx.Node, data: set[fx.Node]
+) -> tuple[fx.Node, list[fx.Node]]:
+    """The last value of all with a product behind it, and the products behind it."""
+    for node in passed:
+        if node is logits or node.op != "call_function" or not _is_state(node):
+            continue
+        products = [n for n in between(node, logits, data) if n.target in _PRODUCTS]
+        if products:
+            return node, products
+    forks = [n for n in between(passed[-1], logits, data) if len(_data_inputs(n, data)) > 1]
+    node = forks[0] if forks else logits
+    raise PortError([no_projection(node, len(_data_inputs(node, data)))])
+
+
+def _is_state(node: fx.Node) -> bool:
+    value = node.meta["val"]
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 1
+
+
+def _data_inputs(node: fx.Node, data: set[fx.Node]) -> list[fx.Node]:
+    return [n for n in node.all_input_nodes if n in data]
+
+
+def no_projection(node: fx.Node, count: int) -> Reason:
+    """The refusal of logits that are made of several values at `node`."""
+    return Reason(
+        ReasonCode.NO_VOCABULARY,
+        "the vocabulary projection was not found: "
+        f"the output is computed from {count} values at `{node.name}`",
+        user_location(node),
+        "compute the logits from the last hidden state alone",
+    )
 
 
 _CHOICES = {aten.slice.Tensor, aten.select.int, aten.index.Tensor, aten.narrow.default}
-
-
-def _reshapes_tokens(node: fx.Node) -> bool:
-    """Before the projection only a choice of positions belongs to the head."""
-    return node.target in _CHOICES
 
 
 def _picks_last(node: fx.Node, length: sympy.Symbol) -> bool:
@@ -157,17 +198,16 @@ def _is_last(index: fx.Node) -> bool:
 
 
 def _all_positions(
-    gm: fx.GraphModule, node: fx.Node, path: list[fx.Node], erased: set[fx.Node]
+    gm: fx.GraphModule, node: fx.Node, output: fx.Node, data: set[fx.Node]
 ) -> Decision:
     """Removes the choice, and brings the shapes behind it up to date."""
     source = arguments(node)["self"]
     location, module = user_location(node), module_of(node)
-    behind = path[path.index(node) + 1 :]
     node.replace_all_uses_with(source)
     gm.graph.erase_node(node)
-    erased.add(node)
-    for later in behind:
-        if later not in erased:
+    behind = set(between(source, output.args[0], data))  # type: ignore[arg-type]
+    for later in gm.graph.nodes:
+        if later in behind:
             _refresh(later)
     return Decision(
         "head",

@@ -12,6 +12,7 @@ the weight 0, whatever an earlier call has left there.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -47,11 +48,13 @@ class _Read:
 
     Attributes:
         value: what was written.
+        rows: the shape of that part of the cache; T where the rows are counted.
         steps: what lies between the cache and attention.
-        dims: along which the rows lie after each step.
+        dims: along which the rows lie in the cache, and after each step.
     """
 
     value: fx.Node
+    rows: tuple[Any, ...]
     steps: tuple[fx.Node, ...]
     dims: tuple[int, ...]
 
@@ -76,6 +79,7 @@ def read_under_masks(gm: fx.GraphModule, symbols: Symbols) -> tuple[Decision, ..
             detail = "only what was just written is read: the mask hides the rest"
             decisions.append(Decision("caches", Outcome.REWRITTEN, "cache under a mask", detail))
     if decisions:
+        gm.graph.eliminate_dead_code()  # what read the cache
         drop_unread_writes(gm)
     return tuple(decisions)
 
@@ -104,7 +108,9 @@ def _written(node: fx.Node, symbols: Symbols) -> tuple[fx.Node, int] | None:
     dim %= len(shape)
     rows = (*shape[:dim], symbols.length, *shape[dim + 1 :])
     counted = _counts(index, symbols) and isinstance(shape[dim], int)
-    return (value, dim) if counted and shape_of(value) == rows else None
+    behind = len(shape_of(value))  # torch leaves leading dimensions of size 1 out
+    same = shape_of(value) == rows[len(rows) - behind :] and set(rows[:-behind]) <= {1}
+    return (value, dim) if counted and same and behind > len(rows) - dim - 1 else None
 
 
 def _counts(index: fx.Node, symbols: Symbols) -> bool:
@@ -140,10 +146,12 @@ def _read(
     found = _written(write, symbols)
     if found is None or not _is_finite(cache) or memory.written_by(found[0]):
         return None
-    dims = _dims(found[1], steps)
-    rank = len(shape_of(seen))
-    at_last = dims[-1] if dims else found[1]
-    return None if dims is None or at_last != rank - 2 else _Read(found[0], steps, dims)
+    value, dim = found
+    dims = _dims(dim, steps)
+    if dims is None or dims[-1] != len(shape_of(seen)) - 2:
+        return None
+    shape = shape_of(cache)
+    return _Read(value, (*shape[:dim], symbols.length, *shape[dim + 1 :]), steps, dims)
 
 
 def _is_input(node: fx.Node) -> bool:
@@ -211,23 +219,28 @@ def _narrow(
 def _again(emitter: Emitter, read: _Read, length: fx.Node) -> fx.Node:
     """The same steps from what was written; sizes of the cache become T."""
     new = read.value
-    for step, dim in zip(read.steps, read.dims, strict=True):
-        given = {**arguments(step), "self": new}
+    if shape_of(new) != read.rows:
+        at = read.dims[0]
+        shape = [*read.rows[:at], length, *read.rows[at + 1 :]]
+        new = emitter.call(aten.reshape.default, new, shape)
+    for step, dim in zip(read.steps, read.dims[1:], strict=True):
+        given = arguments(step)
         for name in ("size", "shape"):
             if name in given:
                 given[name] = [*given[name][:dim], length, *given[name][dim + 1 :]]
-        new = emitter.call(step.target, **given)  # type: ignore[arg-type]
+        rest = {k: v for k, v in given.items() if k != "self"}
+        new = emitter.call(step.target, new, **rest)  # type: ignore[arg-type]
     return new
 
 
 def _dims(dim: int, steps: tuple[fx.Node, ...]) -> tuple[int, ...] | None:
-    """Where the rows lie after each step; None where that is not certain."""
-    dims: list[int] = []
+    """Where the rows lie before and after each step; None where that is not certain."""
+    dims = [dim]
     for step in steps:
-        moved = _moved(step, dim)
+        moved = _moved(step, dims[-1])
         if moved is None:
             return None
-        dims.append(dim := moved)
+        dims.append(moved)
     return tuple(dims)
 
 

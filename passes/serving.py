@@ -22,8 +22,9 @@ from fxport.errors import FxportError, PortError, Reason, ReasonCode
 from fxport.passes.attention import rewrite_attention
 from fxport.passes.attention_lse import sinks_as_columns
 from fxport.passes.axes import Axes, Axis, Symbols
+from fxport.passes.constants import depends_on
 from fxport.passes.functional import functionalise
-from fxport.passes.head import Head, find_head
+from fxport.passes.head import Head, between, find_head, no_projection
 from fxport.passes.known_values import fold_known_values
 from fxport.passes.limits import longest_sequence
 from fxport.passes.lookups import look_up_first
@@ -93,6 +94,7 @@ def lower_for_serving(
     with recorder.stage("attention") as stage:
         attention = rewrite_attention(gm)
         stage.note(attention.decisions)
+    _no_attention_in(head, gm)
     embedding = token_embedding(tokens)
     locality = analyse(gm, symbols, max_seq_len)
     reasons = _obstacles(attention.decisions, locality)
@@ -120,6 +122,16 @@ def lower_for_serving(
         *gathered,
     )
     return Lowered(serving, decisions, recorder.stages)
+
+
+def _no_attention_in(head: Head, gm: fx.GraphModule) -> None:
+    """vLLM's head sees single tokens; what was chosen for the last one stays so for each."""
+    data = depends_on(gm, InputKind.DATA)
+    computed = between(head.start, head.logits, data)
+    target = torch.ops.fxport.attention.default
+    if any(node.target is target for node in computed):
+        inputs = [n for n in head.logits.all_input_nodes if n in data]
+        raise PortError([no_projection(head.logits, len(inputs))])
 
 
 def _obstacles(decisions: tuple[Decision, ...], locality: Locality) -> list[Reason]:

@@ -61,6 +61,8 @@ def layout_of(model: nn.Module) -> Layout:
         return Layout.ONE_ROW
     if device.type == "meta":
         return Layout.BATCH_FIRST
+    if not _takes(clone, rows) and _takes(clone, rows[:1]):
+        return Layout.ONE_ROW  # shapes alone do not say that a cache has one row only
     if _mixes_rows(clone, rows):
         return Layout.TIME_FIRST
     return Layout.ROW_BY_ROW if _loops_over_rows(clone, rows) else Layout.BATCH_FIRST
@@ -75,6 +77,16 @@ def _shapes(model: nn.Module, ids: Tensor) -> set[tuple[int, ...]]:
         except Exception:  # an index, a shape: not tokens that the model takes
             return set()
     return {tuple(t.shape[:-1]) for t in tree_leaves(plain(result)) if isinstance(t, Tensor)}
+
+
+def _takes(model: nn.Module, ids: Tensor) -> bool:
+    """Whether forward runs, with numbers."""
+    try:
+        with forward_only(model):
+            model(ids)
+    except Exception:  # an index, a shape: not tokens that the model takes
+        return False
+    return True
 
 
 def _mixes_rows(model: nn.Module, ids: Tensor) -> bool:

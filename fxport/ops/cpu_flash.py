@@ -78,8 +78,8 @@ def forward(
     if sinks is not None:  # one more column in the denominator
         lse_without, lse = lse, torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
         share = torch.exp(lse_without - lse).nan_to_num(0.0)  # both -inf: nothing has weight
-        out = out * share[..., None]
-    return in_heads_layout(out.to(q.dtype)), in_row_major_layout(lse)
+        out = (out * share[..., None]).to(q.dtype)
+    return in_heads_layout(out), in_row_major_layout(lse)
 
 
 def backward(

@@ -62,8 +62,42 @@ def einsum(self, h):
     return torch.einsum("btc,vc->btv", h, self.emb.weight) * 0.5
 
 
-LAST = [index_last, slice_last, select_last, after_projection, by_length, capped]
-ALL = [*LAST, log_probabilities, tied, einsum]
+def two_projections(self, h):
+    return self.out(h) + h @ self.emb.weight.t()
+
+
+def mixture(self, h):
+    """Of two softmaxes, weighted by the state."""
+    weights = h[..., :2].softmax(-1)
+    parts = torch.stack((self.out(h), self.out(h.tanh())), -2).softmax(-1)
+    return (weights[..., None] * parts).sum(-2).log()
+
+
+def last_before_a_norm(self, h):
+    return self.out(self.norm(h[:, [-1]] * 2.0))
+
+
+def last_before_a_norm_by_hand(self, h):
+    last = h[:, -1]
+    return self.out(last * torch.rsqrt(last.square().mean(-1, keepdim=True) + 1e-5))
+
+
+def last_twice(self, h):
+    return self.out(h[:, -1:])[:, -1]
+
+
+LAST = [
+    last_twice,
+    last_before_a_norm,
+    last_before_a_norm_by_hand,
+    index_last,
+    slice_last,
+    select_last,
+    after_projection,
+    by_length,
+    capped,
+]
+ALL = [*LAST, two_projections, mixture, log_probabilities, tied, einsum]
 
 
 @pytest.mark.parametrize("logits", ALL, ids=lambda f: f.__name__)
@@ -74,7 +108,7 @@ def test_logits_of_every_position(logits):
     assert shape_of(head.logits) == (captured.batch, captured.length, V)
     assert shape_of(head.hidden) == (captured.batch, captured.length, C)
     removed = [d for d in head.decisions if "last position" in d.subject]
-    assert len(removed) == (1 if logits in LAST else 0)
+    assert len(removed) == (2 if logits is last_twice else 1 if logits in LAST else 0)
     ids = torch.randint(0, V, (2, 5))
     state = {**captured.parameters}
     inputs = [
@@ -99,11 +133,16 @@ def test_another_position_is_not_the_last():
     assert not [d for d in head.decisions if "last position" in d.subject]
 
 
-def test_two_projections_are_refused():
+def test_two_states_are_refused():
     def both(self, h):
-        return self.out(h) + h @ self.emb.weight.t()
+        return self.out(h) + self.emb(self.ids)[..., :1]
 
-    captured = capture(type("M", (Model,), {"logits": both})())
+    class Keeps(Model):
+        def forward(self, ids):
+            self.ids = ids
+            return super().forward(ids)
+
+    captured = capture(type("M", (Keeps,), {"logits": both})())
     with pytest.raises(PortError) as caught:
         find_head(captured.graph, captured.length)
     reason = caught.value.reasons[0]
