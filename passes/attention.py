@@ -73,7 +73,9 @@ class AttentionResult:
     decisions: tuple[Decision, ...]
 
 
-def rewrite_attention(gm: fx.GraphModule, *, check_scores: bool = False) -> AttentionResult:
+def rewrite_attention(
+    gm: fx.GraphModule, *, check_scores: bool = False, assume_spread: bool = False
+) -> AttentionResult:
     """Rewrites a graph of either door in place.
 
     The new call nodes carry their `AttentionSite` in ``meta["attention"]``.
@@ -81,6 +83,8 @@ def rewrite_attention(gm: fx.GraphModule, *, check_scores: bool = False) -> Atte
     Args:
         check_scores: where a mask forbids only while scores stay above some number, check it
             whenever the graph runs; otherwise the site says that it is assumed.
+        assume_spread: where a mask adds a number such as -1e4, take it for what it is meant to
+            be; the site says how far scores may differ for that. Otherwise it is a bias.
     """
     if not _starts(gm.graph) and not flex_calls(gm.graph):
         return AttentionResult((), ())
@@ -100,7 +104,7 @@ def rewrite_attention(gm: fx.GraphModule, *, check_scores: bool = False) -> Atte
                 if isinstance(start, Softmax)
                 else match_sdpa(facts, start)
             )
-            site, more = _rewrite(gm, facts, prover, match, check_scores)
+            site, more = _rewrite(gm, facts, prover, match, check_scores, assume_spread)
         except Left as left:
             decisions.append(_left(node, left.reason(node)))
             if node in flex:
@@ -136,14 +140,19 @@ def _starts(graph: fx.Graph) -> list[Softmax | fx.Node]:
 
 
 def _rewrite(
-    gm: fx.GraphModule, facts: GraphFacts, prover: Prover, match: Match, check_scores: bool
+    gm: fx.GraphModule,
+    facts: GraphFacts,
+    prover: Prover,
+    match: Match,
+    check_scores: bool,
+    assume_spread: bool,
 ) -> tuple[AttentionSite, list[Decision]]:
     _check_unwritten(facts, match)
     moves = [*match.q[1:], *match.k[1:], *match.v[1:]]
     moves += trace(match.sinks[0])[1:] if isinstance(match.sinks, tuple) else ()
     check_grad_mode(facts, [step.node for step in moves], match.output)
     frame = frame_of(match)
-    plan = plan_masks(prover, facts, match, frame)
+    plan = plan_masks(prover, facts, match, frame, assume_spread=assume_spread)
     traced = [s.node for trace in (match.q, match.k, match.v) for s in trace]
     emitter = Emitter(gm, match.output, [*traced, *match.interior])
     try:
@@ -301,6 +310,7 @@ def _site(
         alibi=plan.slopes is not None,
         relied_on=tuple(sorted({*plan.relied_on, *match.relied_on})),
         above=plan.above,
+        spread=plan.spread,
     )
 
 

@@ -42,6 +42,8 @@ class MaskPlan:
         adds: some mask, proven or not, is added to the scores rather than filled in.
         above: some score of every row must be, for the finite number that masked scores become
             to forbid them; None where it does in any case.
+        spread: scores of a row must differ by less, for the number that is added to masked ones
+            to forbid them; None where nothing is assumed.
     """
 
     band: Band
@@ -53,14 +55,20 @@ class MaskPlan:
     exact_rows: bool
     adds: bool
     above: float | None
+    spread: float | None
 
 
 # exp(-100) is nothing beside 1, in float64 too, and for any number of keys.
 _MARGIN = 100.0
 
 
-def plan_masks(prover: Prover, facts: GraphFacts, match: Match, frame: Frame) -> MaskPlan:
+def plan_masks(
+    prover: Prover, facts: GraphFacts, match: Match, frame: Frame, *, assume_spread: bool
+) -> MaskPlan:
     """Decides.
+
+    Args:
+        assume_spread: see `rewrite_attention`.
 
     Raises:
         Left: the masks cannot be expressed without changing the result.
@@ -71,14 +79,16 @@ def plan_masks(prover: Prover, facts: GraphFacts, match: Match, frame: Frame) ->
     from_data = any(Source.DATA in f for f in sources)
     proof = prover.prove(fixed, frame, match.zero_rows or from_data)
     dense = list(match.steps)
-    band, slopes, unproven = FULL, None, ""
-    if proof.rest:
+    band, slopes, unproven, spread = FULL, None, "", None
+    if proof.rest and proof.likely is not None and assume_spread and not open_:
+        band, dense, spread = proof.likely, [], proof.spread - _MARGIN
+    elif proof.rest:
         unproven = proof.why
     elif not (from_data and _matters(match) and _mixes_finite(proof, open_)):
         assert proof.band is not None
         band, slopes, dense = proof.band, proof.slopes, open_
     if not _expressible(band, match):
-        band, slopes, dense = FULL, None, list(match.steps)
+        band, slopes, dense, spread = FULL, None, list(match.steps), None
         unproven = "no flag says which keys are allowed"
     _check_dense(dense, proof)
     above = _above(match, proof, open_)
@@ -109,6 +119,7 @@ def plan_masks(prover: Prover, facts: GraphFacts, match: Match, frame: Frame) ->
         exact_rows=exact_rows,
         adds=any(s.kind is MaskKind.ADD for s in match.steps),
         above=above,
+        spread=spread,
     )
 
 

@@ -124,6 +124,8 @@ class AttentionSite:
         above: what every row's scores must reach, because masked ones become a finite number
             that is not far below; None where nothing is assumed.
         checked: whether the graph checks that.
+        spread: what scores of a row must differ by less than, because that is added to masked
+            ones; None where nothing is assumed.
     """
 
     module: str
@@ -140,6 +142,7 @@ class AttentionSite:
     relied_on: tuple[str, ...] = field(default=())
     above: float | None = None
     checked: bool = False
+    spread: float | None = None
 
     def __str__(self) -> str:
         words = [self.mask, f"{self.heads} heads"]
@@ -156,4 +159,6 @@ class AttentionSite:
         if self.above is not None:
             known = "checked" if self.checked else "assumed"
             words.append(f"scores {known} to be above {self.above:g}")
+        if self.spread is not None:
+            words.append(f"scores of a row assumed to differ by less than {self.spread:g}")
         return "fxport::attention " + ", ".join(words)

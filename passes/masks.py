@@ -58,6 +58,8 @@ class Proof:
         finite: some key is forbidden by a finite number rather than by -inf.
         lowered: and by adding it, not by filling.
         ceiling: the highest number that a forbidden score is set to.
+        likely: the band there is if numbers up to `FORBIDDEN` forbid by being added, too.
+        spread: scores of a row must differ by less for that.
     """
 
     band: Band | None
@@ -68,6 +70,8 @@ class Proof:
     finite: bool = False
     lowered: bool = False
     ceiling: float = -math.inf
+    likely: Band | None = None
+    spread: float = math.inf
 
 
 def is_forbidding(value: float) -> bool:
@@ -164,7 +168,9 @@ def _prove(
                 "let every token see at least itself",
             )
         found = effect.proof() if found is None else found
-        if not effect.agrees(found):
+        if not effect.agrees(found) and found.rest:
+            found = replace(found, likely=None)
+        elif not effect.agrees(found):
             why = "the mask is another one for other lengths"
             return Proof(None, rest=True, why=why, known=False)
     assert found is not None
@@ -254,11 +260,24 @@ class Effect:
         if slopes is not None and band is not None:
             return replace(found, band=band, slopes=slopes)
         if self.bias is not None:
-            return replace(found, rest=True, why=self._added())
+            likely, spread = self._likely()
+            return replace(found, rest=True, why=self._added(), likely=likely, spread=spread)
         if band is None:
             why = "the allowed keys are no band around the diagonal"
             return replace(found, rest=True, why=why)
         return replace(found, band=band)
+
+    def _likely(self) -> tuple[Band | None, float]:
+        """See `Proof`; no band where something else is added, or a row is left without a key."""
+        assert self.bias is not None
+        low = self.bias <= FORBIDDEN
+        seen = _only(self.allowed & ~low)
+        if seen is None or not bool(seen.any(-1).all()):
+            return None, math.inf
+        if bool((self.bias.masked_fill(low | ~self.allowed, 0.0) != 0).any()):
+            return None, math.inf
+        highest = float(self.bias.masked_fill(~(low & self.allowed), -math.inf).max())
+        return band_of(seen), -highest
 
     def _added(self) -> str:
         assert self.bias is not None
@@ -273,7 +292,7 @@ class Effect:
     def agrees(self, proof: Proof) -> bool:
         """Whether a proof made at another length says the truth here."""
         if proof.rest:
-            return True
+            return proof.likely is None or self._likely() == (proof.likely, proof.spread)
         assert proof.band is not None
         expected = proof.band.matrix(*self.allowed.shape[-2:])
         if proof.slopes is None:

@@ -92,7 +92,7 @@ def lower_for_serving(
     with recorder.stage("sinks"):
         sinks_as_columns(gm)
     with recorder.stage("attention") as stage:
-        attention = rewrite_attention(gm)
+        attention = rewrite_attention(gm, assume_spread=True)
         stage.note(attention.decisions)
     _no_attention_in(head, gm)
     embedding = token_embedding(tokens)

@@ -70,7 +70,7 @@ def survey(captured: Captured) -> Survey:
     limit = longest_sequence(gm, captured.length, captured.limit) or _UNBOUNDED_LENGTH
     with _collected(reasons):
         find_head(gm, captured.length)
-    attention = rewrite_attention(gm)
+    attention = rewrite_attention(gm, assume_spread=True)
     with _collected(reasons):
         token_embedding(tokens)
     locality = analyse(gm, symbols, limit)

@@ -75,6 +75,37 @@ def test_a_finite_number_that_is_added_stays_a_bias(low: float, scale: float) ->
     assert reason is not None and f"it adds {low:g}" in reason.message
 
 
+def test_what_is_added_may_be_assumed_to_forbid_and_that_is_said() -> None:
+    module, data = attention(added, -1e4), example()
+    graph = trace_directly(module, [data])
+    result = rewrite_attention(graph, assume_spread=True)
+    graph.recompile()
+    (decision,) = result.decisions
+    assert decision.detail.startswith("fxport::attention causal")
+    assert "scores of a row assumed to differ by less than 9900" in decision.detail
+    compare(module, graph, [data])
+
+
+def ragged(s: Tensor, low: float) -> Tensor:
+    """A small bias beside it."""
+    return added(s, low) + torch.linspace(-1, 1, s.size(-1), dtype=s.dtype)
+
+
+def anti(s: Tensor, low: float) -> Tensor:
+    """The first row has no key but those that are lowered."""
+    return s + torch.zeros(s.shape[-2:], dtype=s.dtype).masked_fill(causal_bool(s.size(-1)), low)
+
+
+@pytest.mark.parametrize("masked", [ragged, anti])
+def test_nothing_is_assumed_of_other_biases(masked: Callable[[Tensor, float], Tensor]) -> None:
+    module, data = attention(masked, -1e4), example()
+    graph = trace_directly(module, [data])
+    result = rewrite_attention(graph, assume_spread=True)
+    graph.recompile()
+    assert "assumed" not in detail(Rewritten(graph, result))
+    compare(module, graph, [data])
+
+
 @pytest.mark.parametrize("masked", [added, filled, chosen, replaced, floored])
 @pytest.mark.parametrize("low", [HARD, -1e9, torch.finfo(torch.float32).min])
 def test_a_number_beyond_fractions_is_a_flag(
