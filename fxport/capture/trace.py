@@ -139,6 +139,8 @@ def token_argument(model: nn.Module) -> str:
 
 def explain_failure(error: Exception) -> Reason:
     """A capture error in the user's terms: the innermost line of theirs, the first sentence."""
+    if isinstance(error, PortError):  # by what was put around the model
+        return error.reasons[0]
     frames = "".join(traceback.format_tb(error.__traceback__))
     where = location_in(frames) or location_in(str(error))
     if isinstance(error, GuardOnDataDependentSymNode):
