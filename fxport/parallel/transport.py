@@ -57,7 +57,7 @@ class DistributedTransport:
             # In place, torch 2.11's compiler loses the gradient of what is reduced.
             from torch.distributed import _functional_collectives as functional
 
-            group = dist.group.WORLD if self.group is None else self.group
+            group: Any = dist.group.WORLD if self.group is None else self.group
             name = "max" if maximum else "sum"
             return functional.all_reduce(value.detach().contiguous(), name, group)
         result = value.detach().clone(memory_format=torch.contiguous_format)
