@@ -77,8 +77,14 @@ class Measured:
     token_ms: float
 
 
+def write_config(size: Size, directory: Path) -> None:
+    """Writes ``hf/``, which needs no weights, into `directory`."""
+    (directory / "hf").mkdir()
+    (directory / "hf" / "config.json").write_text(json.dumps(size.hugging_face()))
+
+
 def prepare(size: Size, directory: Path) -> float:
-    """Writes ``port/`` and ``hf/`` (no weights) into `directory`; seconds that `port` took."""
+    """Writes ``port/`` (no weights) into `directory`; seconds that `port` took."""
     import fxport
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -95,8 +101,6 @@ def prepare(size: Size, directory: Path) -> float:
     port.save(directory / "port")
     for weights in (directory / "port").glob("*.safetensors"):
         weights.unlink()  # load_format="dummy" makes its own
-    (directory / "hf").mkdir()
-    (directory / "hf" / "config.json").write_text(json.dumps(size.hugging_face()))
     return seconds
 
 
@@ -258,6 +262,7 @@ def main(
         try:
             # In a process of its own: its memory on the GPU would be missing later.
             prepared = [f"--size={size}", f"--directory={directory}"]
+            prepared += [] if "port" in variants.split(",") else ["--no-port"]
             subprocess.run([*_SELF, "prepare-only", *prepared], check=True)
             for variant in variants.split(","):
                 file = None if profile is None else profile / f"{variant}-{size}.txt"
@@ -278,9 +283,12 @@ def main(
 @main.command(hidden=True)
 @click.option("--size", required=True)
 @click.option("--directory", type=click.Path(path_type=Path), required=True)
-def prepare_only(size: str, directory: Path) -> None:
+@click.option("--port/--no-port", default=True)
+def prepare_only(size: str, directory: Path, port: bool) -> None:
     """Ports and saves."""
-    click.echo(f"{size}: ported in {prepare(SIZES[size], directory):.1f} s")
+    write_config(SIZES[size], directory)
+    if port:
+        click.echo(f"{size}: ported in {prepare(SIZES[size], directory):.1f} s")
 
 
 @main.command(hidden=True)
