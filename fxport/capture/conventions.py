@@ -15,6 +15,7 @@ from fxport.capture.location import forward_line
 from fxport.capture.losses import logits_of_the_loss, returns_losses
 from fxport.capture.questions import forward_only
 from fxport.capture.sample import device_of
+from fxport.errors import PortError
 from fxport.report import Decision, Outcome
 
 __all__ = ["adaptations"]
@@ -32,7 +33,7 @@ def adaptations(model: nn.Module) -> tuple[nn.Module, tuple[Decision, ...]]:
         The model itself and no decision where nothing else is known to call.
 
     Raises:
-        PortError: the model cannot be copied.
+        PortError: the model cannot be copied, or returns a loss that shows no logits.
     """
     decisions = []
     line = forward_line(model)
@@ -58,6 +59,8 @@ def _returns_losses(model: nn.Module) -> bool:
             with forward_only(clone), mode:
                 if returns_losses(clone, mode.from_tensor(tokens)):
                     return True
+        except PortError:
+            raise
         except Exception:  # not tokens that the model takes
             continue
     return False

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fxport.capture.adapt import adapted
+from fxport.capture.location import forward_line
 from fxport.capture.outputs import plain
 from fxport.errors import PortError, Reason, ReasonCode
 
@@ -59,10 +60,19 @@ class _Losses(TorchFunctionMode):
 
 
 def returns_losses(model: nn.Module, ids: Tensor) -> bool:
-    """Whether forward gives numbers only and asks a cross entropy for one; it may fail."""
+    """Whether forward gives numbers only and asks a cross entropy for one.
+
+    Raises:
+        PortError: it is not asked for one row of logits for each token.
+        Exception: forward does not take these ids.
+    """
     with _Losses() as losses:
         leaves = [t for t in tree_leaves(plain(model(ids))) if isinstance(t, Tensor)]
-    return bool(losses.asked) and bool(leaves) and all(t.dim() == 0 for t in leaves)
+    if not losses.asked or not leaves or any(t.dim() > 0 for t in leaves):
+        return False
+    if any(losses.whole(asked, ids) is None for asked in losses.asked):
+        raise PortError([_not_whole(model)])
+    return True
 
 
 def logits_of_the_loss(model: nn.Module) -> nn.Module:
@@ -71,17 +81,15 @@ def logits_of_the_loss(model: nn.Module) -> nn.Module:
     def call(forward: Callable[..., Any], ids: Tensor) -> Any:
         with _Losses() as losses:
             forward(ids)
-        found = [losses.whole(asked, ids) for asked in losses.asked]
-        if not found or any(logits is None for logits in found):
-            raise PortError([_not_whole()])
-        return found
+        return [losses.whole(asked, ids) for asked in losses.asked]
 
     return adapted(model, call)
 
 
-def _not_whole() -> Reason:
+def _not_whole(model: nn.Module) -> Reason:
     return Reason(
         ReasonCode.NO_LOGITS,
         "forward returns a loss, and the loss is not asked for one row of logits for each token",
-        hint="port the module inside that gives the logits, or return the logits too",
+        forward_line(model),
+        "port the module inside that gives the logits, or return the logits too",
     )
