@@ -23,6 +23,7 @@ from fxport.passes.tensor_parallel.boxes import Undividable, select
 from fxport.passes.tensor_parallel.dropout import key_dropout
 from fxport.passes.tensor_parallel.emission import Emission, WholeParameter
 from fxport.passes.tensor_parallel.emit import emit
+from fxport.passes.tensor_parallel.enter_once import enter_once
 from fxport.passes.tensor_parallel.factors import label, unit_shape
 from fxport.passes.tensor_parallel.products import multiply_activations_first
 from fxport.passes.tensor_parallel.records import plan_of
@@ -124,6 +125,7 @@ def divide(prepared: Prepared, context: ParallelContext) -> Divided:
             if not stop.atoms:
                 raise FxportError(f"cannot be divided: {why}") from stop
             continue
+        enter_once(found)
         key_dropout(found)
         shapes = {n: tuple(p.shape) for n, p in prepared.captured.parameters.items()}
         plan = plan_of(shapes, [(found, solution)], whole, prepared.left)
