@@ -62,7 +62,7 @@ def check(module: fx.GraphModule, plan: Plan, rank: int) -> list[str]:
 
 class _Checker:
     def __init__(self, module: fx.GraphModule, plan: Plan, rank: int) -> None:
-        self.module, self.rank = module, rank
+        self.module, self.rank, self.ranks = module, rank, plan.world_size
         self.shards = {s.name: s for s in plan.parameters}
         self.first_names = {id(module.get_parameter(s.name)): s.name for s in plan.parameters}
         self.state: dict[fx.Node, _State] = {}
@@ -114,6 +114,9 @@ class _Checker:
         module = self.module.get_submodule(str(node.target))
         if isinstance(module, StepSeed | AttentionRate):
             return _C
+        context = getattr(module, "context", None)
+        if context is not None and (context.rank, context.world_size) != (self.rank, self.ranks):
+            self._wrong(node, "a collective of other ranks than the plan's")
         source = node.args[0]
         assert isinstance(source, fx.Node)
         before = self.state[source]
@@ -190,7 +193,8 @@ class _Checker:
             fine = fine and node.args[0] is not node.args[1]
         elif node.target in _MASKING:
             value, mask = (node.args[i] for i in _MASKING[node.target])
-            fine = inputs == {value: _P, mask: _C} and node.args[2] == 0  # type: ignore[comparison-overlap]
+            zero = isinstance(node.args[2], int | float) and node.args[2] == 0
+            fine = zero and inputs == {value: _P, mask: _C}  # type: ignore[comparison-overlap]
         elif node.target is aten.index_add.default:
             base, _, index, source = node.args
             begun = self.state[base] is _P or base.target is aten.zeros_like.default  # type: ignore

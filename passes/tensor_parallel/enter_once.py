@@ -11,6 +11,7 @@ summed over the ranks together. Copies for every expert are made after entering.
 from __future__ import annotations
 
 import operator
+from collections import Counter
 
 import torch
 from torch import fx
@@ -37,13 +38,31 @@ _MOVABLE = _PICKS | _VIEWS | _COPIES | _PARTS | _MASKED
 
 def enter_once(emission: Emission) -> None:
     """Rewrites the emitted graph in place."""
+    chains = {
+        node: _chain(node.args[0])  # type: ignore[arg-type]
+        for node in emission.graph.nodes
+        if node.op == "call_module" and isinstance(emission.modules[node.target], CopyTo)
+    }
+    uses = Counter(n for chain in chains.values() for n in chain)
     groups: dict[fx.Node, list[fx.Node]] = {}
-    for node in emission.graph.nodes:
-        if node.op == "call_module" and isinstance(emission.modules[node.target], CopyTo):
-            groups.setdefault(_chain(node.args[0])[-1], []).append(node)
+    for node, chain in chains.items():
+        groups.setdefault(_source(chain, uses), []).append(node)
     for source, entering in groups.items():
-        if source.op == "call_function" and _gains(source, entering):
-            _move(emission, source, entering)
+        if source.op == "call_function" and _gains(
+            source, [_upto(chains[n], source) for n in entering]
+        ):
+            _move(emission, source, {n: _upto(chains[n], source) for n in entering})
+
+
+def _source(chain: list[fx.Node], uses: Counter[fx.Node]) -> fx.Node:
+    """The nearest value that others are taken from, too; else the one that is copied."""
+    copied = [i for i, n in enumerate(chain[:-1]) if n.target in _COPIES]
+    shared = [i for i, n in enumerate(chain) if uses[n] > 1]
+    return chain[shared[0] if shared else copied[-1] + 1 if copied else 0]
+
+
+def _upto(chain: list[fx.Node], source: fx.Node) -> list[fx.Node]:
+    return chain[: chain.index(source) + 1]
 
 
 def _chain(value: fx.Node) -> list[fx.Node]:
@@ -76,13 +95,12 @@ def _has_gradient(value: fx.Node) -> bool:
     return not isinstance(found, torch.Tensor) or found.is_floating_point() or found.is_complex()
 
 
-def _gains(source: fx.Node, entering: list[fx.Node]) -> bool:
+def _gains(source: fx.Node, chains: list[list[fx.Node]]) -> bool:
     if not isinstance(source.meta.get("val"), torch.Tensor):
         return False
-    chains = [_chain(node.args[0]) for node in entering]  # type: ignore[arg-type]
     repeated = any(n.target in _COPIES for chain in chains for n in chain[:-1])
     picked = [c for c in chains if any(n.target in _PICKS | _MASKED for n in c[:-1])]
-    if len(entering) < 2:
+    if len(chains) < 2:
         return repeated
     known = all(isinstance(c[0].meta.get("val"), torch.Tensor) for c in chains)
     by_data = any(n.target is aten.index.Tensor for c in picked for n in c)
@@ -94,14 +112,13 @@ def _elements(value: fx.Node) -> int:
     return int(torch.Size(unit_shape(value)).numel())
 
 
-def _move(emission: Emission, source: fx.Node, entering: list[fx.Node]) -> None:
-    graph, first = emission.graph, entering[0]
+def _move(emission: Emission, source: fx.Node, chains: dict[fx.Node, list[fx.Node]]) -> None:
+    graph, first = emission.graph, next(iter(chains))
     with graph.inserting_after(source):
         entered = graph.call_module(str(first.target), (source,))
     entered.meta = {k: v for k, v in first.meta.items() if k != "val"}
     made: dict[fx.Node, fx.Node] = {source: entered}
-    for node in entering:
-        chain = _chain(node.args[0])  # type: ignore[arg-type]
+    for node, chain in chains.items():
         for step in reversed(chain[:-1]):
             if step not in made:
                 with graph.inserting_after(step):

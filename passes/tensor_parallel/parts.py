@@ -51,10 +51,8 @@ def made_of(node: fx.Node, known: Mapping[fx.Node, Parts]) -> Parts | None:
         return _swapped(before, args["dim0"], args["dim1"])
     if node.target is aten.cat.default:
         return _joined(given, args["dim"] % rank)
-    pointwise = isinstance(node.target, torch._ops.OpOverload)
-    if pointwise and torch.Tag.pointwise in node.target.tags and len(given) == 1:
-        return before
-    return None
+    pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return before if pointwise and len(given) == 1 else None
 
 
 def _swapped(before: Parts, one: int, other: int) -> Parts:

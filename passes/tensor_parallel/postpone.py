@@ -159,8 +159,9 @@ def _move(e: Emission, node: fx.Node) -> Pending | None:
 def _masked(e: Emission, node: fx.Node) -> Pending | None:
     """Zero where an expert has no business."""
     found = arguments(node)
-    source, mask = found["self"], found.get("condition", found.get("mask"))
-    filled = found.get("other", found.get("value"))
+    where = "condition" in found
+    source, mask = found["self"], found["condition" if where else "mask"]
+    filled = found["other" if where else "value"]
     if source not in e.pending or filled != 0 or shape_of(source) != shape_of(node):
         return None
     one, condition = e.pending[source], e.env[mask]

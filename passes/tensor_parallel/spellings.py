@@ -20,7 +20,10 @@ from fxport.capture.inputs import InputKind, graph_input
 __all__ = ["one_spelling"]
 
 aten = torch.ops.aten
-_PRODUCTS = {aten.addmm.default: aten.mm.default, aten.baddbmm.default: aten.bmm.default}
+_PRODUCTS: dict[Any, Any] = {
+    aten.addmm.default: aten.mm.default,
+    aten.baddbmm.default: aten.bmm.default,
+}
 
 
 def one_spelling(gm: fx.GraphModule) -> None:
