@@ -124,7 +124,7 @@ def gather_state_dict(plan: Plan, shards: Sequence[Mapping[str, Tensor]]) -> dic
                     f"{shard.local_shape(rank)}"
                 )
             grid = [
-                torch.arange(n) if index is None else torch.tensor(index)
+                torch.arange(n) if index is None else torch.tensor(index, dtype=torch.int64)
                 for n, index in zip(shard.shape, shard.indices[rank], strict=True)
             ]
             full[torch.meshgrid(*grid, indexing="ij")] = part.detach().to(full.device)

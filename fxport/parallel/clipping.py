@@ -144,8 +144,9 @@ def _copies(shard: ParameterShard, rank: int, device: torch.device) -> Tensor:
             if theirs is None:
                 continue
             own = shard.indices[rank][dim]
-            positions = torch.tensor(range(shard.shape[dim]) if own is None else own)
-            along = torch.isin(positions, torch.tensor(theirs)).to(shared)
+            held = [*range(shard.shape[dim])] if own is None else own
+            positions, others = (torch.tensor(i, dtype=torch.int64) for i in (held, theirs))
+            along = torch.isin(positions, others).to(shared)
             shape = [1] * len(shard.shape)
             shape[dim] = -1
             shared = shared * along.view(shape)

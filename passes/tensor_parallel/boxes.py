@@ -73,5 +73,6 @@ def select(value: Tensor, box: Box) -> Tensor:
     """The part of a tensor in the box."""
     for dim, index in enumerate(box):
         if index is not None:
-            value = value.index_select(dim, torch.tensor(index, device=value.device))
+            places = torch.tensor(index, dtype=torch.int64, device=value.device)
+            value = value.index_select(dim, places)
     return value

@@ -24,7 +24,9 @@ from fxport.passes.tensor_parallel.boxes import Undividable, select
 from fxport.passes.tensor_parallel.dropout import key_dropout
 from fxport.passes.tensor_parallel.emission import Emission, WholeParameter
 from fxport.passes.tensor_parallel.emit import emit
+from fxport.passes.tensor_parallel.enter_once import enter_once
 from fxport.passes.tensor_parallel.factors import label, unit_shape
+from fxport.passes.tensor_parallel.heads import merge_heads
 from fxport.passes.tensor_parallel.products import multiply_activations_first
 from fxport.passes.tensor_parallel.records import plan_of
 from fxport.passes.tensor_parallel.solver import solve
@@ -74,6 +76,7 @@ def prepare(model: nn.Module, *, own_modes: bool = False) -> Prepared:
     head = find_head(gm, captured.length)
     result = rewrite_attention(gm)
     one_spelling(gm)
+    merge_heads(gm)
     multiply_activations_first(gm)
     left = tuple(
         Replicated(d.module or d.subject, f"attention left as it is: {d.reason.message}")
@@ -95,7 +98,7 @@ def _is_lookup(node: fx.Node, tokens: str) -> bool:
     if node.target is not aten.embedding.default or not _is_parameter(node):
         return False
     found = arguments(node)
-    plain = found["padding_idx"] < 0 and not found["scale_grad_by_freq"] and not found["sparse"]
+    plain = not found["scale_grad_by_freq"] and not found["sparse"]
     return plain and bool(found["indices"].name == tokens)
 
 
@@ -127,6 +130,7 @@ def divide(prepared: Prepared, context: ParallelContext) -> Divided:
             if not stop.atoms:
                 raise FxportError(f"cannot be divided: {why}") from stop
             continue
+        enter_once(found)
         key_dropout(found)
         shapes = {n: tuple(p.shape) for n, p in prepared.captured.parameters.items()}
         plan = plan_of(shapes, [(found, solution)], whole, prepared.left)

@@ -26,6 +26,7 @@ from torch import fx, nn
 from fxport.parallel.dropout import AttentionRate, KeyedDropout, StepSeed
 from fxport.parallel.modules import CopyTo, Gather, ReduceFrom, SharedGradient
 from fxport.parallel.plan import ParameterShard, Plan
+from fxport.passes.tensor_parallel.parts import Parts, made_of, parts_of
 
 __all__ = ["check"]
 
@@ -49,6 +50,7 @@ _MOVING = {
     aten.reshape.default, aten.view_as.default, aten.transpose.int, aten.permute.default,
     aten.unsqueeze.default, aten.sum.dim_IntList,
 }  # fmt: skip
+_MASKING = {aten.where.ScalarOther: (1, 0), aten.masked_fill.Scalar: (0, 1)}  # (value, mask)
 _CASTS = {aten.type_as.default, aten.to.other}  # the other value gives its dtype only
 _PRODUCTS = {aten.einsum.default, aten.matmul.default, aten.bmm.default, aten.mm.default}
 
@@ -60,12 +62,13 @@ def check(module: fx.GraphModule, plan: Plan, rank: int) -> list[str]:
 
 class _Checker:
     def __init__(self, module: fx.GraphModule, plan: Plan, rank: int) -> None:
-        self.module, self.rank = module, rank
+        self.module, self.rank, self.ranks = module, rank, plan.world_size
         self.shards = {s.name: s for s in plan.parameters}
         self.first_names = {id(module.get_parameter(s.name)): s.name for s in plan.parameters}
         self.state: dict[fx.Node, _State] = {}
         self.divided: dict[fx.Node, ParameterShard] = {}
         self.weights: dict[fx.Node, ParameterShard] = {}  # those too whose gradient is shared
+        self.parts: dict[fx.Node, Parts] = {}  # of those, and of what is made of them
         self.errors: list[str] = []
 
     def run(self) -> list[str]:
@@ -78,6 +81,11 @@ class _Checker:
                 self.state[node] = self._collective(node)
             elif node.op == "call_function":
                 self.state[node] = self._call(node)
+                if self.state[node] is _R and _has_no_gradient(node):
+                    self.state[node] = _C
+                made = made_of(node, self.parts)
+                if made is not None:
+                    self.parts[node] = made
             else:
                 for value in node.all_input_nodes:
                     if self.state[value] not in (_R, _C):
@@ -98,6 +106,7 @@ class _Checker:
             self._wrong(node, "the parameter has another shape than the plan says")
         if any(index is not None for box in shard.indices for index in box):
             self.divided[node] = self.weights[node] = shard
+            self.parts[node] = parts_of(shard)
             return _L
         return _R
 
@@ -105,6 +114,9 @@ class _Checker:
         module = self.module.get_submodule(str(node.target))
         if isinstance(module, StepSeed | AttentionRate):
             return _C
+        context = getattr(module, "context", None)
+        if context is not None and (context.rank, context.world_size) != (self.rank, self.ranks):
+            self._wrong(node, "a collective of other ranks than the plan's")
         source = node.args[0]
         assert isinstance(source, fx.Node)
         before = self.state[source]
@@ -123,6 +135,7 @@ class _Checker:
                 self._wrong(node, "shares the gradient of what is no divided parameter")
             else:
                 self.weights[node] = self.divided[source]
+                self.parts[node] = parts_of(self.divided[source])
             return _L
         if isinstance(module, Gather):
             if before is not _L:
@@ -142,7 +155,7 @@ class _Checker:
         return before
 
     def _call(self, node: fx.Node) -> _State:
-        if node.target is aten.sym_size.int:  # a number, without a gradient
+        if node.target in (aten.sym_size.int, aten.zeros_like.default):  # without a gradient
             return _C
         if node.target in _CASTS:
             source = node.args[0]
@@ -153,7 +166,7 @@ class _Checker:
             return self._linear(node)
         if node.target in _PRODUCTS:
             for value in node.all_input_nodes:
-                if value in self.weights or self._cut(value) is not None:
+                if value in self.parts or self._cut(value) is not None:
                     return self._product(node, value)
         if node.target is aten.embedding.default and self._rows(node.args[0]):
             self._looked_up(node)
@@ -178,6 +191,15 @@ class _Checker:
         elif node.target is aten.mul.Tensor:
             fine = [*inputs.values()].count(_P) == 1 and set(inputs.values()) <= {_P, _K, _C}
             fine = fine and node.args[0] is not node.args[1]
+        elif node.target in _MASKING:
+            value, mask = (node.args[i] for i in _MASKING[node.target])
+            zero = isinstance(node.args[2], int | float) and node.args[2] == 0
+            fine = zero and inputs == {value: _P, mask: _C}  # type: ignore[comparison-overlap]
+        elif node.target is aten.index_add.default:
+            base, _, index, source = node.args
+            begun = self.state[base] is _P or base.target is aten.zeros_like.default  # type: ignore
+            fine = begun and (self.state[source], self.state[index]) == (_P, _C)  # type: ignore
+            fine = fine and len(node.args) == 4 and not node.kwargs
         elif node.target in _SCALING:
             fine = leads and set(others) <= {_K, _C}
         else:  # the other operand of a view gives its sizes only
@@ -245,25 +267,37 @@ class _Checker:
     def _columns(self, weight: Any) -> bool:
         if self._cut(weight) == 1:
             return True
-        shard = self.divided.get(weight)
-        return shard is not None and any(box[1] is not None for box in shard.indices)
+        return weight in self.parts and self.parts[weight][1]
 
     def _product(self, node: fx.Node, weight: fx.Node) -> _State:
         """A matrix product or einsum with a divided weight: partial if what is summed is."""
         if _P in {self.state[i] for i in node.all_input_nodes}:
             self._wrong(node, "uses a partial sum before it is reduced")
         cut = self._cut(weight)
-        if cut is None:
-            boxes = self.weights[weight].indices
-            divided = {d for box in boxes for d, index in enumerate(box) if index is not None}
-        else:
-            divided = {cut}
-        if not divided & _summed(node, weight):
+        parts = self.parts.get(weight, ())
+        divided = {d for d, part in enumerate(parts) if part} if cut is None else {cut}
+        if not divided & self._summed(node, weight):
             return self._mixed(node, {i: self.state[i] for i in node.all_input_nodes})
         if any(self.state[i] is not _L for i in node.all_input_nodes if i is not weight):
             self._wrong(node, "a divided contraction of a value that is not divided")
         self._held_once(node, weight)
         return _P
+
+    def _summed(self, node: fx.Node, weight: fx.Node) -> set[int]:
+        """Dimensions of the weight that do not appear in the result."""
+        if node.target is aten.einsum.default:
+            inputs, result = str(node.args[0]).replace(" ", "").split("->")
+            operands: Any = node.args[1]
+            own = inputs.split(",")[list(operands).index(weight)]
+            return {d for d, letter in enumerate(own) if letter not in result}
+        if weight in self.parts:
+            rank = len(self.parts[weight])
+        else:  # a part of a copied parameter
+            known = weight
+            while "val" not in known.meta:
+                known = known.all_input_nodes[0]
+            rank = known.meta["val"].dim()
+        return {rank - 2 if node.args[1] is weight else rank - 1}
 
     def _linear(self, node: fx.Node) -> _State:
         x, weight = node.args[0], node.args[1]
@@ -283,17 +317,9 @@ class _Checker:
         return _P
 
 
-def _summed(node: fx.Node, weight: fx.Node) -> set[int]:
-    """Dimensions of the weight that do not appear in the result."""
-    if node.target is aten.einsum.default:
-        inputs, result = str(node.args[0]).replace(" ", "").split("->")
-        own = inputs.split(",")[list(node.args[1]).index(weight)]  # type: ignore[arg-type, union-attr]
-        return {d for d, letter in enumerate(own) if letter not in result}
-    known = weight
-    while "val" not in known.meta:  # a collective or a part of it
-        known = known.all_input_nodes[0]
-    rank = known.meta["val"].dim()
-    return {rank - 2 if node.args[1] is weight else rank - 1}
+def _has_no_gradient(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and not (value.is_floating_point() or value.is_complex())
 
 
 def _takes_a_part(node: fx.Node) -> bool:

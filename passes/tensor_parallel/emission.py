@@ -25,6 +25,7 @@ from fxport.capture.inputs import InputKind, graph_input
 from fxport.parallel.context import ParallelContext
 from fxport.parallel.modules import CopyTo, ReduceFrom, SharedGradient
 from fxport.passes.tensor_parallel.boxes import Box, Boxes, Undividable
+from fxport.passes.tensor_parallel.derived import derived
 from fxport.passes.tensor_parallel.factors import Labels, unit_shape
 from fxport.passes.tensor_parallel.ops import KINDS, Kind
 from fxport.passes.tensor_parallel.postpone import Pending, postpone
@@ -173,6 +174,9 @@ class Emission:
                     raise WholeParameter(name)
                 return self._synchronised(old, wanted) if local else self.env[old]
             self._whole(old)
+        made = derived(self, old, kind, wanted) if local and self.is_learned(old) else None
+        if made is not None:
+            return made
         if local and old in self._learned:
             value = self.collective("copy_to", CopyTo(self.context), self.env[old])
         else:
@@ -181,6 +185,10 @@ class Emission:
             if index is not None:
                 value = self.take(value, dim, index)
         return value
+
+    def is_learned(self, old: fx.Node) -> bool:
+        """Whether a value depends on parameters."""
+        return old in self._learned
 
     def take(self, value: fx.Node, dim: int, index: tuple[int, ...]) -> fx.Node:
         if not index:
@@ -242,11 +250,10 @@ class Emission:
         for value in node.all_input_nodes:
             if value in self._learned:
                 self._learned.add(node)
-                if value.op == "placeholder":
-                    self._whole(value)
             if value in self.local and self._reads_size(node, value):
                 raise Undividable(node, "a size of a divided value", [self.labels.atoms[value]])
-        self.env[node] = self.graph.node_copy(node, self.env.__getitem__)
+        if node not in self._learned:  # else written once it is known how much of it is wanted
+            self._copy(node)
 
     def _reads_size(self, node: fx.Node, value: fx.Node) -> bool:
         """Whether the op asks for a size that is another on a part of the value."""
@@ -287,6 +294,12 @@ class Emission:
             raise Undividable(node, f"no rule for {node.target} on a divided value", flat)
         rule(self, node)
 
+    def write_whole(self, node: fx.Node) -> None:
+        """What is made of parameters, all of it."""
+        before, self._now = self._now, node
+        self._copy(node)
+        self._now = before
+
     def _copy(self, node: fx.Node) -> None:
         """Replicated work: as it was."""
         for value in node.all_input_nodes:
@@ -296,14 +309,28 @@ class Emission:
 
 
 class _Values(dict[fx.Node, fx.Node]):
-    """Emitted nodes by the nodes they stand for; a pending sum is reduced when it is read."""
+    """Emitted nodes by the nodes they stand for.
+
+    A pending sum is reduced when it is read; all of what is made of parameters, written.
+    """
 
     def __init__(self, emission: Emission) -> None:
         super().__init__()
         self._emission = emission
 
     def __missing__(self, node: fx.Node) -> fx.Node:
-        return self._emission.settle(node)
+        if node in self._emission.pending:
+            return self._emission.settle(node)
+        if node.op != "placeholder" and self._emission.is_learned(node):
+            self._emission.write_whole(node)
+            return self[node]
+        raise KeyError(node)
+
+    def get(self, node: fx.Node, default: Any = None) -> Any:
+        try:
+            return self[node]
+        except KeyError:
+            return default
 
 
 class WholeParameter(Exception):

@@ -284,7 +284,10 @@ def _vocabulary(e: Emission, node: fx.Node) -> None:
     outside = e.call(aten.logical_or.default, e.call(aten.lt.Scalar, rows, 0),
                      e.call(aten.ge.Scalar, rows, count))  # fmt: skip
     rows = e.call(aten.masked_fill.Scalar, rows, outside, 0)
-    found = e.call(aten.embedding.default, weight, rows)
+    # the row that learns nothing, where it is on this rank
+    still = args["padding_idx"] - first
+    still = still if args["padding_idx"] >= 0 and 0 <= still < count else -1
+    found = e.call(aten.embedding.default, weight, rows, still)
     found = e.call(aten.masked_fill.Scalar, found, e.call(aten.unsqueeze.default, outside, -1), 0)
     e.env[node] = e.reduce(found)
     e.env[node].meta[LOOKUP] = (weight, e.env[args["indices"]])

@@ -28,6 +28,7 @@ __all__ = ["Pending", "postpone"]
 
 aten = torch.ops.aten
 Shape = tuple[Any, ...]
+_ZEROS = (aten.zeros_like.default, aten.zeros.default, aten.new_zeros.default)
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ def postpone(e: Emission, node: fx.Node) -> bool:
     # a sum that two ops want is reduced once, for both
     if not pending or any(len(i.users) > 1 for i in pending):
         return False
-    kinds = {i.meta["val"].dtype for i in node.all_input_nodes if _is_tensor(i)}
+    values = [i.meta["val"] for i in node.all_input_nodes if _is_tensor(i)]
+    kinds = {v.dtype for v in values if v.is_floating_point() or v.is_complex()}
     rule = _RULES.get(node.target)
     if rule is None or len(kinds | {node.meta["val"].dtype}) > 1:
         return False
@@ -67,6 +69,8 @@ def _is_tensor(value: Any) -> bool:
 def _add(e: Emission, node: fx.Node) -> Pending | None:
     found = arguments(node)
     operands = [found["self"], found["other"]]
+    if found["alpha"] == 1 and found["other"] == 0 and shape_of(operands[0]) == shape_of(node):
+        return e.pending[operands[0]]  # a sum begun with Python's 0
     if found["alpha"] != 1 or not all(map(_is_tensor, operands)):
         return None
     partial: fx.Node | None = None
@@ -152,6 +156,50 @@ def _move(e: Emission, node: fx.Node) -> Pending | None:
     return Pending(e.call(target, one.partial, **rest), added, shape_of(node))
 
 
+def _masked(e: Emission, node: fx.Node) -> Pending | None:
+    """Zero where an expert has no business."""
+    found = arguments(node)
+    where = "condition" in found
+    source, mask = found["self"], found["condition" if where else "mask"]
+    filled = found["other" if where else "value"]
+    if source not in e.pending or filled != 0 or shape_of(source) != shape_of(node):
+        return None
+    one, condition = e.pending[source], e.env[mask]
+
+    def masked(value: fx.Node) -> fx.Node:
+        args = {k: value if k == "self" else v for k, v in found.items()}
+        return e.call(node.target, *(condition if v is mask else v for v in args.values()))
+
+    added = None if one.added is None else masked(one.added)
+    shape = () if added is None else _broadcast(one.shape, shape_of(mask))
+    return Pending(masked(one.partial), added, shape)
+
+
+def _index_add(e: Emission, node: fx.Node) -> Pending | None:
+    """Results of an expert go back to its tokens, onto those of the experts before it."""
+    found = arguments(node)
+    base, source = found["self"], found["source"]
+    first = base not in e.pending
+    if found["alpha"] != 1 or source not in e.pending or (first and base.target not in _ZEROS):
+        return None
+    one = e.pending[source]
+    rest = found["dim"], e.env[found["index"]]
+
+    def onto(value: fx.Node | None, more: fx.Node) -> fx.Node:
+        if value is None:
+            value = e.call(aten.zeros_like.default, like)
+        return e.call(aten.index_add.default, value, *rest, more)
+
+    like = e.env[base] if first else e.pending[base].partial
+    partial = onto(None if first else e.pending[base].partial, one.partial)
+    added = None if first else e.pending[base].added
+    if added is not None:
+        added = e.call(aten.expand_as.default, added, partial)
+    if one.added is not None:
+        added = onto(added, e.call(aten.expand_as.default, one.added, one.partial))
+    return Pending(partial, added, () if added is None else shape_of(node))
+
+
 def _linear(e: Emission, node: fx.Node) -> Pending | None:
     """The second half of a low-rank adapter, if its result is added to one that is pending."""
     found = arguments(node)
@@ -185,6 +233,9 @@ _RULES: Mapping[Any, Callable[[Emission, fx.Node], Pending | None]] = {
     aten.mul.Tensor: _scale,
     aten.div.Tensor: _scale,
     aten.linear.default: _linear,
+    aten.where.ScalarOther: _masked,
+    aten.masked_fill.Scalar: _masked,
+    aten.index_add.default: _index_add,
     aten.sum.dim_IntList: _move,
     aten.view.default: _move,
     aten.reshape.default: _move,

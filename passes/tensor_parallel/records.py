@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from fxport.capture.arguments import arguments
-from fxport.capture.inputs import graph_input
+from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.location import module_of, user_location
 from fxport.parallel.modules import CopyTo, Gather, SharedGradient
 from fxport.parallel.plan import CollectiveRecord, ParameterShard, Plan, Replicated
@@ -59,10 +59,19 @@ def _written_by_divided(leaves: Sequence[fx.Node], divided: set[str]) -> bool:
         weight = arguments(leaf).get("weight") if kind in _WEIGHTS else None
         if kind is Kind.CONTRACTION:
             found = letters(leaf)
-            weight = next((n for n in found[0] if n.op == "placeholder"), None) if found else None
-        if weight is not None and weight.op == "placeholder":
-            names.append(graph_input(weight).name)
+            weight = next((n for n in found[0] if _made_of(n)), None) if found else None
+        if weight is not None:
+            names += _made_of(weight)
     return bool(names) and set(names) <= divided
+
+
+def _made_of(value: fx.Node) -> list[str]:
+    """The parameters that a weight is made of; none: it depends on the tokens."""
+    if value.op == "placeholder":
+        found = graph_input(value)
+        return [found.name] if found.kind is InputKind.PARAMETER else []
+    names = [_made_of(i) for i in value.all_input_nodes]
+    return [n for found in names for n in found] if all(names) else []
 
 
 def _shard(

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import fx, nn
 
+from fxport.parallel.context import ParallelContext
 from fxport.parallel.modules import CopyTo, Gather, ReduceFrom, SharedGradient
-from fxport.passes.tensor_parallel.build import prepare
+from fxport.passes.tensor_parallel.build import Prepared, prepare
 from fxport.passes.tensor_parallel.checker import check
 from fxport.passes.tensor_parallel.origins import check_origins
 from tests.parallel.models import MODELS
-from tests.parallel.simulation import Ranks, compare, make, randomised
+from tests.parallel.simulation import Ranks, compare, make_once, randomised
 
 aten = torch.ops.aten
 
@@ -87,7 +89,44 @@ def _not_padded(module: fx.GraphModule) -> None:
     raise AssertionError("no divided head")
 
 
+def _other_group(module: fx.GraphModule) -> None:
+    """The first gradient is summed over one rank."""
+    next(m for m in module.children() if isinstance(m, CopyTo)).context = ParallelContext(0, 1)
+
+
+def _moment_of_a_part(module: fx.GraphModule) -> None:
+    """A mean over this rank's features, not over all."""
+    for node in module.graph.nodes:
+        if node.target is aten.sum.dim_IntList:
+            divided = next(iter(node.users))
+            divided.args = (divided.args[0], divided.args[1] // 2)
+            return
+    raise AssertionError("no moment")
+
+
+def _shifted_kv(module: fx.GraphModule) -> None:
+    """Every query head is attended with the key head beside its own."""
+    for node in module.graph.nodes:
+        if node.target is torch.ops.fxport.attention.default:
+            with module.graph.inserting_before(node):
+                k = module.graph.call_function(aten.roll.default, (node.kwargs["k"], [1], [1]))
+            node.kwargs = {**node.kwargs, "k": k}
+            return
+    raise AssertionError("no attention")
+
+
+def _reduced_late(module: fx.GraphModule) -> None:
+    """The nonlinearity of what should have been summed first."""
+    for node in module.graph.nodes:
+        if node.op == "call_module" and isinstance(module.get_submodule(node.target), ReduceFrom):
+            with module.graph.inserting_before(node):
+                node.args = (module.graph.call_function(aten.gelu.default, node.args),)
+            return
+    raise AssertionError("no reduction")
+
+
 STATES, ORIGINS = {"states"}, {"origins"}
+NUMBERS: set[str] = set()
 # name -> (model, mutation, which static checks see it; the simulation sees all)
 MUTANTS: dict[str, tuple[str, Callable[[fx.GraphModule], None], set[str]]] = {
     "forward collective dropped": ("separate", _drop(ReduceFrom), STATES),
@@ -99,12 +138,22 @@ MUTANTS: dict[str, tuple[str, Callable[[fx.GraphModule], None], set[str]]] = {
     "columns of other features": ("separate", _other_columns, ORIGINS),
     "mask off by one row": ("separate", _rows_of_another_rank, STATES),
     "head not padded": ("separate", _not_padded, STATES),
+    "collective of another group": ("separate", _other_group, STATES),
+    "kv mapping shifted": ("grouped", _shifted_kv, ORIGINS),
+    "nonlinearity before the reduce": ("separate", _reduced_late, STATES),
+    "moment of a part": ("norm over all heads", _moment_of_a_part, NUMBERS),
 }
 
 
-def _mutated(name: str, mutate: Callable[[fx.GraphModule], None]) -> tuple[nn.Module, Ranks]:
+@functools.cache
+def _prepared(name: str) -> tuple[nn.Module, Prepared]:
     model = randomised(MODELS[name]())
-    ranks = make(model, 3 if "few" in name else 2)
+    return model, prepare(model, own_modes=True)
+
+
+def _mutated(name: str, mutate: Callable[[fx.GraphModule], None]) -> tuple[nn.Module, Ranks]:
+    model, prepared = _prepared(name)
+    (ranks,) = make_once(model, 3 if "few" in name else 2, prepared=prepared)
     assert compare(model, ranks).gradient < 1e-12
     for module in ranks.modules:
         mutate(module)
@@ -129,6 +178,6 @@ def test_mutant_is_caught(name: str) -> None:
     module = ranks.modules[0]
     found = {
         "states": check(module, module.plan, 0),
-        "origins": check_origins(prepare(model).graph.graph, module, module.plan, 0),
+        "origins": check_origins(_prepared(model_name)[1].graph.graph, module, module.plan, 0),
     }
     assert {name for name, errors in found.items() if errors} == seen_by

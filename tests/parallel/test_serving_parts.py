@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from fxport.parallel.modules import ReduceFrom
 from fxport.passes.tensor_parallel.vocabulary import bounds, divides, padding
+from tests.parallel.further import FURTHER
 from tests.parallel.models import HEAD, LAYERS, MODELS, WIDTH, Decoder
 from tests.parallel.serving_ranks import Ranks, Served, divided, error, served
 from tests.zoo.gpt import GPT
@@ -99,6 +100,11 @@ def test_further_spellings(name: str) -> None:
 @pytest.mark.parametrize("name", ZOO)
 def test_zoo(name: str) -> None:
     check(ZOO[name], (2, 3, 4))
+
+
+@pytest.mark.parametrize("name", ["turned weights", "scaled", "selected experts"])
+def test_weights_used_in_other_ways(name: str) -> None:
+    check(FURTHER[name], (2, 3))
 
 
 @pytest.mark.parametrize("name", QUICK)

@@ -1,0 +1,193 @@
+"""What is made of parameters, made of this rank's parts of them.
+
+Before                              After, rank 0 of 2
+    w = select(W [E, C, H], 0, e)       w = select(W[:, :, columns], 0, e)
+    w = cat([W0, W1, W2, W3])           w = cat([W0, W1, W2[no row], W3[no row]])
+    s = exp(t [H])                      s = exp(t[heads])
+
+Only ops that move whole dimensions, or work on each position by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from fxport.capture.arguments import arguments
+from fxport.capture.inputs import InputKind, graph_input
+from fxport.passes.tensor_parallel.boxes import Box, select
+from fxport.passes.tensor_parallel.factors import unit_shape
+from fxport.passes.tensor_parallel.ops import KINDS, Kind
+
+if TYPE_CHECKING:
+    from fxport.passes.tensor_parallel.emission import Emission
+
+__all__ = ["derived"]
+
+aten = torch.ops.aten
+_VIEWS = (aten.view.default, aten.reshape.default)
+Boxes = tuple[Box, ...]  # of every rank
+# (node, boxes wanted of its result) -> boxes of its operands; None: not of parts
+Operands = Callable[[fx.Node, Boxes], dict[fx.Node, Boxes] | None]
+
+
+def derived(e: Emission, node: fx.Node, kind: str, wanted: Boxes) -> fx.Node | None:
+    """The value of a node without tokens, of this rank's parts of the parameters it is made of.
+
+    None: some op needs more than parts. Nothing has been written then.
+    """
+    if not any(index is not None for box in wanted for index in box):
+        return None
+    return _write(e, node, kind, wanted) if _possible(e, node, wanted) else None
+
+
+def _possible(e: Emission, node: fx.Node, wanted: Boxes) -> bool:
+    if node.op == "placeholder":
+        found = graph_input(node)
+        return found.kind is not InputKind.PARAMETER or found.name not in e.whole
+    if node.op != "call_function":
+        return False
+    if not e.is_learned(node):
+        return True
+    operands = _operands(node, wanted)
+    return operands is not None and all(_possible(e, i, b) for i, b in operands.items())
+
+
+def _write(e: Emission, node: fx.Node, kind: str, wanted: Boxes) -> fx.Node:
+    if node.op == "placeholder" or not e.is_learned(node):
+        return e.static(node, kind, wanted, local=True)
+    operands = _operands(node, wanted)
+    assert operands is not None
+    new = {i: _write(e, i, kind, boxes) for i, boxes in operands.items()}
+    if node.target in _VIEWS:
+        sizes = [n if i is None else len(i) for n, i in zip(unit_shape(node), wanted[e.rank],
+                 strict=True)]  # fmt: skip
+        return e.call(aten.reshape.default, *new.values(), sizes)
+    args = fx.map_arg(node.args, lambda n: new.get(n, n))
+    kwargs = fx.map_arg(node.kwargs, lambda n: new.get(n, n))
+    return e.call(node.target, *args, **kwargs)
+
+
+def _operands(node: fx.Node, wanted: Boxes) -> dict[fx.Node, Boxes] | None:
+    if KINDS.get(node.target) is Kind.POINTWISE:
+        return _pointwise(node, wanted)
+    rule = _RULES.get(node.target)
+    return None if rule is None else rule(node, wanted)
+
+
+def _pointwise(node: fx.Node, wanted: Boxes) -> dict[fx.Node, Boxes] | None:
+    found = {}
+    for value in node.all_input_nodes:
+        if not isinstance(value.meta.get("val"), Tensor):
+            return None
+        shape = unit_shape(value)
+        offset = len(wanted[0]) - len(shape)
+        found[value] = tuple(
+            tuple(None if n == 1 else box[d + offset] for d, n in enumerate(shape))
+            for box in wanted
+        )
+    return found
+
+
+def _select(node: fx.Node, wanted: Boxes) -> dict[fx.Node, Boxes]:
+    args = arguments(node)
+    dim = args["dim"] % len(unit_shape(args["self"]))
+    return {args["self"]: tuple((*box[:dim], None, *box[dim:]) for box in wanted)}
+
+
+def _slice(node: fx.Node, wanted: Boxes) -> dict[fx.Node, Boxes] | None:
+    args = arguments(node)
+    if any(box[args["dim"]] is not None for box in wanted):
+        return None
+    return {args["self"]: wanted}
+
+
+def _permuted(node: fx.Node, wanted: Boxes) -> dict[fx.Node, Boxes]:
+    args = arguments(node)
+    rank = len(wanted[0])
+    places = _order(node, args, rank)
+    boxes = []
+    for box in wanted:
+        before: list[Any] = [None] * rank
+        for now, then in enumerate(places):
+            before[then] = box[now]
+        boxes.append(tuple(before))
+    return {args["self"]: tuple(boxes)}
+
+
+def _order(node: fx.Node, args: Mapping[str, Any], rank: int) -> list[int]:
+    """Result dimension -> the operand's."""
+    places = list(range(rank))
+    if node.target is aten.permute.default:
+        return [d % rank for d in args["dims"]]
+    one, other = (args.get("dim0", -2), args.get("dim1", -1)) if rank > 1 else (0, 0)
+    places[one], places[other] = places[other], places[one]
+    return places
+
+
+def _view(node: fx.Node, wanted: Boxes) -> dict[fx.Node, Boxes] | None:
+    """Read off numbered positions: a rank's must be a rectangle of the operand, too."""
+    source = arguments(node)["self"]
+    if any(i is not source for i in node.all_input_nodes):  # sizes that depend on the tokens
+        return None
+    before = torch.arange(math.prod(unit_shape(source))).reshape(unit_shape(source))
+    after = before.reshape(unit_shape(node))
+    boxes = []
+    for box in wanted:
+        places = torch.isin(before, select(after, box))
+        lines = [places.amax([d for d in range(places.dim()) if d != dim]) if places.dim() > 1
+                 else places for dim in range(places.dim())]  # fmt: skip
+        part = tuple(
+            None if bool(line.all()) else tuple(line.nonzero().reshape(-1).tolist())
+            for line in lines
+        )
+        mine, wanted_here = select(before, part).reshape(-1), select(after, box).reshape(-1)
+        if not torch.equal(mine, wanted_here):
+            return None
+        boxes.append(part)
+    return {source: tuple(boxes)}
+
+
+def _unsqueezed(node: fx.Node, wanted: Boxes) -> dict[fx.Node, Boxes]:
+    args = arguments(node)
+    dim = args["dim"] % len(wanted[0])
+    return {args["self"]: tuple((*box[:dim], *box[dim + 1 :]) for box in wanted)}
+
+
+def _cat(node: fx.Node, wanted: Boxes) -> dict[fx.Node, Boxes] | None:
+    args = arguments(node)
+    parts, dim = args["tensors"], args["dim"] % len(wanted[0])
+    if len(set(parts)) != len(parts):
+        return None
+    found, first = {}, 0
+    for part in parts:
+        size = unit_shape(part)[dim]
+        boxes = []
+        for box in wanted:
+            index = box[dim]
+            if index is not None:
+                index = tuple(i - first for i in index if first <= i < first + size)
+            boxes.append((*box[:dim], None if index and len(index) == size else index,
+                          *box[dim + 1 :]))  # fmt: skip
+        found[part] = tuple(boxes)
+        first += size
+    return found
+
+
+_RULES: Mapping[Any, Operands] = {
+    aten.select.int: _select,
+    aten.slice.Tensor: _slice,
+    aten.t.default: _permuted,
+    aten.mT.default: _permuted,
+    aten.numpy_T.default: _permuted,
+    aten.transpose.int: _permuted,
+    aten.permute.default: _permuted,
+    aten.unsqueeze.default: _unsqueezed,
+    aten.cat.default: _cat,
+    aten.view.default: _view,
+    aten.reshape.default: _view,
+}

@@ -1,0 +1,68 @@
+"""For the checker: along which dimensions is what is made of a divided parameter divided?
+
+    W [E, H, C], rows of H           divided along 1
+    select(W, 0, e)                  along 0
+    t(select(W, 0, e))               along 1
+
+What is not listed is not known; the checker then refuses a sum over it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxport.capture.arguments import arguments
+from fxport.parallel.plan import ParameterShard
+
+__all__ = ["Parts", "made_of", "parts_of"]
+
+aten = torch.ops.aten
+Parts = tuple[bool, ...]  # by dimension
+
+
+def parts_of(shard: ParameterShard) -> Parts:
+    return tuple(any(box[d] is not None for box in shard.indices) for d in range(len(shard.shape)))
+
+
+def made_of(node: fx.Node, known: Mapping[fx.Node, Parts]) -> Parts | None:
+    """None: not known, or nothing divided."""
+    given = [known[i] for i in node.all_input_nodes if i in known]
+    if not given or len(given) != len(node.all_input_nodes):
+        return None
+    before, args = given[0], arguments(node)
+    rank = len(before)
+    if node.target is aten.select.int:
+        dim = args["dim"] % rank
+        return None if before[dim] else before[:dim] + before[dim + 1 :]
+    if node.target is aten.slice.Tensor:
+        return None if before[args["dim"]] else before
+    if node.target is aten.unsqueeze.default:
+        dim = args["dim"] % (rank + 1)
+        return (*before[:dim], False, *before[dim:])
+    if node.target is aten.permute.default:
+        return tuple(before[d] for d in args["dims"])
+    if node.target in (aten.t.default, aten.mT.default, aten.numpy_T.default):
+        return (*before[:-2], *reversed(before[-2:])) if rank > 1 else before
+    if node.target is aten.transpose.int:
+        return _swapped(before, args["dim0"], args["dim1"])
+    if node.target is aten.cat.default:
+        return _joined(given, args["dim"] % rank)
+    pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return before if pointwise and len(given) == 1 else None
+
+
+def _swapped(before: Parts, one: int, other: int) -> Parts:
+    places: list[Any] = list(before)
+    places[one], places[other] = places[other], places[one]
+    return tuple(places)
+
+
+def _joined(given: list[Parts], dim: int) -> Parts | None:
+    rest = {(*p[:dim], *p[dim + 1 :]) for p in given}
+    if len(rest) != 1:
+        return None
+    return (*given[0][:dim], any(p[dim] for p in given), *given[0][dim + 1 :])

@@ -1,0 +1,166 @@
+"""Weights used in other ways than a projection each: by head, by expert, turned, by list."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.parallel.models import HEAD, HIDDEN, VOCAB, WIDTH, Block, Mlp, Separate, attend
+from tests.parallel.wider import CHOSEN, EXPERTS, DenseExperts, weight
+
+
+class OneLayer(nn.Module):
+    def __init__(self, attention: nn.Module, mlp: nn.Module, padding: int | None = None) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, WIDTH, padding_idx=padding)
+        self.block, self.norm = Block(attention, mlp), nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, VOCAB)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.norm(self.block(self.embed(ids))))
+
+
+class Turned(nn.Module):
+    """GPT-2's layer: the weight is stored the other way round."""
+
+    def __init__(self, size_in: int, size_out: int) -> None:
+        super().__init__()
+        self.weight, self.bias = weight(size_in, size_out), weight(size_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight)
+        return flat.view(*x.shape[:-1], self.weight.shape[1])
+
+
+def turned(module: nn.Module) -> nn.Module:
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.Linear):
+            setattr(module, name, Turned(child.in_features, child.out_features))
+    return module
+
+
+class Head(nn.Module):
+    """One head, as a module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(WIDTH, HEAD) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.q(x) @ self.k(x).transpose(-2, -1) * HEAD**-0.5
+        after = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        return scores.masked_fill(after, -torch.inf).softmax(-1) @ self.v(x)
+
+
+class Heads(nn.Module):
+    def __init__(self, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(Head() for _ in range(heads))
+        self.out = nn.Linear(heads * HEAD, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.cat([head(x) for head in self.heads], dim=-1))
+
+
+class OtherHeads(Heads):
+    """The first head is softer than the others: they are no one attention."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *rest = self.heads
+        return self.out(torch.cat([first(x * 0.5), *(head(x) for head in rest)], dim=-1))
+
+
+class Latent(nn.Module):
+    """Low-rank queries, keys and values; one rotary part of the keys for all heads."""
+
+    def __init__(self, heads: int = 4, rank: int = 12, shared: int = 4) -> None:
+        super().__init__()
+        self.heads, self.rank, self.shared = heads, rank, shared
+        self.q = nn.Linear(WIDTH, heads * (HEAD + shared))
+        self.down, self.norm = nn.Linear(WIDTH, rank + shared), nn.RMSNorm(rank)
+        self.up, self.out = nn.Linear(rank, heads * 2 * HEAD), nn.Linear(heads * HEAD, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q = self.q(x).view(b, t, self.heads, -1).transpose(1, 2)
+        latent, one = self.down(x).split([self.rank, self.shared], dim=-1)
+        both = self.up(self.norm(latent)).view(b, t, self.heads, -1).transpose(1, 2)
+        own, v = both.chunk(2, dim=-1)
+        one = torch.tanh(one.view(b, t, 1, self.shared).transpose(1, 2))
+        k = torch.cat([own, one.expand(-1, self.heads, -1, -1)], dim=-1)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(y.transpose(1, 2).reshape(b, t, -1))
+
+
+class Falcon(nn.Module):
+    """Queries, key and value of each group beside each other; taken by lists."""
+
+    def __init__(self, heads: int = 8, kv_heads: int = 4) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = heads, kv_heads
+        self.qkv = nn.Linear(WIDTH, (heads + 2 * kv_heads) * HEAD)
+        self.out = nn.Linear(heads * HEAD, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        y = self.qkv(x).view(b, t, self.kv_heads, -1, HEAD)
+        q, k, v = y[..., :-2, :], y[..., [-2], :], y[..., [-1], :]
+        k, v = torch.broadcast_to(k, q.shape), torch.broadcast_to(v, q.shape)
+        return self.out(attend(*(z.flatten(2, 3) for z in (q, k, v))))
+
+
+class Scaled(Separate):
+    """Positive scales and a gain of each head, made of parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heat, self.gain = weight(self.heads), weight(self.heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = (p(x).view(b, t, -1, HEAD) for p in (self.q, self.k, self.v))
+        y = attend(q * self.heat.exp().view(1, 1, -1, 1), k, v).view(b, t, -1, HEAD)
+        return self.out((y * torch.sigmoid(self.gain)[:, None]).flatten(2))
+
+
+class SelectedExperts(DenseExperts):
+    """Weights of all experts in one tensor, gates cut off one by one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gates, result = self.gates(x), 0
+        for i in range(EXPERTS):
+            result = result + gates[..., i : i + 1] * (F.silu(x @ self.up[i]) @ self.down[i])
+        return result  # type: ignore[return-value]
+
+
+class StackedExperts(DenseExperts):
+    """Transformers' experts: each works on its tokens; rows of one tensor are its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = weight(EXPERTS, 2 * HIDDEN, WIDTH), weight(EXPERTS, WIDTH, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, WIDTH)
+        gates, chosen = self.router(flat).softmax(-1).topk(CHOSEN, dim=-1)
+        result, places = torch.zeros_like(flat), F.one_hot(chosen, EXPERTS).permute(2, 1, 0)
+        for i in range(EXPERTS):
+            place, token = torch.where(places[i])
+            gate, up = F.linear(flat[token], self.up[i]).chunk(2, dim=-1)
+            found = F.linear(F.silu(gate) * up, self.down[i]) * gates[token, place, None]
+            result.index_add_(0, token, found)
+        return result.view_as(x)
+
+
+FURTHER: dict[str, Callable[[], nn.Module]] = {
+    "turned weights": lambda: OneLayer(turned(Separate()), turned(Mlp())),
+    "head modules": lambda: OneLayer(Heads(), Mlp()),
+    "latent": lambda: OneLayer(Latent(), Mlp()),
+    "falcon": lambda: OneLayer(Falcon(), Mlp(), padding=5),
+    "scaled": lambda: OneLayer(Scaled(), Mlp()),
+    "selected experts": lambda: OneLayer(Separate(), SelectedExperts()),
+    "stacked experts": lambda: OneLayer(Separate(), StackedExperts()),
+}

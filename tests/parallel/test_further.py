@@ -1,0 +1,125 @@
+"""Per-head modules, latent attention, weights of all experts in one tensor: divided and exact."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fxport.parallel.modules import CopyTo, ReduceFrom
+from fxport.passes.tensor_parallel.build import prepare
+from fxport.passes.tensor_parallel.checker import check
+from tests.parallel.further import FURTHER, Heads, OneLayer, OtherHeads
+from tests.parallel.models import HEAD, HIDDEN, VOCAB, WIDTH, Mlp
+from tests.parallel.simulation import Ranks, compare, make_once, randomised
+from tests.parallel.wider import EXPERTS
+
+aten = torch.ops.aten
+ATTENTION = torch.ops.fxport.attention.default
+
+# name -> all-reduces of the layer: forward, backward
+PRICE = {
+    "turned weights": (2, 2),
+    "head modules": (2, 2),
+    "latent": (2, 4),  # queries, the latent vector and the part for all heads
+    "falcon": (2, 2),
+    "scaled": (2, 2),
+    "selected experts": (2, 3),  # a gate is one number per expert and token
+    "stacked experts": (2, 3),
+}
+DIVIDED = {
+    "turned weights": ("attention.q.weight", (WIDTH, 2 * HEAD)),
+    "head modules": ("attention.heads.3.q.weight", (0, WIDTH)),  # on the other rank
+    "latent": ("attention.up.weight", (2 * 2 * HEAD, 12)),
+    "falcon": ("attention.qkv.weight", (2 * 4 * HEAD, WIDTH)),
+    "scaled": ("attention.heat", (2,)),
+    "selected experts": ("mlp.up", (EXPERTS, WIDTH, HIDDEN // 2)),
+    "stacked experts": ("mlp.down", (EXPERTS, WIDTH, HIDDEN // 2)),
+}
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_outputs_and_every_gradient_at_the_price(name: str) -> None:
+    model = randomised(FURTHER[name]())
+    for ranks in make_once(model, 2, 3):
+        errors = compare(model, ranks)
+        assert errors.output < 1e-12 and errors.gradient < 1e-12, errors
+        plan = ranks.modules[0].plan
+        # one more each way for the divided vocabulary: embedding forward, head backward
+        assert (plan.count("forward") - 1, plan.count("backward") - 1) == PRICE[name]
+        assert plan.shard("embed.weight").kind == "vocabulary"
+        if plan.world_size == 2:
+            parameter, shape = DIVIDED[name]
+            assert plan.shard(f"block.{parameter}").local_shape(0) == shape
+
+
+def _attentions(model: torch.nn.Module) -> int:
+    return sum(n.target is ATTENTION for n in prepare(model).graph.graph.nodes)
+
+
+def test_heads_that_are_alike_become_one_attention_and_others_do_not() -> None:
+    assert _attentions(OneLayer(Heads(), Mlp())) == 1
+    model = randomised(OneLayer(OtherHeads(), Mlp()))
+    assert _attentions(model) == 4
+    (ranks,) = make_once(model, 2)
+    assert compare(model, ranks).gradient < 1e-12
+    assert any("fewer units" in r.reason for r in ranks.modules[0].plan.replicated)
+
+
+def _drop(ranks: Ranks, kind: type, index: int = 0) -> None:
+    for module in ranks.modules:
+        calls = [
+            n
+            for n in module.graph.nodes
+            if n.op == "call_module" and isinstance(module.get_submodule(n.target), kind)
+        ]
+        calls[index].replace_all_uses_with(calls[index].args[0])
+        module.graph.erase_node(calls[index])
+        module.recompile()
+
+
+def _seen(ranks: Ranks) -> list[str]:
+    module = ranks.modules[0]
+    return check(module, module.plan, 0)
+
+
+def test_a_sum_over_the_experts_that_is_not_reduced_is_seen() -> None:
+    model = randomised(FURTHER["stacked experts"]())
+    (ranks,) = make_once(model, 2)
+    _drop(ranks, ReduceFrom, -1)
+    assert _seen(ranks) and compare(model, ranks).output > 1e-6
+
+
+def test_gates_that_do_not_enter_are_seen() -> None:
+    model = randomised(FURTHER["selected experts"]())
+    (ranks,) = make_once(model, 2)
+    _drop(ranks, CopyTo, -2)
+    assert _seen(ranks) and compare(model, ranks).gradient > 1e-6
+
+
+def test_a_late_reduction_past_a_nonlinearity_is_seen() -> None:
+    """silu(sum of the ranks) is not the sum of silu: the reduction may not move behind it."""
+    model = randomised(FURTHER["latent"]())
+    (ranks,) = make_once(model, 2)
+    for module in ranks.modules:
+        reduced = [n for n in module.graph.nodes if n.op == "call_module" and
+                   isinstance(module.get_submodule(n.target), ReduceFrom)][1]  # fmt: skip
+        summand = reduced.args[0]
+        with module.graph.inserting_before(reduced):
+            bent = module.graph.call_function(aten.silu.default, (summand,))
+        reduced.args = (bent,)
+        module.recompile()
+    assert _seen(ranks)
+
+
+def test_padding_learns_nothing() -> None:
+    model = randomised(FURTHER["falcon"]())
+    (ranks,) = make_once(model, 2)
+    model.zero_grad()
+
+    def work(rank: int) -> torch.Tensor | None:
+        ranks.modules[rank](torch.full((1, 3), 5)).sum().backward()
+        return ranks.modules[rank].get_parameter("embed.weight").grad
+
+    first, second = ranks.contexts[0].group.run(work)
+    assert first.shape[0] + second.shape[0] == VOCAB
+    assert not first[5].any()
