@@ -26,6 +26,7 @@ from fxport.capture.location import module_of, user_location
 from fxport.errors import Reason, ReasonCode
 from fxport.ops.params import AttentionParams
 from fxport.passes.attention_bias import emit_check, emit_dense, emit_row_scales, restore_nan
+from fxport.passes.attention_checks import check_grad_mode
 from fxport.passes.attention_emit import Emitter
 from fxport.passes.attention_flex import (
     FlexCall,
@@ -38,7 +39,7 @@ from fxport.passes.attention_flex import (
 from fxport.passes.attention_frame import Frame, frame_of
 from fxport.passes.attention_layout import Size, product
 from fxport.passes.attention_masks import MaskPlan, plan_masks
-from fxport.passes.attention_match import check_grad_mode, match_softmax
+from fxport.passes.attention_match import match_softmax
 from fxport.passes.attention_repeats import spell_out_repeats
 from fxport.passes.attention_sdpa import is_sdpa, match_sdpa
 from fxport.passes.attention_sinks import emit_sinks

@@ -8,7 +8,6 @@ Which axis is the key axis, which the head size, follows from what is contracted
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,17 +15,18 @@ import torch
 from torch import fx
 
 from fxport.capture.arguments import arguments, shape_of
-from fxport.capture.memory import is_mutation
 from fxport.errors import ReasonCode
+from fxport.passes.attention_checks import check_closed, check_grad_mode, check_rounding
 from fxport.passes.attention_layout import Axis, Dims, LayoutError, axes_of, resolve, resolve_all
+from fxport.passes.attention_paths import Walk, obstacles, paths, product_behind, walk
 from fxport.passes.attention_products import Contraction, Product, as_product, contract, factors_of
-from fxport.passes.attention_scores import Scores, Walk, paths, walk
+from fxport.passes.attention_scores import Scores
 from fxport.passes.attention_site import Left, MaskKind, MaskStep, Match
 from fxport.passes.attention_softmax import Softmax, subtracted_maximum
 from fxport.passes.attention_views import Step, moved_input, overload_packet, trace, view_dims
 from fxport.passes.graph_facts import GraphFacts, Source, lends_shape_only, only_checks
 
-__all__ = ["check_grad_mode", "match_softmax"]
+__all__ = ["match_softmax"]
 
 aten = torch.ops.aten
 
@@ -48,13 +48,29 @@ def match_softmax(facts: GraphFacts, softmax: Softmax) -> Match:
         except Left as left:
             reasons.append(left)
     if not reasons:
-        raise Left(
-            ReasonCode.NOT_ATTENTION,
-            "this softmax is not over a product of two tensors",
-            softmax.scores,
-        )
+        raise _no_product(facts, softmax.scores)
     serious = [r for r in reasons if r.code is not ReasonCode.NOT_ATTENTION]
     raise (serious or reasons)[0]
+
+
+def _no_product(facts: GraphFacts, scores: fx.Node) -> Left:
+    """Why no way of known operations leads from a product to the scores."""
+    for obstacle in obstacles(scores):
+        if any(_of_data(facts, n) for n in product_behind(obstacle)):
+            return Left(
+                ReasonCode.UNSUPPORTED_FEATURE,
+                f"`{obstacle.target}` stands between the product of q and k and the softmax",
+                obstacle,
+            )
+    return Left(
+        ReasonCode.NOT_ATTENTION, "this softmax is not over a product of two tensors", scores
+    )
+
+
+def _of_data(facts: GraphFacts, node: fx.Node) -> bool:
+    product = as_product(node)
+    assert product is not None
+    return all(Source.DATA in facts.source(n) for n in (product.left, product.right))
 
 
 def _match_path(facts: GraphFacts, softmax: Softmax, path: list[fx.Node]) -> Match:
@@ -83,8 +99,8 @@ def _match_path(facts: GraphFacts, softmax: Softmax, path: list[fx.Node]) -> Mat
     output = forward.product.node
     if softmax.quotient is not None:
         interior, output = (*interior, output), softmax.quotient
-    _check_closed(interior, output)
-    _check_rounding(interior, output)
+    check_closed(interior, output)
+    check_rounding(interior, output)
     key = forward.key_dim
     return Match(
         start=softmax.start,
@@ -354,59 +370,6 @@ def _check_source_of_keys(facts: GraphFacts, k: tuple[Step, ...], forward: _Forw
         if facts.source(value) & Source.DATA:
             return
     raise Left(ReasonCode.NOT_ATTENTION, "keys and values are parameters: a memory look-up")
-
-
-def check_grad_mode(facts: GraphFacts, nodes: Iterable[fx.Node], output: fx.Node) -> None:
-    """One call has one backward; under ``no_grad`` a part of the original has none.
-
-    Raises:
-        Left: one of `nodes` runs without autograd, and `output` with it.
-    """
-    other = facts.grad_switched(nodes, output)
-    if other is not None:
-        raise Left(
-            ReasonCode.UNSUPPORTED_FEATURE,
-            "gradients are switched on or off inside this attention",
-            other,
-            "let torch.no_grad() cover the whole attention, or none of it",
-        )
-
-
-def _check_closed(interior: tuple[fx.Node, ...], output: fx.Node) -> None:
-    """Nobody else may look at the scores or weights; their shape is no secret."""
-    inside = {*interior, output}
-    for node in interior:
-        for user in node.users:
-            if user in inside or only_checks(user) or lends_shape_only(node, user):
-                continue
-            written = is_mutation(user)
-            raise Left(
-                ReasonCode.MUTATED_IN_PLACE if written else ReasonCode.WEIGHTS_USED_ELSEWHERE,
-                "the scores are changed in place in between"
-                if written
-                else "the scores or weights are used besides this attention",
-                user if user.op != "output" else node,
-                "use the out-of-place operation" if written else "",
-            )
-
-
-def _check_rounding(interior: tuple[fx.Node, ...], output: fx.Node) -> None:
-    """The op keeps its operands' precision; the original may round more coarsely than it shows."""
-    visible = output.meta["val"].dtype.itemsize
-    for node in interior:
-        before, after = (
-            n.meta.get("val") if isinstance(n, fx.Node) else None for n in (*node.args[:1], node)
-        )
-        if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
-            continue
-        narrowed = after.dtype.itemsize < min(before.dtype.itemsize, visible)
-        if narrowed and after.is_floating_point() and as_product(node) is None:
-            raise Left(
-                ReasonCode.UNSUPPORTED_FEATURE,
-                f"scores or weights are rounded from {before.dtype} to {after.dtype} in between",
-                node,
-                "the softmax in float32, or in the model's own dtype if that is wider",
-            )
 
 
 def _without_repeated_zero(scores: Scores, forward: _Forward) -> tuple[Any, ...]:

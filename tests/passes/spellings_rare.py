@@ -126,3 +126,17 @@ def sum_without_kept_dimension(qkv: Tensor) -> Tensor:
     s = (q @ k.transpose(-1, -2)).masked_fill(~causal_bool(q.size(2)), INF)
     e = (s - s.amax(-1).unsqueeze(-1)).exp()
     return finish(e / e.sum(-1).unsqueeze(-1), v)
+
+
+@legal("causal")
+def replaced_by_a_tensor_of_one_number(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    s = q @ k.transpose(-1, -2)
+    return finish(torch.where(causal_bool(q.size(2)), s, -9e15 * torch.ones_like(s)).softmax(-1), v)
+
+
+@legal("causal")
+def subtracted_with_a_factor(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    forbidden = (~causal_bool(q.size(2))).to(q.dtype)
+    return finish(torch.sub(q @ k.transpose(-1, -2), forbidden, alpha=1e9).softmax(-1), v)

@@ -115,3 +115,28 @@ def values_summed_along_the_queries(qkv: Tensor) -> Tensor:
     e, v = exponentials(qkv)
     w = e / e.sum(-1, keepdim=True)
     return (w[..., None] * v[:, :, :, None]).sum(2)
+
+
+@tricky("unsupported-feature")
+def capped_by_a_sigmoid(qkv: Tensor) -> Tensor:
+    """An unknown operation between q.k and the softmax: an attention all the same."""
+    q, k, v = heads_first(qkv)
+    s = 4.0 * torch.sigmoid(q @ k.mT) - 2.0
+    return finish(s.softmax(-1), v)
+
+
+@tricky("changed-in-place")
+def masked_by_an_index(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    s = (q @ k.mT) * 0.4
+    s[..., 1] = -1e9
+    return finish(s.softmax(-1), v)
+
+
+@tricky("softmax-is-not-attention")
+def scores_of_a_learned_product(qkv: Tensor) -> Tensor:
+    """A router behind an activation is none."""
+    x = qkv[0].flatten(2)
+    w = (x @ torch.ones(24, 6, dtype=x.dtype)).sigmoid().softmax(-1)
+    out: Tensor = w @ torch.ones(6, 24, dtype=x.dtype)
+    return out
