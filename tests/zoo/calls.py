@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.zoo.awkward import VOCAB, Decoder
+from tests.zoo.awkward import VOCAB, WIDTH, Decoder
 
 
 def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
@@ -83,7 +83,19 @@ class ImageIdsWritten(Decoder):
         return super().forward(looked_up)
 
 
-EXACT |= {"image ids": ImageIds, "image ids written": ImageIdsWritten}
+class PaddedVocabulary(Decoder):
+    """More logits than ids that can be looked up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(WIDTH, 128, bias=False)
+
+
+EXACT |= {
+    "image ids": ImageIds,
+    "image ids written": ImageIdsWritten,
+    "padded vocabulary": PaddedVocabulary,
+}
 
 
 class BigramIds(Decoder):
