@@ -207,13 +207,22 @@ def _narrow(
     new = {
         "key": _again(emitter, key, length),
         "value": _again(emitter, value, length),
-        "attn_mask": emitter.call(aten.slice.Tensor, mask, -1, 0, length),
+        "attn_mask": _seen(emitter, mask, length),
     }
     given = {**arguments(node), **new}
     replaced = emitter.call(node.target, **given)  # type: ignore[arg-type]
     replaced.meta.update({k: v for k, v in node.meta.items() if k != "val"})
     node.replace_all_uses_with(replaced)
     gm.graph.erase_node(node)
+
+
+def _seen(emitter: Emitter, mask: fx.Node, length: fx.Node) -> fx.Node:
+    """The first T columns; the trace may have been longer than the cache, so T is said here."""
+    sliced = emitter.call(aten.slice.Tensor, mask, len(shape_of(mask)) - 1, 0, length)
+    sizes = (*mask.meta["val"].shape[:-1], length.meta["val"])
+    with emitter.fake_mode:
+        sliced.meta["val"] = mask.meta["val"].new_empty(sizes)
+    return sliced
 
 
 def _again(emitter: Emitter, read: _Read, length: fx.Node) -> fx.Node:

@@ -56,6 +56,8 @@ def test_the_model_keeps_its_own_forward() -> None:
 
 CODES = {
     "bigram ids": ReasonCode.NO_VOCABULARY,
+    "short vocabulary": ReasonCode.NO_LOGITS,
+    "two heads": ReasonCode.NO_LOGITS,
     "reads more than it wrote": ReasonCode.MUTATED_STATE,
     "reads before it writes": ReasonCode.MUTATED_STATE,
     "nn.TransformerEncoder, no mask": ReasonCode.NOT_CAUSAL,

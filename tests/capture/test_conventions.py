@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fxport
-from fxport import api
+from fxport import api, verification
 from fxport.backends.torch import PackedModel
 from fxport.errors import FxportError, PortError, ReasonCode
 from fxport.report import Decision, Outcome
@@ -194,7 +194,9 @@ def test_examples_that_say_nothing(name: str) -> None:
         fxport.port(Asked(), WRONG[name])
 
 
-def test_verify_knows_the_call(tmp_path: Path) -> None:
+def test_verify_knows_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = verification.Comparison("trainable module", "", None, None, True, "")
+    monkeypatch.setattr(verification, "_trainable", lambda *given: compiled)
     kind, example, _ = called.NEEDING["positions"]
     torch.manual_seed(5)
     model = kind().eval()

@@ -154,7 +154,6 @@ COUNTED = torch.arange(11).expand(2, 11)
 # name -> model, arguments of one call of which the ids are the first, the same for one sequence
 NEEDING: dict[str, tuple[type[nn.Module], Any, Callable[[Tensor], Any]]] = {
     "targets": (Targets, None, lambda ids: (ids, ids)),
-    "the same targets": (Targets, (IDS, IDS), lambda ids: (ids, ids)),
     "a mask of ones": (
         PaddingMask, (IDS, torch.ones(2, 11)), lambda ids: (ids, torch.ones(ids.shape))
     ),

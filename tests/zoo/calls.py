@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.zoo.awkward import VOCAB, Decoder
+from tests.zoo.awkward import VOCAB, WIDTH, Decoder
 
 
 def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
@@ -64,6 +64,41 @@ EXACT: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+class HiddenBeside(Decoder):
+    """The last hidden state has more features than there are tokens."""
+
+    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return {"hidden": x, "logits": self.head(self.norm(x)), "value": x.mean(-1, keepdim=True)}
+
+
+EXACT["hidden state beside"] = HiddenBeside
+
+
+class ShortVocabulary(Decoder):
+    """Fewer logits than ids, and a hidden state wider than both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(WIDTH, VOCAB - 5, bias=False)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x)), x
+
+
+class TwoHeads(Decoder):
+    """Of one width: the next token, and the one after it."""
+
+    def forward(self, ids: Tensor) -> list[Tensor]:
+        logits = super().forward(ids)
+        return [logits, logits.flip(-1)]
+
+
 IMAGE = 5
 
 
@@ -83,7 +118,19 @@ class ImageIdsWritten(Decoder):
         return super().forward(looked_up)
 
 
-EXACT |= {"image ids": ImageIds, "image ids written": ImageIdsWritten}
+class PaddedVocabulary(Decoder):
+    """More logits than ids that can be looked up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(WIDTH, 128, bias=False)
+
+
+EXACT |= {
+    "image ids": ImageIds,
+    "image ids written": ImageIdsWritten,
+    "padded vocabulary": PaddedVocabulary,
+}
 
 
 class BigramIds(Decoder):
@@ -104,4 +151,6 @@ class TimeFirst(Decoder):
 # Not taken today, each with a reason and never with other numbers.
 REFUSED: dict[str, Callable[[], nn.Module]] = {
     "bigram ids": BigramIds,
+    "short vocabulary": ShortVocabulary,
+    "two heads": TwoHeads,
 }

@@ -1,0 +1,142 @@
+"""A cache of fixed size that is written in the call and read whole under a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+import fxport
+from fxport import api
+from fxport.backends.torch import PackedModel
+from fxport.capture.export import capture
+from fxport.errors import PortError
+from fxport.passes.axes import Symbols
+from fxport.passes.masked_caches import read_under_masks
+from fxport.report import Decision, Outcome
+
+V, C, H, D, LONGEST = 41, 32, 2, 16, 24
+aten = torch.ops.aten
+
+
+def put(cache: Tensor, at: Tensor, new: Tensor) -> Tensor:
+    cache[:, :, at] = new
+    return cache
+
+
+def copied(cache: Tensor, at: Tensor, new: Tensor) -> Tensor:
+    return cache.index_copy(2, at, new)
+
+
+def one_later(cache: Tensor, at: Tensor, new: Tensor) -> Tensor:
+    return cache.index_copy(2, at + 1, new)
+
+
+def turned(cache: Tensor, at: Tensor, new: Tensor) -> Tensor:
+    return cache.index_copy(2, at.flip(0), new)
+
+
+class Cached(nn.Module):
+    """One layer in the manner of a generation loop; a batch of one."""
+
+    def __init__(
+        self,
+        write: Callable[[Tensor, Tensor, Tensor], Tensor] = put,
+        seen: int = 0,
+        filled: float = 0.0,
+        added: bool = False,
+    ) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(V, C)
+        self.q, self.kv = nn.Linear(C, C), nn.Linear(C, C)
+        self.head = nn.Linear(C, V)
+        self.write = write
+        mask = torch.ones(LONGEST, LONGEST, dtype=torch.bool).tril(seen)
+        if added:
+            mask = torch.zeros(LONGEST, LONGEST).masked_fill(~mask, float("-inf"))
+        self.register_buffer("mask", mask)
+        for name in "kv":
+            self.register_buffer(f"{name}s", torch.full((1, 1, LONGEST, D), filled))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        batch, length = ids.shape
+        at = torch.arange(length)
+        x = self.emb(ids) + torch.arange(length)[:, None] * 0.1
+        q = self.q(x).view(batch, length, H, D).transpose(1, 2)
+        new = self.kv(x).view(batch, length, 2, 1, D).permute(2, 0, 3, 1, 4)
+        kv = [self.write(c, at, n) for c, n in zip((self.ks, self.vs), new, strict=True)]
+        k, v = (c.repeat_interleave(H, dim=1) for c in kv)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask[None, None, at])
+        return self.head(x + y.transpose(1, 2).reshape(batch, length, C))
+
+
+@pytest.fixture(autouse=True)
+def float_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    decision = Decision("precision", Outcome.PROVEN, "serving dtype")
+    monkeypatch.setattr(api, "_half", lambda model, serving: (None, decision))
+
+
+def double(**kinds: object) -> Cached:
+    torch.manual_seed(3)
+    return Cached(**kinds).double().eval()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("write", [put, copied])
+@pytest.mark.parametrize("kinds", [{}, {"added": True, "filled": 3.0}])
+def test_what_was_written_is_read(write: object, kinds: dict[str, object]) -> None:
+    model = double(write=write, **kinds)
+    port = fxport.port(model)
+    (found,) = [d for d in port.report.decisions if d.pass_name == "caches"]
+    assert found.outcome is Outcome.REWRITTEN
+    assert port.report.facts["max_position_embeddings"] == LONGEST
+    packed = PackedModel(port.serving, port.parameters)
+    sequences = [torch.randint(0, V, (n,)) for n in (1, 9, 2, LONGEST)]
+    for sequence, logits in zip(sequences, packed(sequences), strict=True):
+        with torch.no_grad():
+            expected = model(sequence[None])[0]
+        torch.testing.assert_close(logits, expected, rtol=0.0, atol=1e-12)
+
+
+class OneRow(Cached):
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids[:1])
+
+
+def rewritten(**kinds: object) -> tuple[int, fx.Graph]:
+    torch.manual_seed(3)
+    captured = capture(OneRow(**kinds).eval())  # type: ignore[arg-type]
+    gm = captured.graph
+    found = read_under_masks(gm, Symbols(captured.batch, captured.length))
+    return len(found), gm.graph
+
+
+def test_the_caches_are_gone() -> None:
+    count, graph = rewritten()
+    assert count == 1
+    assert not graph.find_nodes(op="call_function", target=aten.index_put_.default)
+    (site,) = graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
+    query, key = (n.meta["val"].shape for n in (site.kwargs["query"], site.kwargs["key"]))
+    assert query == key
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        {"seen": 1},  # the next row of the cache is seen, and nobody knows what it holds
+        {"filled": float("nan")},  # zero times that is not zero
+        {"write": one_later},
+        {"write": turned},
+    ],
+)
+def test_what_may_be_left_from_earlier_calls_is_not_dropped(kinds: dict[str, object]) -> None:
+    count, graph = rewritten(**kinds)
+    writes = {aten.index_put_.default, aten.index_put.default, aten.index_copy.default}
+    assert count == 0 and any(n.target in writes for n in graph.nodes)
+
+
+def test_a_mask_that_shows_more_is_refused() -> None:
+    with pytest.raises(PortError):
+        fxport.port(double(seen=1))
