@@ -73,7 +73,7 @@ def _write(e: Emission, node: fx.Node, kind: str, wanted: Boxes) -> fx.Node:
 
 
 def _operands(node: fx.Node, wanted: Boxes) -> dict[fx.Node, Boxes] | None:
-    if KINDS.get(node.target) is Kind.POINTWISE:
+    if KINDS.get(node.target) is Kind.POINTWISE and node.target is not aten.dropout.default:
         return _pointwise(node, wanted)
     rule = _RULES.get(node.target)
     return None if rule is None else rule(node, wanted)
@@ -134,22 +134,33 @@ def _view(node: fx.Node, wanted: Boxes) -> dict[fx.Node, Boxes] | None:
     source = arguments(node)["self"]
     if any(i is not source for i in node.all_input_nodes):  # sizes that depend on the tokens
         return None
-    before = torch.arange(math.prod(unit_shape(source))).reshape(unit_shape(source))
-    after = before.reshape(unit_shape(node))
+    shape, size = list(unit_shape(source)), list(unit_shape(node))
+    kept = 0  # dimensions at the end that are the same, and whole
+    while shape and size and shape[-1] == size[-1]:
+        if any(box[len(size) - 1] is not None for box in wanted):
+            break
+        shape.pop(), size.pop()
+        kept += 1
+    before = torch.arange(math.prod(shape)).reshape(shape)
     boxes = []
     for box in wanted:
-        places = torch.isin(before, select(after, box))
-        lines = [places.amax([d for d in range(places.dim()) if d != dim]) if places.dim() > 1
-                 else places for dim in range(places.dim())]  # fmt: skip
-        part = tuple(
-            None if bool(line.all()) else tuple(line.nonzero().reshape(-1).tolist())
-            for line in lines
-        )
-        mine, wanted_here = select(before, part).reshape(-1), select(after, box).reshape(-1)
-        if not torch.equal(mine, wanted_here):
+        part = _rectangle(before, select(before.reshape(size), box[: len(size)]))
+        if part is None:
             return None
-        boxes.append(part)
+        boxes.append((*part, *[None] * kept))
     return {source: tuple(boxes)}
+
+
+def _rectangle(before: Tensor, places: Tensor) -> Box | None:
+    """The positions of `before` that are `places`, in that order; None: no rectangle."""
+    held, part = torch.isin(before, places), []
+    for dim in range(before.dim()):
+        others = [d for d in range(before.dim()) if d != dim]
+        line = held.amax(others) if others else held
+        whole = bool(line.all())
+        part.append(None if whole else tuple(line.nonzero().reshape(-1).tolist()))
+    mine = select(before, tuple(part)).reshape(-1)
+    return tuple(part) if torch.equal(mine, places.reshape(-1)) else None
 
 
 def _unsqueezed(node: fx.Node, wanted: Boxes) -> dict[fx.Node, Boxes]:

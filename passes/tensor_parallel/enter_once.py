@@ -57,8 +57,12 @@ def enter_once(emission: Emission) -> None:
 def _source(chain: list[fx.Node], uses: Counter[fx.Node]) -> fx.Node:
     """The nearest value that others are taken from, too; else the one that is copied."""
     copied = [i for i, n in enumerate(chain[:-1]) if n.target in _COPIES]
-    shared = [i for i, n in enumerate(chain) if uses[n] > 1]
+    shared = [i for i, n in enumerate(chain) if uses[n] > 1 and _is_tensor(n)]
     return chain[shared[0] if shared else copied[-1] + 1 if copied else 0]
+
+
+def _is_tensor(value: fx.Node) -> bool:
+    return isinstance(value.meta.get("val"), torch.Tensor)
 
 
 def _upto(chain: list[fx.Node], source: fx.Node) -> list[fx.Node]:
@@ -96,13 +100,13 @@ def _has_gradient(value: fx.Node) -> bool:
 
 
 def _gains(source: fx.Node, chains: list[list[fx.Node]]) -> bool:
-    if not isinstance(source.meta.get("val"), torch.Tensor):
+    if not _is_tensor(source):
         return False
     repeated = any(n.target in _COPIES for chain in chains for n in chain[:-1])
     picked = [c for c in chains if any(n.target in _PICKS | _MASKED for n in c[:-1])]
     if len(chains) < 2:
         return repeated
-    known = all(isinstance(c[0].meta.get("val"), torch.Tensor) for c in chains)
+    known = all(_is_tensor(c[0]) for c in chains)
     by_data = any(n.target is aten.index.Tensor for c in picked for n in c)
     pieces = sum(_elements(c[0]) for c in chains) if known and not by_data else 0
     return by_data or pieces >= _elements(source)

@@ -81,7 +81,7 @@ def _is_parameter(value: fx.Node) -> bool:
 
 def _alike(heads: Sequence[_Head]) -> bool:
     """The same input, the same options, no tensor of its own but the projections."""
-    options, inputs, sizes = [], set(), set()
+    options, inputs, sizes = [], set[fx.Node](), set[Any]()
     for head in heads:
         found = {k: v for k, v in arguments(head.attention).items() if k not in _OPERANDS}
         if any(isinstance(v, fx.Node) for v in found.values()) or found["dropout_p"] != 0:

@@ -13,7 +13,7 @@ from fxport.parallel.api import gather_state_dict, plan, shard_state_dict
 from fxport.parallel.context import ParallelContext
 from fxport.passes.tensor_parallel.build import divide, prepare
 from tests.parallel.models import LAYERS, MODELS
-from tests.parallel.simulation import compare, make, randomised
+from tests.parallel.simulation import compare, make_once, randomised
 
 # Head counts that divide, do not divide, and are below the number of ranks.
 RANKS = {"separate": (2, 3, 4, 8), "grouped, few kv heads": (2, 3, 4), "multi-query": (2, 4)}
@@ -22,10 +22,9 @@ RANKS = {"separate": (2, 3, 4, 8), "grouped, few kv heads": (2, 3, 4), "multi-qu
 @pytest.mark.parametrize("name", MODELS)
 def test_outputs_and_every_gradient(name: str) -> None:
     model = randomised(MODELS[name]())
-    for world_size in RANKS.get(name, (2, 3)):
-        errors = compare(model, make(model, world_size))
-        assert errors.output < 1e-12, world_size
-        assert errors.gradient < 1e-12, (world_size, errors.where)
+    for ranks in make_once(model, *RANKS.get(name, (2, 3))):
+        errors = compare(model, ranks)
+        assert errors.output < 1e-12 and errors.gradient < 1e-12, errors
 
 
 @pytest.mark.parametrize("name", ["separate", "chunk", "unbind, packed GLU", "interleaved"])
@@ -74,7 +73,7 @@ def test_too_few_heads_are_replicated_and_reported() -> None:
 
 def test_state_dict_round_trip_to_another_world_size() -> None:
     model = randomised(MODELS["grouped, few kv heads"]())
-    three, two = make(model, 3), make(model, 2)
+    three, two = make_once(model, 3, 2)
     full = gather_state_dict(three.modules[0].plan, [m.state_dict() for m in three.modules])
     for name, value in model.state_dict().items():
         assert torch.equal(full[name], value), name
