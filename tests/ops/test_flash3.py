@@ -51,9 +51,9 @@ def _facts(needs: tuple[bool, ...] | None = None, **changes: Any) -> Facts:
     return replace(facts, **{"device": "cuda", "capability": (9, 0), **changes})
 
 
-def _sizes(length: int, size: int) -> dict[str, torch.Size]:
+def _sizes(length: int, size: int, group: int = 1) -> dict[str, torch.Size]:
     shape = torch.Size((2, 6, length, size))
-    return {"q_shape": shape, "k_shape": shape, "v_shape": shape}
+    return {"q_shape": torch.Size((2, 6 * group, length, size)), "k_shape": shape, "v_shape": shape}
 
 
 _BACKWARD = (True, True, True, False, False, False)
@@ -67,6 +67,10 @@ _BACKWARD = (True, True, True, False, False, False)
         (_facts(deterministic=True), "triton", None),  # forward always adds in the same order
         (_facts(**_sizes(512, 128)), "triton", None),
         (_facts(**_sizes(512, 128)), "cudnn", "not faster than cudnn"),
+        (_facts(**_sizes(4096, 64, 8)), "cudnn", None),
+        (_facts(**_sizes(4096, 64, 7)), "cudnn", "not faster than cudnn"),
+        (_facts(**_sizes(4095, 64, 8)), "cudnn", "not faster than cudnn"),
+        (_facts(**_sizes(511, 64, 8)), "triton", "not faster than triton"),
         (_facts(**_sizes(64, 128)), "triton", "not faster than triton"),
         (_facts(**_sizes(8192, 96)), "triton", "head size"),
         (_facts(_BACKWARD), "triton", "backward"),
