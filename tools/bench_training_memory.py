@@ -251,14 +251,17 @@ def table(results: Sequence[tuple[Setting, str, Alone | None, Times | None]]) ->
         row: list[object] = [setting.mode, setting.length, variant]
         mine, bound = times.get((setting, variant)), times.get((setting, _BOUND))
         if mine is not None:
-            row += [_ms(mine.wall), _median_ratio(mine.wall, bound and bound.wall)]
-            row += [_ms(mine.cpu), _median_ratio(mine.cpu, bound and bound.cpu)]
+            row += [_ms(mine.wall), _median_ratio(mine.wall, bound.wall if bound else None)]
+            row += [_ms(mine.cpu), _median_ratio(mine.cpu, bound.cpu if bound else None)]
         else:
             row += [None] * 4
         own, bounds = alone.get((setting, variant)), alone.get((setting, _BOUND))
         if own is not None:
-            row += [round(own.peak_mib), _ratio(own.peak_mib, bounds and bounds.peak_mib)]
-            row += [round(own.whole_mib), _ratio(own.whole_mib, bounds and bounds.whole_mib)]
+            row += [round(own.peak_mib), _ratio(own.peak_mib, bounds.peak_mib if bounds else None)]
+            row += [
+                round(own.whole_mib),
+                _ratio(own.whole_mib, bounds.whole_mib if bounds else None),
+            ]
             row.append(round(own.compile_s, 1))
         rows.append(row)
     headers = (
