@@ -74,19 +74,21 @@ def find_head(gm: fx.GraphModule, length: sympy.Symbol) -> Head:
     logits = output.args[0]
     assert isinstance(logits, fx.Node)
     hidden, products = _hidden(_passed_by_all(logits, data, order), logits, data)
-    first = min([hidden, *sources], key=lambda n: order[n])
     vocabulary = shape_of(logits)[-1]
+    wide = (n for n in products if shape_of(n)[-1] == vocabulary)
+    projection = next(wide, products[0])
+    first = min([hidden, *sources], key=lambda n: order[n])
     decisions.append(
         Decision(
             "head",
             Outcome.REWRITTEN,
             "vocabulary projection",
             f"compute_logits: {len(between(hidden, logits, data))} operations, V = {vocabulary}",
-            module_of(products[-1]),
-            user_location(products[-1]),
+            module_of(projection),
+            user_location(projection),
         )
     )
-    return Head(hidden, products[-1], logits, first, tuple(decisions))
+    return Head(hidden, projection, logits, first, tuple(decisions))
 
 
 def _choice(
