@@ -111,7 +111,7 @@ def _softmax_of(result: fx.Node) -> fx.Node | None:
     """The softmax whose weights, used for nothing else, make this product with values."""
     if overload_packet(result) is not aten.matmul or len(result.users) != 1:
         return None
-    weights = arguments(result)["self"]
+    weights: fx.Node = arguments(result)["self"]
     while len(weights.users) == 1 and overload_packet(weights) in _CASTS:
         weights = arguments(weights)["self" if "self" in arguments(weights) else "input"]
     alone = len(weights.users) == 1

@@ -184,8 +184,7 @@ def _widens(argument: fx.Node, dtype: torch.dtype) -> bool:
 
 
 def _is_cast(value: fx.Node, mutation: fx.Node) -> bool:
-    dtype: torch.dtype = mutation.meta["val"].dtype
-    return value.meta["val"].dtype != dtype
+    return bool(value.meta["val"].dtype != mutation.meta["val"].dtype)
 
 
 def _is_shared(value: fx.Node, mutation: fx.Node) -> bool:

@@ -19,7 +19,15 @@ from torch import fx
 
 from fxport.capture.arguments import arguments
 
-__all__ = ["Emptiness", "class_count", "emptiness", "one_true_along", "question", "rows_source"]
+__all__ = [
+    "Emptiness",
+    "class_count",
+    "emptiness",
+    "index_bound",
+    "one_true_along",
+    "question",
+    "rows_source",
+]
 
 aten = torch.ops.aten
 
@@ -208,16 +216,21 @@ def class_count(node: fx.Node) -> int | None:
     """How long a ``bincount(chosen, minlength=E)`` is: E, where `chosen` are indices below E."""
     if _packet(node) is not aten.bincount:
         return None
-    least, made = arguments(node)["minlength"], _values(arguments(node)["self"])
-    if made.target is not operator.getitem or made.args[1] != 1:
+    least, bound = arguments(node)["minlength"], index_bound(_values(arguments(node)["self"]))
+    return least if bound is not None and bound <= least else None
+
+
+def index_bound(node: fx.Node) -> int | None:
+    """What integers stay below, if they are indices out of topk, sort or max; else None."""
+    if node.target is not operator.getitem or node.args[1] != 1:
         return None
-    source = made.args[0]
+    source = node.args[0]
     assert isinstance(source, fx.Node)
     if _packet(source) not in (aten.topk, aten.sort, aten.max):
         return None
     given = arguments(source)
     size = given["self"].meta["val"].shape[given["dim"]] if "dim" in given else None
-    return least if isinstance(size, int) and size <= least else None
+    return size if isinstance(size, int) else None
 
 
 def question(node: fx.Node) -> tuple[Emptiness, bool] | None:

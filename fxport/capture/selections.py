@@ -21,7 +21,14 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.overrides import TorchFunctionMode
 
 from fxport.capture.location import asks_for_zero
-from fxport.capture.mask_facts import Emptiness, class_count, emptiness, question, rows_source
+from fxport.capture.mask_facts import (
+    Emptiness,
+    class_count,
+    emptiness,
+    index_bound,
+    question,
+    rows_source,
+)
 
 __all__ = ["Empties", "Selections", "is_marker", "marked"]
 
@@ -151,9 +158,10 @@ class Selections(TorchFunctionMode):
         node = _node(mask)
         asked = emptiness(node) if node is not None else None
         assert asked is not None
+        bound = index_bound(asked.node)  # classes beyond it are there for padding alone
         return [
             i
-            for i in range(mask.shape[0])
+            for i in range(mask.shape[0] if bound is None else min(bound, mask.shape[0]))
             if not self._is_empty(asked.of_class(i), mask.select(0, i))
         ]
 
