@@ -250,18 +250,17 @@ def table(results: Sequence[tuple[Setting, str, Alone | None, Times | None]]) ->
     for setting, variant, _, _ in results:
         row: list[object] = [setting.mode, setting.length, variant]
         mine, bound = times.get((setting, variant)), times.get((setting, _BOUND))
-        if mine is not None:
-            row += [_ms(mine.wall), _median_ratio(mine.wall, bound.wall if bound else None)]
-            row += [_ms(mine.cpu), _median_ratio(mine.cpu, bound.cpu if bound else None)]
-        else:
+        if mine is None:
             row += [None] * 4
-        own, bounds = alone.get((setting, variant)), alone.get((setting, _BOUND))
+        else:
+            against = bound or Times([], [])
+            row += [_ms(mine.wall), _median_ratio(mine.wall, against.wall)]
+            row += [_ms(mine.cpu), _median_ratio(mine.cpu, against.cpu)]
+        own, least = alone.get((setting, variant)), alone.get((setting, _BOUND))
         if own is not None:
-            row += [round(own.peak_mib), _ratio(own.peak_mib, bounds.peak_mib if bounds else None)]
-            row += [
-                round(own.whole_mib),
-                _ratio(own.whole_mib, bounds.whole_mib if bounds else None),
-            ]
+            floor = least or Alone(0.0, 0.0, 0.0)
+            row += [round(own.peak_mib), _ratio(own.peak_mib, floor.peak_mib)]
+            row += [round(own.whole_mib), _ratio(own.whole_mib, floor.whole_mib)]
             row.append(round(own.compile_s, 1))
         rows.append(row)
     headers = (
@@ -275,14 +274,14 @@ def _ms(seconds: Sequence[float]) -> float:
     return round(statistics.median(seconds) * 1e3, 1)
 
 
-def _median_ratio(mine: Sequence[float], bound: Sequence[float] | None) -> float | None:
-    if bound is None:
+def _median_ratio(mine: Sequence[float], bound: Sequence[float]) -> float | None:
+    if not bound:
         return None
     return round(statistics.median(a / b for a, b in zip(mine, bound, strict=True)), 3)
 
 
-def _ratio(mine: float, bound: float | None) -> float | None:
-    return None if not bound else round(mine / bound, 3)
+def _ratio(mine: float, bound: float) -> float | None:
+    return round(mine / bound, 3) if bound else None
 
 
 @click.group(invoke_without_command=True)
