@@ -4,8 +4,9 @@
                                                                    [--variants ...]
 
 Correctness: a Llama of 4 layers in float64 and float32; loss and every gradient of the divided
-model on all ranks against the undivided model on rank 0's GPU, with the loss on gathered logits and
-with `fxport.parallel.TokenLoss`. Speed: forward and backward of a bf16 Llama, the same tokens:
+model on all ranks against the undivided model on rank 0's GPU, with the loss on gathered logits,
+with `fxport.parallel.TokenLoss`, and with that compiled. Speed: forward and backward of a
+bf16 Llama, the same tokens:
 
 * alone: the undivided model on one GPU; divided: over all, its logits gathered;
 * divided-loss: with `TokenLoss`, which leaves them divided;
@@ -77,6 +78,21 @@ class _Gathered(nn.Module):
         logits = self.model(ids).flatten(0, 1)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return F.cross_entropy(logits, targets.flatten())
+
+
+def _compiled(module: fx.GraphModule) -> nn.Module:
+    from fxport.backends.dynamo import vllm_generic
+
+    compiled = torch.compile(TokenLoss(module), backend=vllm_generic, dynamic=False)
+    assert isinstance(compiled, nn.Module)
+    return compiled
+
+
+_WRAPS: dict[str, Callable[[fx.GraphModule], nn.Module]] = {
+    "gathered logits": _Gathered,
+    "divided logits": TokenLoss,
+    "divided logits, compiled": _compiled,
+}
 
 
 def _batch(size: str, batch: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -192,7 +208,7 @@ def main(size: str, batch: int, length: int, variants: str, check: bool) -> None
     torch.set_float32_matmul_precision("highest")
     say = click.echo if rank == 0 else lambda _: None
     for dtype in (torch.float64, torch.float32) if check else ():
-        for name, wrap in (("gathered logits", _Gathered), ("divided logits", TokenLoss)):
+        for name, wrap in _WRAPS.items():
             loss, gradient, count = compare(dtype, device, wrap)
             say(f"{dtype}, {name}: loss {loss:.1e}, worst of {count} gradients {gradient:.1e}")
     say(f"all-reduce of 256 MiB: {_all_reduce_gbs(device):.0f} GB/s (bus)")
