@@ -20,6 +20,7 @@ from fxport.capture.location import module_of, user_location
 from fxport.errors import Location, PortError, Reason, ReasonCode
 from fxport.explain_records import PositionSite, Site
 from fxport.passes.attention import rewrite_attention
+from fxport.passes.attention_lse import sinks_as_columns
 from fxport.passes.axes import Symbols
 from fxport.passes.constants import depends_on, is_symbolic
 from fxport.passes.decisions import sites_of
@@ -70,6 +71,7 @@ def survey(captured: Captured) -> Survey:
     limit = longest_sequence(gm, captured.length, captured.limit) or _UNBOUNDED_LENGTH
     with _collected(reasons):
         find_head(gm, captured.length)
+    sinks_as_columns(gm)
     attention = rewrite_attention(gm, assume_spread=True)
     with _collected(reasons):
         token_embedding(tokens)
