@@ -83,8 +83,8 @@ def _mutate(monkeypatch, **changes):
     """Changes an argument of every attention call after the pass, as a bug in it would."""
     original = serving_passes.rewrite_attention
 
-    def broken(gm):
-        result = original(gm)
+    def broken(gm, **options):
+        result = original(gm, **options)
         names = [a.name for a in torch.ops.fxport.attention.default._schema.arguments]
         for node in gm.graph.nodes:
             if node.target is torch.ops.fxport.attention.default:
