@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import torch
 from torch import fx
+from torch._subclasses import FakeTensor
 
 from fxport.capture.arguments import arguments, shape_of
 from fxport.capture.inputs import graph_input
@@ -86,7 +87,7 @@ def _write_parts(gm: fx.GraphModule, node: fx.Node) -> bool:
     if functional is None or not isinstance(changed, fx.Node) or _is_cast(changed, node):
         return False
     parts = parts_above(changed, node)
-    if parts is None:
+    if parts is None or not isinstance(changed.meta["val"], FakeTensor):  # its pieces need shapes
         return False
     new = _new_value(gm, node, changed, functional)
     write_parts(gm, new, parts, node)

@@ -129,8 +129,12 @@ def test_what_is_more_than_that_stays(function: Callable[[Tensor], Tensor]) -> N
     x = torch.randn(3, 7, 5, dtype=torch.float64)
     gm = traced(function, x)
     assert join_written_pieces(gm) == 0
-    with pytest.raises(PortError, match="changes a tensor"):
-        functionalise(gm)
+    if function is seen_through_an_earlier_view:
+        with pytest.raises(PortError, match="changes a tensor"):
+            functionalise(gm)
+        return
+    functionalise(gm)  # part by part instead, see `view_writes`
+    torch.testing.assert_close(gm(x), function(x), rtol=0, atol=0)
 
 
 def test_an_argument_is_left_alone() -> None:
