@@ -12,6 +12,7 @@ from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.location import module_of, user_location
 from fxport.parallel.modules import CopyTo, Gather, SharedGradient
 from fxport.parallel.plan import CollectiveRecord, ParameterShard, Plan, Replicated
+from fxport.passes.graph_facts import reachable
 from fxport.passes.tensor_parallel.contraction import letters
 from fxport.passes.tensor_parallel.emission import Emission
 from fxport.passes.tensor_parallel.factors import unit_shape
@@ -66,12 +67,11 @@ def _written_by_divided(leaves: Sequence[fx.Node], divided: set[str]) -> bool:
 
 
 def _made_of(value: fx.Node) -> list[str]:
-    """The parameters that a weight is made of; none: it depends on the tokens."""
-    if value.op == "placeholder":
-        found = graph_input(value)
-        return [found.name] if found.kind is InputKind.PARAMETER else []
-    names = [_made_of(i) for i in value.all_input_nodes]
-    return [n for found in names for n in found] if all(names) else []
+    """The parameters that a weight is made of; none: it depends on something else, too."""
+    ends = [n for n in reachable([value]) if not n.all_input_nodes]
+    sources = [graph_input(n) for n in ends if n.op == "placeholder"]
+    parameters = [s.name for s in sources if s.kind is InputKind.PARAMETER]
+    return parameters if len(parameters) == len(ends) else []
 
 
 def _shard(
