@@ -23,6 +23,7 @@ from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.location import module_of, user_location
 from fxport.errors import PortError, Reason, ReasonCode
 from fxport.passes.constants import depends_on
+from fxport.passes.graph_facts import reachable
 from fxport.report import Decision, Outcome
 
 __all__ = ["Head", "between", "find_head", "no_projection"]
@@ -114,14 +115,8 @@ def _passed_by_all(logits: fx.Node, data: set[fx.Node], order: dict[fx.Node, int
 
 def between(start: fx.Node, end: fx.Node, data: set[fx.Node]) -> list[fx.Node]:
     """What is computed of `start`, which everything passes, on the way to `end`."""
-    found: dict[fx.Node, None] = {}
-    pending = [end]
-    while pending:
-        node = pending.pop()
-        if node is not start and node not in found:
-            found[node] = None
-            pending.extend(n for n in node.all_input_nodes if n in data)
-    return list(found)
+    found = reachable([end], lambda n: () if n is start else _data_inputs(n, data))
+    return [n for n in found if n is not start]
 
 
 def _hidden(
