@@ -45,8 +45,10 @@ class _Losses(TorchFunctionMode):
         if func in _LOSSES:
             self.asked.append(kwargs["input"] if "input" in kwargs else args[0])
         result = func(*args, **kwargs)
-        if func in _VIEWS and args and isinstance(args[0], Tensor) and isinstance(result, Tensor):
-            self._sources[id(result)] = (result, args[0])
+        shown = args[0] if func in _VIEWS and args else None
+        # contiguous() gives back what is contiguous: no view of itself
+        if isinstance(shown, Tensor) and isinstance(result, Tensor) and result is not shown:
+            self._sources[id(result)] = (result, shown)
         return result
 
     def whole(self, asked: Tensor, ids: Tensor) -> Tensor | None:

@@ -86,7 +86,16 @@ class PackedLoss(Tiny):
         return loss_of(self.logits(ids[None]), targets)
 
 
+class ShiftedLoss(Tiny):
+    """As in transformers; the second `contiguous()` gives back what it is asked."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits = self.logits(ids)[..., :-1, :].contiguous().contiguous()
+        return loss_of(logits, ids[..., 1:].contiguous())
+
+
 LOSSES: dict[str, type[nn.Module]] = {
+    "shifted loss": ShiftedLoss,
     "loss": Loss,
     "own targets": OwnTargets,
     "packed loss": PackedLoss,
