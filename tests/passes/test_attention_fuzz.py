@@ -109,8 +109,8 @@ def test_the_fuzzer_notices(monkeypatch: pytest.MonkeyPatch) -> None:
 
     real = attention.plan_masks
 
-    def wider(*given: Any) -> MaskPlan:
-        plan = real(*given)
+    def wider(*given: Any, **options: Any) -> MaskPlan:
+        plan = real(*given, **options)
         lower = plan.band.lower
         if lower is None:
             return plan
