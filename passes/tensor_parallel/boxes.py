@@ -8,7 +8,7 @@ from torch import Tensor, fx
 from fxport.passes.tensor_parallel.factors import Labels
 from fxport.passes.tensor_parallel.solver import Solution
 
-__all__ = ["Box", "Boxes", "Undividable"]
+__all__ = ["Box", "Boxes", "Undividable", "positions", "select"]
 
 # One index vector per dimension; None: all positions.
 Box = tuple[tuple[int, ...] | None, ...]
@@ -36,20 +36,26 @@ class Boxes:
             for rank in range(solution.world_size):
                 held[rank, owned] = rank in ranks
         self._held = held[:, roots]  # [ranks, atoms]
+        self._known: dict[int, tuple[Tensor, tuple[Box, ...]]] = {}
 
-    def mask(self, atoms: Tensor, rank: int) -> Tensor:
-        """True where the rank holds the position; shape of `atoms`."""
-        return self._held[rank][atoms]
-
-    def box(self, node: fx.Node, atoms: Tensor, rank: int) -> Box:
-        """Index vectors by dimension.
+    def of_ranks(self, node: fx.Node, atoms: Tensor) -> tuple[Box, ...]:
+        """Index vectors by dimension, for every rank: ranks must decide alike what to divide.
 
         Raises:
-            Undividable: the positions held are no product of index vectors.
+            Undividable: the positions that some rank holds are no product of index vectors.
         """
+        known = self._known.get(id(atoms))
+        if known is None:
+            boxes = tuple(self._box(node, atoms, rank) for rank in range(len(self._held)))
+            known = self._known[id(atoms)] = (atoms, boxes)  # the tensor keeps its id taken
+        return known[1]
+
+    def _box(self, node: fx.Node, atoms: Tensor, rank: int) -> Box:
         if not atoms.numel():  # x[..., 32:] of 32 features: no position, nothing to divide
             return (None,) * atoms.dim()
-        mask = self.mask(atoms, rank)
+        mask = self._held[rank][atoms]
+        if mask.all():
+            return (None,) * atoms.dim()
         result: list[tuple[int, ...] | None] = []
         product = torch.ones_like(mask)
         for dim in range(mask.dim()):
@@ -67,6 +73,11 @@ class Boxes:
     def complete(self, atoms: Tensor) -> bool:
         """Whether every rank holds every position."""
         return bool(self._held[:, atoms].all())
+
+
+def positions(index: tuple[int, ...] | None, size: int) -> tuple[int, ...]:
+    """What an index vector of a box says about a dimension of `size`."""
+    return tuple(range(size)) if index is None else index
 
 
 def select(value: Tensor, box: Box) -> Tensor:

@@ -24,7 +24,7 @@ from fxport.capture.arguments import arguments, shape_of
 from fxport.capture.inputs import InputKind, graph_input
 from fxport.parallel.context import ParallelContext
 from fxport.parallel.modules import CopyTo, ReduceFrom, SharedGradient
-from fxport.passes.tensor_parallel.boxes import Box, Boxes, Undividable
+from fxport.passes.tensor_parallel.boxes import Box, Boxes, Undividable, positions
 from fxport.passes.tensor_parallel.derived import derived
 from fxport.passes.tensor_parallel.factors import Labels, unit_shape
 from fxport.passes.tensor_parallel.ops import KINDS, Kind
@@ -137,12 +137,16 @@ class Emission:
         return self._copies[old]
 
     def box(self, old: fx.Node, rank: int | None = None) -> Box:
-        atoms = self.labels.atoms[old]
-        return self.boxes.box(old, atoms, self.rank if rank is None else rank)
+        return self.every_box(old)[self.rank if rank is None else rank]
+
+    def every_box(self, old: fx.Node) -> tuple[Box, ...]:
+        """By rank. What is asked of one rank's box before a rule gives up must be asked of all:
+        a rank that divides alone waits for the others forever."""
+        return self.boxes.of_ranks(old, self.labels.atoms[old])
 
     def divided(self, old: fx.Node, dim: int) -> bool:
-        """Whether some rank holds only a part of a dimension: all ranks must decide alike."""
-        return any(self.box(old, rank)[dim] is not None for rank in range(self.world_size))
+        """Whether some rank holds only a part of a dimension."""
+        return any(box[dim] is not None for box in self.every_box(old))
 
     def held_once(self, old: fx.Node) -> bool:
         """Whether no position of a value is on two ranks, so that ranks' sums add up.
@@ -150,7 +154,7 @@ class Emission:
         Raises:
             Undividable: more than one dimension is divided.
         """
-        boxes = self.all_boxes(lambda rank: self.box(old, rank))
+        boxes = self.every_box(old)
         dims = {d for box in boxes for d, index in enumerate(box) if index is not None}
         if len(dims) > 1:
             raise Undividable(old, "a sum over two divided dimensions", [self.labels.atoms[old]])
@@ -206,10 +210,10 @@ class Emission:
             raise WholeParameter(graph_input(old).name)
         dim = divided.pop()
         size = unit_shape(old)[dim]
-        held = [i for box in wanted for i in _positions(box[dim], size)]
+        held = [i for box in wanted for i in positions(box[dim], size)]
         if len(held) == len(set(held)):
             return self.env[old]
-        index = _positions(wanted[self.rank][dim], size)
+        index = positions(wanted[self.rank][dim], size)
         module = SharedGradient(self.context, dim, index, size)
         return self.collective("shared_gradient", module, self.env[old])
 
@@ -261,7 +265,7 @@ class Emission:
             return False
         if node.target is aten.sym_size.int:
             return self.divided(value, arguments(node)["dim"])
-        return any(self.box(value))
+        return any(index is not None for box in self.every_box(value) for index in box)
 
     def _whole(self, parameter: fx.Node) -> None:
         """A use that needs all of a parameter."""
@@ -339,10 +343,6 @@ class WholeParameter(Exception):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.name = name
-
-
-def _positions(index: tuple[int, ...] | None, size: int) -> tuple[int, ...]:
-    return tuple(range(size)) if index is None else index
 
 
 def constant_index(index: tuple[int, ...], like: Tensor) -> Tensor:

@@ -68,11 +68,15 @@ def _operand(
     """The activation, with the rows and shared positions of this rank's result."""
     value = e.entering(found.data)
     for dim, letter in enumerate(found.of_data):
-        if letter in found.summed or inputs[e.rank][letter] == results[e.rank][letter]:
+        if letter in found.summed:
             continue
-        index = results[e.rank][letter]
-        if found.data in e.local or index is None:
+        pairs = [(i[letter], r[letter]) for i, r in zip(inputs, results, strict=True)]
+        differing = [after for before, after in pairs if before != after]
+        if not differing:
+            continue
+        if found.data in e.local or None in differing:
             atoms = [e.labels.atoms[found.data], e.labels.atoms[node]]
             raise Undividable(node, "operands are divided differently", atoms)
-        value = e.take(value, dim, index)
+        index = results[e.rank][letter]
+        value = value if index is None else e.take(value, dim, index)
     return value

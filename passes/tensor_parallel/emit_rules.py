@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from fxport.capture.arguments import arguments
 from fxport.parallel.modules import CopyTo, Gather
-from fxport.passes.tensor_parallel.boxes import Box, Undividable
+from fxport.passes.tensor_parallel.boxes import Box, Undividable, positions
 from fxport.passes.tensor_parallel.emission import VOCABULARY, Emission, LocalHeads, Rule
 from fxport.passes.tensor_parallel.emit_contraction import emit_contraction
 from fxport.passes.tensor_parallel.emit_structure import emit_structure
@@ -39,7 +39,7 @@ def _getitem(e: Emission, node: fx.Node) -> None:
 
 def _aligned(e: Emission, node: fx.Node, operand: fx.Node, rank: int) -> Box:
     """The box of a broadcast operand: sliced where it spans a divided dimension."""
-    shape, out = unit_shape(operand), e.boxes.box(node, _first(e.labels.atoms[node]), rank)
+    shape, out = unit_shape(operand), e.boxes.of_ranks(node, _first(e.labels.atoms[node]))[rank]
     offset = len(out) - len(shape)
     return tuple(None if n == 1 else out[d + offset] for d, n in enumerate(shape))
 
@@ -56,13 +56,13 @@ def _pointwise(e: Emission, node: fx.Node) -> None:
         if value not in e.labels.atoms:
             wanted = e.all_boxes(lambda r: _aligned(e, node, value, r))
             return e.static(value, "sliced", wanted, local=True)
-        new, wanted_box = e.entering(value), _aligned(e, node, value, e.rank)
+        new, wanted = e.entering(value), e.all_boxes(lambda r: _aligned(e, node, value, r))
         if value in e.local:
-            if e.box(value) != wanted_box:
+            if e.every_box(value) != wanted:
                 raise Undividable(node, "operands are divided differently",
                                   [e.labels.atoms[value], e.labels.atoms[node]])  # fmt: skip
             return new
-        for dim, index in enumerate(wanted_box):
+        for dim, index in enumerate(wanted[e.rank]):
             if index is not None:
                 new = e.take(new, dim, index)
         return new
@@ -146,7 +146,8 @@ def _mean(e: Emission, node: fx.Node) -> None:
     if not e.divided(x, dim):
         rest = [d for d in range(e.labels.atoms[x].dim()) if d != dim % e.labels.atoms[x].dim()]
         kept = [d for d in range(e.labels.atoms[node].dim()) if not args["keepdim"] or d in rest]
-        if [e.box(x)[d] for d in rest] != [e.box(node)[d] for d in kept]:
+        before = [[box[d] for d in rest] for box in e.every_box(x)]
+        if before != [[box[d] for d in kept] for box in e.every_box(node)]:
             raise Undividable(node, "reduces a divided value to a whole one", [e.labels.atoms[x]])
         e.env[node] = e.call(node.target, **{**args, "self": e.entering(x)})
         e.local.add(node)
@@ -173,8 +174,8 @@ def _counted_once(e: Emission, x: fx.Node, dim: int, value: fx.Node) -> fx.Node:
     size = e.labels.atoms[x].shape[dim]
     seen: set[int] = set()
     for rank in range(e.rank):
-        seen.update(e.box(x, rank)[dim] or range(size))
-    mine = e.box(x)[dim] or range(size)
+        seen.update(positions(e.box(x, rank)[dim], size))
+    mine = positions(e.box(x)[dim], size)
     return e.take(value, dim, tuple(i for i, p in enumerate(mine) if p not in seen))
 
 
@@ -225,25 +226,29 @@ def _attention(e: Emission, node: fx.Node) -> None:
     q, k, v = args["q"], args["k"], args["v"]
     heads, kv_heads = (e.labels.atoms[n].shape[1] for n in (q, k))
 
+    def query(rank: int) -> tuple[int, ...]:
+        return positions(e.box(q, rank)[1], heads)
+
+    def key(rank: int) -> tuple[int, ...]:
+        return positions(e.box(k, rank)[1], kv_heads)
+
     def mapping(rank: int) -> tuple[tuple[int, ...], bool]:
         """(kv head held for each query head, whether that is how the op groups them anyway)."""
-        mine = e.box(q, rank)[1] or tuple(range(heads))
-        held = e.box(k, rank)[1] or tuple(range(kv_heads))
+        mine, held = query(rank), key(rank)
         wanted = tuple(held.index(h // (heads // kv_heads)) for h in mine)
         group, rest = divmod(len(mine), len(held))
         return wanted, not rest and wanted == tuple(i // group for i in range(len(mine)))
 
     args.update(q=e.entering(q), k=e.entering(k), v=e.entering(v))
     mappings = [mapping(rank) for rank in range(e.world_size)]
-    held = len(e.box(k)[1] or range(kv_heads))
-    groups = {len(e.box(q, r)[1] or range(heads)) / len(e.box(k, r)[1] or range(kv_heads))
-              for r in range(e.world_size)}  # fmt: skip
+    held = len(key(e.rank))
+    groups = {len(query(r)) / len(key(r)) for r in range(e.world_size)}
     # on every rank: backward runs in step, and an engine's cache is the same everywhere
     if len(groups) > 1 or not all(regular for _, regular in mappings):
         held = len(mappings[e.rank][0])
         for name in ("k", "v"):
             args[name] = e.take(args[name], 1, mappings[e.rank][0])
-    mine = e.box(q)[1] or tuple(range(heads))
+    mine = query(e.rank)
     args["head_offset"] = mine[0]
     for name in ("sinks", "alibi_slopes", "bias"):
         value = args[name]

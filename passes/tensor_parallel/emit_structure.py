@@ -2,42 +2,53 @@
 
 Before                                  After, rank 0 of 2
     q = view(y [B, T, 96], B, T, 4, 24)     q = reshape(y [B, T, 48], B, T, 2, 24)
+
+What one rank cannot do, no rank does: the op is checked with the sizes of every rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_aggregate
 
 from fxport.capture.arguments import arguments, shape_of
 from fxport.passes.tensor_parallel.boxes import Box, Undividable, select
 from fxport.passes.tensor_parallel.emission import Emission
 from fxport.passes.tensor_parallel.factors import unit_shape, unit_value
-from fxport.passes.tensor_parallel.mixed import LOCAL_SIZE, is_mixed, keeps_order, local_size
+from fxport.passes.tensor_parallel.mixed import (
+    LocalSize,
+    is_mixed,
+    keeps_order,
+    local_size,
+    size_expression,
+)
 
 __all__ = ["emit_structure"]
 
 aten = torch.ops.aten
+_SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 
 
-def _sized(e: Emission, node: fx.Node, sizes: Any, local: tuple[int, ...]) -> list[Any]:
-    result: list[Any] = []
-    for size, here, before in zip(sizes, local, unit_shape(node), strict=True):
-        if isinstance(size, fx.Node):
-            made = e.env[size] if here == before else local_size(e, size, here, before)
-            if made is None:
-                raise Undividable(node, "a divided size is an expression", [e.labels.atoms[node]])
-            result.append(made)
-        else:
-            result.append(size if size == -1 else here)
-    return result
+@dataclass(frozen=True)
+class _Local:
+    """An op as one rank has it.
 
+    Attributes:
+        args: nodes of the original graph, numbers, and `LocalSize`s.
+        inputs: operands with labels.
+        values: their atoms on this rank.
+    """
 
-def _shape(box: Box, full: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(n if i is None else len(i) for i, n in zip(box, full, strict=True))
+    rank: int
+    target: Any
+    args: dict[str, Any]
+    inputs: tuple[fx.Node, ...]
+    values: dict[fx.Node, Tensor]
 
 
 def emit_structure(e: Emission, node: fx.Node) -> None:
@@ -45,44 +56,64 @@ def emit_structure(e: Emission, node: fx.Node) -> None:
     if node in e.labels.spread:
         _copies(e, node)
         return
+    ranks = [_local(e, node, rank) for rank in range(e.world_size)]
+    for local in ranks:
+        _check_positions(e, node, local)
+        mixed = any(map(is_mixed, (*local.inputs, node)))
+        if mixed and not _order_kept(e, node, local):
+            raise Undividable(node, "heads and batch share a dimension in another order",
+                              [e.labels.atoms[i] for i in local.inputs])  # fmt: skip
+    mine = ranks[e.rank]
+    e.env[node] = e.call(mine.target, **_written(e, mine.args))
+    e.local.add(node)
+
+
+def _local(e: Emission, node: fx.Node, rank: int) -> _Local:
     atoms = e.labels.atoms[node]
     target, args = node.target, arguments(node)
     inputs = [i for i in node.all_input_nodes if i in e.labels.atoms]
     if target in (aten.view.default, aten.reshape.default, aten.expand.default):
         key = "shape" if "shape" in args else "size"
-        local = _shape(e.box(node), tuple(atoms.shape))
-        args[key] = _sized(e, node, args[key], local)
+        args[key] = _sized(e, node, args[key], _shape(e.box(node, rank), tuple(atoms.shape)))
         if target is aten.view.default:
             target = aten.reshape.default
             args = {"self": args["self"], "shape": args[key]}
     elif target is aten.view_as.default:
-        target, args = aten.reshape.default, _like(e, node, args)
+        target, args = aten.reshape.default, _like(e, node, args, rank)
         inputs = [args["self"]]
     elif target is aten.unflatten.int:
-        local = _shape(e.box(node), tuple(atoms.shape))
+        local = _shape(e.box(node, rank), tuple(atoms.shape))
         dim = args["dim"] % len(e.labels.atoms[args["self"]].shape)
         args["sizes"] = list(local[dim : dim + len(args["sizes"])])
-    elif target in (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default):
+    elif target in _SPLITS:
         dim = args["dim"]
-        sizes = []
-        for part in atoms:
-            index = e.boxes.box(node, part, e.rank)[dim]
-            sizes.append(part.shape[dim] if index is None else len(index))
-        target, args = aten.split_with_sizes.default, {
-            "self": args["self"], "split_sizes": sizes, "dim": dim,
-        }  # fmt: skip
+        boxes = [e.boxes.of_ranks(node, part)[rank] for part in atoms]
+        sizes = [_shape(b, tuple(p.shape))[dim] for b, p in zip(boxes, atoms, strict=True)]
+        target = aten.split_with_sizes.default
+        args = {"self": args["self"], "split_sizes": sizes, "dim": dim}
     elif target is aten.slice.Tensor:
-        args = _sliced(e, node, args)
+        args = _sliced(e, node, args, rank)
     elif target is aten.cat.default:
         args["tensors"] = _nonempty(e, args["tensors"])
-    values = {i: select(e.labels.atoms[i], e.box(i)) for i in inputs}
-    _check_positions(e, node, target, args, values)
-    if any(map(is_mixed, (*inputs, node))) and not _order_kept(e, node, target, args, inputs):
-        raise Undividable(node, "heads and batch share a dimension in another order",
-                          [e.labels.atoms[i] for i in inputs])  # fmt: skip
-    new = {k: fx.map_arg(v, lambda n: _operand(e, n)) for k, v in args.items()}
-    e.env[node] = e.call(target, **new)
-    e.local.add(node)
+    values = {i: select(e.labels.atoms[i], e.box(i, rank)) for i in inputs}
+    return _Local(rank, target, args, tuple(inputs), values)
+
+
+def _shape(box: Box, full: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(n if i is None else len(i) for i, n in zip(box, full, strict=True))
+
+
+def _sized(e: Emission, node: fx.Node, sizes: Any, local: tuple[int, ...]) -> list[Any]:
+    result: list[Any] = []
+    for size, here, before in zip(sizes, local, unit_shape(node), strict=True):
+        if isinstance(size, fx.Node):
+            found = local_size(size, here, before)
+            if found is None:
+                raise Undividable(node, "a divided size is an expression", [e.labels.atoms[node]])
+            result.append(found)
+        else:
+            result.append(size if size == -1 else here)
+    return result
 
 
 def _copies(e: Emission, node: fx.Node) -> None:
@@ -91,29 +122,35 @@ def _copies(e: Emission, node: fx.Node) -> None:
     atoms = e.labels.atoms[node]
     if source in e.local:
         raise Undividable(node, "a divided vector for all heads", [e.labels.atoms[source], atoms])
-    before, here = e.labels.atoms[source].shape, select(atoms, e.box(node)).shape
-    if here[-1] != before[-1]:
+    if e.divided(node, -1):
         raise Undividable(node, "the vector's own positions are divided", [atoms])
-    full = atoms.shape
-    sizes = [-1 if n == m else k for n, m, k in zip(before, full, here, strict=True)]
+    before, here = e.labels.atoms[source].shape, _shape(e.box(node), tuple(atoms.shape))
+    sizes = [-1 if n == m else k for n, m, k in zip(before, atoms.shape, here, strict=True)]
     e.env[node] = e.call(aten.expand.default, e.entering(source), sizes)
     e.local.add(node)
 
 
-def _like(e: Emission, node: fx.Node, args: dict[str, Any]) -> dict[str, Any]:
+def _like(e: Emission, node: fx.Node, args: dict[str, Any], rank: int) -> dict[str, Any]:
     """``x.view_as(y)``: y may be whole where x is divided, so only its other sizes are read."""
-    box, other = e.box(node), args["other"]
-    theirs = e.box(other) if other in e.labels.atoms else (None,) * len(box)
+    box, other = e.box(node, rank), args["other"]
+    theirs = e.box(other, rank) if other in e.labels.atoms else (None,) * len(box)
     shape: list[Any] = []
     for dim, (mine, their) in enumerate(zip(box, theirs, strict=True)):
         if mine is None and their is not None:
             raise Undividable(node, "a size of a divided value", [e.labels.atoms[other]])
-        if mine is not None:
-            shape.append(len(mine))
-        else:
-            shape.append(e.call(aten.sym_size.int, e.env[other], dim))
-            shape[-1].meta["val"] = unit_shape(other)[dim]
+        shape.append(_size_of(other, dim) if mine is None else len(mine))
     return {"self": args["self"], "shape": shape}
+
+
+def _size_of(value: fx.Node, dim: int) -> LocalSize:
+    here = unit_shape(value)[dim]
+
+    def write(e: Emission) -> fx.Node:
+        new = e.call(aten.sym_size.int, e.env[value], dim)
+        new.meta["val"] = here
+        return new
+
+    return LocalSize(here, shape_of(value)[dim], write)
 
 
 def _nonempty(e: Emission, parts: Sequence[fx.Node]) -> list[fx.Node]:
@@ -123,15 +160,8 @@ def _nonempty(e: Emission, parts: Sequence[fx.Node]) -> list[fx.Node]:
     return kept if kept and same else list(parts)
 
 
-def _operand(e: Emission, value: fx.Node) -> fx.Node:
-    if value in e.labels.atoms:
-        return e.entering(value)
-    return e.env.get(value, value)
-
-
-def _sliced(e: Emission, node: fx.Node, args: dict[str, Any]) -> dict[str, Any]:
-    before = e.box(args["self"])
-    index = before[args["dim"]]
+def _sliced(e: Emission, node: fx.Node, args: dict[str, Any], rank: int) -> dict[str, Any]:
+    index = e.box(args["self"], rank)[args["dim"]]
     if index is None:
         return args
     size = e.labels.atoms[args["self"]].shape[args["dim"]]
@@ -145,55 +175,61 @@ def _sliced(e: Emission, node: fx.Node, args: dict[str, Any]) -> dict[str, Any]:
     return {**args, "start": here[0], "end": here[-1] + 1, "step": step}
 
 
-def _check_positions(
-    e: Emission, node: fx.Node, target: Any, args: dict[str, Any], values: dict[fx.Node, Tensor]
-) -> None:
+def _written(e: Emission, args: dict[str, Any]) -> dict[str, Any]:
+    def new(value: Any) -> Any:
+        if isinstance(value, LocalSize):
+            return value.write(e)
+        if not isinstance(value, fx.Node):
+            return value
+        return e.entering(value) if value in e.labels.atoms else e.env[value]
+
+    return {k: map_aggregate(v, new) for k, v in args.items()}
+
+
+def _check_positions(e: Emission, node: fx.Node, local: _Local) -> None:
     atoms = e.labels.atoms[node]
-    known: dict[fx.Node, Any] = dict(values)
 
-    def number(value: fx.Node) -> Any:
-        if value in known:
-            return known[value]
-        return unit_value(next((o for o, n in e.env.items() if n is value), value))
+    def number(value: Any) -> Any:
+        if isinstance(value, LocalSize):
+            return value.here
+        if not isinstance(value, fx.Node):
+            return value
+        return local.values[value] if value in local.values else unit_value(value)
 
-    where = [a for i in values for a in (e.labels.atoms[i],)]
+    where = [e.labels.atoms[i] for i in local.inputs]
     try:
-        got = target(**{k: fx.map_arg(v, number) for k, v in args.items()})
+        got = local.target(**{k: map_aggregate(v, number) for k, v in local.args.items()})
     except (RuntimeError, IndexError) as error:
         raise Undividable(node, f"not possible on a part: {error}", where) from error
     pairs = zip(got, atoms, strict=True) if isinstance(atoms, tuple) else [(got, atoms)]
     for found, wanted in pairs:
         if not wanted.numel() and not found.numel():
             continue
-        if not torch.equal(found, select(wanted, e.boxes.box(node, wanted, e.rank))):
+        box = e.boxes.of_ranks(node, wanted)[local.rank]
+        if not torch.equal(found, select(wanted, box)):
             raise Undividable(node, "a part of the input gives another part of the output", where)
 
 
-def _order_kept(
-    e: Emission, node: fx.Node, target: Any, args: dict[str, Any], inputs: list[fx.Node]
-) -> bool:
+def _order_kept(e: Emission, node: fx.Node, local: _Local) -> bool:
     """Of the whole op, and of this rank's."""
     atoms = e.labels.atoms[node]
     if not isinstance(atoms, Tensor):
         return False
-    old = {new: old for old, new in e.env.items()}
 
-    def size(value: fx.Node) -> Any:
-        if value in inputs:
+    def size(value: Any) -> Any:
+        if isinstance(value, LocalSize):
+            return value.expression
+        if not isinstance(value, fx.Node) or value in local.values:
             return value
-        if LOCAL_SIZE in value.meta:
-            return value.meta[LOCAL_SIZE]
-        number = old.get(value, value).meta["val"]
-        return number.node.expr if isinstance(number, torch.SymInt) else number
+        return size_expression(value)
 
-    shapes: dict[fx.Node, Sequence[Any]] = {i: shape_of(i) for i in inputs}
-    whole = {i: e.labels.atoms[i] for i in inputs}
-    here = {i: select(e.labels.atoms[i], e.box(i)) for i in inputs}
-    mine = select(atoms, e.box(node))
-    named = {k: fx.map_arg(v, size) for k, v in arguments(node).items()}
-    if "size" in named and target is aten.reshape.default:  # a view
+    shapes: dict[fx.Node, Sequence[Any]] = {i: shape_of(i) for i in local.inputs}
+    whole = {i: e.labels.atoms[i] for i in local.inputs}
+    mine = select(atoms, e.box(node, local.rank))
+    named = {k: map_aggregate(v, size) for k, v in arguments(node).items()}
+    if "size" in named and local.target is aten.reshape.default:  # a view
         named["shape"] = named.pop("size")
-    local = {k: fx.map_arg(v, size) for k, v in args.items()}
-    return keeps_order(target, named, whole, shapes, atoms, shape_of(node)) and keeps_order(
-        target, local, here, shapes, mine, shape_of(node)
+    here = {k: map_aggregate(v, size) for k, v in local.args.items()}
+    return keeps_order(local.target, named, whole, shapes, atoms, shape_of(node)) and keeps_order(
+        local.target, here, local.values, shapes, mine, shape_of(node)
     )

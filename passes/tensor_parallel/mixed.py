@@ -11,7 +11,8 @@ once on the full tensor and once on this rank's part: batch or time first, then 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -21,10 +22,24 @@ from torch import Tensor, fx
 from fxport.capture.arguments import shape_of
 from fxport.passes.tensor_parallel.factors import unit_shape
 
-__all__ = ["LOCAL_SIZE", "is_mixed", "keeps_order", "local_size"]
+__all__ = ["LocalSize", "is_mixed", "keeps_order", "local_size", "size_expression"]
 
-LOCAL_SIZE = "size of this rank"  # sympy expression of an emitted size
 _SIZES = (2, 3, 5, 7)
+
+
+@dataclass(frozen=True)
+class LocalSize:
+    """A size of one rank's op that is known only when it runs.
+
+    Attributes:
+        here: its value with batch and time 1.
+        expression: over symbols.
+        write: makes the node in an `Emission`.
+    """
+
+    here: int
+    expression: Any
+    write: Callable[[Any], fx.Node]
 
 
 def is_mixed(value: fx.Node) -> bool:
@@ -37,17 +52,28 @@ def is_mixed(value: fx.Node) -> bool:
     )
 
 
-def local_size(e: Any, size: fx.Node, here: int, before: int) -> fx.Node | None:
-    """``size * here / before`` as a node, if `size` is `before` times symbols."""
-    expression = size.meta["val"].node.expr
-    number, symbols = expression.as_coeff_Mul()
-    if number != before or not _is_symbol(symbols):
+def size_expression(size: fx.Node) -> Any:
+    """A size over symbols, or its number."""
+    value = size.meta["val"]
+    return value.node.expr if isinstance(value, torch.SymInt) else value
+
+
+def local_size(size: fx.Node, here: int, before: int) -> LocalSize | None:
+    """``size * here / before``, if `size` is `before` times a symbol."""
+    expression = size_expression(size)
+    if here == before:
+        return LocalSize(here, expression, lambda e: e.env[size])
+    number, symbol = sympy.sympify(expression).as_coeff_Mul()
+    if number != before or not _is_symbol(symbol):
         return None
-    product = e.call(operator.mul, e.env[size], here)
-    new: fx.Node = e.call(operator.floordiv, product, before)
-    new.meta.update({"val": here, LOCAL_SIZE: symbols * here})
-    product.meta["val"] = here * before
-    return new
+
+    def write(e: Any) -> fx.Node:
+        product = e.call(operator.mul, e.env[size], here)
+        new: fx.Node = e.call(operator.floordiv, product, before)
+        product.meta["val"], new.meta["val"] = here * before, here  # with batch and time 1
+        return new
+
+    return LocalSize(here, symbol * here, write)
 
 
 def _is_symbol(expression: Any) -> bool:

@@ -155,12 +155,39 @@ class StackedExperts(DenseExperts):
         return result.view_as(x)
 
 
+class Grouped(Separate):
+    """Grouped heads by einsum: a rank with heads of two groups, and not all, has no rectangle."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q = self.q(x).view(b, t, self.kv_heads, -1, HEAD)
+        k, v = (p(x).view(b, t, self.kv_heads, HEAD) for p in (self.k, self.v))
+        scores = torch.einsum("btgrd,bsgd->bgrts", q, k) * HEAD**-0.5
+        after = torch.ones(t, t, dtype=torch.bool).triu(1)
+        weights = scores.masked_fill(after, -torch.inf).softmax(-1)
+        return self.out(torch.einsum("bgrts,bsgd->btgrd", weights, v).reshape(b, t, -1))
+
+
+class TiedByProduct(OneLayer):
+    """The head is a product with the token embedding's rows."""
+
+    def __init__(self, attention: nn.Module, mlp: nn.Module) -> None:
+        super().__init__(attention, mlp)
+        del self.head
+        self.bias = weight(VOCAB)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.norm(self.block(self.embed(ids))) @ self.embed.weight.T + self.bias
+
+
 FURTHER: dict[str, Callable[[], nn.Module]] = {
     "turned weights": lambda: OneLayer(turned(Separate()), turned(Mlp())),
     "head modules": lambda: OneLayer(Heads(), Mlp()),
     "latent": lambda: OneLayer(Latent(), Mlp()),
     "falcon": lambda: OneLayer(Falcon(), Mlp(), padding=5),
     "scaled": lambda: OneLayer(Scaled(), Mlp()),
+    "grouped": lambda: OneLayer(Grouped(6, 2), Mlp()),
+    "tied by a product": lambda: TiedByProduct(Separate(), Mlp()),
     "selected experts": lambda: OneLayer(Separate(), SelectedExperts()),
     "stacked experts": lambda: OneLayer(Separate(), StackedExperts()),
 }

@@ -23,15 +23,21 @@ PRICE = {
     "latent": (2, 4),  # queries, the latent vector and the part for all heads
     "falcon": (2, 2),
     "scaled": (2, 2),
+    "grouped": (2, 2),
+    "tied by a product": (2, 2),
     "selected experts": (2, 3),  # a gate is one number per expert and token
     "stacked experts": (2, 3),
 }
+# of 3 ranks: one could not work on its heads, so none does
+UNEVEN = {"grouped": (1, 1)}
 DIVIDED = {
     "turned weights": ("attention.q.weight", (WIDTH, 2 * HEAD)),
     "head modules": ("attention.heads.3.q.weight", (0, WIDTH)),  # on the other rank
     "latent": ("attention.up.weight", (2 * 2 * HEAD, 12)),
     "falcon": ("attention.qkv.weight", (2 * 4 * HEAD, WIDTH)),
     "scaled": ("attention.heat", (2,)),
+    "grouped": ("attention.out.weight", (WIDTH, 3 * HEAD)),
+    "tied by a product": ("mlp.up.weight", (HIDDEN // 2, WIDTH)),
     "selected experts": ("mlp.up", (EXPERTS, WIDTH, HIDDEN // 2)),
     "stacked experts": ("mlp.down", (EXPERTS, WIDTH, HIDDEN // 2)),
 }
@@ -45,7 +51,8 @@ def test_outputs_and_every_gradient_at_the_price(name: str) -> None:
         assert errors.output < 1e-12 and errors.gradient < 1e-12, errors
         plan = ranks.modules[0].plan
         # one more each way for the divided vocabulary: embedding forward, head backward
-        assert (plan.count("forward") - 1, plan.count("backward") - 1) == PRICE[name]
+        price = UNEVEN.get(name, PRICE[name]) if plan.world_size == 3 else PRICE[name]
+        assert (plan.count("forward") - 1, plan.count("backward") - 1) == price
         assert plan.shard("embed.weight").kind == "vocabulary"
         if plan.world_size == 2:
             parameter, shape = DIVIDED[name]
