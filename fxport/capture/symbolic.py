@@ -137,9 +137,9 @@ def _guard_line(exported: torch.export.ExportedProgram, kind: type[sympy.Basic])
     for environment in _environments(exported):
         for guard in environment.guards:
             frame = guard.sloc.framework_loc
-            numeric = any(argument.is_Integer for argument in guard.expr.args)
-            user = isinstance(frame, FrameSummary) and not is_library(frame.filename)
-            if isinstance(guard.expr, kind) and numeric and user:
+            if not isinstance(frame, FrameSummary) or is_library(frame.filename):
+                continue
+            if isinstance(guard.expr, kind) and any(a.is_Integer for a in guard.expr.args):
                 return location_at(frame.filename, frame.lineno or 0, frame.name)
     return None
 
