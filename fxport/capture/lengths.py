@@ -18,7 +18,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxport.capture.location import forward_line
-from fxport.capture.questions import ask, forward_only, numbers_in
+from fxport.capture.questions import ask, first_change, forward_only, numbers_in
 from fxport.capture.recurrence import refuse_recurrence
 from fxport.capture.sample import Sample, device_of, take_sample
 from fxport.capture.trace import token_argument
@@ -34,7 +34,6 @@ _LENGTHS = (37, 53, 41, 29, 23, 17, 11, 7, 5, 3)
 _BATCHES = (2, 3, 4)  # few: a cache may have no more rows
 # Without a limit in the model, tables are made up to here; also the longest [T, T] constant.
 _UNBOUNDED = 4096
-_FAR = 2**17
 # What a forward asks beyond this about the length is answered by numbers alone.
 _MOST_PATHS = 24
 
@@ -208,24 +207,9 @@ def _longest(model: nn.Module, known: int) -> int | None:
 
 def _bound(unified: Unified) -> int | None:
     """The largest T that satisfies what torch had to know while the shapes were derived."""
-    guards = [
-        g.expr
-        for g in unified.shapes.guards
-        if isinstance(g.expr, sympy.Rel)
-        and not isinstance(g.expr, sympy.Ne)
-        and g.expr.free_symbols == {unified.length}
-    ]
-
-    def holds(length: int) -> bool:
-        return all(g.subs({unified.length: length}) == sympy.true for g in guards)
-
-    if holds(_FAR):
-        return None
-    low, high = 2, _FAR
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return low
+    guards = [g.expr for g in unified.shapes.guards]
+    comparisons = [g for g in guards if isinstance(g, sympy.Rel) and not isinstance(g, sympy.Ne)]
+    return first_change(comparisons, unified.length, 2, None)
 
 
 # --- earlier calls -------------------------------------------------------------------------------

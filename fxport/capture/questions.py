@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import sympy
@@ -22,14 +22,25 @@ from torch import nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils._sympy.functions import ToFloat
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from fxport.capture.emitter import symbolic_tokens
 from fxport.capture.location import is_library
 from fxport.capture.sample import device_of
 from fxport.capture.state import State
-from fxport.capture.trace import as_traced
+from fxport.capture.trace import as_traced, quiet
 
-__all__ = ["Asked", "ask", "forward_only", "numbers_in"]
+__all__ = ["Asked", "ask", "first_change", "forward_only", "numbers_in"]
+
+# A question that is no comparison of straight lines is asked at each length up to here.
+_EACH = 1024
+_FAR = 2**17
+# How many changes of an answer that comes and goes (``T % 64 == 0``) are looked at.
+_FIRST = 2
+# What code keeps several numbers in: ``T in {64, 128}``.
+_HOLDERS = (tuple, frozenset)
 
 
 @dataclass(frozen=True)
@@ -38,7 +49,8 @@ class Asked:
 
     Attributes:
         sides: neighbouring lengths that are answered differently.
-        counted: whether the length was taken as a plain number.
+        counted: whether the length was taken as a plain number, or forward failed half-way (a
+            length as a key of a set): nobody sees what is asked after that.
     """
 
     sides: frozenset[int]
@@ -48,25 +60,27 @@ class Asked:
 def ask(model: nn.Module, hint: int) -> Asked:
     """Runs forward on `hint` tokens, by shapes alone.
 
-    Forward may fail half-way (a length as a dictionary key): what was asked before counts.
+    What was asked before forward failed counts.
     """
     shapes = _Open()
     mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
     ids = torch.zeros(1, hint, dtype=torch.long, device=device_of(model))
     _, length, fake = symbolic_tokens(mode, ids, [DimDynamic.STATIC, DimDynamic.DYNAMIC])
     shapes.sizes = {length: hint}
+    counted = True
     # The sample at this length says what is wrong, if anything is.
     with forward_only(model), mode, enable_python_dispatcher(), contextlib.suppress(Exception):
         model(fake)
+        counted = False  # it came to its end: what it asked later was seen, too
     sides: set[int] = set()
-    counted = False
-    for question in shapes.questions:
+    for question in dict.fromkeys(shapes.questions):
         if question.free_symbols != {length}:
             continue
         if not isinstance(question, sympy.Rel):
             counted = True
         elif not isinstance(question, sympy.Eq) or question.subs({length: hint}) != sympy.true:
-            sides |= _flips(question, length)
+            with quiet():
+                sides |= _flips(question, length)
     return Asked(frozenset(sides), counted)
 
 
@@ -91,21 +105,89 @@ class _Open(ShapeEnv):
 
 
 def _flips(question: sympy.Rel, length: sympy.Symbol) -> set[int]:
-    """Neighbouring lengths with different answers, near every number that the question names."""
-    difference = question.lhs - question.rhs
-    if difference.is_polynomial(length) and sympy.degree(difference, length) == 1:
-        slope = difference.coeff(length, 1)
-        near = {int(sympy.floor(-difference.subs({length: 0}) / slope))}
-    else:
-        near = {int(n) for n in difference.atoms(sympy.Integer)}
-    found: set[int] = set()
-    for number in near:
-        candidates = [n for n in range(number - 1, number + 3) if n > 1]
-        answers = [question.subs({length: n}) for n in candidates]
-        for (one, a), (other, b) in itertools.pairwise(zip(candidates, answers, strict=True)):
-            if a != b:
-                found |= {one, other}
-    return found
+    """Neighbouring lengths with different answers; of an answer that comes and goes, some.
+
+    Those near the numbers that the question names, and the first few.
+    """
+    near = set(_near(question))
+    pairs = _changes(question, length, _FAR)
+    return {n for i, pair in enumerate(pairs) for n in pair if i < _FIRST or near.issuperset(pair)}
+
+
+def _near(question: sympy.Basic) -> list[int]:
+    """Lengths on both sides of every number that a question names."""
+    numbers = {int(n) for n in question.atoms(sympy.Number) if n.is_finite}
+    return sorted({n for number in numbers for n in range(number - 1, number + 3) if n > 1})
+
+
+def first_change(
+    answered: Iterable[sympy.Basic], length: sympy.Symbol, lower: int, longest: int | None
+) -> int | None:
+    """The largest length up to which all answers stay what they are at `lower`."""
+    with quiet():
+        found = [
+            one
+            for question in dict.fromkeys(answered)
+            if question.free_symbols == {length}
+            for one, _ in _changes(question, length, longest or _FAR)
+            if one >= lower
+        ]
+    return min(found, default=None)
+
+
+def _changes(question: sympy.Basic, length: sympy.Symbol, longest: int) -> list[tuple[int, int]]:
+    """Neighbouring lengths from 2 to `longest` with different answers.
+
+    A comparison of two straight lines changes its answer near where they meet, any other one
+    anywhere: it is asked at every length up to `_EACH`, beyond that near the numbers that it names
+    and at a grid of lengths.
+    """
+    if isinstance(question, sympy.Rel) and (meeting := _meeting(question, length)) is not None:
+        return sorted(_among(question, length, range(max(meeting - 1, 2), meeting + 3)))
+    found = set(_among(question, length, range(2, min(longest, _EACH) + 1)))
+    found.update(_among(question, length, [n for n in _near(question) if n <= longest]))
+    low = _EACH
+    while low < longest:
+        high = min(low + low // 8, longest)
+        if _answer(question, length, low) != _answer(question, length, high):
+            found.add(_between(question, length, low, high))
+        low = high
+    return sorted(found)
+
+
+def _between(question: sympy.Basic, length: sympy.Symbol, low: int, high: int) -> tuple[int, int]:
+    """Neighbours with different answers between two lengths that have different ones."""
+    first = _answer(question, length, low)
+    while high - low > 1:
+        middle = (low + high) // 2
+        same = _answer(question, length, middle) == first
+        low, high = (middle, high) if same else (low, middle)
+    return low, high
+
+
+def _meeting(question: sympy.Rel, length: sympy.Symbol) -> int | None:
+    """The last length before two straight lines meet; None for other comparisons."""
+    difference = (question.lhs - question.rhs).replace(ToFloat, lambda number: number)
+    if not difference.is_polynomial(length) or sympy.degree(difference, length) != 1:
+        return None
+    return int(sympy.floor(-difference.subs({length: 0}) / difference.coeff(length, 1)))
+
+
+def _among(
+    question: sympy.Basic, length: sympy.Symbol, lengths: Iterable[int]
+) -> Iterator[tuple[int, int]]:
+    answers = ((n, _answer(question, length, n)) for n in lengths)
+    for (one, a), (other, b) in itertools.pairwise(answers):
+        if other == one + 1 and a != b:
+            yield one, other
+
+
+def _answer(question: sympy.Basic, length: sympy.Symbol, number: int) -> object:
+    """In plain numbers: sympy's own substitution takes fifty times as long."""
+    try:
+        return sympy_interp(PythonReferenceAnalysis, {length: number}, question)
+    except ZeroDivisionError:  # nobody could ask this of such a length
+        return None
 
 
 @contextmanager
@@ -129,22 +211,30 @@ def numbers_in(model: nn.Module, longest: int) -> tuple[int, ...]:
     """
     found: set[int] = set()
     for values in (State(model).values(), *_constants(model)):
-        found.update(n for n in values if type(n) is int)
+        held = (v for value in values for v in (value if type(value) in _HOLDERS else (value,)))
+        found.update(n for n in held if type(n) is int)
     return tuple(sorted(n for n in found if 2 <= n <= longest))
 
 
 def _constants(model: nn.Module) -> Iterator[Iterable[Any]]:
     """Globals, and what stands in the code, of the user's files that define the modules."""
-    names = {cls.__module__ for module in model.modules() for cls in type(module).__mro__}
-    pending: list[CodeType] = []
-    for file in filter(None, map(sys.modules.get, sorted(names))):
-        if is_library(getattr(file, "__file__", None) or "<"):
-            continue
+    classes = dict.fromkeys(cls for module in model.modules() for cls in type(module).__mro__)
+    names = sorted({c.__module__ for c in classes})
+    files = {name: sys.modules[name] for name in names if name in sys.modules}
+    own = {name: file for name, file in files.items() if _is_own(name, file)}
+    owners: list[Any] = [c for c in classes if c.__module__ in own]  # some are in a function
+    for file in own.values():
         yield vars(file).values()
-        owners = [file, *(v for v in vars(file).values() if isinstance(v, type))]
-        functions = (f for owner in owners for f in vars(owner).values())
-        pending += [f.__code__ for f in functions if isinstance(f, FunctionType)]
+        owners += [file, *(v for v in vars(file).values() if isinstance(v, type))]
+    functions = (f for owner in dict.fromkeys(owners) for f in vars(owner).values())
+    pending = [f.__code__ for f in functions if isinstance(f, FunctionType)]
     while pending:
         constants = pending.pop().co_consts
         pending += [c for c in constants if isinstance(c, CodeType)]
         yield constants
+
+
+def _is_own(name: str, file: ModuleType) -> bool:
+    """A session at a prompt has no file."""
+    path = getattr(file, "__file__", None)
+    return name == "__main__" if path is None else not is_library(path)

@@ -10,12 +10,14 @@ from traceback import FrameSummary
 import sympy
 import torch
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fxport.capture.caches import read_what_was_written
 from fxport.capture.clone import watch_attributes
 from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.location import forward_line, is_library, location_at
 from fxport.capture.logits import keep_logits
+from fxport.capture.questions import first_change
 from fxport.capture.sample import device_of, take_sample
 from fxport.capture.skips import general_path
 from fxport.capture.state import State
@@ -123,22 +125,31 @@ def _range(
     bounds = exported.range_constraints[length]
     # Beyond 2**30 the bound is torch's own, not the model's.
     upper = int(bounds.upper) if bounds.upper < 2**30 else None
-    return max(int(bounds.lower), 2), upper
+    lower = max(int(bounds.lower), 2)
+    # Torch bounds T by comparisons with whole numbers; T % 64 == 0 and T > 0.7 * 1024 go by it.
+    answered = [guard.expr for env in _environments(exported) for guard in env.guards]
+    change = first_change(answered, length, lower, upper)
+    return lower, upper if change is None else change
 
 
 def _guard_line(exported: torch.export.ExportedProgram, kind: type[sympy.Basic]) -> Location | None:
     """The user's line at which torch had to know something of this kind about a size."""
-    environments = {
+    for environment in _environments(exported):
+        for guard in environment.guards:
+            frame = guard.sloc.framework_loc
+            if not isinstance(frame, FrameSummary) or is_library(frame.filename):
+                continue
+            if isinstance(guard.expr, kind) and any(a.is_Integer for a in guard.expr.args):
+                return location_at(frame.filename, frame.lineno or 0, frame.name)
+    return None
+
+
+def _environments(exported: torch.export.ExportedProgram) -> list[ShapeEnv]:
+    """Where torch keeps what it had to know about sizes."""
+    found = {
         id(env): env
         for node in exported.graph.nodes
         for value in [node.meta.get("val")]
         if hasattr(value, "fake_mode") and (env := value.fake_mode.shape_env) is not None
     }
-    for environment in environments.values():
-        for guard in environment.guards:
-            frame = guard.sloc.framework_loc
-            numeric = any(argument.is_Integer for argument in guard.expr.args)
-            user = isinstance(frame, FrameSummary) and not is_library(frame.filename)
-            if isinstance(guard.expr, kind) and numeric and user:
-                return location_at(frame.filename, frame.lineno or 0, frame.name)
-    return None
+    return list(found.values())

@@ -41,7 +41,11 @@ __all__ = [
     "token_argument",
 ]
 
-_LOGGERS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
+_LOGGERS = (
+    "torch._subclasses.fake_tensor",
+    "torch.fx.experimental.symbolic_shapes",
+    "torch.utils._sympy.interp",
+)
 _NOTHING_EMPTY: Empties = frozenset[int]().__contains__
 
 
