@@ -40,11 +40,13 @@ from fxport.passes.attention_frame import Frame, frame_of
 from fxport.passes.attention_layout import Size, product
 from fxport.passes.attention_masks import MaskPlan, plan_masks
 from fxport.passes.attention_match import match_softmax
+from fxport.passes.attention_quotient import power_of
 from fxport.passes.attention_repeats import spell_out_repeats
 from fxport.passes.attention_sdpa import is_sdpa, match_sdpa
 from fxport.passes.attention_sinks import emit_sinks
 from fxport.passes.attention_site import AttentionSite, Left, Match
-from fxport.passes.attention_softmax import Softmax, softmaxes
+from fxport.passes.attention_softmax import Softmax, is_softmax_call, softmaxes
+from fxport.passes.attention_unread import unread_exponentials
 from fxport.passes.attention_views import moved_input, trace
 from fxport.passes.graph_facts import GraphFacts, erase_dead, erase_if_unused
 from fxport.passes.inplace import without_inplace
@@ -87,7 +89,7 @@ def rewrite_attention(
         assume_spread: where a mask adds a number such as -1e4, take it for what it is meant to
             be; the site says how far scores may differ for that. Otherwise it is a bias.
     """
-    if not _starts(gm.graph) and not flex_calls(gm.graph):
+    if not any(map(_may_start, gm.graph.nodes)) and not flex_calls(gm.graph):
         return AttentionResult((), ())
     without_inplace(gm)
     decisions: list[Decision] = []
@@ -97,7 +99,10 @@ def rewrite_attention(
     facts = GraphFacts(gm)
     prover = Prover(facts)
     sites: list[AttentionSite] = []
-    for start in _starts(gm.graph):
+    starts = _starts(gm.graph)
+    for node, left in unread_exponentials(facts, [s for s in starts if isinstance(s, Softmax)]):
+        decisions.append(_left(node, left.reason(node)))
+    for start in starts:
         node = start.start if isinstance(start, Softmax) else start
         try:
             match = (
@@ -134,6 +139,10 @@ def _write_out_flex(gm: fx.GraphModule, decisions: list[Decision]) -> dict[fx.No
     return found
 
 
+def _may_start(node: fx.Node) -> bool:
+    return is_sdpa(node) or is_softmax_call(node) or power_of(node) is not None
+
+
 def _starts(graph: fx.Graph) -> list[Softmax | fx.Node]:
     found: list[Softmax | fx.Node] = list(softmaxes(graph))
     found += [n for n in graph.nodes if is_sdpa(n)]
@@ -162,6 +171,7 @@ def _rewrite(
         emitter.undo()
         raise
     call.meta["attention"] = site
+    facts.add(emitter.made, match.output)
     match.output.replace_all_uses_with(replacement)
     _loosen_views(replacement)
     erase_if_unused(gm, [match.output])

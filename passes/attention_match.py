@@ -92,6 +92,8 @@ def _match_path(facts: GraphFacts, softmax: Softmax, path: list[fx.Node]) -> Mat
         scores.add_initial(path[0], scored.added, scored.beta, walked.dims[0])
     for before, node, dims in zip(path, path[1:], walked.dims[1:], strict=False):
         scores.apply(node, before, dims)
+    if softmax.factor != 1:
+        scores.scale_by(softmax.start, softmax.factor)
     _apply_kept(facts, scores, softmax, walked.dims[-1])
     check_grad_mode(facts, (*path, *softmax.nodes, *forward.nodes), forward.product.node)
     maxima = (n for node in path for n in subtracted_maximum(node))
