@@ -193,16 +193,17 @@ def _loosen_views(value: fx.Node) -> None:
 
 def _check_unwritten(facts: GraphFacts, match: Match) -> None:
     """Operands are read at the end of the attention now: nothing may write into them before."""
-    for steps in (match.q, match.k, match.v):
-        for step in steps:
-            write = facts.written_between(step.node, steps[0].node, match.output)
-            if write is not None:
-                raise Left(
-                    ReasonCode.MUTATED_IN_PLACE,
-                    "q, k or v is changed in place before the attention is complete",
-                    write,
-                    "use the out-of-place operation",
-                )
+    read = [(s.node, steps[0].node) for steps in (match.q, match.k, match.v) for s in steps]
+    factors = [s.factor for s in (*match.row_scales, *match.out_scales)]
+    for value, first in [*read, *((f, f) for f in factors if isinstance(f, fx.Node))]:
+        write = facts.written_between(value, first, match.output)
+        if write is not None:
+            raise Left(
+                ReasonCode.MUTATED_IN_PLACE,
+                "q, k, v or a factor is changed in place before the attention is complete",
+                write,
+                "use the out-of-place operation",
+            )
 
 
 def _emit(
@@ -233,6 +234,7 @@ def _emit(
     if dense.nan_rows:
         lse = emitter.call(operator.getitem, call, 1)
         out = restore_nan(emitter, out, lse, v, dense.nan_in_scores)
+    out = emit_row_scales(emitter, out, match.out_scales, frame)
     if check_scores and plan.above is not None:
         lse = emitter.call(operator.getitem, call, 1)
         emit_check(emitter, lse, plan.above, match.steps[-1].node)

@@ -52,31 +52,37 @@ class Kept:
     inverted: bool
 
 
-def kept_by(node: fx.Node) -> Kept | None:
-    """``e * mask``, ``masked_fill(e, mask, 0)`` or ``where(mask, e, 0)``; the caller knows e."""
+def kept_by(node: fx.Node, of: fx.Node | None = None) -> Kept | None:
+    """``e * mask``, ``masked_fill(e, mask, 0)`` or ``where(mask, e, 0)``.
+
+    Args:
+        of: what e must be; without it, exponentials.
+    """
     packet = overload_packet(node)
     if packet is aten.masked_fill:
         given = arguments(node)
         if number(given["value"]) == 0 and isinstance(given["mask"], fx.Node):
-            return _kept(node, node.args[0], MaskKind.FILL, given["mask"], False)
+            return _kept(node, of, node.args[0], MaskKind.FILL, given["mask"], False)
     elif packet is aten.where and len(node.args) == 3:
         if _is_zero(node.args[2]):
-            return _kept(node, node.args[1], MaskKind.FILL, node.args[0], True)
+            return _kept(node, of, node.args[1], MaskKind.FILL, node.args[0], True)
         if _is_zero(node.args[1]):
-            return _kept(node, node.args[2], MaskKind.FILL, node.args[0], False)
+            return _kept(node, of, node.args[2], MaskKind.FILL, node.args[0], False)
     elif packet is aten.mul:
         for before, mask in (node.args[:2], node.args[1::-1]):
-            if isinstance(before, fx.Node) and _is_positive(before):
-                return _kept(node, before, MaskKind.KEEP, mask, False)
+            found = _kept(node, of, before, MaskKind.KEEP, mask, False)
+            if found is not None:
+                return found
     return None
 
 
 def _kept(
-    node: fx.Node, before: object, kind: MaskKind, mask: object, inverted: bool
+    node: fx.Node, of: fx.Node | None, before: object, kind: MaskKind, mask: object, inverted: bool
 ) -> Kept | None:
     if not isinstance(before, fx.Node) or not isinstance(mask, fx.Node) or before is mask:
         return None
-    if not _is_positive(before) or shape_of(before) != shape_of(node):
+    fits = _is_positive(before) if of is None else before is of
+    if not fits or shape_of(before) != shape_of(node):
         return None
     return Kept(node, before, kind, mask, inverted)
 

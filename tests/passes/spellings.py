@@ -218,3 +218,4 @@ import spellings_layouts  # noqa: E402, F401  (adds its spellings to LEGAL)
 import spellings_normalised  # noqa: E402, F401
 import spellings_powers  # noqa: E402, F401
 import spellings_rare  # noqa: E402, F401
+import spellings_weights  # noqa: E402, F401
