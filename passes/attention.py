@@ -40,11 +40,13 @@ from fxport.passes.attention_frame import Frame, frame_of
 from fxport.passes.attention_layout import Size, product
 from fxport.passes.attention_masks import MaskPlan, plan_masks
 from fxport.passes.attention_match import match_softmax
+from fxport.passes.attention_quotient import power_of
 from fxport.passes.attention_repeats import spell_out_repeats
 from fxport.passes.attention_sdpa import is_sdpa, match_sdpa
 from fxport.passes.attention_sinks import emit_sinks
 from fxport.passes.attention_site import AttentionSite, Left, Match
-from fxport.passes.attention_softmax import Softmax, softmaxes
+from fxport.passes.attention_softmax import Softmax, is_softmax_call, softmaxes
+from fxport.passes.attention_unread import unread_exponentials
 from fxport.passes.attention_views import moved_input, trace
 from fxport.passes.graph_facts import GraphFacts, erase_dead, erase_if_unused
 from fxport.passes.inplace import without_inplace
@@ -87,7 +89,7 @@ def rewrite_attention(
         assume_spread: where a mask adds a number such as -1e4, take it for what it is meant to
             be; the site says how far scores may differ for that. Otherwise it is a bias.
     """
-    if not _starts(gm.graph) and not flex_calls(gm.graph):
+    if not any(map(_may_start, gm.graph.nodes)) and not flex_calls(gm.graph):
         return AttentionResult((), ())
     without_inplace(gm)
     decisions: list[Decision] = []
@@ -97,7 +99,10 @@ def rewrite_attention(
     facts = GraphFacts(gm)
     prover = Prover(facts)
     sites: list[AttentionSite] = []
-    for start in _starts(gm.graph):
+    starts = _starts(gm.graph)
+    for node, left in unread_exponentials(facts, [s for s in starts if isinstance(s, Softmax)]):
+        decisions.append(_left(node, left.reason(node)))
+    for start in starts:
         node = start.start if isinstance(start, Softmax) else start
         try:
             match = (
@@ -134,6 +139,10 @@ def _write_out_flex(gm: fx.GraphModule, decisions: list[Decision]) -> dict[fx.No
     return found
 
 
+def _may_start(node: fx.Node) -> bool:
+    return is_sdpa(node) or is_softmax_call(node) or power_of(node) is not None
+
+
 def _starts(graph: fx.Graph) -> list[Softmax | fx.Node]:
     found: list[Softmax | fx.Node] = list(softmaxes(graph))
     found += [n for n in graph.nodes if is_sdpa(n)]
@@ -162,6 +171,7 @@ def _rewrite(
         emitter.undo()
         raise
     call.meta["attention"] = site
+    facts.add(emitter.made, match.output)
     match.output.replace_all_uses_with(replacement)
     _loosen_views(replacement)
     erase_if_unused(gm, [match.output])
@@ -183,16 +193,17 @@ def _loosen_views(value: fx.Node) -> None:
 
 def _check_unwritten(facts: GraphFacts, match: Match) -> None:
     """Operands are read at the end of the attention now: nothing may write into them before."""
-    for steps in (match.q, match.k, match.v):
-        for step in steps:
-            write = facts.written_between(step.node, steps[0].node, match.output)
-            if write is not None:
-                raise Left(
-                    ReasonCode.MUTATED_IN_PLACE,
-                    "q, k or v is changed in place before the attention is complete",
-                    write,
-                    "use the out-of-place operation",
-                )
+    read = [(s.node, steps[0].node) for steps in (match.q, match.k, match.v) for s in steps]
+    factors = [s.factor for s in (*match.row_scales, *match.out_scales)]
+    for value, first in [*read, *((f, f) for f in factors if isinstance(f, fx.Node))]:
+        write = facts.written_between(value, first, match.output)
+        if write is not None:
+            raise Left(
+                ReasonCode.MUTATED_IN_PLACE,
+                "q, k, v or a factor is changed in place before the attention is complete",
+                write,
+                "use the out-of-place operation",
+            )
 
 
 def _emit(
@@ -223,6 +234,7 @@ def _emit(
     if dense.nan_rows:
         lse = emitter.call(operator.getitem, call, 1)
         out = restore_nan(emitter, out, lse, v, dense.nan_in_scores)
+    out = emit_row_scales(emitter, out, match.out_scales, frame)
     if check_scores and plan.above is not None:
         lse = emitter.call(operator.getitem, call, 1)
         emit_check(emitter, lse, plan.above, match.steps[-1].node)

@@ -129,18 +129,18 @@ def _and_not(emitter: Emitter, left: fx.Node | None, right: fx.Node) -> fx.Node 
 
 
 def emit_row_scales(
-    emitter: Emitter, q: fx.Node, scales: Sequence[RowScale], frame: Frame
+    emitter: Emitter, value: fx.Node, scales: Sequence[RowScale], frame: Frame
 ) -> fx.Node:
-    """Moves factors that do not vary along the keys from the scores onto q."""
-    dtype = q.meta["val"].dtype
+    """Moves factors that do not vary along the keys onto q, or onto the output."""
+    dtype = value.meta["val"].dtype
     for scale in scales:
         factor = scale.factor
-        if isinstance(factor.meta["val"], torch.Tensor):
+        if isinstance(factor, fx.Node) and isinstance(factor.meta["val"], torch.Tensor):
             factor = emitter.follow(factor, recipe(shape_of(factor), scale.dims, frame))
-        q = emitter.call(aten.div.Tensor if scale.divide else aten.mul.Tensor, q, factor)
-    if q.meta["val"].dtype != dtype:
-        q = emitter.call(aten.to.dtype, q, dtype)
-    return q
+        value = emitter.call(aten.div.Tensor if scale.divide else aten.mul.Tensor, value, factor)
+    if value.meta["val"].dtype != dtype:
+        value = emitter.call(aten.to.dtype, value, dtype)
+    return value
 
 
 def emit_check(emitter: Emitter, lse: fx.Node, above: float, mask: fx.Node) -> None:

@@ -78,6 +78,7 @@ def plan_masks(
     open_ = [s for s, f in zip(match.steps, sources, strict=True) if f not in Source.BUFFER]
     from_data = any(Source.DATA in f for f in sources)
     proof = prover.prove(fixed, frame, match.zero_rows or from_data)
+    _check_again(prover, facts, match, frame, fixed, proof, from_data)
     dense = list(match.steps)
     band, slopes, unproven, spread = FULL, None, "", None
     if proof.rest and proof.likely is not None and assume_spread and not open_:
@@ -93,6 +94,14 @@ def plan_masks(
     _check_dense(dense, proof)
     above = _above(match, proof, open_)
     exact_rows = not match.zero_rows and (from_data or (proof.rest and not proof.known))
+    if exact_rows and match.without_nan:
+        raise Left(
+            ReasonCode.EMPTY_ROW,
+            "a mask that is not a fill with -inf may leave a row without any key, and what NaN "
+            "weights give is replaced after the softmax",
+            match.start,
+            "use masked_fill with float('-inf') for every mask",
+        )
     if exact_rows and match.sinks is not None:
         raise Left(
             ReasonCode.EMPTY_ROW,
@@ -109,6 +118,7 @@ def plan_masks(
         ]
         _check_emptied(dense, sure)
     used = [s for s in fixed if s not in dense]
+    used += [match.again] if match.again is not None else []
     return MaskPlan(
         band=band,
         slopes=slopes,
@@ -120,6 +130,38 @@ def plan_masks(
         adds=any(s.kind is MaskKind.ADD for s in match.steps),
         above=above,
         spread=spread,
+    )
+
+
+def _check_again(
+    prover: Prover,
+    facts: GraphFacts,
+    match: Match,
+    frame: Frame,
+    fixed: list[MaskStep],
+    proof: Proof,
+    from_data: bool,
+) -> None:
+    """Weights that are masked after the softmax must be 0 there already.
+
+    Raises:
+        Left: they may not be; or a row that the data empties would show the difference.
+    """
+    again = match.again
+    if again is None:
+        return
+    constant = again.tensor is not None and _source(facts, again) in Source.BUFFER
+    if constant and not from_data and not proof.rest:
+        both = prover.prove([*fixed, again], frame, True)
+        if not both.rest and both.band == proof.band:
+            return
+    raise Left(
+        ReasonCode.UNSUPPORTED_FEATURE,
+        "the weights are masked after the softmax, with more than the scores are known to be"
+        if constant or again.kind is MaskKind.FILL
+        else "the weights are multiplied by something else for every key",
+        again.node,
+        "mask the scores with float('-inf') before the softmax",
     )
 
 

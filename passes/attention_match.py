@@ -8,23 +8,21 @@ Which axis is the key axis, which the head size, follows from what is contracted
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import fx
 
-from fxport.capture.arguments import arguments, shape_of
 from fxport.errors import ReasonCode
 from fxport.passes.attention_checks import check_closed, check_grad_mode, check_rounding
 from fxport.passes.attention_layout import Axis, Dims, LayoutError, axes_of, resolve, resolve_all
 from fxport.passes.attention_paths import Walk, obstacles, paths, product_behind, walk
-from fxport.passes.attention_products import Contraction, Product, as_product, contract, factors_of
+from fxport.passes.attention_products import Contraction, as_product, contract
 from fxport.passes.attention_scores import Scores
 from fxport.passes.attention_site import Left, MaskKind, MaskStep, Match
 from fxport.passes.attention_softmax import Softmax, subtracted_maximum
-from fxport.passes.attention_views import Step, moved_input, overload_packet, trace, view_dims
-from fxport.passes.graph_facts import GraphFacts, Source, lends_shape_only, only_checks
+from fxport.passes.attention_views import Step, trace
+from fxport.passes.attention_weights import Forward, to_values
+from fxport.passes.graph_facts import GraphFacts, Source
 
 __all__ = ["match_softmax"]
 
@@ -82,7 +80,7 @@ def _match_path(facts: GraphFacts, softmax: Softmax, path: list[fx.Node]) -> Mat
     except LayoutError:
         raise Left(ReasonCode.NOT_ATTENTION, "this product is no q.k", path[0]) from None
     walked = walk(path, contraction.result)
-    forward = _to_values(softmax, walked)
+    forward = to_values(softmax, walked)
     q, k = _which_is_key(left, right, forward.keys, softmax)
     _check_source_of_keys(facts, k, forward)
     v = trace(forward.product.right)
@@ -92,7 +90,10 @@ def _match_path(facts: GraphFacts, softmax: Softmax, path: list[fx.Node]) -> Mat
         scores.add_initial(path[0], scored.added, scored.beta, walked.dims[0])
     for before, node, dims in zip(path, path[1:], walked.dims[1:], strict=False):
         scores.apply(node, before, dims)
+    if softmax.factor != 1:
+        scores.scale_by(softmax.start, softmax.factor)
     _apply_kept(facts, scores, softmax, walked.dims[-1])
+    zeroed, again = _masked_again(scores, forward)
     check_grad_mode(facts, (*path, *softmax.nodes, *forward.nodes), forward.product.node)
     maxima = (n for node in path for n in subtracted_maximum(node))
     interior = (*path, *maxima, *softmax.nodes, *forward.nodes)
@@ -117,13 +118,16 @@ def _match_path(facts: GraphFacts, softmax: Softmax, path: list[fx.Node]) -> Mat
         scale=scores.scale,
         softcap=scores.softcap,
         row_scales=tuple(scores.row_scales),
-        steps=_without_repeated_zero(scores, forward),
+        steps=tuple(scores.steps),
         sinks=scores.sinks,
         dropout_p=forward.dropout_p,
         # Where no key is allowed a sink takes all the weight.
         zero_rows=softmax.zero_rows
-        or forward.zeroed is not None
+        or zeroed
         or (scores.sinks is not None and softmax.sink is None),
+        again=again,
+        without_nan=forward.without_nan,
+        out_scales=forward.out_scales,
         relied_on=facts.buffers(scores.read),
     )
 
@@ -159,165 +163,10 @@ def _score_dims(walked: Walk) -> Dims:
     )
 
 
-# -- forward: from the softmax to the product with V ---------------------------------------------
+# -- the values ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Forward:
-    """What lies between the softmax and the product with V.
-
-    Attributes:
-        nodes: in order, without the product.
-        product: with the weights on its left.
-        dims: of the weights as the product takes them.
-        key_dim, keys: the softmax's axis.
-        zeroed: a mask at which weights are set to 0 after the softmax.
-    """
-
-    nodes: tuple[fx.Node, ...]
-    product: Product
-    dims: Dims
-    key_dim: Any
-    keys: frozenset[Axis]
-    dropout_p: float
-    zeroed: fx.Node | None
-
-
-def _to_values(softmax: Softmax, walked: Walk) -> _Forward:
-    dims = walked.dims[-1]
-    key_dim = resolve(dims[softmax.dim % len(dims)])
-    has_sink = walked.sink_axis is not None
-    if not key_dim:
-        raise Left(ReasonCode.NOT_ATTENTION, "this softmax is over a single element")
-    if has_sink and [f.axis for f in key_dim] != [walked.sink_axis]:
-        raise Left(ReasonCode.SOFTMAX_AXIS, "the softmax is not over the axis with the sinks")
-    nodes: list[fx.Node] = []
-    current, dropout_p, zeroed = softmax.weights, 0.0, None
-    while True:
-        user = _only_user(current, softmax)
-        product = as_product(user)
-        if product is not None:
-            break
-        nodes.append(user)
-        product = factors_of(user)
-        if product is not None:
-            break
-        packet = overload_packet(user)
-        if packet is aten.dropout:
-            dropout_p = _dropout(user, dropout_p)
-        elif packet is aten.slice and has_sink:
-            dims, key_dim = _drop_sink(user, walked, dims, softmax), walked.key_without_sink
-            has_sink = False
-        elif packet is aten.masked_fill:
-            zeroed = _zeroing(user)
-        else:
-            dims = _moved(user, current, dims)
-        current = user
-    if has_sink:
-        raise Left(
-            ReasonCode.UNSUPPORTED_FEATURE, "the sink's column is not dropped after the softmax"
-        )
-    key_dim = resolve(key_dim)
-    product = _weights_left(product, current)
-    keys = frozenset(f.axis for f in key_dim)
-    return _Forward(tuple(nodes), product, dims, key_dim, keys, dropout_p, zeroed)
-
-
-def _only_user(node: fx.Node, softmax: Softmax) -> fx.Node:
-    users = [u for u in node.users if not only_checks(u) and not lends_shape_only(node, u)]
-    if softmax.quotient is not None and node is softmax.weights:
-        users = [u for u in users if u not in softmax.nodes]
-    if len(users) == 1 and users[0].op != "output":
-        return users[0]
-    products = [u for u in users if as_product(u) is not None]
-    where = next((u for u in users if u not in products), None)
-    if not users or not (products or any(_leads_to_product(u) for u in users)):
-        raise Left(
-            ReasonCode.NOT_ATTENTION, "the softmax's result is not multiplied with values", node
-        )
-    raise Left(
-        ReasonCode.WEIGHTS_USED_ELSEWHERE,
-        "the attention weights are returned or used besides the product with the values",
-        where if where is not None and where.op != "output" else None,
-        "do not return them (need_weights=False), or accept that this attention is not fused",
-    )
-
-
-def _leads_to_product(node: fx.Node) -> bool:
-    """Whether a product follows through casts, views and dropout."""
-    for _ in range(8):
-        if as_product(node) is not None or factors_of(node) is not None:
-            return True
-        if moved_input(node) is None and overload_packet(node) is not aten.dropout:
-            return False
-        if not node.users:
-            return False
-        node = next(iter(node.users))
-    return False
-
-
-def _dropout(node: fx.Node, before: float) -> float:
-    given = arguments(node)
-    p = float(given["p"]) if given["train"] else 0.0
-    if p and before:
-        raise Left(ReasonCode.UNSUPPORTED_FEATURE, "dropout twice on the weights", node)
-    if p >= 1:
-        raise Left(ReasonCode.UNSUPPORTED_FEATURE, "dropout of everything", node)
-    return p or before
-
-
-def _drop_sink(node: fx.Node, walked: Walk, dims: Dims, softmax: Softmax) -> Dims:
-    given = arguments(node)
-    along = given["dim"] % len(dims)
-    first = given["start"] or 0
-    kept = shape_of(node)[along]
-    expected = 1 if walked.sink_first else 0
-    if along != softmax.dim % len(dims) or first != expected or given["step"] != 1:
-        raise Left(ReasonCode.UNSUPPORTED_FEATURE, "the weights are sliced here", node)
-    assert walked.sink_axis is not None
-    if kept != walked.sink_axis.size - 1:
-        raise Left(ReasonCode.UNSUPPORTED_FEATURE, "the weights are sliced here", node)
-    return (*dims[:along], walked.key_without_sink, *dims[along + 1 :])
-
-
-def _zeroing(node: fx.Node) -> fx.Node:
-    given = arguments(node)
-    if given["value"] != 0 or not isinstance(given["mask"], fx.Node):
-        raise Left(ReasonCode.UNSUPPORTED_FEATURE, "the weights are changed here", node)
-    return given["mask"]
-
-
-def _moved(node: fx.Node, current: fx.Node, dims: Dims) -> Dims:
-    moved = moved_input(node)
-    if moved is not current or not node.meta["val"].is_floating_point():
-        code = ReasonCode.WEIGHTS_USED_ELSEWHERE
-        if not _leads_to_product(node) and not any(_leads_to_product(u) for u in node.users):
-            code = ReasonCode.NOT_ATTENTION
-        raise Left(code, f"the softmax's result goes into `{node.target}`", node)
-    try:
-        return view_dims(node, dims)
-    except LayoutError:
-        raise Left(
-            ReasonCode.UNSUPPORTED_FEATURE, "the weights are reshaped across their axes", node
-        ) from None
-
-
-def _weights_left(product: Product, weights: fx.Node) -> Product:
-    if product.left is weights and product.right is not weights:
-        found = product
-    elif product.right is weights and product.left is not weights:
-        a, b, out = product.labels
-        found = replace(product, left=product.right, right=product.left, labels=(b, a, out))
-    else:
-        raise Left(
-            ReasonCode.NOT_ATTENTION, "the weights are not a factor of a product", product.node
-        )
-    if found.added is not None or found.alpha != 1:
-        raise Left(ReasonCode.UNSUPPORTED_FEATURE, "something is added to w.v", product.node)
-    return found
-
-
-def _contract_values(forward: _Forward, v: tuple[Step, ...]) -> Contraction:
+def _contract_values(forward: Forward, v: tuple[Step, ...]) -> Contraction:
     product = forward.product
     try:
         out = contract(product.labels, forward.dims, v[-1].dims)
@@ -334,7 +183,7 @@ def _contract_values(forward: _Forward, v: tuple[Step, ...]) -> Contraction:
     return out
 
 
-def _value_dims(out: Contraction, forward: _Forward, v: tuple[Step, ...]) -> Dims:
+def _value_dims(out: Contraction, forward: Forward, v: tuple[Step, ...]) -> Dims:
     """What one value vector is made of: the result's dimensions that come from V alone."""
     of_weights = set(axes_of(forward.dims))
     of_v = set(axes_of(v[-1].dims))
@@ -365,22 +214,23 @@ def _which_is_key(
     )
 
 
-def _check_source_of_keys(facts: GraphFacts, k: tuple[Step, ...], forward: _Forward) -> None:
+def _check_source_of_keys(facts: GraphFacts, k: tuple[Step, ...], forward: Forward) -> None:
     for value in (k[0].node, forward.product.right):
         if facts.source(value) & Source.DATA:
             return
     raise Left(ReasonCode.NOT_ATTENTION, "keys and values are parameters: a memory look-up")
 
 
-def _without_repeated_zero(scores: Scores, forward: _Forward) -> tuple[Any, ...]:
-    """After the softmax the mask may be applied again: that only makes empty rows zero."""
-    if forward.zeroed is not None:
-        fills = [s for s in scores.steps if s.kind is MaskKind.FILL]
-        same = len(fills) == len(scores.steps) == 1 and fills[0].tensor is forward.zeroed
-        if not same or fills[0].inverted:
-            raise Left(
-                ReasonCode.UNSUPPORTED_FEATURE,
-                "the weights are masked with another mask than the scores",
-                forward.zeroed,
-            )
-    return tuple(scores.steps)
+def _masked_again(scores: Scores, forward: Forward) -> tuple[bool, MaskStep | None]:
+    """After the softmax the mask may be applied again: that only makes empty rows zero.
+
+    Whether it is that same mask, or else the mask, which is still to be shown to change nothing.
+    """
+    again, steps = forward.again, scores.steps
+    if again is None:
+        fills = all(s.kind is MaskKind.FILL and s.number == -math.inf for s in steps)
+        return forward.without_nan and bool(steps) and fills, None
+    first = steps[0] if len(steps) == 1 else None
+    same = first is not None and first.kind is again.kind is MaskKind.FILL
+    same = same and first.tensor is again.tensor and first.inverted == again.inverted  # type: ignore[union-attr]
+    return (True, None) if same else (False, again)

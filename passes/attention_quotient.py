@@ -2,30 +2,34 @@
 
 e / sum(e)               (e * mask) / sum(e * mask)         e / (sum(e) + 1)
 (e @ v) / sum(e)         exp(x - m) / (sum(exp(x - m)) + exp(-m))
+e * sum(e).reciprocal()  e / sum(e).clamp(min=1e-9)         e = exp2(x * log2(e))
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
 from fxport.capture.arguments import arguments, shape_of
 from fxport.capture.memory import Memory
+from fxport.passes.attention_layout import Dims, LayoutError, fresh_dims, resolve
 from fxport.passes.attention_products import as_product
 from fxport.passes.attention_site import MaskKind
-from fxport.passes.attention_views import number, overload_packet
+from fxport.passes.attention_views import moved_input, number, overload_packet, view_dims
 
 __all__ = [
     "Denominator",
     "Kept",
     "denominator_of",
     "divides_rows",
+    "division_of",
     "filled_with",
     "kept_by",
-    "kept_reduction",
+    "power_of",
+    "reduction_of",
 ]
 
 aten = torch.ops.aten
@@ -48,31 +52,37 @@ class Kept:
     inverted: bool
 
 
-def kept_by(node: fx.Node) -> Kept | None:
-    """``e * mask``, ``masked_fill(e, mask, 0)`` or ``where(mask, e, 0)``; the caller knows e."""
+def kept_by(node: fx.Node, of: fx.Node | None = None) -> Kept | None:
+    """``e * mask``, ``masked_fill(e, mask, 0)`` or ``where(mask, e, 0)``.
+
+    Args:
+        of: what e must be; without it, exponentials.
+    """
     packet = overload_packet(node)
     if packet is aten.masked_fill:
         given = arguments(node)
         if number(given["value"]) == 0 and isinstance(given["mask"], fx.Node):
-            return _kept(node, node.args[0], MaskKind.FILL, given["mask"], False)
+            return _kept(node, of, node.args[0], MaskKind.FILL, given["mask"], False)
     elif packet is aten.where and len(node.args) == 3:
         if _is_zero(node.args[2]):
-            return _kept(node, node.args[1], MaskKind.FILL, node.args[0], True)
+            return _kept(node, of, node.args[1], MaskKind.FILL, node.args[0], True)
         if _is_zero(node.args[1]):
-            return _kept(node, node.args[2], MaskKind.FILL, node.args[0], False)
+            return _kept(node, of, node.args[2], MaskKind.FILL, node.args[0], False)
     elif packet is aten.mul:
         for before, mask in (node.args[:2], node.args[1::-1]):
-            if isinstance(before, fx.Node) and overload_packet(before) in _POSITIVE:
-                return _kept(node, before, MaskKind.KEEP, mask, False)
+            found = _kept(node, of, before, MaskKind.KEEP, mask, False)
+            if found is not None:
+                return found
     return None
 
 
 def _kept(
-    node: fx.Node, before: object, kind: MaskKind, mask: object, inverted: bool
+    node: fx.Node, of: fx.Node | None, before: object, kind: MaskKind, mask: object, inverted: bool
 ) -> Kept | None:
     if not isinstance(before, fx.Node) or not isinstance(mask, fx.Node) or before is mask:
         return None
-    if overload_packet(before) not in _POSITIVE or shape_of(before) != shape_of(node):
+    fits = _is_positive(before) if of is None else before is of
+    if not fits or shape_of(before) != shape_of(node):
         return None
     return Kept(node, before, kind, mask, inverted)
 
@@ -103,13 +113,61 @@ def filled_with(node: fx.Node) -> float | None:
     return number(arguments(node)["s"]) if packet is aten.scalar_tensor else None
 
 
-_POSITIVE = {
-    aten.exp, aten.softmax, aten._softmax, aten.special_softmax, aten._safe_softmax
-}  # fmt: skip
+def power_of(node: fx.Node) -> tuple[fx.Node, float] | None:
+    """(x, log b) of ``b ** x`` with a number b."""
+    packet = overload_packet(node)
+    base = math.e if packet is aten.exp else 2.0 if packet in _POWERS_OF_TWO else None
+    found = node.args[0] if node.args else None
+    if packet is aten.pow:
+        base, found = number(node.args[0]), node.args[1]
+    if base is None or base <= 0 or base == 1 or not isinstance(found, fx.Node):
+        return None
+    return found, math.log(base)
+
+
+def _is_positive(node: fx.Node) -> bool:
+    return overload_packet(node) in _SOFTMAXES or power_of(node) is not None
+
+
+_POWERS_OF_TWO = {aten.exp2, aten.special_exp2}
+_SOFTMAXES = {aten.softmax, aten._softmax, aten.special_softmax, aten._safe_softmax}
 _VIEWS = {aten.expand, aten.view, aten.reshape, aten.unsqueeze, aten.to}
 _ZEROS = {aten.zeros, aten.new_zeros, aten.zeros_like}
 _ONES = {aten.ones, aten.new_ones, aten.ones_like}
 _FULL = {aten.full, aten.new_full, aten.full_like}
+
+
+# -- the division ----------------------------------------------------------------------------------
+
+
+def division_of(node: fx.Node) -> tuple[fx.Node, fx.Node, tuple[fx.Node, ...]] | None:
+    """(a, b, the nodes in between) of ``a / b`` or ``a * (1 / b)``."""
+    packet = overload_packet(node)
+    if packet in (aten.div, aten.true_divide):
+        top, bottom = node.args[:2]
+        plain = arguments(node).get("rounding_mode") is None
+        if plain and isinstance(top, fx.Node) and isinstance(bottom, fx.Node):
+            return top, bottom, ()
+    elif packet is aten.mul:
+        for top, inverse in (node.args[:2], node.args[1::-1]):
+            found = _inverted(inverse)
+            if isinstance(top, fx.Node) and found is not None:
+                return top, *found
+    return None
+
+
+def _inverted(inverse: object) -> tuple[fx.Node, tuple[fx.Node, ...]] | None:
+    """(x, the nodes) of ``1 / x``, which becomes ``1 * reciprocal(x)``."""
+    if not isinstance(inverse, fx.Node):
+        return None
+    packet = overload_packet(inverse)
+    if packet is aten.mul and 1 in map(number, inverse.args):
+        inner = next((a for a in inverse.args if isinstance(a, fx.Node)), None)
+        found = _inverted(inner)
+        return None if found is None else (found[0], (*found[1], inverse))
+    power = packet is aten.pow and number(inverse.args[1]) == -1
+    below = inverse.args[0] if packet is aten.reciprocal or power else None
+    return (below, (inverse,)) if isinstance(below, fx.Node) else None
 
 
 # -- the denominator -------------------------------------------------------------------------------
@@ -117,41 +175,72 @@ _FULL = {aten.full, aten.new_full, aten.full_like}
 
 @dataclass(frozen=True)
 class Denominator:
-    """``sum(summed, dim)``, its dimension kept, plus a number or ``exp(-maximum)``.
+    """``sum(summed, dim)`` in some layout, plus a number or ``exp(-maximum)``.
 
     Attributes:
         nodes: what it consists of.
+        of: dimensions of `summed`.
+        dims: of the denominator, in the same axes.
         sink: log of the number.
         maximum: set if what is added is ``exp(-maximum)``.
+        bound: it is made at least this.
     """
 
     summed: fx.Node
     dim: int
     nodes: tuple[fx.Node, ...]
+    of: Dims
+    dims: Dims
     sink: float | None = None
     maximum: fx.Node | None = None
+    bound: float = 0.0
+
+    @property
+    def in_place(self) -> bool:
+        """Whether it meets `summed` as if the dimension had been kept."""
+        return _same(self.dims, (*self.of[: self.dim], (), *self.of[self.dim + 1 :]))
 
 
 def denominator_of(node: fx.Node) -> Denominator | None:
     """What a quotient is divided by, if that is a sum."""
-    plain = kept_reduction(node, aten.sum)
+    nodes: tuple[fx.Node, ...] = (node,)
+    bound = 0.0
+    while overload_packet(node) in _BOUNDS | _SPREADS and isinstance(node.args[0], fx.Node):
+        if overload_packet(node) in _BOUNDS:
+            given = arguments(node)
+            least = number(given["min"])
+            if bound or least is None or least <= 0 or given.get("max") is not None:
+                return None
+            bound = least
+        node = node.args[0]
+        nodes = (node, *nodes)
+    found = _sum_of(node)
+    if found is None:
+        return None
+    return replace(found, nodes=(*found.nodes, *nodes), bound=bound)
+
+
+_BOUNDS = {aten.clamp, aten.clamp_min}
+_SPREADS = {aten.expand, aten.expand_as}
+
+
+def _sum_of(node: fx.Node) -> Denominator | None:
+    plain = reduction_of(node, aten.sum)
     if plain is not None or overload_packet(node) is not aten.add:
         return plain
     if number(arguments(node).get("alpha", 1)) != 1:
         return None
     for total, other in (node.args[:2], node.args[1::-1]):
-        found = kept_reduction(total, aten.sum) if isinstance(total, fx.Node) else None
+        found = reduction_of(total, aten.sum) if isinstance(total, fx.Node) else None
         if found is None:
             continue
         added = filled_with(other) if isinstance(other, fx.Node) else number(other)
         if added is not None and 0 < added < math.inf:
-            nodes = (*found.nodes, node)
-            return Denominator(found.summed, found.dim, nodes, sink=math.log(added))
+            return replace(found, nodes=(*found.nodes, node), sink=math.log(added))
         negative = _argument(other, aten.exp)
         maximum = None if negative is None else _argument(negative, aten.neg)
         if maximum is not None and isinstance(other, fx.Node) and negative is not None:
-            nodes = (*found.nodes, negative, other, node)
-            return Denominator(found.summed, found.dim, nodes, maximum=maximum)
+            return replace(found, nodes=(*found.nodes, negative, other, node), maximum=maximum)
     return None
 
 
@@ -162,36 +251,58 @@ def _argument(node: object, packet: object) -> fx.Node | None:
     return found if isinstance(found, fx.Node) else None
 
 
-def kept_reduction(node: fx.Node, packet: object) -> Denominator | None:
-    """A reduction over one dimension that is kept, or given back by unsqueeze."""
-    total = node
-    if overload_packet(node) is aten.unsqueeze:
-        total = arguments(node)["self"]
-    if overload_packet(total) is not packet:
+def reduction_of(node: fx.Node, packet: object) -> Denominator | None:
+    """A reduction over one dimension, in whatever layout."""
+    views = [node]
+    while (before := moved_input(views[0])) is not None:
+        views.insert(0, before)
+    total = views[0]
+    if overload_packet(total) is not packet and not (packet is aten.sum and _is_norm(total)):
         return None
     given = arguments(total)
     dims = given.get("dim")
     if dims is None or len(dims) != 1 or given.get("dtype") is not None:
         return None
-    rank = given["self"].meta["val"].dim()
-    dim = dims[0] % rank
-    if total is node:
-        return Denominator(given["self"], dim, (node,)) if given.get("keepdim") else None
-    if given.get("keepdim") or arguments(node)["dim"] % rank != dim:
+    summed = given["self"]
+    of = fresh_dims(shape_of(summed), summed)
+    dim = dims[0] % len(of)
+    rest = (*of[:dim], *([()] if given.get("keepdim") else []), *of[dim + 1 :])
+    try:
+        for view in views[1:]:
+            rest = view_dims(view, rest)
+    except LayoutError:
         return None
-    return Denominator(given["self"], dim, (total, node))
+    return Denominator(summed, dim, tuple(views), of, rest)
 
 
-def divides_rows(top: fx.Node, exponential: fx.Node, dim: int) -> bool:
+_NORMS = {aten.norm: "p", aten.linalg_vector_norm: "ord"}
+
+
+def _is_norm(node: fx.Node) -> bool:
+    """The sum of positive numbers, written as a norm."""
+    name = _NORMS.get(overload_packet(node))
+    return name is not None and arguments(node)[name] == 1 and _is_positive(node.args[0])  # type: ignore[arg-type]
+
+
+def divides_rows(top: fx.Node, under: Denominator) -> bool:
     """Whether `top` is a product of the exponentials in whose rows the sum stands as it is."""
     product = as_product(top)
-    if product is None or exponential not in (product.left, product.right):
+    if product is None or under.summed not in (product.left, product.right):
         return False
-    own = product.labels[0 if product.left is exponential else 1]
+    own = product.labels[0 if product.left is under.summed else 1]
     result = product.labels[2]
-    return (
-        dim == len(own) - 1
-        and len(result) == len(own)
-        and result[:-1] == own[:-1]
-        and own[-1] not in result
+    if len(own) != len(under.of) or own[under.dim] in result:
+        return False
+    if any(label not in result for i, label in enumerate(own) if i != under.dim):
+        return False
+    by_label = dict(zip(own, under.of, strict=True))
+    return _same(under.dims, tuple(by_label.get(label, ()) for label in result))
+
+
+def _same(divisor: Dims, wanted: Dims) -> bool:
+    """Whether a divisor broadcasts to these dimensions."""
+    missing = len(wanted) - len(divisor)
+    padded: Dims = ((),) * missing + divisor
+    return missing >= 0 and all(
+        resolve(a) == resolve(b) for a, b in zip(padded, wanted, strict=True)
     )

@@ -142,7 +142,7 @@ class Scores:
             raise Left(ReasonCode.NOT_ATTENTION, "the scores are multiplied by themselves", node)
         constant = self.constant(factor) if self._is_fixed(factor) else None
         if constant is not None:
-            self._scale_by_number(node, 1.0 / constant if divide and constant else constant)
+            self.scale_by(node, 1.0 / constant if divide and constant else constant)
         elif isinstance(factor, fx.Node) and self._varies_along_keys(factor):
             if divide:
                 raise Left(ReasonCode.UNSUPPORTED_FEATURE, "the scores are divided per key", node)
@@ -162,10 +162,15 @@ class Scores:
         wide = [d for d, s in zip(self.dims[::-1], shape[::-1], strict=False) if not is_one(s)]
         return any(f.axis in self._keys for d in wide for f in resolve(d))
 
-    def _scale_by_number(self, node: fx.Node, factor: float) -> None:
+    def scale_by(self, node: fx.Node, factor: float) -> None:
+        """The scores times a number, masks and biases included.
+
+        Raises:
+            Left: it has no meaning for a mask, or for sinks.
+        """
         if self.sinks is not None:
             self._needs_no_masks(node, "a scale")
-        if self.steps and factor <= 0:
+        if factor <= 0 and any(s.kind in _ONE_SIDED for s in self.steps):
             raise Left(ReasonCode.ORDER_OF_OPS, "a mask is multiplied by a negative number", node)
         if not math.isfinite(factor) or factor == 0:
             raise Left(ReasonCode.NOT_ATTENTION, f"the scores are multiplied by {factor}", node)
@@ -175,7 +180,7 @@ class Scores:
 
     def _negate(self, node: fx.Node, carrier: fx.Node) -> None:
         del carrier
-        self._scale_by_number(node, -1.0)
+        self.scale_by(node, -1.0)
 
     def _tanh(self, node: fx.Node, carrier: fx.Node) -> None:
         del carrier
@@ -278,6 +283,9 @@ def _scaled(step: MaskStep, factor: float) -> MaskStep:
     return MaskStep(
         step.kind, step.node, step.dims, step.tensor, step.number * factor, step.inverted
     )
+
+
+_ONE_SIDED = {MaskKind.FLOOR, MaskKind.CAUSAL}  # a minimum becomes a maximum
 
 
 _RULES: dict[Any, Callable[[Scores, fx.Node, fx.Node], None]] = {

@@ -59,9 +59,9 @@ class MaskStep:
 
 @dataclass(frozen=True)
 class RowScale:
-    """A factor (or divisor) on the scores that does not vary along the key axis."""
+    """A factor (or divisor) on scores or weights that does not vary along the key axis."""
 
-    factor: fx.Node
+    factor: fx.Node | float
     dims: Dims
     divide: bool
 
@@ -84,6 +84,9 @@ class Match:
         steps: masks and biases, in the order in which they apply.
         sinks: tensor whose only axis is (part of) the heads, with its dimensions; or a number.
         zero_rows: a row without an allowed key gives zeros in the original already.
+        again: a mask on the weights after the softmax, which must change nothing any more.
+        without_nan: weights that are NaN are replaced by 0.
+        out_scales: factors that go onto the output.
         relied_on: buffers whose value was read.
     """
 
@@ -105,6 +108,9 @@ class Match:
     sinks: tuple[fx.Node, Dims] | float | None = None
     dropout_p: float = 0.0
     zero_rows: bool = False
+    again: MaskStep | None = None
+    without_nan: bool = False
+    out_scales: tuple[RowScale, ...] = ()
     relied_on: tuple[str, ...] = ()
 
 

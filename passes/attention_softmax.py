@@ -2,6 +2,7 @@
 
 softmax(x)     log_softmax(x).exp()     e = exp(x - amax(x)); e / sum(e)     (e @ v) / sum(e)
 exp(x - logsumexp(x))     p = softmax(x) * mask; p / sum(p)     e / (sum(e) + 1)
+e = exp2(x); e / sum(e)   e * sum(e).reciprocal()               e / sum(e).clamp(min=1e-9)
 """
 
 from __future__ import annotations
@@ -20,18 +21,22 @@ from fxport.passes.attention_quotient import (
     Kept,
     denominator_of,
     divides_rows,
+    division_of,
     kept_by,
-    kept_reduction,
+    power_of,
+    reduction_of,
 )
 from fxport.passes.attention_views import overload_packet
 
-__all__ = ["Softmax", "softmaxes", "subtracted_maximum"]
+__all__ = ["Softmax", "is_softmax_call", "softmaxes", "subtracted_maximum"]
 
 aten = torch.ops.aten
 
 _CALLS = {aten.softmax, aten._softmax, aten.special_softmax, aten._safe_softmax}
 _LOGS = {aten.log_softmax, aten._log_softmax, aten.special_log_softmax}
-_QUOTIENTS = {aten.div, aten.true_divide}
+_MAXIMA = {aten.amax, aten.max}
+_CLAMPS = {aten.clamp, aten.clamp_min}
+_QUOTIENTS = {aten.div, aten.true_divide, aten.mul}
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ class Softmax:
             `weights` are then not divided yet.
         kept: a mask on the exponentials.
         sink: a number that stands beside every row's scores without a value of its own.
+        factor: on the scores: the exponentials may have another base than e.
     """
 
     start: fx.Node
@@ -60,6 +66,11 @@ class Softmax:
     quotient: fx.Node | None = None
     kept: Kept | None = None
     sink: float | None = None
+    factor: float = 1.0
+
+
+def is_softmax_call(node: fx.Node) -> bool:
+    return overload_packet(node) in _CALLS | _LOGS
 
 
 def softmaxes(graph: fx.Graph) -> Iterator[Softmax]:
@@ -105,52 +116,71 @@ def _less_its_logsumexp(node: fx.Node, shifted: fx.Node) -> Softmax | None:
     scores, total = shifted.args[:2]
     if not isinstance(scores, fx.Node) or not isinstance(total, fx.Node):
         return None
-    found = kept_reduction(total, aten.logsumexp)
-    if found is None or found.summed is not scores:
+    found = reduction_of(total, aten.logsumexp)
+    if found is None or found.summed is not scores or not found.in_place:
         return None
     return Softmax(node, scores, node, found.dim, (*found.nodes, shifted, node))
 
 
 def _quotient(node: fx.Node) -> Softmax | None:
     """``e / e.sum(dim, keepdim=True)`` with ``e = exp(x)``, or ``(e @ v) / e.sum(..)``."""
-    top, bottom = node.args[0], node.args[1]
-    if not isinstance(top, fx.Node) or not isinstance(bottom, fx.Node):
+    division = division_of(node)
+    under = denominator_of(division[1]) if division is not None else None
+    if division is None or under is None:
         return None
-    under = denominator_of(bottom)
-    if under is None or arguments(node).get("rounding_mode") is not None:
-        return None
+    top, _, between = division
     weights = under.summed
     kept = kept_by(weights)
     source = weights if kept is None else kept.before
-    scores = _exponent(source, under)
-    if scores is None:
+    exponent = _exponent(source, under)
+    if exponent is None or not _bound_is_idle(exponent[0], under, kept):
         return None
-    nodes = (source, *((weights,) if kept is not None else ()), *under.nodes)
+    scores, factor = exponent
+    nodes = (source, *((weights,) if kept is not None else ()), *under.nodes, *between)
     sink = under.sink
     if under.maximum is not None:
         found = _maximum_given_back(scores, under.maximum, under.dim)
-        if found is None:
+        if found is None or factor != 1:
             return None
         scores, more = found
         nodes, sink = (*more, *nodes), 0.0
     quiet = under.sink is not None
     if weights is top:
-        return Softmax(node, scores, node, under.dim, (*nodes, node), quiet, None, kept, sink)
-    if not divides_rows(top, weights, under.dim):
+        if not under.in_place:
+            return None
+        nodes = (*nodes, node)
+        return Softmax(node, scores, node, under.dim, nodes, quiet, None, kept, sink, factor)
+    if not divides_rows(top, under):
         return None
-    return Softmax(node, scores, weights, under.dim, nodes, quiet, node, kept, sink)
+    return Softmax(node, scores, weights, under.dim, nodes, quiet, node, kept, sink, factor)
 
 
-def _exponent(source: fx.Node, under: Denominator) -> fx.Node | None:
-    """What the weights before any mask are the exponentials of, up to a factor for each row."""
-    if overload_packet(source) is aten.exp:
-        found = source.args[0]
-    elif overload_packet(source) in _CALLS and under.sink is None and under.maximum is None:
+def _exponent(source: fx.Node, under: Denominator) -> tuple[fx.Node, float] | None:
+    """What the weights before any mask are the exponentials of, up to a factor for each row.
+
+    Also the factor on it that makes e their base.
+    """
+    if overload_packet(source) in _CALLS and under.sink is None and under.maximum is None:
         given = arguments(source)
-        found = given["self"] if given["dim"] % len(shape_of(source)) == under.dim else None
-    else:
-        return None
-    return found if isinstance(found, fx.Node) else None
+        same = given["dim"] % len(shape_of(source)) == under.dim
+        return (given["self"], 1.0) if same else None
+    return power_of(source)
+
+
+def _bound_is_idle(scores: fx.Node, under: Denominator, kept: Kept | None) -> bool:
+    """Where the largest exponential is 1 their sum is never below that (or it is NaN)."""
+    if not under.bound:
+        return True
+    reductions = [n for n in subtracted_maximum(scores) if overload_packet(n) in _MAXIMA]
+    plain = not any(overload_packet(n) in _CLAMPS for n in subtracted_maximum(scores))
+    if under.bound >= 1 or kept is not None or len(reductions) != 1 or not plain:
+        return False
+    along = arguments(reductions[0]).get("dim")
+    dims = [along] if isinstance(along, int) else list(along or ())
+    rank = len(shape_of(scores))
+    if arguments(scores).get("alpha", 1) != 1:
+        return False
+    return [d % rank for d in dims] == [under.dim]
 
 
 def _maximum_given_back(
@@ -172,7 +202,7 @@ def subtracted_maximum(scores: fx.Node) -> tuple[fx.Node, ...]:
     """The nodes of the maximum in ``x - amax(x)``, which changes no softmax; () otherwise."""
     if overload_packet(scores) is not aten.sub or not isinstance(scores.args[1], fx.Node):
         return ()
-    known = (aten.amax, aten.max, aten.detach, aten.unsqueeze, aten.clamp, aten.clamp_min)
+    known = {*_MAXIMA, *_CLAMPS, aten.detach, aten.unsqueeze}
     found: list[fx.Node] = []
     node: object = scores.args[1]
     while isinstance(node, fx.Node) and node is not scores.args[0]:
@@ -189,4 +219,4 @@ def _keeps_dimension(node: fx.Node) -> bool:
     packet = overload_packet(node)
     if node.target is operator.getitem or packet is aten.unsqueeze:
         return True
-    return packet in (aten.amax, aten.max) and bool(arguments(node).get("keepdim"))
+    return packet in _MAXIMA and bool(arguments(node).get("keepdim"))

@@ -165,10 +165,13 @@ def rewrite(graph: fx.GraphModule, check_scores: bool = False) -> Rewritten:
 
 
 def softmax_count(graph: fx.GraphModule) -> int:
-    names = ("softmax", "_softmax", "exp", "log_softmax", "scaled_dot_product_attention")
+    names = ("softmax", "_softmax", "exp", "exp2", "log_softmax", "scaled_dot_product_attention")
     return sum(
         isinstance(n.target, torch._ops.OpOverload)
-        and n.target._schema.name.removeprefix("aten::") in names
+        and (
+            n.target._schema.name.removeprefix("aten::") in names
+            or n.target is torch.ops.aten.pow.Scalar  # a number to the power of scores
+        )
         for n in graph.graph.nodes
     )
 

@@ -216,4 +216,6 @@ def keys_in_rows(qkv: Tensor) -> Tensor:
 
 import spellings_layouts  # noqa: E402, F401  (adds its spellings to LEGAL)
 import spellings_normalised  # noqa: E402, F401
+import spellings_powers  # noqa: E402, F401
 import spellings_rare  # noqa: E402, F401
+import spellings_weights  # noqa: E402, F401

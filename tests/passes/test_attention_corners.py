@@ -183,6 +183,23 @@ def test_nan_rows_by_a_fill_spoil_no_queries(groups: int) -> None:
     assert bool(out.isnan().any()) and finite[:2] == [True, True]
 
 
+def test_an_attention_whose_values_are_an_attention() -> None:
+    """With nothing in between: the second one starts from what the first became."""
+
+    def one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = (q @ k.mT).masked_fill(~causal_bool(q.size(2)), INF)
+        return s.softmax(-1) @ v
+
+    def function(qkv: Tensor) -> Tensor:
+        q, k, v = heads_first(qkv)
+        return one(k, one(q, v, k), one(k, v, q))
+
+    module = Site(function)
+    found = rewrite(trace_training(module, [example(2, 9)]))
+    assert found.count == 3
+    compare(module, found.graph, [example(2, 9)])
+
+
 # -- one token -------------------------------------------------------------------------------------
 
 

@@ -95,9 +95,17 @@ def masked_twice(qkv: Tensor, keep: Tensor) -> Tensor:
     return finish(w, v)
 
 
+def nan_to_number(qkv: Tensor, keep: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    s = (q @ k.mT).masked_fill(~causal_bool(q.size(2)), INF)
+    w = s.masked_fill(~keep[:, None, None, :], INF).softmax(-1)
+    return finish(torch.nan_to_num(w), v)
+
+
 CASES = [
     fill_infinite, fill_finite, causal_and_padding_infinite, causal_and_padding_finite,
     causal_infinite_padding_finite, joint_mask_where, folded_heads, documents, grouped, sdpa,
+    nan_to_number,
 ]  # fmt: skip
 
 

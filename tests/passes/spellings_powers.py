@@ -1,0 +1,109 @@
+"""Other bases, signs and divisions: ``2 ** x``, ``softmax(-x)``, ``e * (1 / sum(e))``."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from spellings_base import causal_bool, finish, heads_first, legal
+from torch import Tensor
+
+INF = float("-inf")
+
+
+def causal_scores(qkv: Tensor, scale: float = 0.4) -> tuple[Tensor, Tensor]:
+    q, k, v = heads_first(qkv)
+    s = q @ k.transpose(-1, -2) * scale
+    return s.masked_fill(~causal_bool(s.size(-1)), INF), v
+
+
+def shifted(s: Tensor) -> Tensor:
+    return s - s.amax(-1, keepdim=True)
+
+
+# -- bases and signs -------------------------------------------------------------------------------
+
+
+@legal("causal", "scale 0.4")
+def powers_of_two(qkv: Tensor) -> Tensor:
+    """As flash attention kernels have it."""
+    s, v = causal_scores(qkv, 0.4 * math.log2(math.e))
+    e = torch.exp2(shifted(s))
+    return finish(e / e.sum(-1, keepdim=True), v)
+
+
+@legal("causal", "scale 0.4")
+def powers_of_two_divided_late(qkv: Tensor) -> Tensor:
+    s, v = causal_scores(qkv, 0.4 * math.log2(math.e))
+    e = torch.exp2(s - s.max(-1, keepdim=True)[0])
+    return ((e @ v) / e.sum(-1, keepdim=True)).transpose(1, 2).flatten(2)
+
+
+@legal("causal", "scale 0.4")
+def powers_of_e(qkv: Tensor) -> Tensor:
+    s, v = causal_scores(qkv)
+    e = math.e ** shifted(s)
+    return finish(e / e.sum(-1, keepdim=True), v)
+
+
+@legal("causal")
+def powers_of_two_plus_one(qkv: Tensor) -> Tensor:
+    """The one is e to the power of 0 in any base."""
+    s, v = causal_scores(qkv)
+    e = 2**s
+    return finish(e / (e.sum(-1, keepdim=True) + 1), v)
+
+
+@legal("causal", "scale -1")
+def softmin(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    s = (q @ k.transpose(-1, -2)).masked_fill(~causal_bool(q.size(2)), -INF)
+    return finish(F.softmin(s, dim=-1), v)
+
+
+@legal("causal", "scale 0.4")
+def added_and_negated_twice(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    s = -(q @ k.transpose(-1, -2)) * 0.4
+    s = s + torch.full_like(s[0, 0], -INF).triu(1)
+    return finish((-s).softmax(-1), v)
+
+
+# -- divisions -------------------------------------------------------------------------------------
+
+
+@legal("causal")
+def times_the_reciprocal(qkv: Tensor) -> Tensor:
+    s, v = causal_scores(qkv)
+    e = shifted(s).exp()
+    return finish(e * e.sum(-1, keepdim=True).reciprocal(), v)
+
+
+@legal("causal")
+def times_one_over_the_sum_late(qkv: Tensor) -> Tensor:
+    s, v = causal_scores(qkv)
+    e = shifted(s).exp()
+    return ((e @ v) * (1.0 / e.sum(-1, keepdim=True))).transpose(1, 2).flatten(2)
+
+
+@legal("causal")
+def sum_bounded_from_below(qkv: Tensor) -> Tensor:
+    """It is never below 1: the largest exponential is."""
+    s, v = causal_scores(qkv)
+    e = shifted(s).exp()
+    return finish(e / e.sum(-1, keepdim=True).clamp(min=1e-9), v)
+
+
+@legal("causal")
+def normalised_by_one_norm(qkv: Tensor) -> Tensor:
+    s, v = causal_scores(qkv)
+    return finish(F.normalize(shifted(s).exp(), p=1, dim=-1), v)
+
+
+@legal("causal")
+def divided_in_another_layout(qkv: Tensor) -> Tensor:
+    s, v = causal_scores(qkv)
+    e = shifted(s).exp()
+    top = torch.einsum("bhij,bhjd->bihd", e, v)
+    return (top / e.sum(-1).transpose(1, 2).unsqueeze(-1)).flatten(2)
