@@ -4,8 +4,8 @@ The op gives zeros where a row allows no key. The original gives NaN after a fil
 the mean of all filled values after a finite fill; both are kept:
 
     -inf     where(lse == -inf, nan * sum(v), out)       NaN there, and in the gradient of v; a
-             fill keeps it from q and k. Where -inf is added they get it as well:
-             out * where(lse == -inf, nan, 1)
+             fill keeps it from q and k. Where something is added they get it as well:
+             out * where(lse == -inf, nan, 1) + where(lse == -inf, nan * sum(v), 0)
     finite   empty = every key of the row is filled
              q = q.masked_fill(empty, 0), and all filled keys are allowed in empty rows:
              equal weights, and no gradient to q and k, as with the fill
@@ -167,18 +167,31 @@ def restore_nan(
         in_scores: the NaN reaches q and k too.
     """
     empty = emitter.call(aten.eq.Scalar, lse, _MINUS_INF)
-    like = aten.ones_like.default if in_scores else aten.zeros_like.default
-    factor = emitter.call(aten.masked_fill.Scalar, emitter.call(like, lse), empty, math.nan)
+    nothing = _nan_where(emitter, empty, lse, 0.0, out)
+    spoilt = emitter.call(aten.mul.Tensor, nothing, _total(emitter, out, v))
+    rows = emitter.call(aten.unsqueeze.default, empty, -1)
+    if not in_scores:
+        return emitter.call(aten.where.self, rows, spoilt, out)
+    # Both ways at once: a kernel that skips keys lets no NaN through to their values.
+    spoilt = emitter.call(aten.where.ScalarOther, rows, spoilt, 0.0)
+    through = emitter.call(aten.mul.Tensor, out, _nan_where(emitter, empty, lse, 1.0, out))
+    return emitter.call(aten.add.Tensor, through, spoilt)
+
+
+def _nan_where(
+    emitter: Emitter, empty: fx.Node, lse: fx.Node, elsewhere: float, out: fx.Node
+) -> fx.Node:
+    factor = emitter.call(aten.full_like.default, lse, elsewhere)
+    factor = emitter.call(aten.masked_fill.Scalar, factor, empty, math.nan)
     factor = emitter.call(aten.unsqueeze.default, factor, -1)
-    factor = emitter.call(aten.to.dtype, factor, out.meta["val"].dtype)
-    if in_scores:
-        return emitter.call(aten.mul.Tensor, out, factor)
+    return emitter.call(aten.to.dtype, factor, out.meta["val"].dtype)
+
+
+def _total(emitter: Emitter, out: fx.Node, v: fx.Node) -> fx.Node:
+    """The sum of all values, for each query head."""
     total = emitter.call(aten.sum.dim_IntList, v, [2], True)
     heads, kv_heads = shape_of(out)[1], shape_of(v)[1]
     if heads != kv_heads:
         assert isinstance(heads, int) and isinstance(kv_heads, int)
         total = emitter.call(aten.repeat_interleave.self_int, total, heads // kv_heads, 1)
-    spoilt = emitter.call(aten.mul.Tensor, factor, total)
-    return emitter.call(
-        aten.where.self, emitter.call(aten.unsqueeze.default, empty, -1), spoilt, out
-    )
+    return total

@@ -98,6 +98,17 @@ def test_random_attention(recipe: Recipe) -> None:
     check(recipe, trace_directly)
 
 
+def test_nan_rows_of_a_window_spoil_all_values() -> None:
+    """Those outside of the window too, though no kernel looks at them. Found by this fuzzer."""
+    recipe = Recipe(
+        batch=2, length=5, more=1, kv_heads=3, groups=3, size=6, value_size=4, repeat="index",
+        layout="einsum", scale="k", pattern="window", width=1, from_end=True, spelling="fill",
+        fill=float("-inf"), extra="learned alibi", padding="fill", pad_first=True, softmax="call",
+        loud=1.0, dynamic=False,
+    )  # fmt: skip
+    check(recipe, trace_directly)
+
+
 @fuzz(DYNAMO_CASES)
 def test_random_attention_through_dynamo(recipe: Recipe) -> None:
     check(recipe, trace_training)
