@@ -275,22 +275,22 @@ def lengths(count: int = 8) -> None:
 
 _CANDIDATES: dict[str, dict[int, list[Blocks]]] = {
     "forward": {
-        64: [Blocks(128, 128, 8, 3), Blocks(128, 64, 8, 4), Blocks(64, 128, 4, 3)],
+        64: [Blocks(64, 128, 4, 2), Blocks(128, 128, 8, 3), Blocks(128, 64, 4, 3)],
         128: [
-            Blocks(128, 128, 8, 2), Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 3),
-            Blocks(64, 128, 4, 2),
+            Blocks(128, 64, 4, 2), Blocks(128, 128, 8, 3), Blocks(128, 128, 8, 2),
+            Blocks(128, 64, 8, 3),
         ],
-        256: [Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 2), Blocks(64, 64, 4, 2)],
+        256: [Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 3), Blocks(64, 64, 4, 2)],
     },
     "key": {
-        64: [Blocks(64, 128, 8, 3), Blocks(128, 128, 8, 2), Blocks(64, 64, 4, 3)],
-        128: [Blocks(64, 128, 8, 2), Blocks(32, 128, 8, 3), Blocks(64, 64, 4, 2)],
-        256: [Blocks(32, 64, 8, 2), Blocks(64, 64, 8, 2)],
+        64: [Blocks(64, 64, 4, 3), Blocks(128, 64, 4, 2), Blocks(64, 128, 8, 3)],
+        128: [Blocks(64, 64, 4, 2), Blocks(64, 128, 8, 3), Blocks(64, 128, 8, 2)],
+        256: [Blocks(64, 64, 8, 2), Blocks(32, 64, 8, 4), Blocks(32, 64, 8, 2)],
     },
     "query": {
-        64: [Blocks(128, 64, 8, 3), Blocks(128, 128, 8, 2), Blocks(64, 64, 4, 3)],
-        128: [Blocks(128, 64, 8, 2), Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 2)],
-        256: [Blocks(128, 32, 8, 2), Blocks(64, 64, 8, 2)],
+        64: [Blocks(128, 64, 4, 3), Blocks(64, 128, 4, 3), Blocks(128, 64, 8, 3)],
+        128: [Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 2), Blocks(128, 64, 8, 2)],
+        256: [Blocks(128, 32, 8, 2), Blocks(128, 16, 8, 3)],
     },
 }  # fmt: skip
 

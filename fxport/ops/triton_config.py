@@ -29,8 +29,8 @@ class Blocks:
 
 HALF: dict[str, dict[int, Blocks]] = {
     "forward": {
-        64: Blocks(128, 128, 8, 3),
-        128: Blocks(128, 128, 8, 2),
+        64: Blocks(64, 128, 4, 2),
+        128: Blocks(128, 64, 4, 2),
         256: Blocks(128, 64, 8, 2),
     },
     # a tile of bias has to fit as well
@@ -39,8 +39,8 @@ HALF: dict[str, dict[int, Blocks]] = {
         128: Blocks(128, 64, 8, 2),
         256: Blocks(128, 32, 8, 2),
     },
-    "key": {64: Blocks(64, 128, 8, 3), 128: Blocks(64, 128, 8, 2), 256: Blocks(32, 64, 8, 2)},
-    "query": {64: Blocks(128, 64, 8, 3), 128: Blocks(128, 64, 8, 2), 256: Blocks(128, 32, 8, 2)},
+    "key": {64: Blocks(64, 64, 4, 3), 128: Blocks(64, 64, 4, 2), 256: Blocks(64, 64, 8, 2)},
+    "query": {64: Blocks(128, 64, 4, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(128, 32, 8, 2)},
     "bias": {64: Blocks(128, 64, 8, 2), 128: Blocks(128, 64, 8, 2), 256: Blocks(128, 64, 8, 1)},
 }
 # float32 goes through the matrix units as three tf32 products whose operands, in two parts each,
