@@ -131,7 +131,7 @@ def score_tile(
     unit: tl.constexpr = 1.0 if FLOAT_BIAS & BIAS else LOG2E
     if SOFTCAP:
         # tanh(x) = 1 - 2 / (1 + exp(2x)); exp may overflow to inf, which gives 1 as it should.
-        # The square of rsqrt is one instruction and a product where a division is ten.
+        # (the square of rsqrt: cheaper than a division)
         root = tl.rsqrt(1.0 + tl.exp2(qk * (scale * (2.0 * LOG2E) / softcap)))
         tanh = 1.0 - 2.0 * (root * root)
         s = tanh * (softcap * unit)
