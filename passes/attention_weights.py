@@ -144,8 +144,8 @@ class _Follower:
         fits = first is current or (second is current and not divide)
         if not fits or factor is current or arguments(node).get("rounding_mode") is not None:
             raise _goes_elsewhere(node)
-        if shape_of(node) != shape_of(current):
-            raise _changed(node)
+        if shape_of(node) != shape_of(current):  # a product written by hand, say
+            raise _goes_elsewhere(node)
         if not self._varies_along_keys(factor):
             assert isinstance(factor, fx.Node) or number(factor) is not None
             self.scales.append(RowScale(factor, self.dims, divide))  # type: ignore[arg-type]
