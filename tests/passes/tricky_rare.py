@@ -104,6 +104,18 @@ def divided_by_a_sum_over_the_queries(qkv: Tensor) -> Tensor:
 
 
 @tricky()
+def divided_by_the_sum_of_each_keys_own_row(qkv: Tensor) -> Tensor:
+    e, v = exponentials(qkv)
+    return (e / e.sum(-1, keepdim=True).transpose(-1, -2)) @ v
+
+
+@tricky()
+def divided_by_the_sum_of_each_keys_own_row_in_another_layout(qkv: Tensor) -> Tensor:
+    e, v = exponentials(qkv)
+    return (e / e.sum(-1)[:, :, None, :]) @ v
+
+
+@tricky()
 def divided_by_another_sum(qkv: Tensor) -> Tensor:
     e, v = exponentials(qkv)
     return (e @ v) / (e * 2).sum(-1, keepdim=True)
