@@ -265,7 +265,7 @@ class Emission:
             return False
         if node.target is aten.sym_size.int:
             return self.divided(value, arguments(node)["dim"])
-        return any(index is not None for box in self.every_box(value) for index in box)
+        return not self.boxes.complete(self.labels.atoms[value])
 
     def _whole(self, parameter: fx.Node) -> None:
         """A use that needs all of a parameter."""
