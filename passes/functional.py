@@ -22,9 +22,9 @@ from torch import fx
 from torch._subclasses import FakeTensor
 
 from fxport.capture.arguments import arguments, shape_of
-from fxport.capture.inputs import graph_input
 from fxport.capture.location import user_location
 from fxport.capture.memory import Memory, is_fresh, is_mutation
+from fxport.capture.written import reason_of_write
 from fxport.errors import PortError, Reason, ReasonCode
 from fxport.passes.slice_writes import join_written_pieces
 from fxport.passes.view_writes import apart, parts_above, write_parts
@@ -139,13 +139,7 @@ def _refusal(node: fx.Node) -> Reason:
     while base is not None and base.op == "call_function" and not is_fresh(base):
         base = next(iter(base.all_input_nodes), None)
     if base is not None and base.op == "placeholder":
-        return Reason(
-            ReasonCode.MUTATED_STATE,
-            f"forward writes to `{graph_input(base).name}`, "
-            "so its result may depend on earlier calls",
-            user_location(node),
-            "compute the value in __init__, or pass it through forward",
-        )
+        return reason_of_write(base, node)
     return Reason(
         ReasonCode.MUTATED_IN_PLACE,
         f"`{node.target}` changes a tensor that is also seen through a view",

@@ -24,6 +24,7 @@ from fxport.capture.sample import Sample, device_of, take_sample
 from fxport.capture.trace import token_argument
 from fxport.capture.traced import Traced
 from fxport.capture.unify import NeedsTable, Unified, unify
+from fxport.capture.written import writes_to_state
 from fxport.errors import PortError, Reason, ReasonCode
 
 __all__ = ["continues", "trace_at_lengths"]
@@ -55,7 +56,7 @@ def trace_at_lengths(model: nn.Module, *, every_pair: bool = True) -> Traced:
     """
     token_argument(model)
     fresh = _first(model, every_pair)
-    second = _second(model, fresh.length)
+    second = _second(model, fresh)
     refuse_recurrence(fresh, second)  # before the search for the longest length: that runs loops
     limit = _longest(model, fresh.length)
     found = _lengths(model, limit)
@@ -64,13 +65,9 @@ def trace_at_lengths(model: nn.Module, *, every_pair: bool = True) -> Traced:
     taken = {} if history else {s.length: s for s in (fresh, second) if s is not None}
     samples = [taken.get(n) or take_sample(model, _batch(n), n, history) for n in lengths]
     try:
-        unified, longest = unify(samples), limit
-    except NeedsTable as needed:
-        longest = limit or _UNBOUNDED
-        if needed.axes > 1:
-            longest = min(longest, _UNBOUNDED)
-        whole = take_sample(model, _batch(longest), longest, history)
-        unified = unify(samples, whole)
+        unified, longest = _unified(model, samples, history, limit)
+    except PortError as error:
+        raise PortError(writes_to_state(fresh) or error.reasons) from error
     return Traced(
         graph=unified.graph,
         tokens=unified.tokens,
@@ -84,6 +81,20 @@ def trace_at_lengths(model: nn.Module, *, every_pair: bool = True) -> Traced:
         unkept=samples[0].unkept,
         doubtful=found.doubtful,
     )
+
+
+def _unified(
+    model: nn.Module, samples: list[Sample], history: tuple[int, ...], limit: int | None
+) -> tuple[Unified, int | None]:
+    """The samples as one graph, and the longest length that it holds for."""
+    try:
+        return unify(samples), limit
+    except NeedsTable as needed:
+        longest = limit or _UNBOUNDED
+        if needed.axes > 1:
+            longest = min(longest, _UNBOUNDED)
+        whole = take_sample(model, _batch(longest), longest, history)
+        return unify(samples, whole), longest
 
 
 def _first(model: nn.Module, every_pair: bool) -> Sample:
@@ -101,11 +112,11 @@ def _first(model: nn.Module, every_pair: bool) -> Sample:
     raise errors[0]
 
 
-def _second(model: nn.Module, first: int) -> Sample | None:
-    """A sample at another usual length, if forward takes one."""
-    length = next(n for n in _LENGTHS if n != first)
+def _second(model: nn.Module, first: Sample) -> Sample | None:
+    """A sample at another usual length and the same batch size, if forward takes one."""
+    length = next(n for n in _LENGTHS if n not in (first.length, first.batch))
     try:
-        return take_sample(model, _batch(length), length)
+        return take_sample(model, first.batch, length)
     except PortError:  # beyond its limit, or as wrong as the first; what is taken later says so
         return None
 

@@ -20,6 +20,7 @@ from torch import fx
 from fxport.capture.arguments import arguments, shape_of
 from fxport.capture.location import user_location
 from fxport.capture.sample import Sample
+from fxport.capture.written import writes_to_state
 from fxport.errors import PortError, Reason, ReasonCode
 
 __all__ = ["convolutions_over", "refuse_recurrence"]
@@ -47,7 +48,7 @@ def refuse_recurrence(first: Sample, second: Sample | None) -> None:
     """Refuses what no further length could make portable.
 
     Args:
-        second: the same model at another length, if it takes that.
+        second: the same model at another length and the same batch size, if it takes that.
 
     Raises:
         PortError: a convolution, a recurrent network, or a loop over the tokens.
@@ -81,7 +82,8 @@ def _convolutions(first: Sample, second: Sample) -> list[Reason]:
 
 def _loop(first: Sample, second: Sample) -> list[Reason]:
     """A model without memory of earlier calls must take the same steps for every length."""
-    if first.changed or len(first.varying) == len(second.varying):
+    remembers = first.changed or writes_to_state(first)
+    if remembers or len(first.varying) == len(second.varying):
         return []
     pairs = zip(first.varying, second.varying, strict=False)
     at = next((one for one, other in pairs if one.target != other.target), first.varying[-1])
