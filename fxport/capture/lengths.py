@@ -17,6 +17,7 @@ from torch import nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fxport.capture.causal_calls import masks_at_every_length
 from fxport.capture.location import forward_line
 from fxport.capture.questions import ask, first_change, forward_only, numbers_in
 from fxport.capture.recurrence import refuse_recurrence
@@ -62,7 +63,9 @@ def trace_at_lengths(model: nn.Module, *, every_pair: bool = True) -> Traced:
     lengths, limit = found.samples, found.limit
     history = _history(model, fresh, limit or _UNBOUNDED)
     taken = {} if history else {s.length: s for s in (fresh, second) if s is not None}
-    samples = [taken.get(n) or take_sample(model, _batch(n), n, history) for n in lengths]
+    samples = masks_at_every_length(
+        [taken.get(n) or take_sample(model, _batch(n), n, history) for n in lengths]
+    )
     try:
         unified, longest = unify(samples), limit
     except NeedsTable as needed:
@@ -70,6 +73,7 @@ def trace_at_lengths(model: nn.Module, *, every_pair: bool = True) -> Traced:
         if needed.axes > 1:
             longest = min(longest, _UNBOUNDED)
         whole = take_sample(model, _batch(longest), longest, history)
+        *samples, whole = masks_at_every_length([*samples, whole])
         unified = unify(samples, whole)
     return Traced(
         graph=unified.graph,
