@@ -17,6 +17,7 @@ from torch import nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fxport.capture.causal_calls import masks_at_every_length
 from fxport.capture.location import forward_line
 from fxport.capture.questions import ask, first_change, forward_only, numbers_in
 from fxport.capture.recurrence import refuse_recurrence
@@ -87,6 +88,7 @@ def _unified(
     model: nn.Module, samples: list[Sample], history: tuple[int, ...], limit: int | None
 ) -> tuple[Unified, int | None]:
     """The samples as one graph, and the longest length that it holds for."""
+    samples = masks_at_every_length(samples)
     try:
         return unify(samples), limit
     except NeedsTable as needed:
@@ -94,6 +96,7 @@ def _unified(
         if needed.axes > 1:
             longest = min(longest, _UNBOUNDED)
         whole = take_sample(model, _batch(longest), longest, history)
+        *samples, whole = masks_at_every_length([*samples, whole])
         return unify(samples, whole), longest
 
 

@@ -26,7 +26,7 @@ from fxport.capture.state import State
 from fxport.capture.trace import aliases_of, explain_failure, export, graph_of
 from fxport.errors import PortError, Reason, ReasonCode
 
-__all__ = ["Sample", "device_of", "take_sample"]
+__all__ = ["Sample", "analysed_again", "device_of", "take_sample"]
 
 
 @dataclass(frozen=True)
@@ -223,6 +223,14 @@ def _as_reason(model: nn.Module, path: str) -> Reason:
         forward_line(model),
         hint="compute the value in __init__, or pass it through forward",
     )
+
+
+def analysed_again(sample: Sample) -> Sample:
+    """The same sample, after its graph was changed."""
+    again = _analysed(
+        sample.graph, sample.batch, sample.length, sample.logits, list(sample.changed)
+    )
+    return replace(again, unkept=sample.unkept)
 
 
 def _analysed(
