@@ -180,11 +180,11 @@ def _batch_first(model: nn.Module, max_seq_len: int | None) -> Port:
 
 
 def _experts(replaced: str) -> tuple[Decision, ...]:
-    """That a library's own loop over experts was captured, and in place of what."""
+    """That a library's other implementation of experts was captured, and in place of what."""
     if not replaced:
         return ()
     detail = (
-        f"captured as transformers' own loop instead of {replaced}; "
+        f"captured as transformers' batched_mm instead of {replaced}; "
         "their equality rests on transformers and on the self-check"
     )
     return (Decision("capture", Outcome.REWRITTEN, "experts", detail),)

@@ -1,7 +1,7 @@
 """From a captured model to the graphs that vLLM runs: the serving passes in order.
 
 capture -> known values -> look-ups -> head -> sinks -> attention -> token locality (proof)
--> positions -> split
+-> positions -> experts -> split
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fxport.passes.attention import rewrite_attention
 from fxport.passes.attention_lse import sinks_as_columns
 from fxport.passes.axes import Axes, Axis, Symbols
 from fxport.passes.constants import depends_on
+from fxport.passes.expert_products import multiply_by_expert
 from fxport.passes.functional import functionalise
 from fxport.passes.head import Head, between, find_head, no_projection
 from fxport.passes.known_values import fold_known_values
@@ -106,6 +107,9 @@ def lower_for_serving(
     with recorder.stage("positions") as stage:
         positions, gathered = gather_by_position(gm, locality, tokens)
         stage.note(gathered)
+    with recorder.stage("experts") as stage:
+        experts = multiply_by_expert(gm)
+        stage.note(experts)
     serving = _split(captured, gm, tokens, positions, embedding, head, forms, max_seq_len)
     proven = Decision(
         "token locality",
@@ -120,6 +124,7 @@ def lower_for_serving(
         *map(_as_proven, attention.decisions),
         proven,
         *gathered,
+        *experts,
     )
     return Lowered(serving, decisions, recorder.stages)
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
-import fxport.ops.attention  # noqa: F401  (registers the op)
+import fxport.ops.attention
+import fxport.ops.experts  # noqa: F401
 from fxport.capture.arguments import shape_of
 from fxport.errors import ReasonCode
 from fxport.passes.axes import Axes, Axis, Dim, Refusal, checked, has_axis, join, name
@@ -365,4 +366,14 @@ def _attention(call: Call) -> tuple[Axes, Axes]:
     return (*q[:3], v[3]), q[:3]
 
 
+def _expert_linear(call: Call) -> Axes:
+    """Every row with the weight of its own expert."""
+    x, experts = call.of("x"), call.of("experts")
+    if any(map(has_axis, call.of("weight"))):
+        raise Refusal(ReasonCode.MIXES_TOKENS, "the experts' weights hold tokens")
+    free(x[-1], "a product with an expert's weight")
+    return (*join(x[:-1], experts), call.of("weight")[1])
+
+
 RULES[torch.ops.fxport.attention.default] = _attention
+RULES[torch.ops.fxport.expert_linear.default] = _expert_linear

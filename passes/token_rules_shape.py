@@ -178,9 +178,13 @@ def _repeat_interleave(call: Call) -> Axes:
         raise Refusal(ReasonCode.UNSUPPORTED_OP, f"no rule for `{call.node.target}`")
     axes = list(call.of("self"))
     index = call.dim("dim", len(axes))
-    free(axes[index], "repeat_interleave")
-    axes[index] = call.symbols.factor(call.sizes()[index])
-    return tuple(axes)
+    copies = call.arguments["repeats"]
+    if has_axis(axes[index]) and isinstance(copies, int):  # each token's copies follow each other
+        axes[index] = (*axes[index], copies)
+    else:
+        free(axes[index], "repeat_interleave")
+        axes[index] = call.symbols.factor(call.sizes()[index])
+    return checked(tuple(axes))
 
 
 def _resized(call: Call, axes: Axes, index: int, what: str) -> Axes:

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from fxport.capture.clone import clone_for_capture, convert, off_meta
-from fxport.capture.hugging_face import experts_as_loop, without_cache
+from fxport.capture.hugging_face import experts_by_row, without_cache
 from fxport.capture.lengths import continues, trace_at_lengths
 from fxport.capture.location import forward_line
 from fxport.capture.outputs import plain_outputs
@@ -92,7 +92,7 @@ def capture(
     off_meta(clone)
     without_cache(clone)
     plain_outputs(clone)
-    experts = experts_as_loop(clone)
+    experts = experts_by_row(clone)
     if dtype is not None:
         convert(clone, dtype, buffers=convert_buffers)
         parameters = dict(clone.named_parameters(remove_duplicate=True))

@@ -1,7 +1,7 @@
 """A Hugging Face model asked for the plain spelling of what it computes.
 
 config.use_cache = True                  ->  False: no cache of keys and values
-config.experts_implementation = grouped  ->  eager: the library's own loop over experts
+config.experts_implementation = grouped  ->  batched_mm: each row times its own expert's weights
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import sys
 
 from torch import nn
 
-__all__ = ["experts_as_loop", "without_cache"]
+__all__ = ["experts_by_row", "without_cache"]
+
+_BY_ROW = "batched_mm"
 
 
 def without_cache(model: nn.Module) -> None:
@@ -28,12 +30,13 @@ def without_cache(model: nn.Module) -> None:
             config.use_cache = False
 
 
-def experts_as_loop(model: nn.Module) -> str:
-    """Has a Hugging Face mixture of experts run as its library's own loop over experts.
+def experts_by_row(model: nn.Module) -> str:
+    """Has a Hugging Face mixture of experts multiply each row by its own experts' weights.
 
-    By default it sorts tokens by expert and multiplies groups of them, which is no operation on
-    each token by itself. The library says that its implementations are equal; the comparison with
-    the original's numbers checks it.
+    By default the library sorts tokens by expert and multiplies groups of them, which is no
+    operation on each token by itself. It says that its implementations are equal; the comparison
+    with the original's numbers checks it. The copies of weights that this one makes are in the
+    graph only: see `fxport.passes.expert_products`.
 
     Args:
         model: from `clone_for_capture`; changed in place (its configuration is a copy).
@@ -44,7 +47,7 @@ def experts_as_loop(model: nn.Module) -> str:
     config = getattr(model, "config", None)
     chosen = getattr(config, "_experts_implementation", None)
     switch = getattr(model, "set_experts_implementation", None)
-    if not isinstance(chosen, str) or chosen == "eager" or not callable(switch):
+    if not isinstance(chosen, str) or chosen == _BY_ROW or not callable(switch):
         return ""
-    switch("eager")
+    switch(_BY_ROW)
     return chosen

@@ -16,6 +16,7 @@ from fxport.nested import attach
 from fxport.parallel.context import ParallelContext
 from fxport.parallel.plan import Plan, Replicated
 from fxport.passes.attention import rewrite_attention
+from fxport.passes.expert_products import multiply_by_expert
 from fxport.passes.functional import functionalise
 from fxport.passes.head import find_head
 from fxport.passes.lookups import look_up_first
@@ -25,7 +26,7 @@ from fxport.passes.tensor_parallel.dropout import key_dropout
 from fxport.passes.tensor_parallel.emission import Emission, WholeParameter
 from fxport.passes.tensor_parallel.emit import emit
 from fxport.passes.tensor_parallel.enter_once import enter_once
-from fxport.passes.tensor_parallel.factors import label, unit_shape
+from fxport.passes.tensor_parallel.factors import keep_beside_vocabulary, label, unit_shape
 from fxport.passes.tensor_parallel.heads import merge_heads
 from fxport.passes.tensor_parallel.products import multiply_activations_first
 from fxport.passes.tensor_parallel.records import plan_of
@@ -78,6 +79,7 @@ def prepare(model: nn.Module, *, own_modes: bool = False) -> Prepared:
     one_spelling(gm)
     merge_heads(gm)
     multiply_activations_first(gm)
+    multiply_by_expert(gm)
     left = tuple(
         Replicated(d.module or d.subject, f"attention left as it is: {d.reason.message}")
         for d in result.decisions
@@ -113,6 +115,7 @@ def divide(prepared: Prepared, context: ParallelContext) -> Divided:
         n for n in prepared.vocabulary
         if divides(unit_shape(arguments(n)["weight"])[0], context.world_size)
     )  # fmt: skip
+    keep_beside_vocabulary(labels, vocabulary)
     whole: frozenset[str] = frozenset()
     for _ in range(len(labels.leaves) + len(prepared.captured.parameters) + 1):
         solution = solve(labels, context.world_size)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+import fxport.ops.experts  # noqa: F401  (registers the op)
 from fxport.parallel.dropout import AttentionRate, KeyedDropout, StepSeed
 from fxport.parallel.modules import CopyTo, Gather, ReduceFrom, SharedGradient
 from fxport.parallel.plan import ParameterShard, Plan
@@ -48,11 +49,14 @@ _K = _State.COPY
 _SCALING = {aten.div.Tensor, aten.mul.Tensor}
 _MOVING = {
     aten.reshape.default, aten.view_as.default, aten.transpose.int, aten.permute.default,
-    aten.unsqueeze.default, aten.sum.dim_IntList,
+    aten.unsqueeze.default, aten.squeeze.dim, aten.sum.dim_IntList,
 }  # fmt: skip
 _MASKING = {aten.where.ScalarOther: (1, 0), aten.masked_fill.Scalar: (0, 1)}  # (value, mask)
 _CASTS = {aten.type_as.default, aten.to.other}  # the other value gives its dtype only
-_PRODUCTS = {aten.einsum.default, aten.matmul.default, aten.bmm.default, aten.mm.default}
+_BY_EXPERT = torch.ops.fxport.expert_linear.default
+_PRODUCTS = {
+    aten.einsum.default, aten.matmul.default, aten.bmm.default, aten.mm.default, _BY_EXPERT,
+}  # fmt: skip
 
 
 def check(module: fx.GraphModule, plan: Plan, rank: int) -> list[str]:
@@ -273,18 +277,31 @@ class _Checker:
         """A matrix product or einsum with a divided weight: partial if what is summed is."""
         if _P in {self.state[i] for i in node.all_input_nodes}:
             self._wrong(node, "uses a partial sum before it is reduced")
+        others = set(node.all_input_nodes) - {weight}
+        if node.target is _BY_EXPERT:
+            others -= self._experts(node)
         cut = self._cut(weight)
         parts = self.parts.get(weight, ())
         divided = {d for d, part in enumerate(parts) if part} if cut is None else {cut}
         if not divided & self._summed(node, weight):
             return self._mixed(node, {i: self.state[i] for i in node.all_input_nodes})
-        if any(self.state[i] is not _L for i in node.all_input_nodes if i is not weight):
+        if any(self.state[i] is not _L for i in others):
             self._wrong(node, "a divided contraction of a value that is not divided")
         self._held_once(node, weight)
         return _P
 
+    def _experts(self, node: fx.Node) -> set[fx.Node]:
+        """The choice of experts, which must be the same on every rank."""
+        chosen = node.args[2]
+        assert isinstance(chosen, fx.Node)
+        if self.state[chosen] is not _C:
+            self._wrong(node, "the experts are not the same on every rank")
+        return {chosen}
+
     def _summed(self, node: fx.Node, weight: fx.Node) -> set[int]:
         """Dimensions of the weight that do not appear in the result."""
+        if node.target is _BY_EXPERT:
+            return {0, 2}  # of another rank's experts nothing is right
         if node.target is aten.einsum.default:
             inputs, result = str(node.args[0]).replace(" ", "").split("->")
             operands: Any = node.args[1]

@@ -1,6 +1,7 @@
 """Products of an activation and a weight, in the letters of einsum.
 
 matmul(x, w)  [.., T, K] [K, N] -> [.., T, N]        einsum("btd,edh->bteh", x, w)
+expert_linear(x, w, experts)  [.., K] [E, N, K] -> [.., N]
 
 Each letter is one of
 
@@ -9,6 +10,7 @@ Each letter is one of
 | shared  | yes        | yes    | yes    | e                                 |
 | summed  | yes        | yes    |        | h                                 |
 | new     |            | yes    | yes    | d                                 |
+| chosen  |            | yes    |        | the experts of `expert_linear`    |
 """
 
 from __future__ import annotations
@@ -20,11 +22,13 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+import fxport.ops.experts  # noqa: F401  (registers the op)
 from fxport.capture.arguments import arguments, shape_of
 
-__all__ = ["Contraction", "contraction", "letters"]
+__all__ = ["BY_EXPERT", "Contraction", "contraction", "letters"]
 
 aten = torch.ops.aten
+BY_EXPERT = torch.ops.fxport.expert_linear.default
 _MATMULS = (aten.matmul.default, aten.bmm.default, aten.mm.default)
 
 
@@ -78,6 +82,7 @@ def contraction(node: fx.Node, activations: Container[fx.Node]) -> Contraction |
     broadcast = any(
         c in sizes and sizes[c] != n for c, n in zip(of_weight, shape_of(weight), strict=True)
     )
+    dropped = dropped and node.target is not BY_EXPERT
     return None if summed_alone or dropped or broadcast else product
 
 
@@ -97,6 +102,11 @@ def letters(node: fx.Node) -> tuple[list[fx.Node], tuple[str, str, str]] | None:
             count = len(shape_of(operands[0])) - len(left) + 3
             free = "".join(c for c in string.ascii_letters if c not in rest)[:count]
             left, result = left.replace("...", free), result.replace("...", free)
+    elif node.target is BY_EXPERT:
+        found = arguments(node)
+        operands = [found["x"], found["weight"]]
+        rows = string.ascii_lowercase[: len(shape_of(found["experts"]))]
+        left, right, result = rows + "Y", "EZY", rows + "Z"
     elif node.target in _MATMULS:
         operands = list(node.all_input_nodes)
         ranks = [len(shape_of(n)) for n in operands]

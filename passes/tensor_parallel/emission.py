@@ -56,7 +56,8 @@ class Emission:
         graph: the new graph; ``get_attr`` nodes name parameters and buffers.
         shards: parameter -> kind and the box of every rank.
         modules: collectives by the name that the graph calls.
-        postponing: whether sums are reduced as late as `postpone` can.
+        postponing: whether sums of projections are reduced as late as `postpone` can; those of
+            other products always are.
         pending: sums that are not reduced yet; `env` reduces them when they are read.
         calls: (module name, the node of the original graph it serves).
     """
@@ -113,7 +114,7 @@ class Emission:
     def sum_of(self, node: fx.Node, partial: fx.Node, added: fx.Node | None = None) -> None:
         """The value of `node`: the sum of what the ranks have, and a whole bias ``[N]`` once."""
         self.pending[node] = Pending(partial, added, () if added is None else shape_of(node)[-1:])
-        if not self.postponing:
+        if not self.postponing and KINDS.get(node.target) is not Kind.CONTRACTION:
             self.settle(node)
 
     def settle(self, node: fx.Node) -> fx.Node:

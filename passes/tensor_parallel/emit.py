@@ -26,7 +26,8 @@ def emit(
     """The graph of one rank.
 
     Args:
-        postponing: reduce sums as late as possible; an engine's layers reduce their own.
+        postponing: reduce sums of projections as late as possible; an engine's layers reduce
+            their own.
 
     Raises:
         Undividable: a value that the solver divided reaches an op that needs all of it.

@@ -3,6 +3,7 @@
 Before                                  After, rank 0 of 2
     y = einsum("btd,edh->bteh", x, W)       y = einsum(.., copy_to(x), W[:, :, h of rank 0])
     z = einsum("bteh,ehd->bted", y, V)      z = reduce_from(einsum(.., y, V[:, h of rank 0]))
+    u = expert_linear(x, W, experts)        u = expert_linear(copy_to(x), W[:, h ..], experts)
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def emit_contraction(e: Emission, node: fx.Node) -> None:
 
     def part(rank: int) -> Box:
         return tuple(
-            inputs[rank][c] if c in found.summed else results[rank][c] for c in found.of_weight
+            inputs[rank][c] if c in found.summed else results[rank].get(c) for c in found.of_weight
         )
 
     kind = "row" if summed else "column"
@@ -36,7 +37,7 @@ def emit_contraction(e: Emission, node: fx.Node) -> None:
         _require_sum(e, node, found)
     weight = e.static(found.weight, kind, e.all_boxes(part), local=True)
     data = e.env[found.data] if summed else _operand(e, node, found, inputs, results)
-    new = {found.data: data, found.weight: weight}
+    new = {**_experts(e, node, found), found.data: data, found.weight: weight}
     value = e.call(node.target, *fx.map_arg(node.args, new.__getitem__))
     if summed:
         e.sum_of(node, value)
@@ -47,6 +48,15 @@ def emit_contraction(e: Emission, node: fx.Node) -> None:
 
 def _ranks(e: Emission) -> range:
     return range(e.world_size)
+
+
+def _experts(e: Emission, node: fx.Node, found: Contraction) -> dict[fx.Node, fx.Node]:
+    """What is no factor: which expert's weight each row takes, the same on every rank."""
+    others = [n for n in node.all_input_nodes if n not in (found.data, found.weight)]
+    if any(n in e.local for n in others):
+        atoms = [e.labels.atoms[n] for n in others if n in e.labels.atoms]
+        raise Undividable(node, "the choice of experts is divided", atoms)
+    return {n: e.env[n] for n in others}
 
 
 def _require_sum(e: Emission, node: fx.Node, found: Contraction) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+import string
 from collections.abc import Mapping
 from typing import Any
 
@@ -149,7 +150,10 @@ def _mean(e: Emission, node: fx.Node) -> None:
         before = [[box[d] for d in rest] for box in e.every_box(x)]
         if before != [[box[d] for d in kept] for box in e.every_box(node)]:
             raise Undividable(node, "reduces a divided value to a whole one", [e.labels.atoms[x]])
-        e.env[node] = e.call(node.target, **{**args, "self": e.entering(x)})
+        if node.target is aten.sum.dim_IntList:
+            e.env[node] = _own_sum(e, x, **args)
+        else:
+            e.env[node] = e.call(node.target, **{**args, "self": e.entering(x)})
         e.local.add(node)
         return
     if node.target is aten.linalg_vector_norm.default:
@@ -165,6 +169,20 @@ def _mean(e: Emission, node: fx.Node) -> None:
     if node.target is aten.mean.dim:
         total = e.call(aten.div.Tensor, total, size)
     e.env[node] = e.reduce(total)
+
+
+def _own_sum(
+    e: Emission, x: fx.Node, dim: list[int], keepdim: bool, dtype: torch.dtype | None, **_: Any
+) -> fx.Node:
+    """A sum within this rank; ``sum`` itself stands for summands of several ranks."""
+    value = e.entering(x)
+    if dtype is not None:
+        value = e.call(aten.to.dtype, value, dtype)
+    letters = string.ascii_lowercase[: e.labels.atoms[x].dim()]
+    dropped = dim[0] % len(letters)
+    kept = letters[:dropped] + letters[dropped + 1 :]
+    total = e.call(aten.einsum.default, f"{letters}->{kept}", [value])
+    return e.call(aten.unsqueeze.default, total, dropped) if keepdim else total
 
 
 def _counted_once(e: Emission, x: fx.Node, dim: int, value: fx.Node) -> fx.Node:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,11 +24,19 @@ from torch import Tensor, fx
 from fxport.capture.arguments import arguments, shape_of
 from fxport.capture.inputs import InputKind, graph_input
 from fxport.passes.tensor_parallel.classes import Classes
-from fxport.passes.tensor_parallel.contraction import contraction
+from fxport.passes.tensor_parallel.contraction import BY_EXPERT, contraction
 from fxport.passes.tensor_parallel.ops import KINDS, Kind
 from fxport.passes.tensor_parallel.spread import REPEATING, spreads
 
-__all__ = ["Attention", "Labels", "Linear", "label", "unit_shape", "unit_value"]
+__all__ = [
+    "Attention",
+    "Labels",
+    "Linear",
+    "keep_beside_vocabulary",
+    "label",
+    "unit_shape",
+    "unit_value",
+]
 
 aten = torch.ops.aten
 
@@ -132,6 +141,14 @@ def label(
             _label_call(labels, node, world_size)
     _settle(labels)
     return labels
+
+
+def keep_beside_vocabulary(labels: Labels, vocabulary: Iterable[fx.Node]) -> None:
+    """What a divided embedding makes and a divided head reads is on every rank."""
+    for node in vocabulary:
+        embeds = node.target is aten.embedding.default
+        value = node if embeds else arguments(node)["input"]
+        _force(labels, node, labels.atoms[value], "the vocabulary is divided")
 
 
 def _is_tensor(node: fx.Node) -> bool:
@@ -292,11 +309,18 @@ def _contraction(labels: Labels, node: fx.Node) -> None:
         order = [of.index(c) for c in found.rows + found.shared + last]
         return atoms.permute(order).reshape(rows * shared, -1)
 
-    pairs = zip(
-        by_product(labels.atoms[found.data], found.of_data, found.summed),
-        by_product(outputs, found.of_result, found.new),
-        strict=True,
+    pairs = list(
+        zip(
+            by_product(labels.atoms[found.data], found.of_data, found.summed),
+            by_product(outputs, found.of_result, found.new),
+            strict=True,
+        )
     )
+    if node.target is BY_EXPERT:  # each row with another expert, all divided in the same way
+        for one, other in pairs[1:]:
+            labels.classes.pair(pairs[0][0], one)
+            labels.classes.pair(pairs[0][1], other)
+        pairs, rows = pairs[:1], 1
     for one, other in pairs:
         if rows == 1:
             labels.linears.append(Linear(node, one, other))

@@ -11,7 +11,7 @@ once on the full tensor and once on this rank's part: batch or time first, then 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from fxport.passes.tensor_parallel.factors import unit_shape
 __all__ = ["LocalSize", "is_mixed", "keeps_order", "local_size", "size_expression"]
 
 _SIZES = (2, 3, 5, 7)
+_MOST = 256  # above the product of all
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,11 @@ def keeps_order(
     if len(symbols) > len(_SIZES):
         return False
     sizes = dict(zip(symbols, _SIZES, strict=False))
-    numbered = {node: _numbered(atoms, shapes[node], sizes) for node, atoms in values.items()}
-    wanted = _numbered(result, shape, sizes)
+    counts = _counts((*shapes.values(), shape), sizes)
+    if counts is None:
+        return False
+    numbered = {node: _numbered(atoms, shapes[node], counts) for node, atoms in values.items()}
+    wanted = _numbered(result, shape, counts)
     if wanted is None or any(v is None for v in numbered.values()):
         return False
 
@@ -125,23 +129,33 @@ def _free(size: Any) -> set[Any]:
     return set(getattr(size, "free_symbols", ()))
 
 
-def _numbered(atoms: Tensor, shape: Sequence[Any], sizes: dict[Any, int]) -> Tensor | None:
+def _counts(shapes: Iterable[Sequence[Any]], sizes: dict[Any, int]) -> dict[Any, int] | None:
+    """How many entries the tokens' part of each dimension has: a symbol, or a product of them.
+
+    A product counts as a thing of its own: an op that takes it apart keeps no order that is known.
+    """
+    found = {n.as_coeff_Mul()[1] for shape in shapes for n in shape if not isinstance(n, int)}
+    products = all(all(map(_is_symbol, sympy.Mul.make_args(part))) for part in found)
+    return {part: int(part.subs(sizes)) for part in sorted(found, key=str)} if products else None
+
+
+def _numbered(atoms: Tensor, shape: Sequence[Any], counts: dict[Any, int]) -> Tensor | None:
     """Every position's atom and coordinates; None where the coordinates are not known.
 
     A dimension ``symbol * n`` has n features for each entry of the symbol.
     """
-    places = {symbol: 64**i for i, symbol in enumerate(sizes)}
-    number = atoms * 64 ** len(sizes)
+    places = {part: _MOST**i for i, part in enumerate(counts)}
+    number = atoms * _MOST ** len(counts)
     seen: set[Any] = set()
     split: list[int] = []
     for dim, size in enumerate(shape):
-        rest = size / sympy.Integer(1) if isinstance(size, int) else size.as_coeff_Mul()[1]
+        rest = None if isinstance(size, int) else size.as_coeff_Mul()[1]
+        if rest in seen:
+            return None
         count = 1
-        if not isinstance(size, int):
-            if not _is_symbol(rest) or rest in seen:
-                return None
+        if rest is not None:
             seen.add(rest)
-            count = sizes[rest]
+            count = counts[rest]
         line = torch.arange(count) * (places[rest] if count > 1 else 0)
         position = 2 * dim
         number = number.unsqueeze(position)

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-import fxport.ops.attention  # noqa: F401  (registers the op)
+import fxport.ops.attention
+import fxport.ops.experts  # noqa: F401
 
 __all__ = ["KINDS", "Kind"]
 
@@ -50,6 +51,7 @@ _OTHERS = {
     aten.matmul.default: Kind.CONTRACTION,
     aten.bmm.default: Kind.CONTRACTION,
     aten.mm.default: Kind.CONTRACTION,
+    torch.ops.fxport.expert_linear.default: Kind.CONTRACTION,
     aten.embedding.default: Kind.EMBEDDING,
     aten.layer_norm.default: Kind.NORM,
     aten.rms_norm.default: Kind.NORM,

@@ -243,4 +243,5 @@ _RULES: Mapping[Any, Callable[[Emission, fx.Node], Pending | None]] = {
     aten.transpose.int: _move,
     aten.permute.default: _move,
     aten.unsqueeze.default: _move,
+    aten.squeeze.dim: _move,
 }

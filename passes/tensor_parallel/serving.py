@@ -31,7 +31,12 @@ from fxport.passes.tensor_parallel.checker import check
 from fxport.passes.tensor_parallel.emission import Emission, LocalHeads, WholeParameter
 from fxport.passes.tensor_parallel.emit import emit
 from fxport.passes.tensor_parallel.emit_rules import HEADS, LOOKUP
-from fxport.passes.tensor_parallel.factors import Labels, label, unit_shape
+from fxport.passes.tensor_parallel.factors import (
+    Labels,
+    keep_beside_vocabulary,
+    label,
+    unit_shape,
+)
 from fxport.passes.tensor_parallel.products import multiply_activations_first
 from fxport.passes.tensor_parallel.records import plan_of
 from fxport.passes.tensor_parallel.solver import solve
@@ -150,6 +155,7 @@ class _Source:
         self.vocabulary = tuple(
             n for n in self.gm.graph.nodes if _is_vocabulary(n, part, serving, world_size)
         )
+        keep_beside_vocabulary(self.labels, self.vocabulary)
 
     def emit(self, context: ParallelContext, whole: frozenset[str]) -> Emission:
         while True:

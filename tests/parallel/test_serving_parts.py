@@ -14,6 +14,7 @@ from fxport.passes.tensor_parallel.vocabulary import bounds, divides, padding
 from tests.parallel.further import FURTHER
 from tests.parallel.models import HEAD, LAYERS, MODELS, WIDTH, Decoder
 from tests.parallel.serving_ranks import Ranks, Served, divided, error, served
+from tests.zoo.chosen_experts import EXPERTS, LOOK_UPS, of_styles
 from tests.zoo.gpt import GPT
 from tests.zoo.llama import Llama
 from tests.zoo.oss import OSS
@@ -116,6 +117,22 @@ def test_styles(name: str) -> None:
 @pytest.mark.parametrize("name", LONG)
 def test_further_styles(name: str) -> None:
     check(STYLES[name], (2, 3, 4))
+
+
+def test_weights_looked_up_by_expert_are_divided_and_reduced_once() -> None:
+    case = served(of_styles(LOOK_UPS))
+    for world_size, sums in ((2, 2), (3, 1)):  # two heads are not for three ranks
+        found = divided(case, world_size)
+        assert error(case, found) < 1e-12
+        for layer in range(LAYERS):
+            shards = [found.plan.shard(f"blocks.{layer}.mlp.{n}") for n in ("up", "down", "bias")]
+            assert sorted(s.kind for s in shards) == ["column", "column", "row"]
+            assert all(s.local_shape(0)[0] == EXPERTS for s in shards)
+        # attention, experts after their weighted sum; the embedding
+        forward = [c for c in found.plan.collectives if c.direction == "forward"]
+        reduced = [c.elements_per_token for c in forward if c.kind == "all_reduce"]
+        width = case.serving.hidden_size
+        assert reduced == [width] * (sums * LAYERS + 1)
 
 
 def test_dense_block_costs_two_reductions_and_the_weights_are_halved() -> None:

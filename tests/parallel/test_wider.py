@@ -9,6 +9,7 @@ from fxport.parallel.plan import Plan
 from tests.parallel.models import HEAD, HIDDEN, LAYERS, VOCAB, WIDTH
 from tests.parallel.simulation import compare, make_once, randomised
 from tests.parallel.wider import WIDER
+from tests.zoo.chosen_experts import LOOK_UPS, of_styles
 from tests.zoo.experts import EXACT, decoder
 
 # name -> all-reduces of one block: forward, backward of values, backward of parameters. A gate's
@@ -25,6 +26,7 @@ PRICE = {
     "learned bias": (2, 2, 0),
     "unit length, torch's GLU": (2, 2, 0),
     "value tables": (2, 2, 0),
+    "squares summed for each head": (2, 2, 0),
 }
 # Three ranks: head counts that do not divide. Four: fewer heads than ranks.
 RANKS = {"einsum": (2, 8), "oss experts": (2, 4)}
@@ -55,6 +57,18 @@ def test_experts_that_get_their_tokens() -> None:
     assert errors.output < 1e-12 and errors.gradient < 1e-12, errors
     # a block with dense layers costs two; here the MLP's is one for each of 3 experts
     assert ranks.modules[0].plan.count("forward") == 2 * 3 + (1 + 3) + 1
+
+
+def test_experts_whose_weights_are_looked_up_for_each_row() -> None:
+    model = randomised(of_styles(LOOK_UPS))
+    two, three = make_once(model, 2, 3)
+    for ranks in (two, three):
+        errors = compare(model, ranks)
+        assert errors.output < 1e-12 and errors.gradient < 1e-12, errors
+    # attention; experts, after their weighted sum; the vocabulary
+    assert two.modules[0].plan.count("forward") == 2 * LAYERS + 1
+    # two heads are not for three ranks
+    assert three.modules[0].plan.count("forward") == LAYERS + 1
 
 
 def local(plan: Plan, name: str) -> tuple[int, ...]:

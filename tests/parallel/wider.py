@@ -192,6 +192,16 @@ class UnitLength(Separate):
         return self.out(attend(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v))
 
 
+class SummedSquares(Separate):
+    """The same by a sum of squares for each head."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = (p(x).view(b, t, -1, HEAD) for p in (self.q, self.k, self.v))
+        q, k = (p * (p.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for p in (q, k))
+        return self.out(attend(q, k, v))
+
+
 class TorchGlu(PackedGlu):
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.glu(self.gate_up(x), dim=-1))
@@ -238,4 +248,5 @@ WIDER: dict[str, Callable[[], nn.Module]] = {
     "learned bias": lambda: Decoder(LearnedBias),
     "unit length, torch's GLU": lambda: Decoder(UnitLength, TorchGlu),
     "value tables": ValueTables,
+    "squares summed for each head": lambda: Decoder(SummedSquares),
 }
