@@ -24,6 +24,7 @@ import torch.fx.traceback as fx_traceback
 from torch import fx
 from torch.overrides import TorchFunctionMode
 
+from fxport.capture.checkpoints import CHECKPOINTS, CheckpointCalls
 from fxport.errors import Location
 
 __all__ = [
@@ -64,13 +65,18 @@ def is_library(file: str) -> bool:
 class _UserLines(TorchFunctionMode):
     """Annotates every node made by a torch call with the user's line that made the call."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._checkpoints = CheckpointCalls()
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        line = _calling_line()
-        if line is None:
+        noted = {_KEY: _calling_line(), CHECKPOINTS: self._checkpoints.running()}
+        noted = {key: found for key, found in noted.items() if found}
+        if not noted:
             return func(*args, **(kwargs or {}))
-        with fx_traceback.annotate({_KEY: line}):
+        with fx_traceback.annotate(noted):
             return func(*args, **(kwargs or {}))
 
 

@@ -49,10 +49,15 @@ def parallelize(model: nn.Module, ctx: ParallelContext) -> fx.GraphModule:
     from fxport.capture.clone import uncompiled
     from fxport.passes.tensor_parallel.build import divide, prepare, rank_module
     from fxport.passes.tensor_parallel.checker import check
+    from fxport.passes.tensor_parallel.checkpoints import (
+        checkpoint_again,
+        require_plain_checkpoints,
+    )
     from fxport.passes.tensor_parallel.origins import check_origins
 
     model = uncompiled(model)
     prepared = prepare(model, own_modes=True)
+    require_plain_checkpoints(prepared.graph.graph)
     differs = _training_differs(model, prepared)
     if model.training and differs is not None:
         _require_dropout_only(model, prepared, differs)
@@ -65,6 +70,7 @@ def parallelize(model: nn.Module, ctx: ParallelContext) -> fx.GraphModule:
     found += check_origins(prepared.graph.graph, module, divided.plan, ctx.rank)
     if found:
         raise FxportError("the division is wrong, nothing was emitted:\n" + "\n".join(found))
+    checkpoint_again(module, divided.plan)
     module.plan = divided.plan  # type: ignore[assignment]  # no tensor, no module
     return module
 
@@ -74,7 +80,8 @@ def _training_differs(model: nn.Module, prepared: Prepared) -> str | None:
     from torch._subclasses.fake_tensor import DataDependentOutputException
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-    from fxport.parallel.modes import in_training_mode, training_differs
+    from fxport.capture.checkpoints import checkpoints_of
+    from fxport.parallel.modes import CHECKPOINTS_DIFFER, in_training_mode, training_differs
     from fxport.passes.tensor_parallel.build import prepare
 
     training = in_training_mode(model)
@@ -83,8 +90,14 @@ def _training_differs(model: nn.Module, prepared: Prepared) -> str | None:
     except (DataDependentOutputException, GuardOnDataDependentSymNode):  # experts on their tokens
         other = prepared if model.training else prepare(training, own_modes=True)
         graphs = other.graph, _evaluating(model, prepared).graph
-    targets = [[str(n.target) for n in gm.graph.nodes if n.op == "call_function"] for gm in graphs]
-    return None if targets[0] == targets[1] else "the model runs other operations"
+    calls = [[n for n in gm.graph.nodes if n.op == "call_function"] for gm in graphs]
+    targets, kept = (
+        [[of(n) for n in nodes] for nodes in calls]
+        for of in (lambda n: str(n.target), lambda n: bool(checkpoints_of(n)))
+    )
+    if targets[0] != targets[1]:
+        return "the model runs other operations"
+    return None if kept[0] == kept[1] else CHECKPOINTS_DIFFER
 
 
 def _evaluating(model: nn.Module, prepared: Prepared) -> Prepared:

@@ -10,12 +10,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxport.capture.checkpoints import under_checkpoint
 from fxport.capture.clone import clone_for_capture, off_meta
 from fxport.capture.state import State
 
-__all__ = ["in_training_mode", "training_differs"]
+__all__ = ["CHECKPOINTS_DIFFER", "in_training_mode", "training_differs"]
 
 _BATCH, _LENGTH = 2, 5
+CHECKPOINTS_DIFFER = "the model keeps other activations (torch.utils.checkpoint)"
 
 
 def in_training_mode(model: nn.Module) -> nn.Module:
@@ -37,9 +39,12 @@ def training_differs(model: nn.Module) -> str | None:
         module.training = original.training
     training = _operations(clone)
     evaluating = _operations(clone.eval())
-    if training == evaluating:
+    if training.names != evaluating.names:
+        extra = [name for name in dict.fromkeys(training.names) if name not in evaluating.names]
+    elif training.checkpointed != evaluating.checkpointed:
+        return CHECKPOINTS_DIFFER
+    else:
         return None
-    extra = [name for name in dict.fromkeys(training) if name not in evaluating]
     return f"the model runs {', '.join(extra)}" if extra else "the model takes another path"
 
 
@@ -47,14 +52,16 @@ class _Record(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.checkpointed: list[bool] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace != "prim":  # questions about a tensor, not computations
             self.names.append(str(func))
+            self.checkpointed.append(under_checkpoint())
         return func(*args, **(kwargs or {}))
 
 
-def _operations(model: nn.Module) -> list[str]:
+def _operations(model: nn.Module) -> _Record:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     state, record = State(model), _Record()
     # sizes that depend on data, such as how many tokens an expert gets, are symbols
@@ -62,4 +69,4 @@ def _operations(model: nn.Module) -> list[str]:
     with fake, record, torch.no_grad():
         model(torch.zeros(_BATCH, _LENGTH, dtype=torch.long, device=device))
     state.restore()
-    return record.names
+    return record

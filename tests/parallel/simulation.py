@@ -13,6 +13,7 @@ from fxport.parallel.context import ParallelContext
 from fxport.passes.tensor_parallel.boxes import select
 from fxport.passes.tensor_parallel.build import Prepared, divide, prepare, rank_module
 from fxport.passes.tensor_parallel.checker import check
+from fxport.passes.tensor_parallel.checkpoints import checkpoint_again
 from fxport.passes.tensor_parallel.origins import check_origins
 from tests.parallel.models import VOCAB
 
@@ -53,6 +54,7 @@ def make_once(model: nn.Module, *world_sizes: int, prepared: Prepared | None = N
             found = check(module, divided.plan, context.rank)
             found += check_origins(prepared.graph.graph, module, divided.plan, context.rank)
             assert not found, found
+            checkpoint_again(module, divided.plan)
             module.plan = divided.plan  # type: ignore[assignment]  # no tensor, no module
             ranks.modules.append(module)
         result.append(ranks)
