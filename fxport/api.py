@@ -164,7 +164,7 @@ def _batch_first(model: nn.Module, max_seq_len: int | None) -> Port:
     serving = lowered.serving
     checked = _self_check(model, serving, captured)
     half, half_decision = _half(model, serving)
-    respelled = (*_experts(captured.experts), *_unkept(captured.unkept))
+    respelled = (*_experts(captured.experts), *_unkept(captured.unkept), *_walked(captured.walked))
     decisions = (*respelled, *selections, *lowered.decisions, half_decision, checked)
     facts: dict[str, str | int | float | bool | None] = {
         "vocab_size": serving.vocab_size,
@@ -196,6 +196,13 @@ def _unkept(caches: tuple[str, ...]) -> tuple[Decision, ...]:
         return ()
     detail = f"not written: {', '.join(f'`{name}`' for name in caches)}; the logits read none of it"
     return (Decision("capture", Outcome.PROVEN, "the model's own caches", detail),)
+
+
+def _walked(lengths: str) -> tuple[Decision, ...]:
+    """What was seen of the lengths where forward takes the length as a plain number."""
+    if not lengths:
+        return ()
+    return (Decision("capture", Outcome.PROVEN, "the length as a plain number", lengths),)
 
 
 def _stated_length(model: nn.Module) -> int | None:

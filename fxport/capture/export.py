@@ -44,7 +44,7 @@ class Captured:
         output: which output of the model the logits are, in words.
         way: how it was captured, in words.
         unkept: inputs that forward writes to and the logits do not depend on: caches.
-        doubtful: lengths at which forward may take another path that nobody has seen.
+        doubtful, walked: see `Traced`.
         experts: the implementation of experts that was captured as a loop instead, or "".
     """
 
@@ -62,6 +62,7 @@ class Captured:
     way: str
     unkept: tuple[str, ...] = ()
     doubtful: tuple[int, ...] = ()
+    walked: str = ""
     experts: str = ""
 
 
@@ -112,6 +113,7 @@ def capture(
         way=traced.way,
         unkept=traced.unkept,
         doubtful=traced.doubtful,
+        walked=traced.walked,
         experts=experts,
     )
 

@@ -25,6 +25,7 @@ from fxport.capture.sample import Sample, device_of, take_sample
 from fxport.capture.trace import token_argument
 from fxport.capture.traced import Traced
 from fxport.capture.unify import NeedsTable, Unified, unify
+from fxport.capture.walk import walk
 from fxport.capture.written import writes_to_state
 from fxport.errors import PortError, Reason, ReasonCode
 
@@ -65,6 +66,7 @@ def trace_at_lengths(model: nn.Module, *, every_pair: bool = True) -> Traced:
     history = _history(model, fresh, limit or _UNBOUNDED)
     taken = {} if history else {s.length: s for s in (fresh, second) if s is not None}
     samples = [taken.get(n) or take_sample(model, _batch(n), n, history) for n in lengths]
+    samples += [take_sample(model, b, n, history) for b, n in found.together]
     try:
         unified, longest = _unified(model, samples, history, limit)
     except PortError as error:
@@ -81,6 +83,7 @@ def trace_at_lengths(model: nn.Module, *, every_pair: bool = True) -> Traced:
         way=f"torch.export at the lengths {', '.join(map(str, lengths))}, unified",
         unkept=samples[0].unkept,
         doubtful=found.doubtful,
+        walked=found.walked,
     )
 
 
@@ -143,13 +146,16 @@ class _Lengths:
 
     Attributes:
         samples: the usual lengths, and both sides of every number that forward compares T with.
+        together: B and T on both sides of what forward asks about the two of them.
         limit: the longest for which they say anything.
-        doubtful: see `Traced`.
+        doubtful, walked: see `Traced`.
     """
 
     samples: tuple[int, ...]
+    together: tuple[tuple[int, int], ...]
     limit: int | None
     doubtful: tuple[int, ...]
+    walked: str
 
 
 def _lengths(model: nn.Module, limit: int | None) -> _Lengths:
@@ -160,9 +166,11 @@ def _lengths(model: nn.Module, limit: int | None) -> _Lengths:
         )
         raise PortError([reason])
     longest = limit or _UNBOUNDED
-    known: set[int] = set()
-    pending = {allowed[0]}
-    counted = False
+    others: tuple[int, ...] = ()
+    asked = ask(model, allowed[0])
+    one = asked.sides
+    known, counted = set(one), asked.counted
+    pending = {n for n in one if n <= longest}
     while pending and len(known) < _MOST_PATHS:
         asked = ask(model, pending.pop())
         counted |= asked.counted
@@ -172,15 +180,33 @@ def _lengths(model: nn.Module, limit: int | None) -> _Lengths:
     beyond = [n for n in known if n > longest]
     if beyond and limit is None:
         limit = min(beyond) - 1
-    sides = frozenset(n for n in known if n <= longest)
     doubtful: set[int] = set()
+    in_words = ""
     if counted or pending:
-        doubtful.update(numbers_in(model, longest))
+        named = numbers_in(model, longest)
+        walked = walk(model, allowed[0], longest, named)
+        if walked is not None:
+            others, in_words = walked.others, walked.in_words()
+            if walked.longest < longest:
+                limit = longest = walked.longest
+        if walked is None or not walked.every:
+            doubtful.update(n for n in named if n <= longest)
+    sides = frozenset(n for n in known if n <= longest)
     if counted and len(sides) > _MOST_PATHS:  # a loop over the rows that asks at each
         rows = {n for n in sides if n <= allowed[0] + 1}
         doubtful, sides = doubtful | rows, sides - rows
-    samples = dict.fromkeys([*allowed, *sorted(sides)])
-    return _Lengths(tuple(samples), limit, tuple(sorted(doubtful)))
+    samples = dict.fromkeys([*allowed, *sorted({*sides, *others})])
+    together = _together(model, allowed[0], one, longest)
+    return _Lengths(tuple(samples), together, limit, tuple(sorted(doubtful)), in_words)
+
+
+def _together(
+    model: nn.Module, first: int, one: frozenset[int], longest: int
+) -> tuple[tuple[int, int], ...]:
+    """Where one row is asked something else than two: ``T > 100 * B``, ``B == 1 and T > 100``."""
+    two = ask(model, first, 2).sides
+    pairs = [*((1, n) for n in one - two), *((2, n) for n in two - one)]
+    return tuple(sorted((b, n) for b, n in pairs if 2 < n <= longest)[:_MOST_PATHS])
 
 
 def _runs(model: nn.Module, length: int) -> bool:

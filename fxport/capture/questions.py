@@ -57,14 +57,14 @@ class Asked:
     counted: bool
 
 
-def ask(model: nn.Module, hint: int) -> Asked:
-    """Runs forward on `hint` tokens, by shapes alone.
+def ask(model: nn.Module, hint: int, batch: int = 1) -> Asked:
+    """Runs forward on `batch` rows of `hint` tokens, by shapes alone.
 
     What was asked before forward failed counts.
     """
     shapes = _Open()
     mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
-    ids = torch.zeros(1, hint, dtype=torch.long, device=device_of(model))
+    ids = torch.zeros(batch, hint, dtype=torch.long, device=device_of(model))
     _, length, fake = symbolic_tokens(mode, ids, [DimDynamic.STATIC, DimDynamic.DYNAMIC])
     shapes.sizes = {length: hint}
     counted = True

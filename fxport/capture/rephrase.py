@@ -6,10 +6,12 @@ x.type_as(other)                             ->  x.to(other.dtype): no value of 
 torch._weight_norm(v, g, dim)                ->  v * (g / |v|)
 nn.TransformerEncoder(...)(x, mask=m)        ->  the same, without looking into m whether it is
                                                  causal: the layers get m itself
+f"{x.shape[1]}"                              ->  f"{int(x.shape[1])}": not the symbol's name
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,19 +22,28 @@ from torch import Tensor
 from torch.nn.modules import transformer
 from torch.overrides import TorchFunctionMode
 
+from fxport.capture.location import is_library
+
 __all__ = ["rephrased"]
 
 
 @contextmanager
 def rephrased() -> Iterator[None]:
     """For the time of a trace."""
-    detect = transformer._detect_is_causal_mask
+    detect, written = transformer._detect_is_causal_mask, torch.SymInt.__repr__
     transformer._detect_is_causal_mask = _as_stated
+
+    def number(size: torch.SymInt) -> str:
+        user = not is_library(sys._getframe(1).f_code.co_filename)
+        return repr(int(size)) if user else written(size)
+
+    torch.SymInt.__repr__ = number  # type: ignore[method-assign]
     try:
         with _Rephrase():
             yield
     finally:
         transformer._detect_is_causal_mask = detect
+        torch.SymInt.__repr__ = written  # type: ignore[method-assign]
 
 
 def _as_stated(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:

@@ -67,7 +67,7 @@ def trace_symbolically(model: nn.Module, *, every_pair: bool = True) -> Traced:
         n for n in graph.graph.find_nodes(op="placeholder") if graph_input(n).kind is InputKind.DATA
     )
     batch, length = (s.node.expr for s in tokens.meta["val"].shape)
-    shortest, limit = _range(exported, length, model)
+    shortest, limit = _range(exported, batch, length, model)
     return Traced(
         graph=graph,
         tokens=tokens,
@@ -110,9 +110,12 @@ def _export(model: nn.Module) -> tuple[torch.export.ExportedProgram, int]:
 
 
 def _range(
-    exported: torch.export.ExportedProgram, length: sympy.Expr, model: nn.Module
+    exported: torch.export.ExportedProgram,
+    batch: sympy.Expr,
+    length: sympy.Expr,
+    model: nn.Module,
 ) -> tuple[int, int | None]:
-    """The lengths for which the captured graph holds."""
+    """The lengths for which the captured graph holds; one sequence at a time is served."""
     if not isinstance(length, sympy.Symbol):
         reason = Reason(
             ReasonCode.LENGTH_SPECIALISED,
@@ -127,7 +130,8 @@ def _range(
     upper = int(bounds.upper) if bounds.upper < 2**30 else None
     lower = max(int(bounds.lower), 2)
     # Torch bounds T by comparisons with whole numbers; T % 64 == 0 and T > 0.7 * 1024 go by it.
-    answered = [guard.expr for env in _environments(exported) for guard in env.guards]
+    guards = [guard.expr for env in _environments(exported) for guard in env.guards]
+    answered = [g.subs({batch: 1}) if length in g.free_symbols else g for g in guards]
     change = first_change(answered, length, lower, upper)
     return lower, upper if change is None else change
 

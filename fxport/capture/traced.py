@@ -28,6 +28,7 @@ class Traced:
         unkept: inputs that forward writes to and the logits do not depend on.
         doubtful: lengths at which forward may take another path that nobody has seen, since it
             takes the length as a plain number.
+        walked: what was seen of the lengths then, in words; "" where that was not needed.
     """
 
     graph: fx.GraphModule
@@ -41,3 +42,4 @@ class Traced:
     way: str
     unkept: tuple[str, ...] = ()
     doubtful: tuple[int, ...] = ()
+    walked: str = ""

@@ -208,7 +208,7 @@ def test_a_question_after_the_length_was_a_number_is_not_missed(mask):
     assert ask(model, 37).counted
     with pytest.raises(PortError) as caught:
         fxport.port(model)
-    assert caught.value.reasons[0].code is ReasonCode.SELF_CHECK
+    assert caught.value.reasons[0].code is ReasonCode.DEPENDS_ON_LENGTH
 
 
 def test_questions_do_not_change_with_the_answers():

@@ -1,0 +1,173 @@
+"""Where nobody sees what forward asks about the length, every length is walked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fxport.capture import walk as walking
+from fxport.capture.clone import clone_for_capture
+from fxport.capture.lengths import trace_at_lengths
+from fxport.capture.symbolic import trace_symbolically
+from fxport.capture.walk import walk
+from fxport.errors import PortError, ReasonCode
+from tests.zoo.called import Tiny
+
+LONGEST = 96
+
+
+class Scaled(Tiny):
+    """The logits times a number that Python makes of the length."""
+
+    def __init__(self, number: Callable[[int], float]) -> None:
+        super().__init__()
+        self.number = number
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * self.number(int(ids.shape[1]))
+
+
+# Another number at the second length of each pair than at the first.
+SIDES: dict[str, tuple[Callable[[int], float], set[int]]] = {
+    "a fraction of the limit": (lambda n: 1.0 if n / LONGEST < 0.71 else 2.0, {68, 69}),
+    "near the limit": (lambda n: 1.0 if n * 1.001 < LONGEST - 1.5 else 2.0, {94, 95}),
+    "a window": (lambda n: 2.0 if 59.5 < n < 61.5 else 1.0, {59, 60}),
+    "one length": (lambda n: {71: 2.0}.get(n, 1.0), {70, 71}),
+    "a logarithm": (lambda n: 2.0 if math.log2(n) > 6.3 else 1.0, {78, 79}),
+    "bits": (lambda n: float(n.bit_length() > 6), {63, 64}),
+    "rounded": (lambda n: 2.0 if math.ceil(n / 7) % 11 == 10 else 1.0, {63, 64}),
+    "as text": (lambda n: 2.0 if f"{n}".endswith("9") else 1.0, {8, 9}),
+    "below the usual length": (lambda n: 2.0 if n < 11 else 1.0, {2, 10}),
+}
+
+
+@pytest.mark.parametrize(("number", "sides"), SIDES.values(), ids=SIDES)
+def test_another_number_at_some_lengths_is_found(number, sides):
+    walked = walk(clone_for_capture(Scaled(number)), 37, 4096, ())
+    assert walked is not None and walked.longest == LONGEST
+    assert not walked.every and set(walked.others) & sides
+
+
+def test_a_number_that_follows_the_length_is_found():
+    assert walk(clone_for_capture(Scaled(math.sqrt)), 37, 4096, ()).others
+
+
+class Masked(Tiny):
+    def __init__(self, mask: type[nn.Module]) -> None:
+        super().__init__(mask=mask)
+
+
+class ByRows(nn.Module):
+    def forward(self, length: int) -> Tensor:
+        causal = torch.zeros(length, length, dtype=torch.bool)
+        for row in range(length):
+            causal[row, : row + 1] = True
+        return causal
+
+
+class Keyed(nn.Module):
+    """Masks up to 24 are there from the start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known = {n: torch.ones(n, n, dtype=torch.bool).tril() for n in range(25)}
+
+    def forward(self, length: int) -> Tensor:
+        if length not in self.known:
+            self.known[length] = torch.ones(length, length, dtype=torch.bool).tril()
+        return self.known[length]
+
+
+class Narrower(ByRows):
+    """Beyond 60 tokens the last 50 count."""
+
+    def forward(self, length: int) -> Tensor:
+        causal = super().forward(length)
+        return causal & ~causal.tril(-50) if length / LONGEST > 0.631 else causal
+
+
+@pytest.mark.parametrize("mask", [ByRows, Keyed])
+def test_masks_made_in_different_ways_are_compared_by_value(mask):
+    model = Masked(mask)
+    walked = walk(clone_for_capture(model), 37, 4096, ())
+    assert walked is not None and not walked.others and walked.longest == LONGEST
+    assert all(n < 25 for n in getattr(model.blocks[0].attention.mask, "known", ()))
+
+
+def test_another_mask_at_some_lengths_is_found():
+    walked = walk(clone_for_capture(Masked(Narrower)), 37, 4096, ())
+    assert LONGEST in walked.others and any(50 <= n <= 60 for n in walked.others)
+
+
+def test_a_forward_that_looks_at_values_is_not_walked():
+    class Looks(Tiny):
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids) * (2 if ids.sum().item() else 1)
+
+    assert walk(clone_for_capture(Looks()), 37, 4096, ()) is None
+
+
+def test_with_fewer_lengths_a_threshold_is_still_found(monkeypatch):
+    monkeypatch.setattr(walking, "_MOST_STEPS", 0)
+    monkeypatch.setattr(walking, "_FEWEST", 5)
+    threshold, window = SIDES["a fraction of the limit"], SIDES["one length"]
+    assert set(walk(clone_for_capture(Scaled(threshold[0])), 37, 4096, ()).others) >= threshold[1]
+    for named in ((), (71,)):
+        walked = walk(clone_for_capture(Scaled(window[0])), 37, 4096, named)
+        assert not walked.every and bool(walked.others) is bool(named)
+
+
+# --- the whole way -----------------------------------------------------------------------------
+
+
+class Together(Tiny):
+    """Another result for some products or quotients of B and T."""
+
+    def __init__(self, when: Callable[[Any, Any], Any]) -> None:
+        super().__init__()
+        self.when = when
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits = super().forward(ids)
+        return logits * 2 if self.when(ids.shape[0], ids.shape[1]) else logits  # HERE
+
+
+TOGETHER: dict[str, Callable[[Any, Any], Any]] = {
+    "product": lambda b, t: b * t > 85,
+    "quotient": lambda b, t: t > 40 * b,
+    "multiples": lambda b, t: b * t % 64 == 0,
+}
+
+
+@pytest.mark.parametrize("when", TOGETHER.values(), ids=TOGETHER)
+def test_what_is_asked_of_batch_and_length_together_is_seen(when):
+    clone = clone_for_capture(Together(when))
+    limit = trace_symbolically(clone).limit
+    assert limit is not None and limit < LONGEST
+    assert {bool(when(1, n)) for n in range(2, limit + 1)} == {False}
+
+
+def test_what_is_asked_of_batch_and_length_together_is_refused_at_its_line():
+    clone = clone_for_capture(Together(TOGETHER["product"]))
+    with pytest.raises(PortError) as caught:
+        trace_at_lengths(clone)
+    reason = caught.value.reasons[0]
+    assert reason.code is ReasonCode.DEPENDS_ON_LENGTH
+    assert reason.location is not None and "# HERE" in reason.location.source
+
+
+class Written(Tiny):
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * {"64": 2.0}.get(f"{ids.shape[1]}", 1.0)
+
+
+def test_a_length_written_out_is_a_number():
+    """It was the name of torch's symbol, so the graph held for every length."""
+    with pytest.raises(PortError) as caught:
+        trace_symbolically(clone_for_capture(Written()))
+    assert caught.value.reasons[0].code is ReasonCode.LENGTH_SPECIALISED
