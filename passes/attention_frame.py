@@ -64,6 +64,7 @@ def frame_of(match: Match) -> Frame:
         Left: this is no attention of queries over keys.
     """
     q, k, v = (set(axes_of(o[-1].dims, repeated=False)) for o in (match.q, match.k, match.v))
+    q = q.union(*(axes_of(term.q[-1].dims, repeated=False) for term in match.terms))
     scores = [f.axis for d in match.scores for f in resolve(d)]
     key = tuple(f.axis for f in resolve(match.key))
     head = tuple(axes_of(match.head))
