@@ -171,13 +171,8 @@ def _is_undisturbed(facts: GraphFacts, match: Match, traces: list[tuple[Step, ..
     moves = [s.node for s in way] + [s.node for t in operands for s in t[1:]]
     return (
         len(dtypes) == 1
-        and not any(facts.source(s.node) & Source.MUTATED for s in way)
+        and Source.MUTATED not in facts.source(way[-1].node)
         and facts.grad_switched(moves, match.output) is None
-        and all(
-            facts.written_between(s.node, t[0].node, match.output) is None
-            for t in operands
-            for s in t
-        )
     )
 
 

@@ -8,7 +8,15 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_graphs import Rewritten, Site, compare, rewrite, trace_directly, trace_training
+from attention_graphs import (
+    Rewritten,
+    Site,
+    compare,
+    rewrite,
+    run_like,
+    trace_directly,
+    trace_training,
+)
 from torch import Tensor
 
 Function = Callable[..., Tensor]
@@ -204,9 +212,23 @@ def of_another_precision(
     return finish(q @ k.mT + (q2.float() @ k2.float().mT).double(), v)
 
 
+def of_the_keys_alone(
+    q: Tensor, k: Tensor, v: Tensor, q2: Tensor, k2: Tensor, shared: Tensor
+) -> Tensor:
+    norms = torch.einsum("bshd,bshd->bhs", k, k)
+    return finish(torch.einsum("bthd,bshd->bhts", q, k) + norms[:, :, None], v.transpose(1, 2))
+
+
+def repeated_where_it_is_summed(
+    q: Tensor, k: Tensor, v: Tensor, q2: Tensor, k2: Tensor, shared: Tensor
+) -> Tensor:
+    q, k, v, q2, k2 = heads_first(q, k, v, q2, k2)
+    return finish(q @ k.mT + q2[..., :1].expand_as(q2) @ k2.mT, v)
+
+
 STAYS = [
     after_a_mask, after_a_softcap, after_a_gate, keys_for_every_query, without_gradient,
-    rounded_before, of_another_precision,
+    rounded_before, of_another_precision, of_the_keys_alone, repeated_where_it_is_summed,
 ]  # fmt: skip
 
 
@@ -235,12 +257,45 @@ def test_wider_than_any_kernel() -> None:
     assert not site.bias and site.head_dim == 263
 
 
-def test_operands_that_change_in_between() -> None:
-    def changed(q: Tensor, k: Tensor, v: Tensor, q2: Tensor, k2: Tensor, shared: Tensor) -> Tensor:
-        q, k, v, q2 = heads_first(q, k, v, q2)
-        table = shared.clone()
-        s = q @ k.mT + q2 @ table.unsqueeze(1).mT
-        table[:, 0] = 5.0
-        return finish(s, v) + table.sum()
+def operand_written_to(
+    q: Tensor, k: Tensor, v: Tensor, q2: Tensor, k2: Tensor, shared: Tensor
+) -> Tensor:
+    base = torch.stack([q2, k2])
+    q, k, v, q2, k2 = heads_first(q, k, v, base[0], base[1])
+    s = q @ k.mT + q2 @ k2.mT
+    k2.mul_(2.0)
+    return finish(s, v) + base.sum()
 
-    check(changed, SIZES)
+
+def bias_written_to(
+    q: Tensor, k: Tensor, v: Tensor, q2: Tensor, k2: Tensor, shared: Tensor
+) -> Tensor:
+    q, k, v, q2, k2 = heads_first(q, k, v, q2, k2)
+    bias = q2 @ k2.mT
+    view = bias.transpose(0, 1)
+    view.mul_(2.0)
+    return finish(q @ k.mT + bias, v) + view.sum()
+
+
+@pytest.mark.parametrize("function", [operand_written_to, bias_written_to])
+def test_what_is_written_to_in_between(function: Function) -> None:
+    """In inference: autograd would not let it."""
+    data = data_of(**SIZES)
+    with torch.no_grad():
+        found = rewrite(trace_training(Site(function), data))
+        assert not any(is_whole(found) for _ in found.calls())
+        (actual,) = run_like(found.graph, Site(function), data)
+        torch.testing.assert_close(actual, function(*data))
+
+
+def test_without_gradient_in_between() -> None:
+    def half(q: Tensor, k: Tensor, v: Tensor, q2: Tensor, k2: Tensor, shared: Tensor) -> Tensor:
+        q, k, v, q2, k2 = heads_first(q, k, v, q2, k2)
+        with torch.no_grad():
+            bias = q2 @ k2.mT
+        return finish(q @ k.mT + bias, v)
+
+    data = data_of(**SIZES)
+    found = rewrite(trace_training(Site(half), data))
+    assert not is_whole(found)
+    compare(Site(half), found.graph, data)
