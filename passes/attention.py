@@ -37,7 +37,7 @@ from fxport.passes.attention_flex import (
     write_out,
 )
 from fxport.passes.attention_frame import Frame, frame_of
-from fxport.passes.attention_layout import Size, product
+from fxport.passes.attention_layout import Size, axes_of, product
 from fxport.passes.attention_masks import MaskPlan, plan_masks
 from fxport.passes.attention_match import match_softmax
 from fxport.passes.attention_quotient import power_of
@@ -46,6 +46,7 @@ from fxport.passes.attention_sdpa import is_sdpa, match_sdpa
 from fxport.passes.attention_sinks import emit_sinks
 from fxport.passes.attention_site import AttentionSite, Left, Match
 from fxport.passes.attention_softmax import Softmax, is_softmax_call, softmaxes
+from fxport.passes.attention_terms import emit_terms, join_terms
 from fxport.passes.attention_unread import unread_exponentials
 from fxport.passes.attention_views import moved_input, trace
 from fxport.passes.graph_facts import GraphFacts, erase_dead, erase_if_unused
@@ -161,6 +162,7 @@ def _rewrite(
     moves = [*match.q[1:], *match.k[1:], *match.v[1:]]
     moves += trace(match.sinks[0])[1:] if isinstance(match.sinks, tuple) else ()
     check_grad_mode(facts, [step.node for step in moves], match.output)
+    match = join_terms(facts, match)
     frame = frame_of(match)
     plan = plan_masks(prover, facts, match, frame, assume_spread=assume_spread)
     traced = [s.node for trace in (match.q, match.k, match.v) for s in trace]
@@ -217,6 +219,7 @@ def _emit(
     if fv != 1:
         v = emitter.call(aten.mul.Tensor, v, fv)
     scale = match.scale * fq * fk
+    q, k = emit_terms(emitter, match.terms, frame, q, k, scale)
     q = emit_row_scales(emitter, q, match.row_scales, frame)
     dense = emit_dense(emitter, plan, frame, dtype)
     if dense.empty is not None:
@@ -254,7 +257,8 @@ def _compute_dtype(match: Match) -> torch.dtype:
     """
     dtypes = [trace[-1].node.meta["val"].dtype for trace in (match.q, match.k, match.v)]
     narrow = dtypes[2]
-    stored = [[s.node.meta["val"].dtype for s in trace] for trace in (match.q, match.k, match.v)]
+    traces = [match.q, match.k, match.v, *(t for term in match.terms for t in (term.q, term.k))]
+    stored = [[s.node.meta["val"].dtype for s in trace] for trace in traces]
     if match.output.meta["val"].dtype == narrow and all(narrow in found for found in stored):
         return narrow
     wide = dtypes[0]
@@ -309,6 +313,7 @@ def _seed(emitter: Emitter, q: fx.Node) -> fx.Node:
 def _site(
     match: Match, frame: Frame, plan: MaskPlan, params: AttentionParams, dense: bool
 ) -> AttentionSite:
+    heads = [match.head, *(term.head for term in match.terms)]
     return AttentionSite(
         module=module_of(match.start),
         location=user_location(match.start),
@@ -317,7 +322,7 @@ def _site(
         bias=plan.origin if dense else "",
         heads=_count(product(frame.heads)),
         kv_heads=_count(product(frame.kv_heads)),
-        head_dim=_count(product(frame.head)),
+        head_dim=sum(_count(product(axes_of(h))) for h in heads),
         value_dim=_count(product(frame.value)),
         sinks=match.sinks is not None,
         alibi=plan.slopes is not None,

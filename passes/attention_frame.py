@@ -64,6 +64,7 @@ def frame_of(match: Match) -> Frame:
         Left: this is no attention of queries over keys.
     """
     q, k, v = (set(axes_of(o[-1].dims, repeated=False)) for o in (match.q, match.k, match.v))
+    q = q.union(*(axes_of(term.q[-1].dims, repeated=False) for term in match.terms))
     scores = [f.axis for d in match.scores for f in resolve(d)]
     key = tuple(f.axis for f in resolve(match.key))
     head = tuple(axes_of(match.head))
@@ -78,7 +79,8 @@ def frame_of(match: Match) -> Frame:
         )
     origins = {a.origin for a in head}
     query = max(own, key=lambda a: _likeness_to_query(a, origins, product(key), own))
-    is_head = _heads(shared, origins, query)
+    alone = match.sinks is not None or not isinstance(query.size, int)
+    is_head = _heads(shared, origins, alone)
     return Frame(
         batch=tuple(a for a in shared if a not in is_head),
         kv_heads=tuple(a for a in shared if a in is_head),
@@ -96,13 +98,14 @@ def _likeness_to_query(
     return axis.origin not in head_origins, axis.size == keys, own.index(axis)
 
 
-def _heads(shared: list[Axis], origins: set[object], query: Axis) -> set[Axis]:
+def _heads(shared: list[Axis], origins: set[object], alone: bool) -> set[Axis]:
     """Axes cut from the same feature dimension as the head size, else all static but the first.
 
-    One alone is a head where the batch, like the queries, would have no fixed size: B is 1.
+    One `alone` is a head where the batch, like the queries, would have no fixed size, or where
+    sinks are to have heads: B is 1.
     """
     found = {a for a in shared if a.origin in origins}
-    if not found and len(shared) == 1 and not isinstance(query.size, int):
+    if not found and len(shared) == 1 and alone:
         return {a for a in shared if isinstance(a.size, int)}
     if found or len(shared) < 2:
         return found

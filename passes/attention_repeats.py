@@ -147,7 +147,10 @@ def _sliced(node: fx.Node, dim: int) -> _Entries | None:
         return None  # a tensor without elements may be joined whatever its rank: a new cache
     size = shape_of(node)[dim]
     first = 0
-    while overload_packet(node) is aten.slice:
+    while overload_packet(node) in (aten.slice, aten.alias):
+        if overload_packet(node) is aten.alias:  # a slice of everything
+            node = node.args[0]  # type: ignore[assignment]
+            continue
         given: dict[str, Any] = arguments(node)
         base, start = given["self"], given["start"] or 0
         along, whole = given["dim"] % len(shape_of(node)), shape_of(given["self"])[dim]

@@ -13,7 +13,7 @@ from fxport.ops.params import AttentionParams
 from fxport.passes.attention_layout import Dim, Dims
 from fxport.passes.attention_views import Step
 
-__all__ = ["AttentionSite", "Left", "MaskKind", "MaskStep", "Match", "RowScale"]
+__all__ = ["AttentionSite", "Left", "MaskKind", "MaskStep", "Match", "RowScale", "Term"]
 
 
 class Left(Exception):
@@ -67,6 +67,16 @@ class RowScale:
 
 
 @dataclass(frozen=True)
+class Term:
+    """A further product that is added to the scores: ``factor * q.k`` over its own `head`."""
+
+    q: tuple[Step, ...]
+    k: tuple[Step, ...]
+    head: Dims
+    factor: float
+
+
+@dataclass(frozen=True)
 class Match:
     """An attention as it stands in the graph, before anything is said about its mask.
 
@@ -88,6 +98,7 @@ class Match:
         without_nan: weights that are NaN are replaced by 0.
         out_scales: factors that go onto the output.
         relied_on: buffers whose value was read.
+        terms: what is added to ``scale * q.k`` before everything else.
     """
 
     start: fx.Node
@@ -112,6 +123,7 @@ class Match:
     without_nan: bool = False
     out_scales: tuple[RowScale, ...] = ()
     relied_on: tuple[str, ...] = ()
+    terms: tuple[Term, ...] = ()
 
 
 @dataclass(frozen=True)

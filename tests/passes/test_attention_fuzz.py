@@ -53,7 +53,7 @@ def may_be_refused(recipe: Recipe, lengths: list[int]) -> bool:
     if not recipe.dynamic:
         return not recipe.allowed(recipe.length, recipe.length + recipe.more).any(-1).all()
     # Queries and keys have lengths of their own: there may be more queries than keys.
-    longest = max(*lengths, 40)
+    longest = max([*lengths, 40])
     return not recipe.allowed(longest + 10, longest).any(-1).all()
 
 
@@ -105,6 +105,17 @@ def test_nan_rows_of_a_window_spoil_all_values() -> None:
         layout="einsum", scale="k", pattern="window", width=1, from_end=True, spelling="fill",
         fill=float("-inf"), extra="learned alibi", padding="fill", pad_first=True, softmax="call",
         loud=1.0, dynamic=False,
+    )  # fmt: skip
+    check(recipe, trace_directly)
+
+
+def test_the_only_head_repeated_by_cat_beside_sinks() -> None:
+    """Was left: cat([k[:, :1], k[:, :1], ..], 1) of one head counted as another batch each."""
+    recipe = Recipe(
+        batch=1, length=5, more=1, kv_heads=1, groups=3, size=2, value_size=4, repeat="cat",
+        layout="reversed", scale="k", pattern="full", width=4, from_end=True, spelling="inplace",
+        fill=-1e9, extra="sinks", padding="", pad_first=False, softmax="call", loud=1.0,
+        dynamic=False,
     )  # fmt: skip
     check(recipe, trace_directly)
 
