@@ -37,6 +37,7 @@ from triton.testing import do_bench
 
 from fxport.ops import attention, dispatch, triton_attention, triton_config
 from fxport.ops.params import AttentionParams
+from fxport.ops.triton_call import launches_of
 from fxport.ops.triton_config import Blocks
 
 __all__ = ["ceilings", "main", "milliseconds"]
@@ -301,10 +302,12 @@ def _instead(kernel: str, size: int, blocks: Blocks) -> Iterator[None]:
     line = triton_config.HALF[kernel]
     usual = line[size]
     line[size] = blocks
+    launches_of.cache_clear()
     try:
         yield
     finally:
         line[size] = usual
+        launches_of.cache_clear()
 
 
 def sweep(length: int = 8192) -> None:

@@ -1,6 +1,7 @@
 """Attention that no library covers in both directions, on one GPU: milliseconds and peak memory.
 
     python -m fxport.tools.bench_features_gpu [--length 8192] [--only NAME ...]
+                                              [--against flex,dense]
 
 Forward and backward of one causal call in bf16 (B = 2, 8 heads of 128; packed: B = 1, 16 heads) by
 `fxport::attention`, by FlexAttention and by the dense formula, the latter two under
@@ -192,7 +193,7 @@ def _check(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> float:
     return worst
 
 
-def _row(f: _Feature, length: int) -> list[object]:
+def _row(f: _Feature, length: int, against: list[str]) -> list[object]:
     shape = (f.batch, length, f.heads, _SIZE)
     tensors = [
         torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(4)
@@ -206,6 +207,8 @@ def _row(f: _Feature, length: int) -> list[object]:
     times: list[float] = []
     before = dispatch.calls.copy()
     for name, function in functions.items():
+        if name not in ("ours", *against):
+            continue
         try:
             call = partial(_training_call, function or _flex(length, f), leaves, grad, f)
             got = call()
@@ -229,16 +232,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--only", nargs="*", help="features whose name starts with one of these")
+    parser.add_argument("--against", default="flex,dense", help="what else to time")
     arguments = parser.parse_args()
+    against = [name for name in ("flex", "dense") if name in arguments.against.split(",")]
     torch.manual_seed(0)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
     ceilings()
     rows = []
     for feature in _features(arguments.length):
         if not arguments.only or feature.name.startswith(tuple(arguments.only)):
-            rows.append(_row(feature, arguments.length))
+            rows.append(_row(feature, arguments.length, against))
             print("|".join(map(str, rows[-1])), flush=True)
-    headers = ["", "fxport::attention", "FlexAttention", "dense, compiled", "x flex", "x dense"]
+    names = {"flex": "FlexAttention", "dense": "dense, compiled"}
+    headers = ["", "fxport::attention", *map(names.get, against), *(f"x {n}" for n in against)]
     print(f"\nforward + backward, bf16, causal, T={arguments.length}\n")
     print(tabulate(rows, [*headers, "ran"], tablefmt="github"))
 

@@ -18,8 +18,12 @@ def empty_heads(like: Tensor, batch: int, heads: int, length: int, size: int) ->
 def in_heads_layout(x: Tensor) -> Tensor:
     """`x` [batch, heads, length, size] with the strides of `empty_heads`, copied if need be."""
     batch, heads, length, size = x.shape
+    strides = x.stride()
+    usual = (length * heads * size, size, heads * size, 1)
+    if strides == usual and strides[0] > 0:
+        return x
     by_length = _strides((batch, length, heads, size))
-    if x.stride() == (by_length[0], by_length[2], by_length[1], by_length[3]):
+    if strides == (by_length[0], by_length[2], by_length[1], by_length[3]):
         return x
     return in_row_major_layout(x.transpose(1, 2)).transpose(1, 2)
 
@@ -44,11 +48,15 @@ def addressable(x: Tensor) -> Tensor:
     far enough apart to be aligned, whatever the head size.
     """
     unit = _ALIGNMENT // x.element_size()
+    aligned = x.data_ptr() % _ALIGNMENT == 0
+    b, h, t, d = x.stride()
+    if d == 1 and aligned and b > 0 < h and t > 0 and (b | h | t) % unit == 0:  # nearly always
+        return x
     strides = [s for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1]
     if (
         (x.stride(-1) == 1 or x.shape[-1] == 1)
         and all(s > 0 and s % unit == 0 for s in strides)
-        and x.data_ptr() % _ALIGNMENT == 0
+        and aligned
     ):
         return x
     batch, heads, length, size = x.shape

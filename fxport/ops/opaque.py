@@ -9,6 +9,7 @@ tests.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -17,6 +18,13 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable, without im
 __all__ = ["Below", "differentiate", "opaque_op"]
 
 _library = torch.library.Library("fxport", "FRAGMENT")
+_kernels: dict[str, Callable[..., Any]] = {}
+
+# What is left below autograd of plain tensors where no mode is on: nothing comes before the kernel.
+_PLAIN = frozenset(
+    torch._C.DispatchKeySet(key).raw_repr()
+    for key in (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
+)
 
 Below: TypeAlias = Callable[..., Any]
 """The operator without autograd; takes the same arguments."""
@@ -32,6 +40,7 @@ def opaque_op(name: str, schema: str) -> Callable[[Callable[..., Any]], Callable
     def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
         _library.define(short + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(short, _disable_dynamo(kernel), "CompositeExplicitAutograd")
+        _kernels[short] = kernel
         return kernel
 
     return register
@@ -46,16 +55,21 @@ def differentiate(name: str, function: type[torch.autograd.Function]) -> None:
     """
     short = name.removeprefix("fxport::")
     op = getattr(torch.ops.fxport, short).default
+    called_directly = partial(_below_autograd, _kernels[short])
 
     def kernel(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
         keys = keys & torch._C._after_autograd_keyset
-
-        def below(*arguments: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                return op.redispatch(keys, *arguments)
-
+        if keys.raw_repr() in _PLAIN:  # spares a way through the dispatcher: a quarter of all
+            below = called_directly
+        else:
+            below = partial(_below_autograd, op.redispatch, keys)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
             return function.apply(below, *arguments)
         return below(*arguments)
 
     _library.impl(short, _disable_dynamo(kernel), "Autograd", with_keyset=True)
+
+
+def _below_autograd(function: Callable[..., Any], *arguments: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return function(*arguments)

@@ -7,6 +7,8 @@ shape, no larger.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -16,9 +18,10 @@ from fxport.ops.layout import addressable, empty_heads
 from fxport.ops.params import AttentionParams
 from fxport.ops.triton_backward import delta_kernel, key_kernel, query_kernel
 from fxport.ops.triton_bias import bias_kernel, exact_norm_kernel
-from fxport.ops.triton_call import FARTHEST, INTERPRETED, Call, Incoming, tile_descriptor
+from fxport.ops.triton_call import FARTHEST, INTERPRETED, Call, Incoming, layout_of, tile_descriptor
 from fxport.ops.triton_config import group_parts, padded_head_size
 from fxport.ops.triton_forward import forward_kernel
+from fxport.ops.triton_launch import Launches, on_device_of_first
 from fxport.ops.triton_tiles import FLOAT_BIAS
 
 __all__ = ["backward", "forward", "refuses"]
@@ -42,6 +45,7 @@ def refuses(facts: Facts) -> str | None:
     return None
 
 
+@on_device_of_first
 def forward(
     q: Tensor,
     k: Tensor,
@@ -58,24 +62,27 @@ def forward(
     out = empty_heads(q, batch, heads, rows, v.shape[3])
     lse = q.new_empty((batch, heads, rows), dtype=torch.float32)
     call = Call.of(q, k, v, bias, sinks, alibi_slopes, cu_seqlens, seed, params)
-    blocks = call.blocks("forward_bias" if call.has_bias_tiles else "forward")
-    forward_kernel[(triton.cdiv(rows, blocks.m) * batch * heads,)](
-        out_ptr=out,
-        lse_ptr=lse,
-        sinks_ptr=call.sinks,
-        out_stride_b=out.stride(0),
-        out_stride_h=out.stride(1),
-        out_stride_t=out.stride(2),
-        heads=heads,
-        v_size=v.shape[3],
-        PLAIN=call.plain,
-        SINKS=sinks is not None,
-        RAGGED=k.shape[2] % blocks.n != 0,
-        **call.arguments(blocks),
-    )
+    tensors = {**call.tensors(), "out_ptr": out, "lse_ptr": lse, "sinks_ptr": call.sinks}
+
+    def prepare() -> tuple[tuple[int], dict[str, Any]]:
+        blocks = call.blocks("forward_bias" if call.has_bias_tiles else "forward")
+        return (triton.cdiv(rows, blocks.m) * batch * heads,), {
+            "out_stride_b": out.stride(0),
+            "out_stride_h": out.stride(1),
+            "out_stride_t": out.stride(2),
+            "heads": heads,
+            "v_size": v.shape[3],
+            "PLAIN": call.plain,
+            "SINKS": sinks is not None,
+            "RAGGED": k.shape[2] % blocks.n != 0,
+            **call.arguments(blocks, tensors),
+        }
+
+    call.launches().launch(forward_kernel, tensors, prepare)
     return out, lse
 
 
+@on_device_of_first
 def backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -98,15 +105,17 @@ def backward(
     ds is ``-exp(sink - lse) * delta``.
     """
     call = Call.of(q, k, v, bias, sinks, alibi_slopes, cu_seqlens, seed, params)
-    lse = lse.contiguous()
-    incoming = _incoming(call, out, lse, grad_out, grad_lse)
+    lse, out, grad = lse.contiguous(), addressable(out), addressable(grad_out)
+    bias_shape = None if bias is None else bias.shape  # `call` has it expanded
+    launches = call.launches(needs, bias_shape, *map(layout_of, (out, lse, grad, grad_lse)))
+    incoming = _incoming(call, launches, out, lse, grad, grad_lse)
     dq = dk = dv = dbias = dsinks = dslopes = None
     if needs[0] or needs[5]:
-        dq, dslopes = _query_gradients(call, incoming, needs[5])
+        dq, dslopes = _query_gradients(call, launches, incoming, needs[5])
     if needs[1] or needs[2]:
-        dk, dv = _key_gradients(call, incoming)
+        dk, dv = _key_gradients(call, launches, incoming)
     if needs[3] and bias is not None:
-        dbias = _bias_gradient(call, bias, incoming)
+        dbias = _bias_gradient(call, launches, bias, incoming)
     if needs[4] and sinks is not None:
         weight = torch.exp(sinks.float()[:, None] - lse.masked_fill(lse == -torch.inf, torch.inf))
         dsinks = (
@@ -121,66 +130,89 @@ def backward(
 
 
 def _incoming(
-    call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
+    call: Call, launches: Launches, out: Tensor, lse: Tensor, grad: Tensor, grad_lse: Tensor | None
 ) -> Incoming:
     """out's gradient, lse and delta in the form that the kernels read."""
     batch, heads, rows, v_size = out.shape
     line = triton.cdiv(rows, _LINE) * _LINE
     norm = lse.new_empty((batch * heads, line))
     delta = torch.empty_like(norm)
-    grad = addressable(grad_out)
-    width = padded_head_size(v_size)
-    delta_kernel[(line // _DELTA_ROWS * batch * heads,)](
-        tile_descriptor(addressable(out), _DELTA_ROWS, width),
-        tile_descriptor(grad, _DELTA_ROWS, width),
-        lse, None if grad_lse is None else grad_lse.contiguous(), norm, delta, heads, rows, line,
-        BLOCK_M=_DELTA_ROWS, BLOCK_DV=width, LSE_GRAD=grad_lse is not None,
-        LOG2=not call.bias_kind & FLOAT_BIAS.value,
-    )  # fmt: skip
-    rest = _split_norm(call, norm) if call.bias_kind & FLOAT_BIAS.value else None
+    tensors = {
+        "out_desc": out,
+        "grad_desc": grad,
+        "lse_ptr": lse,
+        "grad_lse_ptr": None if grad_lse is None else grad_lse.contiguous(),
+        "norm_ptr": norm,
+        "delta_ptr": delta,
+    }
+
+    def prepare() -> tuple[tuple[int], dict[str, Any]]:
+        width = padded_head_size(v_size)
+        return (line // _DELTA_ROWS * batch * heads,), {
+            **tensors,
+            "out_desc": tile_descriptor(out, _DELTA_ROWS, width),
+            "grad_desc": tile_descriptor(grad, _DELTA_ROWS, width),
+            "heads": heads,
+            "rows": rows,
+            "line": line,
+            "BLOCK_M": _DELTA_ROWS,
+            "BLOCK_DV": width,
+            "LSE_GRAD": grad_lse is not None,
+            "LOG2": not call.bias_kind & FLOAT_BIAS.value,
+        }
+
+    launches.launch(delta_kernel, tensors, prepare)
+    rest = _split_norm(call, launches, norm) if call.bias_kind & FLOAT_BIAS.value else None
     return Incoming(grad, norm, delta, rest)
 
 
-def _split_norm(call: Call, norm: Tensor) -> Tensor:
+def _split_norm(call: Call, launches: Launches, norm: Tensor) -> Tensor:
     """`exact_norm_kernel`: changes norm, returns rest."""
-    blocks = call.blocks("bias")
     rest = torch.empty_like(norm)
-    exact_norm_kernel[(norm.shape[1] // blocks.m * norm.shape[0],)](
-        norm_ptr=norm,
-        rest_ptr=rest,
-        sinks_ptr=call.sinks,
-        heads=call.q.shape[1],
-        line_length=norm.shape[1],
-        SINKS=call.sinks is not None,
-        **call.arguments(blocks),
-    )
+    tensors = {**call.tensors(), "norm_ptr": norm, "rest_ptr": rest, "sinks_ptr": call.sinks}
+
+    def prepare() -> tuple[tuple[int], dict[str, Any]]:
+        blocks = call.blocks("bias")
+        return (norm.shape[1] // blocks.m * norm.shape[0],), {
+            "heads": call.q.shape[1],
+            "line_length": norm.shape[1],
+            "SINKS": call.sinks is not None,
+            **call.arguments(blocks, tensors),
+        }
+
+    launches.launch(exact_norm_kernel, tensors, prepare)
     return rest
 
 
-def _query_gradients(call: Call, incoming: Incoming, slopes: bool) -> tuple[Tensor, Tensor | None]:
+def _query_gradients(
+    call: Call, launches: Launches, incoming: Incoming, slopes: bool
+) -> tuple[Tensor, Tensor | None]:
     """dq, and the slopes' gradient [Hq] in float32 if wanted."""
     batch, heads, rows, size = call.q.shape
     dq = empty_heads(call.q, batch, heads, rows, size)
     dslope = incoming.delta.new_empty((batch, heads, rows)) if slopes else None
-    blocks = call.blocks("query")
-    query_kernel[(triton.cdiv(rows, blocks.m) * batch * heads,)](
-        dq_ptr=dq,
-        dslope_ptr=dslope,
-        dq_stride_b=dq.stride(0),
-        dq_stride_h=dq.stride(1),
-        dq_stride_t=dq.stride(2),
-        heads=heads,
-        size=size,
-        grad_scale=call.params.scale,
-        PLAIN=call.plain,
-        RAGGED=call.k.shape[2] % blocks.n != 0,
-        SLOPE_GRAD=slopes,
-        **call.arguments(blocks, incoming),
-    )
+    tensors = {**call.tensors(incoming), "dq_ptr": dq, "dslope_ptr": dslope}
+
+    def prepare() -> tuple[tuple[int], dict[str, Any]]:
+        blocks = call.blocks("query")
+        return (triton.cdiv(rows, blocks.m) * batch * heads,), {
+            "dq_stride_b": dq.stride(0),
+            "dq_stride_h": dq.stride(1),
+            "dq_stride_t": dq.stride(2),
+            "heads": heads,
+            "size": size,
+            "grad_scale": call.params.scale,
+            "PLAIN": call.plain,
+            "RAGGED": call.k.shape[2] % blocks.n != 0,
+            "SLOPE_GRAD": slopes,
+            **call.arguments(blocks, tensors),
+        }
+
+    launches.launch(query_kernel, tensors, prepare)
     return dq, None if dslope is None else dslope.sum((0, 2))
 
 
-def _key_gradients(call: Call, incoming: Incoming) -> tuple[Tensor, Tensor]:
+def _key_gradients(call: Call, launches: Launches, incoming: Incoming) -> tuple[Tensor, Tensor]:
     """dk and dv."""
     batch, kv_heads, columns, size = call.k.shape
     v_size = call.v.shape[3]
@@ -194,26 +226,32 @@ def _key_gradients(call: Call, incoming: Incoming) -> tuple[Tensor, Tensor]:
     else:
         dk = call.k.new_empty((parts, *call.k.shape), dtype=torch.float32)
         dv = call.v.new_empty((parts, *call.v.shape), dtype=torch.float32)
-    key_kernel[(tiles * batch * kv_heads, parts)](
-        dk_ptr=dk,
-        dv_ptr=dv,
-        **{f"dk_stride_{name}": stride for name, stride in zip("sbht", dk.stride(), strict=False)},
-        **{f"dv_stride_{name}": stride for name, stride in zip("sbht", dv.stride(), strict=False)},
-        kv_heads=kv_heads,
-        group_part=group // parts,
-        size=size,
-        v_size=v_size,
-        grad_scale=call.params.scale,
-        PLAIN=call.plain,
-        **call.arguments(blocks, incoming),
-    )
+    tensors = {**call.tensors(incoming), "dk_ptr": dk, "dv_ptr": dv}
+
+    def prepare() -> tuple[tuple[int, int], dict[str, Any]]:
+        strides = {}
+        for name, x in (("dk", dk), ("dv", dv)):
+            letters = zip("sbht", x.stride(), strict=False)
+            strides.update({f"{name}_stride_{letter}": stride for letter, stride in letters})
+        return (tiles * batch * kv_heads, parts), {
+            **strides,
+            "kv_heads": kv_heads,
+            "group_part": group // parts,
+            "size": size,
+            "v_size": v_size,
+            "grad_scale": call.params.scale,
+            "PLAIN": call.plain,
+            **call.arguments(blocks, tensors),
+        }
+
+    launches.launch(key_kernel, tensors, prepare)
     if parts == 1:
         return dk[0], dv[0]
     summed_k = empty_heads(call.k, batch, kv_heads, columns, size).copy_(dk.sum(0))
     return summed_k, empty_heads(call.v, batch, kv_heads, columns, v_size).copy_(dv.sum(0))
 
 
-def _bias_gradient(call: Call, bias: Tensor, incoming: Incoming) -> Tensor:
+def _bias_gradient(call: Call, launches: Launches, bias: Tensor, incoming: Incoming) -> Tensor:
     """The gradient of a floating bias, in its shape and dtype."""
     batch, heads, rows, _ = call.q.shape
     columns = call.k.shape[2]
@@ -221,24 +259,28 @@ def _bias_gradient(call: Call, bias: Tensor, incoming: Incoming) -> Tensor:
     sum_rows = shape[2] == 1 and rows > 1
     sum_keys = shape[3] == 1 and columns > 1
     whole = not (sum_rows or sum_keys)
-    blocks = call.blocks("bias")
     if whole:
         dbias = bias.new_empty(shape)
     else:
         line = (rows, 1) if sum_keys else (1, columns)
         dbias = bias.new_empty((batch, heads, *line), dtype=torch.float32)
-    key_blocks = 1 if sum_keys else triton.cdiv(columns, blocks.n)
-    row_blocks = 1 if sum_rows and not sum_keys else triton.cdiv(rows, blocks.m)
-    bias_kernel[(row_blocks * key_blocks, dbias.shape[0] * dbias.shape[1])](
-        dbias_ptr=dbias,
-        heads=heads,
-        bias_heads=dbias.shape[1],
-        served_batches=batch // dbias.shape[0],
-        served_heads=heads // dbias.shape[1],
-        SUM_ROWS=sum_rows,
-        SUM_KEYS=sum_keys,
-        **call.arguments(blocks, incoming),
-    )
+    tensors = {**call.tensors(incoming), "dbias_ptr": dbias}
+
+    def prepare() -> tuple[tuple[int, int], dict[str, Any]]:
+        blocks = call.blocks("bias")
+        key_blocks = 1 if sum_keys else triton.cdiv(columns, blocks.n)
+        row_blocks = 1 if sum_rows and not sum_keys else triton.cdiv(rows, blocks.m)
+        return (row_blocks * key_blocks, dbias.shape[0] * dbias.shape[1]), {
+            "heads": heads,
+            "bias_heads": dbias.shape[1],
+            "served_batches": batch // dbias.shape[0],
+            "served_heads": heads // dbias.shape[1],
+            "SUM_ROWS": sum_rows,
+            "SUM_KEYS": sum_keys,
+            **call.arguments(blocks, tensors),
+        }
+
+    launches.launch(bias_kernel, tensors, prepare)
     if whole:
         return dbias.view(bias.shape)
     return dbias.sum_to_size(shape).to(bias.dtype).view(bias.shape)

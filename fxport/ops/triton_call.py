@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, TypeAlias
 
 import torch
 import triton
@@ -20,12 +21,39 @@ from fxport.ops.dropout import keep_scale, threshold
 from fxport.ops.layout import addressable
 from fxport.ops.params import AttentionParams
 from fxport.ops.triton_config import Blocks, blocks_for, padded_head_size
+from fxport.ops.triton_launch import Launches
 from fxport.ops.triton_tiles import BIAS_KEYS, BIAS_ROWS, BOOL_BIAS, FLOAT_BIAS, score_tile
 
-__all__ = ["FARTHEST", "INTERPRETED", "Call", "Incoming", "tile_descriptor"]
+__all__ = [
+    "FARTHEST",
+    "INTERPRETED",
+    "Call",
+    "Incoming",
+    "launches_of",
+    "layout_of",
+    "tile_descriptor",
+]
 
 FARTHEST = 2**30  # lengths stay below, limits on j - i within: int32 arithmetic is safe
 INTERPRETED = not isinstance(score_tile, triton.JITFunction)  # under TRITON_INTERPRET=1
+
+
+_Layout: TypeAlias = tuple[torch.Size, tuple[int, ...], torch.dtype] | None
+
+
+def layout_of(x: Tensor | None) -> _Layout:
+    """What the arguments of a kernel depend on of a tensor."""
+    return None if x is None else (x.shape, x.stride(), x.dtype)
+
+
+@lru_cache(maxsize=4096)
+def launches_of(*kind: object) -> Launches:
+    """What the calls of a kind have in common; made anew where it was forgotten.
+
+    Args:
+        kind: all that the arguments of the kernels depend on, but for their tensors' memory.
+    """
+    return Launches()
 
 
 def tile_descriptor(x: Tensor, block: int, width: int) -> TensorDescriptor:
@@ -104,10 +132,6 @@ class Call:
         params: AttentionParams,
     ) -> Call:
         """Prepare the arguments of `forward`."""
-        if q.is_cuda:
-            # Descriptors are made by the driver for the thread's context, which a thread of
-            # autograd's need not have yet; torch binds it here.
-            torch.cuda.set_device(torch.cuda.current_device())
         rows, columns = q.shape[2], k.shape[2]
         kind = 0
         if bias is not None:
@@ -124,6 +148,31 @@ class Call:
             seed if params.dropout_p > 0 else None,
             first, end, band_of(params, rows, columns), params,
         )  # fmt: skip
+
+    def launches(self, *more: object) -> Launches:
+        """Those of the calls that are of this kind, and equal in `more`."""
+        tensors = (self.q, self.k, self.v, self.bias, self.sinks, self.slopes, self.seed)
+        layouts = [layout_of(x) for x in tensors]
+        return launches_of(self.q.device, self.params, self.first is None, *layouts, *more)
+
+    def tensors(self, incoming: Incoming | None = None) -> dict[str, Tensor | None]:
+        """The tensors that all kernels read, by argument; with those of all backward kernels."""
+        found = {
+            "q_desc": self.q,
+            "k_desc": self.k,
+            "v_desc": self.v,
+            "bias_ptr": self.bias,
+            "slopes_ptr": self.slopes,
+            "seed_ptr": self.seed,
+            "first_ptr": self.first,
+            "end_ptr": self.end,
+        }
+        if incoming is not None:
+            found["grad_desc"] = incoming.grad
+            found["norm_desc"] = incoming.norm
+            found["delta_desc"] = incoming.delta
+            found["rest_desc"] = incoming.rest
+        return found
 
     @property
     def plain(self) -> bool:
@@ -142,40 +191,33 @@ class Call:
         sizes = self.q.shape[3], self.v.shape[3]
         return blocks_for(kernel, self.q.dtype, *sizes, INTERPRETED)
 
-    def arguments(self, blocks: Blocks, incoming: Incoming | None = None) -> dict[str, Any]:
-        """The arguments that all kernels share; with those of all backward kernels if given."""
+    def arguments(self, blocks: Blocks, tensors: dict[str, Tensor | None]) -> dict[str, Any]:
+        """A kernel's arguments: `tensors`, and those that all kernels share."""
         return {
-            **self._descriptors(blocks, incoming),
-            **self._pointers(),
+            **tensors,
+            **self._descriptors(blocks, tensors),
             **self._numbers(),
             **self._constants(blocks),
         }
 
     def _descriptors(
-        self, blocks: Blocks, incoming: Incoming | None
+        self, blocks: Blocks, tensors: dict[str, Tensor | None]
     ) -> dict[str, TensorDescriptor | None]:
         size, v_size = padded_head_size(self.q.shape[3]), padded_head_size(self.v.shape[3])
-        found: dict[str, TensorDescriptor | None] = {
-            "q_desc": tile_descriptor(self.q, blocks.m, size),
-            "k_desc": tile_descriptor(self.k, blocks.n, size),
-            "v_desc": tile_descriptor(self.v, blocks.n, v_size),
+        tiles = {
+            "q_desc": (blocks.m, size),
+            "k_desc": (blocks.n, size),
+            "v_desc": (blocks.n, v_size),
+            "grad_desc": (blocks.m, v_size),
         }
-        if incoming is not None:
-            found["grad_desc"] = tile_descriptor(incoming.grad, blocks.m, v_size)
-            found["norm_desc"] = _line_descriptor(incoming.norm, blocks.m)
-            found["delta_desc"] = _line_descriptor(incoming.delta, blocks.m)
-            rest = incoming.rest
-            found["rest_desc"] = None if rest is None else _line_descriptor(rest, blocks.m)
+        found: dict[str, TensorDescriptor | None] = {}
+        for name, tile in tiles.items():
+            if (x := tensors.get(name)) is not None:
+                found[name] = tile_descriptor(x, *tile)
+        for name in ("norm_desc", "delta_desc", "rest_desc"):
+            if (x := tensors.get(name)) is not None:
+                found[name] = _line_descriptor(x, blocks.m)
         return found
-
-    def _pointers(self) -> dict[str, Tensor | None]:
-        return {
-            "bias_ptr": self.bias,
-            "slopes_ptr": self.slopes,
-            "seed_ptr": self.seed,
-            "first_ptr": self.first,
-            "end_ptr": self.end,
-        }
 
     def _numbers(self) -> dict[str, int | float]:
         params = self.params

@@ -36,12 +36,12 @@ HALF: dict[str, dict[int, Blocks]] = {
     # a tile of bias has to fit as well
     "forward_bias": {
         64: Blocks(128, 64, 8, 3),
-        128: Blocks(128, 64, 8, 2),
+        128: Blocks(128, 64, 8, 3),
         256: Blocks(128, 32, 8, 2),
     },
     "key": {64: Blocks(64, 64, 4, 3), 128: Blocks(64, 64, 4, 2), 256: Blocks(64, 64, 8, 2)},
     "query": {64: Blocks(128, 64, 4, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(128, 32, 8, 2)},
-    "bias": {64: Blocks(128, 64, 8, 2), 128: Blocks(128, 64, 8, 2), 256: Blocks(128, 64, 8, 1)},
+    "bias": {64: Blocks(128, 64, 8, 2), 128: Blocks(128, 128, 8, 1), 256: Blocks(128, 64, 8, 1)},
 }
 # float32 goes through the matrix units as three tf32 products whose operands, in two parts each,
 # sit in registers: above head size 64 they spill, whatever the tile. Right, but not fast.
