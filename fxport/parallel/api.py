@@ -44,7 +44,8 @@ def parallelize(model: nn.Module, ctx: ParallelContext) -> fx.GraphModule:
     Raises:
         PortError: the model cannot be captured.
         FxportError: the model does more in training mode than dropout and is in that mode, it
-            chooses what a checkpoint keeps, or the emitted graph did not pass the independent check.
+            chooses what a checkpoint keeps, or the emitted graph did not pass the independent
+            check.
     """
     from fxport.capture.clone import uncompiled
     from fxport.passes.tensor_parallel.build import divide, prepare, rank_module

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import (
@@ -23,6 +24,7 @@ from fxport.parallel.checkpointed import Checkpointed
 from fxport.parallel.modules import CopyTo, ReduceFrom
 from fxport.parallel.plan import Plan
 from fxport.passes.tensor_parallel.checkpoints import checkpoint_again
+from tests.parallel import models
 from tests.parallel.models import VOCAB, Block, Decoder, PackedGlu, Separate
 from tests.parallel.simulation import Ranks, compare, make_once, randomised
 from tests.parallel.test_dropout import Attention, Mlp
@@ -144,6 +146,26 @@ def test_collectives_are_in_the_parts_that_ran_them() -> None:
     group.run(work)
     assert forward == [1 + 2 * 2 + 1]  # table, blocks, logits
     assert len(group.calls) - forward[0] == 1 + 2 * (2 + 1)
+
+
+def shifted(block: nn.Module, x: Tensor) -> Tensor:
+    """From the attention to the first half of the MLP: it ends in every rank's own work."""
+
+    def both(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + block.attention(block.norm1(x))
+        return x, block.mlp.up(block.norm2(x))
+
+    x, y = plain(both, x)
+    return x + block.mlp.down(F.gelu(y))
+
+
+def test_a_part_that_ends_in_own_work_runs_all_its_collectives_again() -> None:
+    """A rank may keep more there than another, and would stop later."""
+    model = randomised(Saving(shifted, mlp=models.Mlp))
+    (ranks,) = make_once(model, 2)
+    assert [p.early_stop for p in parts(ranks.modules[0])] == [False, False]
+    errors = compare(model, ranks)
+    assert errors.output < 1e-12 and errors.gradient < 1e-11, errors
 
 
 def _called(gm: fx.GraphModule) -> list[nn.Module]:
