@@ -16,6 +16,7 @@ from torch.utils.checkpoint import (
     checkpoint_sequential,
     create_selective_checkpoint_contexts,
 )
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxport
 from fxport import ParallelContext
@@ -252,6 +253,31 @@ def test_operations_of_two_calls_in_each_other_are_refused() -> None:
     graph.output(value)
     with pytest.raises(fxport.FxportError, match="between operations of another call"):
         checkpoint_again(fx.GraphModule(nn.Module(), graph), Plan(1, (), (), ()))
+
+
+class Logits(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model(input_ids=ids, use_cache=False).logits
+
+
+def test_a_hugging_face_model_as_it_says_so() -> None:
+    """Its mask asks for packed documents; with flash attention only what enters a block is kept."""
+    sizes = {"vocab_size": VOCAB, "hidden_size": 24, "intermediate_size": 44}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    llama = LlamaForCausalLM(LlamaConfig(**sizes, **heads, head_dim=8))
+    llama.gradient_checkpointing_enable({"use_reentrant": False})
+    model = randomised(Logits(llama)).train()
+    (ranks,) = make_once(model, 2)
+    module = ranks.modules[0]
+    assert not module.plan.replicated and len(parts(module)) == 2
+    attention = torch.ops.fxport.attention.default
+    assert [sum(n.target is attention for n in p.body.graph.nodes) for p in parts(module)] == [1, 1]
+    errors = compare(model, ranks)  # its norms are float32
+    assert errors.output < 1e-6 and errors.gradient < 1e-5, errors
 
 
 def test_compiled() -> None:
