@@ -37,14 +37,15 @@ def parallelize(model: nn.Module, ctx: ParallelContext) -> fx.GraphModule:
     Parameters are copies of this rank's shards under their original qualified names; call it with
     the token ids ``[B, T]``. It is in the mode, training or eval, that the model is in. Dropout
     keeps the same elements for any number of ranks; its seed comes from torch's default generator
-    on the CPU.
+    on the CPU. What forward runs under `torch.utils.checkpoint` is computed again in backward.
 
     Beside FSDP2 or DDP, wrap the result as a whole: ``fully_shard(module, mesh=mesh["data"])``.
 
     Raises:
         PortError: the model cannot be captured.
-        FxportError: the model does more in training mode than dropout and is in that mode, or the
-            emitted graph did not pass the independent check.
+        FxportError: the model does more in training mode than dropout and is in that mode, it
+            chooses what a checkpoint keeps, or the emitted graph did not pass the independent
+            check.
     """
     from fxport.capture.clone import uncompiled
     from fxport.passes.tensor_parallel.build import divide, prepare, rank_module

@@ -19,6 +19,7 @@ from fxport.passes.attention import rewrite_attention
 from fxport.passes.expert_products import multiply_by_expert
 from fxport.passes.functional import functionalise
 from fxport.passes.head import find_head
+from fxport.passes.known_values import fold_known_values
 from fxport.passes.lookups import look_up_first
 from fxport.passes.table_lookups import look_up_in_tables
 from fxport.passes.tensor_parallel.boxes import Undividable, select
@@ -71,6 +72,7 @@ def prepare(model: nn.Module, *, own_modes: bool = False) -> Prepared:
     captured = capture(model, own_modes=own_modes)
     gm = captured.graph
     functionalise(gm)
+    fold_known_values(gm)
     tokens = next(n for n in gm.graph.nodes if n.name == captured.tokens)
     look_up_in_tables(gm, tokens)
     look_up_first(gm, tokens)

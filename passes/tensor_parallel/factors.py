@@ -12,12 +12,14 @@ the channels of one head, a query head and its kv head.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 
@@ -95,8 +97,7 @@ def unit_value(value: Any) -> Any:
     if isinstance(value, fx.Node):
         value = value.meta["val"]
     if isinstance(value, torch.SymInt):
-        expression = value.node.expr
-        return int(expression.subs(dict.fromkeys(expression.free_symbols, 1)))
+        return _of_ones(value.node.expr)
     if isinstance(value, (list, tuple)):
         return [unit_value(v) for v in value]
     return value
@@ -104,11 +105,13 @@ def unit_value(value: Any) -> Any:
 
 def unit_shape(node: fx.Node) -> tuple[int, ...]:
     """Shape of a value with batch and time 1."""
-    found = []
-    for size in shape_of(node):
-        symbols = getattr(size, "free_symbols", ())
-        found.append(size if isinstance(size, int) else int(size.subs(dict.fromkeys(symbols, 1))))
-    return tuple(found)
+    return tuple(size if isinstance(size, int) else _of_ones(size) for size in shape_of(node))
+
+
+@functools.lru_cache(maxsize=1024)
+def _of_ones(size: sympy.Expr) -> int:
+    """Asked again for every node, and slow: a model has few different sizes."""
+    return int(size.subs(dict.fromkeys(size.free_symbols, 1)))
 
 
 def label(

@@ -39,17 +39,27 @@ def plan_of(
         left: what earlier passes already left to every rank.
     """
     world_size = parts[0][1].world_size
-    shards = tuple(_shard(n, s, [e for e, _ in parts], whole) for n, s in shapes.items())
+    emissions = [e for e, _ in parts]
+    gradients = [_sharing(e) for e in emissions]
+    shards = tuple(_shard(n, s, emissions, gradients, whole) for n, s in shapes.items())
     divided = {s.name for s in shards if s.kind != "replicated"}
     replicated = [
         Replicated(" ".join(sorted({module_of(n) or n.name for n in c.leaves})), c.kept)
         for emission, solution in parts
         for c in solution.components
-        if c.kept and c.weight and not set(c.leaves) <= set(emission.vocabulary)
-        if not _written_by_divided(c.leaves, divided)
+        if c.kept and not set(c.leaves) <= set(emission.vocabulary)
+        if _unknown_weights(c.leaves) or (c.weight and not _written_by_divided(c.leaves, divided))
     ]
     collectives = tuple(c for emission, _ in parts for c in _collectives(emission))
     return Plan(world_size, shards, collectives, (*left, *replicated))
+
+
+def _unknown_weights(leaves: Sequence[fx.Node]) -> bool:
+    """Whether parameters are whole because an op without a rule reads them."""
+    return any(
+        KINDS.get(leaf.target) is None and any(_made_of(i) for i in leaf.all_input_nodes)
+        for leaf in leaves
+    )
 
 
 def _written_by_divided(leaves: Sequence[fx.Node], divided: set[str]) -> bool:
@@ -75,7 +85,11 @@ def _made_of(value: fx.Node) -> list[str]:
 
 
 def _shard(
-    name: str, shape: tuple[int, ...], emissions: Sequence[Emission], whole: frozenset[str]
+    name: str,
+    shape: tuple[int, ...],
+    emissions: Sequence[Emission],
+    gradients: Sequence[set[str]],
+    whole: frozenset[str],
 ) -> ParameterShard:
     full = ((None,) * len(shape),) * emissions[0].world_size
     found = [e.shards[name] for e in emissions if name in e.shards]
@@ -84,28 +98,28 @@ def _shard(
     reason = "" if divided else "used by replicated work, or by all heads"
     if name in whole:
         reason = "two uses want different parts"
-    shared = any(
-        isinstance(m, SharedGradient) and _serves(e, key, name)
-        for e in emissions
-        for key, m in e.modules.items()
-    )
+    shared = any(name in sharing for sharing in gradients)
     return ParameterShard(name, shape, kind if divided else "replicated", boxes, shared, reason)
 
 
-def _serves(emission: Emission, key: str, name: str) -> bool:
-    node = next(n for n in emission.graph.nodes if n.op == "call_module" and n.target == key)
-    source = node.args[0]
-    return isinstance(source, fx.Node) and source.op == "get_attr" and source.target == name
+def _sharing(emission: Emission) -> set[str]:
+    """The parameters whose gradients some ranks share."""
+    shared = [
+        n.args[0]
+        for n in emission.graph.find_nodes(op="call_module", sort=False)
+        if isinstance(emission.modules[str(n.target)], SharedGradient)
+    ]
+    return {str(n.target) for n in shared if isinstance(n, fx.Node) and n.op == "get_attr"}
 
 
 def _collectives(emission: Emission) -> list[CollectiveRecord]:
     records = []
+    callers = {n.target: n for n in emission.graph.find_nodes(op="call_module", sort=False)}
     for key, origin in emission.calls:
         module = emission.modules[key]
         backward = isinstance(module, (CopyTo, SharedGradient))
         kind = "all_gather" if isinstance(module, Gather) else "all_reduce"
-        caller = next(n for n in emission.graph.nodes if n.target == key)
-        source = caller.args[0]
+        source = callers[key].args[0]
         parameter = isinstance(source, fx.Node) and source.op == "get_attr"
         if backward and parameter:
             kind = "all_reduce of a parameter's gradient"

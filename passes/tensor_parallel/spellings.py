@@ -4,10 +4,13 @@ Before                                        After
     y = addmm(b, x, w)                            y = mm(x, w) + b
     y = x @ E.T                                   y = linear(x, E)
     y = einsum("btc,vc->btv", x, E)               y = linear(x, E)
+    y = einsum("bthd,hdc->bthc", z, W).sum(2)     y = einsum("bthd,hdc->btc", z, W)
+    y = conv1d(x, W [N, K, 1], b)                 y = linear(x.mT, W[:, :, 0], b).mT
     k = y[..., [-1], :]                           k = slice(y, -2, 3, 4)
 
 All are common: GPT-2's weights are stored the other way round, a head is the token embedding,
-Falcon's keys are taken by a list.
+Falcon's keys are taken by a list, the results of heads are added up, a convolution over one token
+is a projection.
 """
 
 from __future__ import annotations
@@ -38,6 +41,10 @@ def one_spelling(gm: fx.GraphModule) -> None:
     for node in list(gm.graph.nodes):
         if node.target in _PRODUCTS:
             _split_sum(gm.graph, node)
+        elif node.target is aten.conv1d.default:
+            _convolution(gm.graph, node)
+        elif node.target is aten.sum.dim_IntList:
+            _sum_of_products(node, data)
         elif node.target in (aten.matmul.default, aten.mm.default, aten.einsum.default):
             _projection(node, data)
         elif node.target is aten.index.Tensor:
@@ -55,6 +62,47 @@ def _split_sum(graph: fx.Graph, node: fx.Node) -> None:
         product = graph.call_function(_PRODUCTS[node.target], (one, other))
     product.meta = dict(node.meta)
     node.target, node.args, node.kwargs = aten.add.Tensor, (product, found["self"]), {}
+
+
+def _convolution(graph: fx.Graph, node: fx.Node) -> None:
+    """Over one token at a time."""
+    found = arguments(node)
+    x, weight = found["input"], found["weight"]
+    plain = found["groups"] == 1 and set(found["stride"]) == {1} and set(found["padding"]) == {0}
+    if not plain or shape_of(weight)[2] != 1 or len(shape_of(x)) != 3:
+        return
+    with graph.inserting_before(node):
+        turned = _call(graph, node, aten.transpose.int, x, 1, 2)
+        rows = _call(graph, node, aten.select.int, weight, 2, 0)
+        y = _call(graph, node, aten.linear.default, turned, rows, found["bias"])
+    node.target, node.args, node.kwargs = aten.transpose.int, (y, 1, 2), {}
+
+
+def _call(graph: fx.Graph, origin: fx.Node, target: Any, *args: Any) -> fx.Node:
+    node = graph.call_function(target, args)
+    node.meta = {k: v for k, v in origin.meta.items() if k != "val"}
+    with torch.no_grad():
+        node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
+    return node
+
+
+def _sum_of_products(node: fx.Node, data: set[fx.Node]) -> None:
+    """A sum over a dimension that both operands of a product have is part of the product."""
+    found = arguments(node)
+    product, dims = found["self"], found["dim"]
+    if product.target is not aten.einsum.default or len(product.users) > 1:
+        return
+    if not dims or found["keepdim"] or found["dtype"] is not None:
+        return
+    of = contraction(product, data)
+    if of is None:
+        return
+    summed = {of.of_result[d] for d in dims}
+    if not summed <= set(of.shared):
+        return
+    result = "".join(c for c in of.of_result if c not in summed)
+    equation = f"{of.of_data},{of.of_weight}->{result}"
+    node.target, node.args, node.kwargs = aten.einsum.default, (equation, [of.data, of.weight]), {}
 
 
 def _projection(node: fx.Node, data: set[fx.Node]) -> None:

@@ -155,6 +155,39 @@ class StackedExperts(DenseExperts):
         return result.view_as(x)
 
 
+class OverOne(nn.Module):
+    """A projection as a convolution over one token: ``[B, C, T]``."""
+
+    def __init__(self, size_in: int, size_out: int, kernel: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(size_in, size_out, kernel)
+        self.before = kernel - 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(1, 2)
+        return self.conv(F.pad(x, (self.before, 0)) if self.before else x).transpose(1, 2)
+
+
+def convolved(module: nn.Module, kernel: int = 1) -> nn.Module:
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.Linear):
+            setattr(module, name, OverOne(child.in_features, child.out_features, kernel))
+    return module
+
+
+class ResultByHead(Separate):
+    """What every head adds to the residual stream, looked at and then summed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = weight(4, HEAD, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (p(x).unflatten(-1, (4, HEAD)) for p in (self.q, self.k, self.v))
+        z = attend(q, k, v).unflatten(-1, (4, HEAD))
+        return torch.einsum("bqhd,hdm->bqhm", z, self.out).sum(2)
+
+
 class Grouped(Separate):
     """Grouped heads by einsum: a rank with heads of two groups, and not all, has no rectangle."""
 
@@ -187,6 +220,8 @@ FURTHER: dict[str, Callable[[], nn.Module]] = {
     "falcon": lambda: OneLayer(Falcon(), Mlp(), padding=5),
     "scaled": lambda: OneLayer(Scaled(), Mlp()),
     "grouped": lambda: OneLayer(Grouped(6, 2), Mlp()),
+    "convolutions over one": lambda: OneLayer(convolved(Separate(4, 2)), convolved(Mlp())),
+    "result by head": lambda: OneLayer(ResultByHead(), Mlp()),
     "tied by a product": lambda: TiedByProduct(Separate(), Mlp()),
     "selected experts": lambda: OneLayer(Separate(), SelectedExperts()),
     "stacked experts": lambda: OneLayer(Separate(), StackedExperts()),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import (
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import (
     checkpoint_sequential,
     create_selective_checkpoint_contexts,
 )
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxport
 from fxport import ParallelContext
@@ -23,6 +25,7 @@ from fxport.parallel.checkpointed import Checkpointed
 from fxport.parallel.modules import CopyTo, ReduceFrom
 from fxport.parallel.plan import Plan
 from fxport.passes.tensor_parallel.checkpoints import checkpoint_again
+from tests.parallel import models
 from tests.parallel.models import VOCAB, Block, Decoder, PackedGlu, Separate
 from tests.parallel.simulation import Ranks, compare, make_once, randomised
 from tests.parallel.test_dropout import Attention, Mlp
@@ -146,6 +149,26 @@ def test_collectives_are_in_the_parts_that_ran_them() -> None:
     assert len(group.calls) - forward[0] == 1 + 2 * (2 + 1)
 
 
+def shifted(block: nn.Module, x: Tensor) -> Tensor:
+    """From the attention to the first half of the MLP: it ends in every rank's own work."""
+
+    def both(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + block.attention(block.norm1(x))
+        return x, block.mlp.up(block.norm2(x))
+
+    x, y = plain(both, x)
+    return x + block.mlp.down(F.gelu(y))
+
+
+def test_a_part_that_ends_in_own_work_runs_all_its_collectives_again() -> None:
+    """A rank may keep more there than another, and would stop later."""
+    model = randomised(Saving(shifted, mlp=models.Mlp))
+    (ranks,) = make_once(model, 2)
+    assert [p.early_stop for p in parts(ranks.modules[0])] == [False, False]
+    errors = compare(model, ranks)
+    assert errors.output < 1e-12 and errors.gradient < 1e-11, errors
+
+
 def _called(gm: fx.GraphModule) -> list[nn.Module]:
     return [gm.get_submodule(str(n.target)) for n in gm.graph.nodes if n.op == "call_module"]
 
@@ -230,6 +253,31 @@ def test_operations_of_two_calls_in_each_other_are_refused() -> None:
     graph.output(value)
     with pytest.raises(fxport.FxportError, match="between operations of another call"):
         checkpoint_again(fx.GraphModule(nn.Module(), graph), Plan(1, (), (), ()))
+
+
+class Logits(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model(input_ids=ids, use_cache=False).logits
+
+
+def test_a_hugging_face_model_as_it_says_so() -> None:
+    """Its mask asks for packed documents; with flash attention only what enters a block is kept."""
+    sizes = {"vocab_size": VOCAB, "hidden_size": 24, "intermediate_size": 44}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    llama = LlamaForCausalLM(LlamaConfig(**sizes, **heads, head_dim=8))
+    llama.gradient_checkpointing_enable({"use_reentrant": False})
+    model = randomised(Logits(llama)).train()
+    (ranks,) = make_once(model, 2)
+    module = ranks.modules[0]
+    assert not module.plan.replicated and len(parts(module)) == 2
+    attention = torch.ops.fxport.attention.default
+    assert [sum(n.target is attention for n in p.body.graph.nodes) for p in parts(module)] == [1, 1]
+    errors = compare(model, ranks)  # its norms are float32
+    assert errors.output < 1e-6 and errors.gradient < 1e-5, errors
 
 
 def test_compiled() -> None:

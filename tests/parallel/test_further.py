@@ -8,8 +8,8 @@ import torch
 from fxport.parallel.modules import CopyTo, ReduceFrom
 from fxport.passes.tensor_parallel.build import prepare
 from fxport.passes.tensor_parallel.checker import check
-from tests.parallel.further import FURTHER, Heads, OneLayer, OtherHeads
-from tests.parallel.models import HEAD, HIDDEN, VOCAB, WIDTH, Mlp
+from tests.parallel.further import FURTHER, Heads, OneLayer, OtherHeads, convolved
+from tests.parallel.models import HEAD, HIDDEN, VOCAB, WIDTH, Mlp, Separate
 from tests.parallel.simulation import Ranks, compare, make_once, randomised
 from tests.parallel.wider import EXPERTS
 
@@ -24,6 +24,8 @@ PRICE = {
     "falcon": (2, 2),
     "scaled": (2, 2),
     "grouped": (2, 2),
+    "convolutions over one": (2, 2),
+    "result by head": (2, 2),
     "tied by a product": (2, 2),
     "selected experts": (2, 3),  # a gate is one number per expert and token
     "stacked experts": (2, 3),
@@ -37,6 +39,8 @@ DIVIDED = {
     "falcon": ("attention.qkv.weight", (2 * 4 * HEAD, WIDTH)),
     "scaled": ("attention.heat", (2,)),
     "grouped": ("attention.out.weight", (WIDTH, 3 * HEAD)),
+    "convolutions over one": ("mlp.down.conv.weight", (WIDTH, HIDDEN // 2, 1)),
+    "result by head": ("attention.out", (2, HEAD, WIDTH)),
     "tied by a product": ("mlp.up.weight", (HIDDEN // 2, WIDTH)),
     "selected experts": ("mlp.up", (EXPERTS, WIDTH, HIDDEN // 2)),
     "stacked experts": ("mlp.down", (EXPERTS, WIDTH, HIDDEN // 2)),
@@ -70,6 +74,19 @@ def test_heads_that_are_alike_become_one_attention_and_others_do_not() -> None:
     (ranks,) = make_once(model, 2)
     assert compare(model, ranks).gradient < 1e-12
     assert any("fewer units" in r.reason for r in ranks.modules[0].plan.replicated)
+
+
+def test_what_an_op_without_a_rule_reads_is_whole_and_said_to_be() -> None:
+    """A convolution over several tokens; the attention beside it is divided."""
+    model = randomised(OneLayer(Separate(), convolved(Mlp(), 3)))
+    (ranks,) = make_once(model, 2)
+    assert compare(model, ranks).gradient < 1e-12
+    plan = ranks.modules[0].plan
+    assert plan.shard("block.mlp.up.conv.weight").kind == "replicated"
+    assert plan.shard("block.attention.q.weight").kind == "column"
+    said = {what: r.reason for r in plan.replicated for what in r.what.split()}
+    assert "no rule for aten.conv1d" in said["block.mlp.up.conv"], said
+    assert "no rule for aten.pad" in said["block.mlp.down.conv"], said
 
 
 def _drop(ranks: Ranks, kind: type, index: int = 0) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxport.capture.export import capture
@@ -27,11 +28,22 @@ ROWS: dict[str, Product] = {
     "einsum of any rank": lambda x, w: torch.einsum("...c,vc->...v", x, w),
     "einsum of the turned one": lambda x, w: torch.einsum("btc,cv->btv", x, w.T),
 }
+ROWS |= {
+    "convolution": lambda x, w: F.conv1d(x.mT, w.unsqueeze(2)).mT,
+    "convolution with a bias": lambda x, w: F.conv1d(x.mT, w.unsqueeze(2), w[0]).mT,
+}
 OTHERS: dict[str, Product] = {
     "columns": lambda x, w: x @ w,
     "permuted to itself": lambda x, w: x @ w.permute(0, 1),
     "transposed to itself": lambda x, w: x @ w.transpose(1, 1),
     "einsum with columns": lambda x, w: torch.einsum("btc,cv->btv", x, w),
+    "convolution of groups": lambda x, w: F.conv1d(x.mT, w[:, :6].unsqueeze(2), groups=2).mT,
+    "convolution with steps": lambda x, w: (
+        F.conv1d(x.mT.repeat_interleave(2, 2), w.unsqueeze(2), stride=2).mT
+    ),
+    "convolution over tokens": lambda x, w: (
+        F.conv1d(F.pad(x.mT, (1, 0)), torch.stack((w, w.T), 2)).mT
+    ),
     "another order": lambda x, w: torch.einsum("btc,vc->bvt", x, w).transpose(1, 2),
 }
 
@@ -48,8 +60,8 @@ class Model(nn.Module):
         return self.head(self.product(self.embed(ids), self.square))
 
 
-def respelled(product: Product) -> tuple[float, int, int]:
-    """(error, linears before, linears after); a square matrix, so that no shape tells."""
+def respelled(product: Product) -> tuple[float, int, int, fx.GraphModule]:
+    """(error, linears before and after, the graph); a square matrix, so that no shape tells."""
     torch.manual_seed(0)
     model = Model(product).double()
     gm = capture(model).graph
@@ -62,7 +74,7 @@ def respelled(product: Product) -> tuple[float, int, int]:
     with torch.no_grad():
         found = gm(*(ids if i.kind is InputKind.DATA else state[i.name] for i in inputs))
         found = found[0] if isinstance(found, (tuple, list)) else found
-        return float((found - model(ids)).abs().max()), before, _linears(gm)
+        return float((found - model(ids)).abs().max()), before, _linears(gm), gm
 
 
 def _linears(gm: fx.GraphModule) -> int:
@@ -71,11 +83,43 @@ def _linears(gm: fx.GraphModule) -> int:
 
 @pytest.mark.parametrize("name", ROWS)
 def test_products_with_rows(name: str) -> None:
-    error, before, after = respelled(ROWS[name])
+    error, before, after, _ = respelled(ROWS[name])
     assert (before, after) == (1, 2) and error < 1e-12
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_others_stay(name: str) -> None:
-    error, before, after = respelled(OTHERS[name])
+    error, before, after, _ = respelled(OTHERS[name])
     assert (before, after) == (1, 1) and error < 1e-12
+
+
+SUMS: dict[str, Product] = {
+    "one sum": lambda x, w: torch.einsum(
+        "bthd,hdc->bthc", x.view(*x.shape[:2], 3, 4), w.view(3, 4, WIDTH)
+    ).sum(2),
+    "from the end, any rank": lambda x, w: torch.einsum(
+        "...hd,hdc->...hc", x.view(*x.shape[:2], 3, 4), w.view(3, 4, WIDTH)
+    ).sum(-2),
+}
+OTHER_SUMS: dict[str, Product] = {
+    "of what only the weight has": lambda x, w: (
+        torch.einsum("btc,cvn->btvn", x, w.view(12, 2, 6)).sum(2).repeat(1, 1, 2)
+    ),
+    "used otherwise, too": lambda x, w: (
+        (y := torch.einsum("bthd,hdc->bthc", x.view(*x.shape[:2], 3, 4), w.view(3, 4, WIDTH))).sum(
+            2
+        )
+        + y[:, :, 0]
+    ),
+    "not of a product": lambda x, w: (x @ w).view(*x.shape[:2], 3, 4).sum(2).repeat(1, 1, 3),
+}
+
+
+def _sums(gm: fx.GraphModule) -> int:
+    return sum(n.target is aten.sum.dim_IntList for n in gm.graph.nodes)
+
+
+@pytest.mark.parametrize(("name", "left"), [*((n, 0) for n in SUMS), *((n, 1) for n in OTHER_SUMS)])
+def test_sums_over_what_both_operands_have(name: str, left: int) -> None:
+    error, *_, gm = respelled({**SUMS, **OTHER_SUMS}[name])
+    assert _sums(gm) == left and error < 1e-12
