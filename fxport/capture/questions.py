@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType
 from typing import Any
 
 import sympy
@@ -27,7 +26,7 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from fxport.capture.emitter import symbolic_tokens
-from fxport.capture.location import is_library
+from fxport.capture.memos import nothing_remembered, own_files
 from fxport.capture.sample import device_of
 from fxport.capture.state import State
 from fxport.capture.trace import as_traced, quiet
@@ -195,7 +194,7 @@ def forward_only(model: nn.Module) -> Iterator[None]:
     """Runs that leave no trace on the model."""
     state = State(model)
     try:
-        with as_traced():
+        with as_traced(), nothing_remembered(model):
             yield
     finally:
         state.restore()
@@ -219,9 +218,7 @@ def numbers_in(model: nn.Module, longest: int) -> tuple[int, ...]:
 def _constants(model: nn.Module) -> Iterator[Iterable[Any]]:
     """Globals, and what stands in the code, of the user's files that define the modules."""
     classes = dict.fromkeys(cls for module in model.modules() for cls in type(module).__mro__)
-    names = sorted({c.__module__ for c in classes})
-    files = {name: sys.modules[name] for name in names if name in sys.modules}
-    own = {name: file for name, file in files.items() if _is_own(name, file)}
+    own = {file.__name__: file for file in own_files(model)}
     owners: list[Any] = [c for c in classes if c.__module__ in own]  # some are in a function
     for file in own.values():
         yield vars(file).values()
@@ -232,9 +229,3 @@ def _constants(model: nn.Module) -> Iterator[Iterable[Any]]:
         constants = pending.pop().co_consts
         pending += [c for c in constants if isinstance(c, CodeType)]
         yield constants
-
-
-def _is_own(name: str, file: ModuleType) -> bool:
-    """A session at a prompt has no file."""
-    path = getattr(file, "__file__", None)
-    return name == "__main__" if path is None else not is_library(path)

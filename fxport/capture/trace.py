@@ -25,6 +25,7 @@ from fxport.capture.aliases import plain_names
 from fxport.capture.inline import inline_regions
 from fxport.capture.inputs import GraphInput, InputKind
 from fxport.capture.location import location_in, record_user_lines
+from fxport.capture.memos import nothing_remembered
 from fxport.capture.rephrase import rephrased
 from fxport.capture.selections import Empties, Selections, is_marker
 from fxport.errors import PortError, Reason, ReasonCode
@@ -67,6 +68,7 @@ def export(
     """
     with (
         as_traced(),
+        nothing_remembered(model),
         _without_partial_graph(),
         record_user_lines(),
         Selections(empty),
