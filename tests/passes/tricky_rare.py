@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from spellings_base import causal_bool, finish, heads_first
+from spellings_base import causal_bool, finish, heads_first, parameter
 from torch import Tensor
 from tricky_spellings import tricky
 
@@ -152,3 +152,17 @@ def scores_of_a_learned_product(qkv: Tensor) -> Tensor:
     w = (x @ torch.ones(24, 6, dtype=x.dtype)).sigmoid().softmax(-1)
     out: Tensor = w @ torch.ones(6, 24, dtype=x.dtype)
     return out
+
+
+@tricky("unsupported-feature", parameters=(parameter(4, 4),))
+def scores_of_heads_mixed(qkv: Tensor, mix: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    s = torch.einsum("bhij,hg->bgij", q @ k.mT, mix)
+    return finish(s.softmax(-1), v)
+
+
+@tricky("unsupported-feature", parameters=(parameter(4, 4),))
+def weights_of_heads_mixed(qkv: Tensor, mix: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    w = torch.einsum("bhij,hg->bgij", (q @ k.mT).softmax(-1), mix)
+    return finish(w, v)
