@@ -14,7 +14,7 @@ from fxport.errors import ReasonCode
 from fxport.passes.attention_layout import Axis, Dims, Size, axes_of, is_one, product, resolve
 from fxport.passes.attention_site import Left, Match
 
-__all__ = ["Axes", "Frame", "Recipe", "frame_of", "recipe"]
+__all__ = ["Axes", "Frame", "Recipe", "frame_of", "query_axes", "recipe"]
 
 Axes = tuple[Axis, ...]
 Target = tuple[Axes, Axes, Axes, Axes]
@@ -63,18 +63,16 @@ def frame_of(match: Match) -> Frame:
     Raises:
         Left: this is no attention of queries over keys.
     """
-    q, k, v = (set(axes_of(o[-1].dims, repeated=False)) for o in (match.q, match.k, match.v))
-    q = q.union(*(axes_of(term.q[-1].dims, repeated=False) for term in match.terms))
+    own = query_axes(match)
     scores = [f.axis for d in match.scores for f in resolve(d)]
     key = tuple(f.axis for f in resolve(match.key))
     head = tuple(axes_of(match.head))
     _check_plain(match, head, key)
-    own = [a for a in scores if a in q and a not in k and a not in v]
     shared = [a for a in scores if a not in own]
     if not own:
         raise Left(
             ReasonCode.NOT_ATTENTION,
-            "no query axis: keys or values differ for every query",
+            "there is one query only, or keys or values differ for every query",
             match.start,
         )
     origins = {a.origin for a in head}
@@ -90,6 +88,13 @@ def frame_of(match: Match) -> Frame:
         head=head,
         value=tuple(axes_of(match.value)),
     )
+
+
+def query_axes(match: Match) -> list[Axis]:
+    """The axes along which queries vary, and neither keys nor values."""
+    q, k, v = (set(axes_of(o[-1].dims, repeated=False)) for o in (match.q, match.k, match.v))
+    q = q.union(*(axes_of(term.q[-1].dims, repeated=False) for term in match.terms))
+    return [a for a in axes_of(match.scores) if a in q and a not in k and a not in v]
 
 
 def _likeness_to_query(

@@ -14,6 +14,7 @@ from torch import fx
 
 from fxport.errors import ReasonCode
 from fxport.passes.attention_checks import check_closed, check_grad_mode, check_rounding
+from fxport.passes.attention_frame import query_axes
 from fxport.passes.attention_layout import Axis, Dims, LayoutError, axes_of, resolve, resolve_all
 from fxport.passes.attention_paths import Walk, obstacles, paths, product_behind, walk
 from fxport.passes.attention_products import Contraction, as_product, contract
@@ -84,7 +85,7 @@ def _match_path(facts: GraphFacts, softmax: Softmax, path: list[fx.Node]) -> Mat
     q, k = _which_is_key(left, right, forward.keys, softmax)
     _check_source_of_keys(facts, k, forward)
     v = trace(forward.product.right)
-    out = _contract_values(forward, v)
+    out = _contract_values(facts, forward, v)
     scores = Scores(facts, forward.keys, scored.alpha)
     if scored.added is not None:
         scores.add_initial(path[0], scored.added, scored.beta, walked.dims[0])
@@ -103,7 +104,7 @@ def _match_path(facts: GraphFacts, softmax: Softmax, path: list[fx.Node]) -> Mat
     check_closed(interior, output)
     check_rounding(interior, output)
     key = forward.key_dim
-    return Match(
+    match = Match(
         start=softmax.start,
         output=output,
         interior=interior,
@@ -130,6 +131,8 @@ def _match_path(facts: GraphFacts, softmax: Softmax, path: list[fx.Node]) -> Mat
         out_scales=forward.out_scales,
         relied_on=facts.buffers(scores.read),
     )
+    _check_unmixed(facts, match, path[0])
+    return match
 
 
 def _apply_kept(facts: GraphFacts, scores: Scores, softmax: Softmax, dims: Dims) -> None:
@@ -166,7 +169,7 @@ def _score_dims(walked: Walk) -> Dims:
 # -- the values ------------------------------------------------------------------------------------
 
 
-def _contract_values(forward: Forward, v: tuple[Step, ...]) -> Contraction:
+def _contract_values(facts: GraphFacts, forward: Forward, v: tuple[Step, ...]) -> Contraction:
     product = forward.product
     try:
         out = contract(product.labels, forward.dims, v[-1].dims)
@@ -174,6 +177,8 @@ def _contract_values(forward: Forward, v: tuple[Step, ...]) -> Contraction:
         raise Left(ReasonCode.NOT_ATTENTION, "this product is no w.v", product.node) from None
     summed = [f for d in resolve_all(out.summed) for f in d]
     if [f.axis for f in summed] != [f.axis for f in resolve(forward.key_dim)]:
+        if not facts.source(product.right) & Source.DATA:
+            raise _mixed("weights", product.node)
         raise Left(
             ReasonCode.SOFTMAX_AXIS,
             "the softmax runs over another axis than the product with the values",
@@ -211,6 +216,23 @@ def _which_is_key(
         "the softmax does not run over the keys",
         softmax.start,
         "softmax over the key axis (usually dim=-1)",
+    )
+
+
+def _check_unmixed(facts: GraphFacts, match: Match, product: fx.Node) -> None:
+    """What was taken for keys may be scores, and what for queries a matrix that mixes heads."""
+    scores = as_product(match.k[0].node) is not None and _of_data(facts, match.k[0].node)
+    learned = not facts.source(match.q[0].node) & Source.DATA
+    if scores and learned and not query_axes(match):
+        raise _mixed("scores", product)
+
+
+def _mixed(what: str, node: fx.Node) -> Left:
+    return Left(
+        ReasonCode.UNSUPPORTED_FEATURE,
+        f"a product with something learned or constant mixes the {what} of different heads",
+        node,
+        "no kernel has it: mix the heads of the output instead",
     )
 
 

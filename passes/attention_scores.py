@@ -205,6 +205,10 @@ class Scores:
     def _subtract(self, node: fx.Node, carrier: fx.Node) -> None:
         first, second = node.args[0], node.args[1]
         alpha = self.constant(arguments(node).get("alpha", 1))
+        if first is not carrier and second is carrier and alpha == 1:
+            self.scale_by(node, -1.0)
+            self._add_bias(node, first, 1.0)
+            return
         if first is not carrier or alpha is None or (alpha != 1 and second is carrier):
             raise Left(ReasonCode.UNSUPPORTED_FEATURE, "the scores are subtracted here", node)
         # x - amax(x) over the keys: the softmax stays the same.

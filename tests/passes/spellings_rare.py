@@ -140,3 +140,13 @@ def subtracted_with_a_factor(qkv: Tensor) -> Tensor:
     q, k, v = heads_first(qkv)
     forbidden = (~causal_bool(q.size(2))).to(q.dtype)
     return finish(torch.sub(q @ k.transpose(-1, -2), forbidden, alpha=1e9).softmax(-1), v)
+
+
+@legal("causal", "dense data bias")
+def squared_distances(qkv: Tensor) -> Tensor:
+    """-|q - k|^2, multiplied out: the product is what is subtracted."""
+    q, k, v = heads_first(qkv)
+    distances = (q * q).sum(-1)[..., :, None] - 2 * (q @ k.mT) + (k * k).sum(-1)[..., None, :]
+    mirrored = (k * k).sum(-1)[..., None, :] - distances
+    s = mirrored.masked_fill(~causal_bool(q.size(2)), float("-inf"))
+    return finish(s.softmax(-1), v)

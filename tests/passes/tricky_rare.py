@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from spellings_base import causal_bool, finish, heads_first
+from spellings_base import causal_bool, finish, heads_first, parameter
 from torch import Tensor
 from tricky_spellings import tricky
 
@@ -152,3 +152,32 @@ def scores_of_a_learned_product(qkv: Tensor) -> Tensor:
     w = (x @ torch.ones(24, 6, dtype=x.dtype)).sigmoid().softmax(-1)
     out: Tensor = w @ torch.ones(6, 24, dtype=x.dtype)
     return out
+
+
+@tricky("unsupported-feature", parameters=(parameter(4, 4),))
+def scores_of_heads_mixed(qkv: Tensor, mix: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    s = torch.einsum("bhij,hg->bgij", q @ k.mT, mix)
+    return finish(s.softmax(-1), v)
+
+
+@tricky("unsupported-feature", parameters=(parameter(4, 4),))
+def weights_of_heads_mixed(qkv: Tensor, mix: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    w = torch.einsum("bhij,hg->bgij", (q @ k.mT).softmax(-1), mix)
+    return finish(w, v)
+
+
+@tricky("order-of-operations")
+def masked_and_then_subtracted(qkv: Tensor) -> Tensor:
+    """The clamp from below becomes one from above."""
+    q, k, v = heads_first(qkv)
+    s = (q @ k.mT).clamp(min=-1e9)
+    return finish((q.sum(-1, keepdim=True) - s).softmax(-1), v)
+
+
+@tricky("unsupported-feature")
+def subtracted_with_a_factor(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    bias = q.sum(-1, keepdim=True) * k.sum(-1)[:, :, None]
+    return finish(torch.sub(bias, q @ k.mT, alpha=0.5).softmax(-1), v)
