@@ -244,7 +244,7 @@ def main() -> None:
             rows.append(_row(feature, arguments.length, against))
             print("|".join(map(str, rows[-1])), flush=True)
     names = {"flex": "FlexAttention", "dense": "dense, compiled"}
-    headers = ["", "fxport::attention", *map(names.get, against), *(f"x {n}" for n in against)]
+    headers = ["", "fxport::attention", *(names[n] for n in against), *(f"x {n}" for n in against)]
     print(f"\nforward + backward, bf16, causal, T={arguments.length}\n")
     print(tabulate(rows, [*headers, "ran"], tablefmt="github"))
 
