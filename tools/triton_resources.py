@@ -125,7 +125,8 @@ def _cases() -> Iterator[tuple[str, Callable[[], object]]]:
         "softcap": 30.0,
         "dropout_p": 0.1,
     }
-    yield "bf16 everything 64", partial(_both, 64, half, 2, 500, **everything)
+    for size in (64, 128, 256):
+        yield f"bf16 everything {size}", partial(_both, size, half, 2, 500, **everything)
 
 
 def _both(size: int, dtype: torch.dtype, group: int, length: int, **given: Any) -> tuple[Any, ...]:

@@ -65,7 +65,7 @@ def forward(
     tensors = {**call.tensors(), "out_ptr": out, "lse_ptr": lse, "sinks_ptr": call.sinks}
 
     def prepare() -> tuple[tuple[int], dict[str, Any]]:
-        blocks = call.blocks("forward_bias" if call.has_bias_tiles else "forward")
+        blocks = call.blocks("forward")
         return (triton.cdiv(rows, blocks.m) * batch * heads,), {
             "out_stride_b": out.stride(0),
             "out_stride_h": out.stride(1),
@@ -112,9 +112,12 @@ def backward(
     dq = dk = dv = dbias = dsinks = dslopes = None
     if needs[0] or needs[5]:
         dq, dslopes = _query_gradients(call, launches, incoming, needs[5])
-    if needs[1] or needs[2]:
-        dk, dv = _key_gradients(call, launches, incoming)
-    if needs[3] and bias is not None:
+    of_keys = needs[3] and bias is not None and _same_in_all_rows(bias, call)
+    if needs[1] or needs[2] or of_keys:
+        dk, dv, line = _key_gradients(call, launches, incoming, of_keys)
+        if bias is not None and line is not None:
+            dbias = _summed(line, bias)
+    if needs[3] and bias is not None and not of_keys:
         dbias = _bias_gradient(call, launches, bias, incoming)
     if needs[4] and sinks is not None:
         weight = torch.exp(sinks.float()[:, None] - lse.masked_fill(lse == -torch.inf, torch.inf))
@@ -172,7 +175,7 @@ def _split_norm(call: Call, launches: Launches, norm: Tensor) -> Tensor:
     tensors = {**call.tensors(), "norm_ptr": norm, "rest_ptr": rest, "sinks_ptr": call.sinks}
 
     def prepare() -> tuple[tuple[int], dict[str, Any]]:
-        blocks = call.blocks("bias")
+        blocks = call.blocks("bias_line")
         return (norm.shape[1] // blocks.m * norm.shape[0],), {
             "heads": call.q.shape[1],
             "line_length": norm.shape[1],
@@ -212,8 +215,10 @@ def _query_gradients(
     return dq, None if dslope is None else dslope.sum((0, 2))
 
 
-def _key_gradients(call: Call, launches: Launches, incoming: Incoming) -> tuple[Tensor, Tensor]:
-    """dk and dv."""
+def _key_gradients(
+    call: Call, launches: Launches, incoming: Incoming, bias_too: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dk, dv and, if wanted, the gradient of a bias that is the same in all rows: `_summed`."""
     batch, kv_heads, columns, size = call.k.shape
     v_size = call.v.shape[3]
     group = call.q.shape[1] // kv_heads
@@ -226,7 +231,9 @@ def _key_gradients(call: Call, launches: Launches, incoming: Incoming) -> tuple[
     else:
         dk = call.k.new_empty((parts, *call.k.shape), dtype=torch.float32)
         dv = call.v.new_empty((parts, *call.v.shape), dtype=torch.float32)
-    tensors = {**call.tensors(incoming), "dk_ptr": dk, "dv_ptr": dv}
+    heads = call.q.shape[1]
+    line = incoming.delta.new_empty((batch, heads, 1, columns)) if bias_too else None
+    tensors = {**call.tensors(incoming), "dk_ptr": dk, "dv_ptr": dv, "dbias_ptr": line}
 
     def prepare() -> tuple[tuple[int, int], dict[str, Any]]:
         strides = {}
@@ -237,6 +244,7 @@ def _key_gradients(call: Call, launches: Launches, incoming: Incoming) -> tuple[
             **strides,
             "kv_heads": kv_heads,
             "group_part": group // parts,
+            "BIAS_GRAD": bias_too,
             "size": size,
             "v_size": v_size,
             "grad_scale": call.params.scale,
@@ -246,41 +254,48 @@ def _key_gradients(call: Call, launches: Launches, incoming: Incoming) -> tuple[
 
     launches.launch(key_kernel, tensors, prepare)
     if parts == 1:
-        return dk[0], dv[0]
+        return dk[0], dv[0], line
     summed_k = empty_heads(call.k, batch, kv_heads, columns, size).copy_(dk.sum(0))
-    return summed_k, empty_heads(call.v, batch, kv_heads, columns, v_size).copy_(dv.sum(0))
+    summed_v = empty_heads(call.v, batch, kv_heads, columns, v_size).copy_(dv.sum(0))
+    return summed_k, summed_v, line
+
+
+def _same_in_all_rows(bias: Tensor, call: Call) -> bool:
+    """Whether a bias is broadcast over rows, and over rows only."""
+    rows, columns = call.q.shape[2], call.k.shape[2]
+    one_row = bias.dim() < 2 or bias.shape[-2] == 1
+    return one_row and rows > 1 and bias.shape[-1:] == (columns,) and columns > 1
+
+
+def _summed(line: Tensor, bias: Tensor) -> Tensor:
+    """A bias' gradient from that of every batch and head."""
+    shape = [1] * (4 - bias.dim()) + list(bias.shape)
+    return line.sum_to_size(shape).to(bias.dtype).view(bias.shape)
 
 
 def _bias_gradient(call: Call, launches: Launches, bias: Tensor, incoming: Incoming) -> Tensor:
-    """The gradient of a floating bias, in its shape and dtype."""
+    """The gradient of a floating bias, in its shape and dtype; not `_same_in_all_rows`."""
     batch, heads, rows, _ = call.q.shape
     columns = call.k.shape[2]
-    shape = torch.Size([1] * (4 - bias.dim()) + list(bias.shape))
-    sum_rows = shape[2] == 1 and rows > 1
+    shape = [1] * (4 - bias.dim()) + list(bias.shape)
     sum_keys = shape[3] == 1 and columns > 1
-    whole = not (sum_rows or sum_keys)
-    if whole:
-        dbias = bias.new_empty(shape)
+    if sum_keys:
+        dbias = bias.new_empty((batch, heads, rows, 1), dtype=torch.float32)
     else:
-        line = (rows, 1) if sum_keys else (1, columns)
-        dbias = bias.new_empty((batch, heads, *line), dtype=torch.float32)
+        dbias = bias.new_empty(shape)
     tensors = {**call.tensors(incoming), "dbias_ptr": dbias}
 
     def prepare() -> tuple[tuple[int, int], dict[str, Any]]:
-        blocks = call.blocks("bias")
+        blocks = call.blocks("bias_line" if sum_keys else "bias")
         key_blocks = 1 if sum_keys else triton.cdiv(columns, blocks.n)
-        row_blocks = 1 if sum_rows and not sum_keys else triton.cdiv(rows, blocks.m)
-        return (row_blocks * key_blocks, dbias.shape[0] * dbias.shape[1]), {
+        return (triton.cdiv(rows, blocks.m) * key_blocks, dbias.shape[0] * dbias.shape[1]), {
             "heads": heads,
             "bias_heads": dbias.shape[1],
             "served_batches": batch // dbias.shape[0],
             "served_heads": heads // dbias.shape[1],
-            "SUM_ROWS": sum_rows,
             "SUM_KEYS": sum_keys,
             **call.arguments(blocks, tensors),
         }
 
     launches.launch(bias_kernel, tensors, prepare)
-    if whole:
-        return dbias.view(bias.shape)
-    return dbias.sum_to_size(shape).to(bias.dtype).view(bias.shape)
+    return _summed(dbias, bias) if sum_keys else dbias.view(bias.shape)

@@ -96,7 +96,7 @@ def weight_tile(
 
 @triton.jit
 def _down_the_rows(
-    dk, dv, k, v, q_desc, grad_desc, norm_desc, rest_desc, delta_desc,
+    dk, dv, dbias, k, v, q_desc, grad_desc, norm_desc, rest_desc, delta_desc,
     batch, head, heads, global_head, column, j, begin, count, left, right_begin,
     rows, columns, low, high, first_ptr, end_ptr,
     scale, softcap, slope, q_offset, bias_ptr, bias_stride_i, bias_stride_j,
@@ -104,9 +104,9 @@ def _down_the_rows(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, PACKED: tl.constexpr,
     PLAIN: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, BIAS_GRAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds `count` blocks of rows to dk and dv. Tiles are transposed: [keys, rows]."""
+    """Adds `count` blocks of rows to dk, dv and dbias. Tiles are transposed: [keys, rows]."""
     for step in tl.range(0, count):
         block = begin + step
         if MASKED:
@@ -142,15 +142,17 @@ def _down_the_rows(
             dp = tl.where(keep, dp * keep_scale, 0.0)
         delta = delta_desc.load([batch * heads + head, row]).reshape(BLOCK_M)
         ds = p * (dp - delta[None, :])
+        if BIAS_GRAD:
+            dbias += tl.sum(ds, 1)
         if SOFTCAP:
             ds *= 1.0 - tanh * tanh
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    return dk, dv
+    return dk, dv, dbias
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def key_kernel(
-    q_desc, k_desc, v_desc, grad_desc, norm_desc, rest_desc, delta_desc, dk_ptr, dv_ptr,
+    q_desc, k_desc, v_desc, grad_desc, norm_desc, rest_desc, delta_desc, dk_ptr, dv_ptr, dbias_ptr,
     bias_ptr, slopes_ptr, seed_ptr, first_ptr, end_ptr,
     dk_stride_s, dk_stride_b, dk_stride_h, dk_stride_t,
     dv_stride_s, dv_stride_b, dv_stride_h, dv_stride_t,
@@ -160,12 +162,15 @@ def key_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, PACKED: tl.constexpr,
     PLAIN: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, BIAS_GRAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv. Grid (blocks of keys * batch * kv_heads, parts of the group of heads).
 
     Each program sums over `group_part` query heads of its key head; with several parts the caller
     adds them up. No mask for keys past the end: they only reach rows of dk and dv not written.
+
+    With BIAS_GRAD also the gradient of a bias that is the same in all rows, as one line ``[B, Hq,
+    Tk]`` that the caller reduces.
     """
     lines = tl.num_programs(0) // tl.cdiv(columns, BLOCK_N)
     batch = tl.program_id(0) % lines // kv_heads
@@ -189,26 +194,30 @@ def key_kernel(
         bias = bias_ptr
         if BIAS:
             bias += batch.to(tl.int64) * bias_stride_b + head.to(tl.int64) * bias_stride_h
-        dk, dv = _down_the_rows(
-            dk, dv, k, v, q_desc, grad_desc, norm_desc, rest_desc, delta_desc,
+        dbias = tl.zeros([BLOCK_N], tl.float32)
+        dk, dv, dbias = _down_the_rows(
+            dk, dv, dbias, k, v, q_desc, grad_desc, norm_desc, rest_desc, delta_desc,
             batch, head, heads, head + head_offset, column, j,
             full_begin, full_end - full_begin, 0, 0,
             rows, columns, low, high, first_ptr, end_ptr, scale, softcap, slope, q_offset,
             bias, bias_stride_i, bias_stride_j, seed, threshold, keep_scale,
             BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, HAS_LOW, HAS_HIGH, PACKED,
-            PLAIN, SOFTCAP, ALIBI, BIAS, DROPOUT, PRECISION,
+            PLAIN, SOFTCAP, ALIBI, BIAS, DROPOUT, BIAS_GRAD, PRECISION,
         )  # fmt: skip
         if HAS_LOW or HAS_HIGH or PACKED:
             left = full_begin - begin
-            dk, dv = _down_the_rows(
-                dk, dv, k, v, q_desc, grad_desc, norm_desc, rest_desc, delta_desc,
+            dk, dv, dbias = _down_the_rows(
+                dk, dv, dbias, k, v, q_desc, grad_desc, norm_desc, rest_desc, delta_desc,
                 batch, head, heads, head + head_offset, column, j,
                 begin, left + end - full_end, left, full_end,
                 rows, columns, low, high, first_ptr, end_ptr, scale, softcap, slope, q_offset,
                 bias, bias_stride_i, bias_stride_j, seed, threshold, keep_scale,
                 BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True, HAS_LOW, HAS_HIGH, PACKED,
-                PLAIN, SOFTCAP, ALIBI, BIAS, DROPOUT, PRECISION,
+                PLAIN, SOFTCAP, ALIBI, BIAS, DROPOUT, BIAS_GRAD, PRECISION,
             )  # fmt: skip
+        if BIAS_GRAD:
+            at = (batch * heads + head).to(tl.int64) * columns + j
+            tl.store(dbias_ptr + at, dbias, mask=j < columns)
 
     if DROPOUT:
         dv *= keep_scale

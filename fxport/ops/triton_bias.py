@@ -4,13 +4,13 @@ The gradient is ds (see triton_backward.py), summed over broadcast dimensions.
 Only numbers of the bias's own shape are ever stored, plus, for a bias that is broadcast over rows
 or columns, one line ``[B, H, Tq or Tk]`` that the caller reduces. One program owns each number, so
 there are no atomics. The price is one more pass that makes the scores again: two of backward's
-nine matrix products.
+nine matrix products. A bias that is the same in all rows has no such price: `key_kernel` adds its
+gradient up on the way.
 
 A program adds up tiles, all at the same place in its accumulator:
 
 * neither length broadcast: tile (rows, keys) of the bias, over the batches and heads it serves;
-* broadcast over keys (SUM_KEYS): a block of rows of one (batch, head), over its blocks of keys;
-* broadcast over rows only: a block of keys of one (batch, head), over its blocks of rows.
+* broadcast over keys (SUM_KEYS): a block of rows of one (batch, head), over its blocks of keys.
 """
 
 from __future__ import annotations
@@ -107,11 +107,11 @@ def bias_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, PACKED: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
-    SUM_ROWS: tl.constexpr, SUM_KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    SUM_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of rows * blocks of keys, lead), with one block on an axis that is summed.
+    """Grid (blocks of rows * blocks of keys, lead), with one block of keys where they are summed.
 
-    `lead` counts (batch, head): those of the bias, where neither length is summed (then
+    `lead` counts (batch, head): those of the bias, where keys are not summed (then
     `served_batches` and `served_heads` belong to each), else all.
     """
     # an axis of the bias has one entry that serves all, or one for each
@@ -132,10 +132,8 @@ def bias_kernel(
             column, rows, columns, low, high, first_ptr, end_ptr, BLOCK_M, BLOCK_N,
             HAS_LOW, HAS_HIGH, PACKED,
         )  # fmt: skip
-        steps = stop - first
-        if not SUM_ROWS:
-            reached = (row_block >= first) & (row_block < stop)
-            steps = tl.where(reached, served_batches * served_heads, 0)
+        reached = (row_block >= first) & (row_block < stop)
+        steps = tl.where(reached, served_batches * served_heads, 0)
     seed = tl.load(seed_ptr) if DROPOUT else 0
 
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -143,8 +141,6 @@ def bias_kernel(
         b, h, m, n = batch, head, row, column
         if SUM_KEYS:
             n = (first + step) * BLOCK_N
-        elif SUM_ROWS:
-            m = (first + step) * BLOCK_M
         else:
             b = batch + step // served_heads
             h = head + step % served_heads
@@ -181,9 +177,6 @@ def bias_kernel(
     if SUM_KEYS:
         dbias_ptr += tl.program_id(1).to(tl.int64) * rows
         tl.store(dbias_ptr + i, tl.sum(total, 1), mask=i < rows)
-    elif SUM_ROWS:
-        dbias_ptr += tl.program_id(1).to(tl.int64) * columns
-        tl.store(dbias_ptr + j, tl.sum(total, 0), mask=j < columns)
     else:
         dbias_ptr += tl.program_id(1).to(tl.int64) * rows * columns
         tl.store(

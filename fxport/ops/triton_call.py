@@ -71,8 +71,8 @@ def _line_descriptor(x: Tensor, block: int) -> TensorDescriptor:
 def _segments(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """First token and end of each token's segment, int32 [length] each."""
     token = torch.arange(length, device=cu_seqlens.device, dtype=torch.int32)
-    segment = torch.bucketize(token, cu_seqlens[1:-1], right=True)
-    return cu_seqlens[segment], cu_seqlens[segment + 1]
+    segment = torch.bucketize(token, cu_seqlens[1:-1], right=True, out_int32=True)
+    return cu_seqlens.index_select(0, segment), cu_seqlens[1:].index_select(0, segment)
 
 
 def _limit(value: int | None) -> int:
@@ -188,6 +188,8 @@ class Call:
 
     def blocks(self, kernel: str) -> Blocks:
         """The block shapes of one of the kernels."""
+        if self.bias is not None and self.has_bias_tiles and kernel in ("forward", "query"):
+            kernel += "_wide_bias" if self.bias.element_size() > 2 else "_bias"
         sizes = self.q.shape[3], self.v.shape[3]
         return blocks_for(kernel, self.q.dtype, *sizes, INTERPRETED)
 

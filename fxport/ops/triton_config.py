@@ -27,35 +27,58 @@ class Blocks:
     stages: int
 
 
+# "_bias": with whole tiles of a bias, which have to fit as well; "_wide_bias": of a float32 one
 HALF: dict[str, dict[int, Blocks]] = {
     "forward": {
         64: Blocks(64, 128, 4, 2),
         128: Blocks(128, 64, 4, 2),
         256: Blocks(128, 64, 8, 2),
     },
-    # a tile of bias has to fit as well
     "forward_bias": {
         64: Blocks(128, 64, 8, 3),
         128: Blocks(128, 64, 8, 3),
         256: Blocks(128, 32, 8, 2),
     },
+    "forward_wide_bias": {
+        64: Blocks(128, 64, 8, 3),
+        128: Blocks(128, 64, 8, 2),
+        256: Blocks(128, 32, 8, 2),
+    },
     "key": {64: Blocks(64, 64, 4, 3), 128: Blocks(64, 64, 4, 2), 256: Blocks(64, 64, 8, 2)},
     "query": {64: Blocks(128, 64, 4, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(128, 32, 8, 2)},
+    "query_bias": {
+        64: Blocks(128, 64, 4, 3),
+        128: Blocks(128, 64, 8, 3),
+        256: Blocks(128, 32, 8, 2),
+    },
+    "query_wide_bias": {
+        64: Blocks(128, 64, 4, 3),
+        128: Blocks(128, 64, 8, 2),
+        256: Blocks(128, 32, 8, 2),
+    },
     "bias": {64: Blocks(128, 64, 8, 2), 128: Blocks(128, 128, 8, 1), 256: Blocks(128, 64, 8, 1)},
+    "bias_line": {
+        64: Blocks(128, 64, 8, 2),
+        128: Blocks(128, 64, 8, 2),
+        256: Blocks(128, 64, 8, 1),
+    },
 }
 # float32 goes through the matrix units as three tf32 products whose operands, in two parts each,
 # sit in registers: above head size 64 they spill, whatever the tile. Right, but not fast.
 # No 16 rows by 64 keys with 8 warps: Triton 3.6 makes `key_kernel` read past its shared memory.
+_SINGLE_ROWS = {64: Blocks(64, 32, 4, 2), 128: Blocks(64, 16, 4, 2), 256: Blocks(64, 16, 4, 2)}
+_SINGLE_QUERY = {64: Blocks(64, 16, 4, 2), 128: Blocks(64, 16, 4, 2), 256: Blocks(64, 16, 4, 2)}
+_SINGLE_BIAS = {64: Blocks(64, 32, 4, 2), 128: Blocks(64, 16, 4, 2), 256: Blocks(64, 16, 4, 1)}
 SINGLE: dict[str, dict[int, Blocks]] = {
-    "forward": {64: Blocks(64, 32, 4, 2), 128: Blocks(64, 16, 4, 2), 256: Blocks(64, 16, 4, 2)},
-    "forward_bias": {
-        64: Blocks(64, 32, 4, 2),
-        128: Blocks(64, 16, 4, 2),
-        256: Blocks(64, 16, 4, 2),
-    },
+    "forward": _SINGLE_ROWS,
+    "forward_bias": _SINGLE_ROWS,
+    "forward_wide_bias": _SINGLE_ROWS,
     "key": {64: Blocks(16, 64, 4, 2), 128: Blocks(16, 128, 8, 2), 256: Blocks(32, 64, 8, 1)},
-    "query": {64: Blocks(64, 16, 4, 2), 128: Blocks(64, 16, 4, 2), 256: Blocks(64, 16, 4, 2)},
-    "bias": {64: Blocks(64, 32, 4, 2), 128: Blocks(64, 16, 4, 2), 256: Blocks(64, 16, 4, 1)},
+    "query": _SINGLE_QUERY,
+    "query_bias": _SINGLE_QUERY,
+    "query_wide_bias": _SINGLE_QUERY,
+    "bias": _SINGLE_BIAS,
+    "bias_line": _SINGLE_BIAS,
 }
 # the interpreter works block by block in NumPy: small blocks make small tests cross many borders
 _INTERPRETED = Blocks(16, 32, 4, 1)

@@ -32,6 +32,14 @@ _FULL = P(
     0.2, causal=True, window_left=300, softcap=3.0, dropout_p=0.2, q_offset=128, head_offset=5
 )
 
+# the bias gets its gradient before the softcap's derivative, and by query head
+PER_KEY = Case(
+    "bias-per-key-everything",
+    params=P(0.3, causal=True, softcap=3.0, dropout_p=0.2, q_offset=16),
+    bias_shape=(2, 1, 1, 53),
+    sinks=True,
+    alibi_slopes=True,
+)
 # several blocks of the size that a GPU gets, none of them full at the end
 LARGE = (
     Case("large-dense", rows=389, columns=517, size=64),
@@ -127,7 +135,7 @@ def _against_reference(case: Case, dtype: torch.dtype, relative: float) -> None:
         assert all(torch.equal(again[name], got[name]) for name in got)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", (*CASES, PER_KEY), ids=str)
 def test_float32(case: Case) -> None:
     _against_reference(case, torch.float32, ROUNDING[torch.float32])
 
