@@ -21,6 +21,8 @@ __all__ = ["PADS", "Walk", "obstacles", "paths", "product_behind", "walk"]
 
 aten = torch.ops.aten
 
+_MAX_OBSTACLES = 3  # in a row
+
 PADS = {aten.pad, aten.constant_pad_nd}
 _BINARY = {aten.mul, aten.div, aten.true_divide, aten.add, aten.sub, aten.maximum}
 _UNARY = {aten.tanh, aten.clamp, aten.clamp_min, aten.masked_fill, aten.neg}
@@ -65,11 +67,18 @@ def obstacles(end: fx.Node) -> Iterator[fx.Node]:
         yield from obstacles(carrier)
 
 
-def product_behind(obstacle: fx.Node) -> Iterator[fx.Node]:
-    """The products that would be found if this operation, which keeps the shape, were known."""
+def product_behind(obstacle: fx.Node, depth: int = _MAX_OBSTACLES) -> Iterator[fx.Node]:
+    """The products that would be found if this operation, which keeps the shape, were known.
+
+    And others behind it, if there are.
+    """
     for given in obstacle.all_input_nodes:
         if _is_score_like(given) and shape_of(given) == shape_of(obstacle):
-            yield from (path[0] for path in paths(given))
+            found = [path[0] for path in paths(given)]
+            yield from found
+            if not found and depth > 1:
+                for other in obstacles(given):
+                    yield from product_behind(other, depth - 1)
 
 
 def _converts(node: fx.Node) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from attention_graphs import Site, compare, rewrite, run_like, trace_training
+from attention_graphs import Site, compare, rewrite, run_like, trace_directly, trace_training
 from spellings_base import causal_bool, finish, heads_first
 from torch import Tensor
 
@@ -276,3 +276,17 @@ def test_learned_temperature_per_head(where: str) -> None:
     assert [site.mask for site in found.result.sites] == ["causal"]
     assert not found.result.sites[0].bias
     compare(module, found.graph, [example(3, 12)])
+
+
+def test_sinks_say_which_axis_is_the_heads() -> None:
+    """With a batch of one, and heads that no feature dimension was cut into."""
+
+    def with_sinks(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+        column = sinks.view(1, -1, 1, 1).expand(1, -1, q.size(2), 1)
+        return torch.cat([q @ k.mT, column], -1).softmax(-1)[..., :-1] @ v
+
+    module = Site(with_sinks, [torch.tensor([0.5, 1.0, 1.5], dtype=torch.float64)])
+    data = list(torch.randn(3, 1, 3, 7, 4, dtype=torch.float64).unbind(0))
+    found = rewrite(trace_directly(module, data))
+    assert [site.sinks for site in found.result.sites] == [True]
+    compare(module, found.graph, data)

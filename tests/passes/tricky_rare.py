@@ -181,3 +181,10 @@ def subtracted_with_a_factor(qkv: Tensor) -> Tensor:
     q, k, v = heads_first(qkv)
     bias = q.sum(-1, keepdim=True) * k.sum(-1)[:, :, None]
     return finish(torch.sub(bias, q @ k.mT, alpha=0.5).softmax(-1), v)
+
+
+@tricky("unsupported-feature")
+def scores_rectified_and_squared(qkv: Tensor) -> Tensor:
+    """Two unknown operations in a row."""
+    q, k, v = heads_first(qkv)
+    return finish((torch.relu(q @ k.mT) ** 2).softmax(-1), v)
