@@ -21,6 +21,7 @@ from fxport.serving import Part, ServingGraph
 if TYPE_CHECKING:
     from fxport.capture.export import Captured
     from fxport.capture.extra_arguments import ExampleInputs
+    from fxport.capture.walk import Walked
 
 __all__ = ["Port", "port", "trainable"]
 
@@ -198,11 +199,19 @@ def _unkept(caches: tuple[str, ...]) -> tuple[Decision, ...]:
     return (Decision("capture", Outcome.PROVEN, "the model's own caches", detail),)
 
 
-def _walked(lengths: str) -> tuple[Decision, ...]:
+def _walked(lengths: Walked | None) -> tuple[Decision, ...]:
     """What was seen of the lengths where forward takes the length as a plain number."""
-    if not lengths:
+    if lengths is None:
         return ()
-    return (Decision("capture", Outcome.PROVEN, "the length as a plain number", lengths),)
+    subject, seen = "the length as a plain number", lengths.in_words()
+    if lengths.every:
+        return (Decision("capture", Outcome.PROVEN, subject, seen),)
+    reason = Reason(
+        ReasonCode.DEPENDS_ON_LENGTH,
+        "forward may take another path at a length that was not looked at",
+        hint="leave out int() around the length, or port for a smaller max_seq_len",
+    )
+    return (Decision("capture", Outcome.LEFT, subject, seen, reason=reason),)
 
 
 def _stated_length(model: nn.Module) -> int | None:

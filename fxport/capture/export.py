@@ -20,6 +20,7 @@ from fxport.capture.outputs import plain_outputs
 from fxport.capture.symbolic import trace_symbolically
 from fxport.capture.trace import aliases_of
 from fxport.capture.traced import Traced
+from fxport.capture.walk import Walked
 from fxport.errors import Location, PortError
 
 __all__ = ["Captured", "capture"]
@@ -62,7 +63,7 @@ class Captured:
     way: str
     unkept: tuple[str, ...] = ()
     doubtful: tuple[int, ...] = ()
-    walked: str = ""
+    walked: Walked | None = None
     experts: str = ""
 
 

@@ -25,7 +25,7 @@ from fxport.capture.sample import Sample, device_of, take_sample
 from fxport.capture.trace import token_argument
 from fxport.capture.traced import Traced
 from fxport.capture.unify import NeedsTable, Unified, unify
-from fxport.capture.walk import walk
+from fxport.capture.walk import Walked, walk
 from fxport.capture.written import writes_to_state
 from fxport.errors import PortError, Reason, ReasonCode
 
@@ -155,7 +155,7 @@ class _Lengths:
     together: tuple[tuple[int, int], ...]
     limit: int | None
     doubtful: tuple[int, ...]
-    walked: str
+    walked: Walked | None
 
 
 def _lengths(model: nn.Module, limit: int | None) -> _Lengths:
@@ -181,12 +181,12 @@ def _lengths(model: nn.Module, limit: int | None) -> _Lengths:
     if beyond and limit is None:
         limit = min(beyond) - 1
     doubtful: set[int] = set()
-    in_words = ""
+    walked: Walked | None = None
     if counted or pending:
         named = numbers_in(model, longest)
         walked = walk(model, allowed[0], longest, named)
         if walked is not None:
-            others, in_words = walked.others, walked.in_words()
+            others = walked.others
             if walked.longest < longest:
                 limit = longest = walked.longest
         if walked is None or not walked.every:
@@ -197,7 +197,7 @@ def _lengths(model: nn.Module, limit: int | None) -> _Lengths:
         doubtful, sides = doubtful | rows, sides - rows
     samples = dict.fromkeys([*allowed, *sorted({*sides, *others})])
     together = _together(model, allowed[0], one, longest)
-    return _Lengths(tuple(samples), together, limit, tuple(sorted(doubtful)), in_words)
+    return _Lengths(tuple(samples), together, limit, tuple(sorted(doubtful)), walked)
 
 
 def _together(

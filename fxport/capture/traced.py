@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import sympy
 from torch import fx
 
+from fxport.capture.walk import Walked
 from fxport.errors import Location
 
 __all__ = ["Traced"]
@@ -28,7 +29,7 @@ class Traced:
         unkept: inputs that forward writes to and the logits do not depend on.
         doubtful: lengths at which forward may take another path that nobody has seen, since it
             takes the length as a plain number.
-        walked: what was seen of the lengths then, in words; "" where that was not needed.
+        walked: what was seen of the lengths then; None where that was not needed or not possible.
     """
 
     graph: fx.GraphModule
@@ -42,4 +43,4 @@ class Traced:
     way: str
     unkept: tuple[str, ...] = ()
     doubtful: tuple[int, ...] = ()
-    walked: str = ""
+    walked: Walked | None = None

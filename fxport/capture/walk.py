@@ -54,6 +54,7 @@ class Walked:
 
     @property
     def every(self) -> bool:
+        """Whether all lengths were walked, and none is another."""
         return self.count == self.longest - 1
 
     def in_words(self) -> str:

@@ -80,17 +80,17 @@ def test_positions_counted_by_what_the_tokens_are_is_refused() -> None:
     assert any("cumsum" in r.message for r in refused.value.reasons)
 
 
-def test_a_mixture_of_experts_is_ported_as_its_librarys_loop() -> None:
+def test_a_mixture_of_experts_runs_by_expert() -> None:
     """The default sorts tokens by expert; the original's configuration stays as it was."""
     model = tiny_model("mixtral")
     chosen = model.config._experts_implementation
     port = fxport.port(model)
     (decision,) = [d for d in port.report.decisions if d.subject == "experts"]
-    assert chosen in decision.detail and chosen != "eager"
+    assert chosen in decision.detail and chosen != "batched_mm"
     assert model.config._experts_implementation == chosen
     assert [d.subject for d in port.report.decisions if d.pass_name == "self-check"]
-    costs = [d for d in port.report.left() if d.reason and d.reason.code == "runs-for-every-token"]
-    assert len(costs) == 4
+    assert len([d for d in port.report.decisions if d.pass_name == "experts"]) == 4 * 2
+    assert not port.report.left()
 
 
 def test_tiny_models_are_small_and_repeatable() -> None:

@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fxport.api import _walked
 from fxport.capture import walk as walking
 from fxport.capture.clone import clone_for_capture
 from fxport.capture.lengths import trace_at_lengths
 from fxport.capture.symbolic import trace_symbolically
 from fxport.capture.walk import walk
 from fxport.errors import PortError, ReasonCode
+from fxport.report import Outcome
 from tests.zoo.called import Tiny
 
 LONGEST = 96
@@ -171,3 +173,13 @@ def test_a_length_written_out_is_a_number():
     with pytest.raises(PortError) as caught:
         trace_symbolically(clone_for_capture(Written()))
     assert caught.value.reasons[0].code is ReasonCode.LENGTH_SPECIALISED
+
+
+@pytest.mark.parametrize("steps", [walking._MOST_STEPS, 1])
+def test_the_report_says_whether_every_length_was_walked(monkeypatch, steps):
+    """Proven where every length was looked at, and left where some were not."""
+    monkeypatch.setattr(walking, "_MOST_STEPS", steps)
+    model = Scaled(lambda n: 1.0 if n > 0 else 2.0)
+    (found,) = _walked(walk(clone_for_capture(model), 37, 4096, ()))
+    assert found.outcome is (Outcome.PROVEN if steps > 1 else Outcome.LEFT)
+    assert (found.reason is None) is (steps > 1)
