@@ -117,13 +117,25 @@ class GraphDiff:
 
     @classmethod
     def between(
-        cls, before: fx.GraphModule | fx.Graph, after: fx.GraphModule | fx.Graph, name: str = ""
+        cls,
+        before: fx.GraphModule | fx.Graph,
+        after: fx.GraphModule | fx.Graph,
+        name: str = "",
+        pairs: Mapping[fx.Node, fx.Node] | None = None,
     ) -> GraphDiff:
-        """The diff of two graphs that nobody watched; see `fxport.diff.align`."""
+        """The diff of two graphs that nobody watched.
+
+        Args:
+            pairs: nodes of `before` -> what stands in their place, where that is known; see
+                `fxport.diff.align` otherwise.
+        """
         diff = cls.__new__(cls)
         GraphDiff.__init__(diff, fx.GraphModule({}, fx.Graph()), name)
-        diff._before, diff._after = Snapshot(before), Snapshot(after)
-        diff._pairs = align(diff._before.graph, diff._after.graph)
+        one, other = diff._before, diff._after = Snapshot(before), Snapshot(after)
+        if pairs is None:
+            diff._pairs = align(one.graph, other.graph)
+        else:
+            diff._pairs = {one.copies[a]: other.copies[b] for a, b in pairs.items()}
         return diff
 
     # --- recording ------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -26,9 +28,11 @@ def plan(model: nn.Module, world_size: int) -> Plan:
         PortError: the model cannot be captured.
     """
     from fxport.capture.clone import uncompiled
+    from fxport.parallel.drawing import drawn
     from fxport.passes.tensor_parallel.build import divide, prepare
 
-    return divide(prepare(uncompiled(model)), ParallelContext(0, world_size)).plan
+    divided = divide(prepare(uncompiled(model)), ParallelContext(0, world_size))
+    return dataclasses.replace(divided.plan, _draw=functools.partial(drawn, divided))
 
 
 def parallelize(model: nn.Module, ctx: ParallelContext) -> fx.GraphModule:

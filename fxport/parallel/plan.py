@@ -1,10 +1,15 @@
-"""What a model looks like on each rank: records, printed as a table."""
+"""What a model looks like on each rank: records, printed as a table, drawn as a graph diff."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from fxport.errors import Location
+from fxport.errors import FxportError, Location
+
+if TYPE_CHECKING:
+    from fxport.diff.record import GraphDiff
 
 __all__ = ["CollectiveRecord", "ParameterShard", "Plan", "Replicated"]
 
@@ -71,12 +76,25 @@ class Replicated:
 
 @dataclass(frozen=True)
 class Plan:
-    """The division of a model over `world_size` ranks."""
+    """The division of a model over `world_size` ranks; ``print`` shows it as a table."""
 
     world_size: int
     parameters: tuple[ParameterShard, ...]
     collectives: tuple[CollectiveRecord, ...]
     replicated: tuple[Replicated, ...]
+    _draw: Callable[[], GraphDiff] | None = field(default=None, repr=False, compare=False)
+
+    def diff(self) -> GraphDiff:
+        """The model's graph against that of the first rank, with what became of each parameter.
+
+        ``plan.diff().to_html("plan.html")`` draws it.
+
+        Raises:
+            FxportError: the plan does not come from `fxport.plan`.
+        """
+        if self._draw is None:
+            raise FxportError("only a plan that fxport.plan has made can be drawn")
+        return self._draw()
 
     def count(self, direction: str, kind: str = "all_reduce") -> int:
         """How many collectives of a kind run in ``forward`` or ``backward``."""
