@@ -147,11 +147,11 @@ def label(
 
 
 def keep_beside_vocabulary(labels: Labels, vocabulary: Iterable[fx.Node]) -> None:
-    """What a divided embedding makes and a divided head reads is on every rank."""
+    """What a head with a divided vocabulary reads is on every rank."""
     for node in vocabulary:
-        embeds = node.target is aten.embedding.default
-        value = node if embeds else arguments(node)["input"]
-        _force(labels, node, labels.atoms[value], "the vocabulary is divided")
+        if node.target is aten.linear.default:
+            atoms = labels.atoms[arguments(node)["input"]]
+            _force(labels, node, atoms, "the vocabulary is divided")
 
 
 def _is_tensor(node: fx.Node) -> bool:
