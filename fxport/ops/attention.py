@@ -14,7 +14,7 @@ from torch import Tensor
 from fxport.ops import dispatch
 from fxport.ops.facts import Needs
 from fxport.ops.layout import empty_heads
-from fxport.ops.opaque import Below, differentiate, opaque_op
+from fxport.ops.opaque import Below, autocast, differentiate, opaque_op
 from fxport.ops.params import AttentionParams
 from fxport.ops.plans import plan
 from fxport.ops.validate import check_arguments, check_segments, check_transforms
@@ -246,28 +246,7 @@ class _AttentionBackward(torch.autograd.Function):
 
 differentiate("fxport::attention", _Attention)
 differentiate("fxport::attention_backward", _AttentionBackward)
-
-
-def _register_autocast(device_type: str, key: str) -> None:
-    """Under autocast, cast q, k and v first; the cast is differentiable."""
-    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-
-    def cast_and_call(*arguments: Any) -> tuple[Tensor, Tensor]:
-        dtype = torch.get_autocast_dtype(device_type)
-        qkv = [
-            x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
-            for x in arguments[:3]
-        ]
-        with torch._C._ExcludeDispatchKeyGuard(keys):
-            result: tuple[Tensor, Tensor] = torch.ops.fxport.attention(*qkv, *arguments[3:])
-        return result
-
-    _autocast_library.impl("attention", cast_and_call, key)
-
-
-_autocast_library = torch.library.Library("fxport", "FRAGMENT")
-_register_autocast("cpu", "AutocastCPU")
-_register_autocast("cuda", "AutocastCUDA")
+autocast("fxport::attention", operands=3)
 
 
 def _refuse_vmap(*_: Any) -> Any:

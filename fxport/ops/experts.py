@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxport.ops.opaque import Below, differentiate, opaque_op
+from fxport.ops.opaque import Below, autocast, differentiate, opaque_op
 
 __all__ = ["expert_linear"]
 
@@ -181,25 +181,4 @@ class _ExpertOuter(torch.autograd.Function):
 
 differentiate("fxport::expert_linear", _ExpertLinear)
 differentiate("fxport::expert_outer", _ExpertOuter)
-
-
-# -- autocast ----------------------------------------------------------------------------------
-
-
-def _register_autocast(device_type: str, key: str) -> None:
-    """Under autocast, as ``torch.bmm``: both operands are cast first."""
-    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-
-    def cast_and_call(x: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
-        dtype = torch.get_autocast_dtype(device_type)
-        x, weight = (t.to(dtype) if t.dtype != torch.float64 else t for t in (x, weight))
-        with torch._C._ExcludeDispatchKeyGuard(keys):
-            found: Tensor = torch.ops.fxport.expert_linear(x, weight, experts)
-        return found
-
-    _library.impl("expert_linear", cast_and_call, key)
-
-
-_library = torch.library.Library("fxport", "FRAGMENT")
-_register_autocast("cpu", "AutocastCPU")
-_register_autocast("cuda", "AutocastCUDA")
+autocast("fxport::expert_linear", operands=2)

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch._compile import _disable_dynamo  # torch.compiler.disable, without importing Dynamo
 
-__all__ = ["Below", "differentiate", "opaque_op"]
+__all__ = ["Below", "autocast", "differentiate", "opaque_op"]
 
 _library = torch.library.Library("fxport", "FRAGMENT")
 _kernels: dict[str, Callable[..., Any]] = {}
@@ -73,3 +73,31 @@ def differentiate(name: str, function: type[torch.autograd.Function]) -> None:
 def _below_autograd(function: Callable[..., Any], *arguments: Any) -> Any:
     with torch._C._AutoDispatchBelowAutograd():
         return function(*arguments)
+
+
+def autocast(name: str, operands: int) -> None:
+    """Under autocast, casts an operator's first `operands` arguments first, differentiably.
+
+    float64 and what is not floating is left alone.
+    """
+    short = name.removeprefix("fxport::")
+    op = getattr(torch.ops.fxport, short)
+    for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+        _library.impl(short, partial(_cast_and_call, op, operands, device_type, keys), key)
+
+
+def _cast_and_call(
+    op: Callable[..., Any],
+    operands: int,
+    device_type: str,
+    keys: torch._C.DispatchKeySet,
+    *arguments: Any,
+) -> Any:
+    dtype = torch.get_autocast_dtype(device_type)
+    cast = [
+        x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+        for x in arguments[:operands]
+    ]
+    with torch._C._ExcludeDispatchKeyGuard(keys):
+        return op(*cast, *arguments[operands:])
