@@ -3,6 +3,7 @@
     python -m fxport.tools.zoo                       all families, in the engine
     python -m fxport.tools.zoo --families llama,mpt  some
     python -m fxport.tools.zoo --port-only           port and its own check with numbers
+    python -m fxport.tools.zoo --ranks               on 2 and 3 ranks, outputs and every gradient
     python -m fxport.tools.zoo --families a..m       those from a up to the last that starts with m
     python -m fxport.tools.zoo --peer                vLLM's Transformers backend instead
     python -m fxport.tools.zoo --results FILE        JSON lines; finished ones are not run again
@@ -31,7 +32,7 @@ from tqdm import tqdm
 
 from fxport.tools.zoo_configs import families as all_families
 from fxport.tools.zoo_configs import tiny_model
-from fxport.tools.zoo_records import Result, Run, append, read, write_page
+from fxport.tools.zoo_records import Result, Run, append, one_reason, read, write_page
 
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -58,6 +59,14 @@ def judge_engine(family: str, implementation: str) -> Result:
     with tempfile.TemporaryDirectory() as work:
         directory = port.save(Path(work) / "port")
         return _compared(family, model, directory)
+
+
+def judge_ranks(family: str, implementation: str) -> Result:
+    """Divides a family over simulated ranks and compares outputs and gradients."""
+    from fxport.tools import zoo_ranks
+
+    model, problem = _built(family, implementation)
+    return problem or zoo_ranks.judge_ranks(family, model)
 
 
 def judge_peer(family: str, implementation: str) -> Result:
@@ -96,14 +105,7 @@ def _ported(family: str, implementation: str) -> tuple[Any, Any, Result | None]:
     try:
         return model, fxport.port(model), None
     except fxport.PortError as error:
-        return None, None, Result(family, "refused", _reason(error))
-
-
-def _reason(error: Any) -> str:
-    reason = error.reasons[0]
-    where = reason.location
-    line = f"{Path(where.file).name}:{where.line}: " if where else ""
-    return f"{line}{reason.message} [{reason.code}]"
+        return None, None, Result(family, "refused", one_reason(error))
 
 
 def _check(port: Any) -> str:
@@ -212,6 +214,7 @@ def _prepare(engine: bool) -> None:
 _JUDGES: dict[str, Callable[[str, str], Result]] = {
     "port": judge_port,
     "engine": judge_engine,
+    "ranks": judge_ranks,
     "peer": judge_peer,
 }
 
@@ -219,6 +222,7 @@ _JUDGES: dict[str, Callable[[str, str], Result]] = {
 @click.command(help=__doc__)
 @click.option("--families", default="", help="Comma-separated, or a..m; all by default.")
 @click.option("--port-only", "what", flag_value="port", help="Without the engine.")
+@click.option("--ranks", "what", flag_value="ranks", help="Divided over ranks, with gradients.")
 @click.option("--peer", "what", flag_value="peer", help="vLLM's Transformers backend instead.")
 @click.option("--attention", type=click.Choice(["eager", "sdpa"]), default="eager")
 @click.option("--limit", default=180.0, show_default=True, help="Seconds for each family.")
@@ -237,7 +241,7 @@ def main(
     if page is not None:
         write_page(page, done)
         return
-    _prepare(engine=kind != "port")
+    _prepare(engine=kind in ("engine", "peer"))
     found: list[Result] = []
     for family in tqdm(_chosen(families), file=sys.stderr, disable=None):
         key = Run(family, kind, attention)

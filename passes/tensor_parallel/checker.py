@@ -206,6 +206,8 @@ class _Checker:
             fine = fine and len(node.args) == 4 and not node.kwargs
         elif node.target in _SCALING:
             fine = leads and set(others) <= {_K, _C}
+        elif node.target is aten.to.dtype:
+            fine = leads and node.kwargs["dtype"].is_floating_point  # type: ignore[union-attr]
         else:  # the other operand of a view gives its sizes only
             fine = leads and node.target in _MOVING
         if not fine:

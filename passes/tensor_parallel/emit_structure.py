@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
-from fxport.capture.arguments import arguments, shape_of
+from fxport.capture.arguments import arguments, shape_of, shape_of_tensor
 from fxport.passes.tensor_parallel.boxes import Box, Undividable, select
 from fxport.passes.tensor_parallel.emission import Emission
 from fxport.passes.tensor_parallel.factors import unit_shape, unit_value
@@ -212,9 +212,10 @@ def _check_positions(e: Emission, node: fx.Node, local: _Local) -> None:
 
 def _order_kept(e: Emission, node: fx.Node, local: _Local) -> bool:
     """Of the whole op, and of this rank's."""
-    atoms = e.labels.atoms[node]
-    if not isinstance(atoms, Tensor):
-        return False
+    atoms, value = e.labels.atoms[node], node.meta["val"]
+    parts, tensors = (atoms, value) if isinstance(atoms, tuple) else ((atoms,), (value,))
+    of_parts = [shape_of_tensor(tensor) for tensor in tensors]
+    boxes = [e.boxes.of_ranks(node, part)[local.rank] for part in parts]
 
     def size(value: Any) -> Any:
         if isinstance(value, LocalSize):
@@ -225,11 +226,14 @@ def _order_kept(e: Emission, node: fx.Node, local: _Local) -> bool:
 
     shapes: dict[fx.Node, Sequence[Any]] = {i: shape_of(i) for i in local.inputs}
     whole = {i: e.labels.atoms[i] for i in local.inputs}
-    mine = select(atoms, e.box(node, local.rank))
+    mine = [select(part, box) for part, box in zip(parts, boxes, strict=True)]
     named = {k: map_aggregate(v, size) for k, v in arguments(node).items()}
     if "size" in named and local.target is aten.reshape.default:  # a view
         named["shape"] = named.pop("size")
     here = {k: map_aggregate(v, size) for k, v in local.args.items()}
-    return keeps_order(local.target, named, whole, shapes, atoms, shape_of(node)) and keeps_order(
-        local.target, here, local.values, shapes, mine, shape_of(node)
-    )
+    return keeps_order(
+        node.target if isinstance(atoms, tuple) else local.target,
+        named, whole, shapes, list(zip(parts, of_parts, strict=True)),
+    ) and keeps_order(
+        local.target, here, local.values, shapes, list(zip(mine, of_parts, strict=True))
+    )  # fmt: skip

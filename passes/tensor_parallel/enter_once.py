@@ -30,7 +30,7 @@ _VIEWS = {
     aten.transpose.int, aten.permute.default, aten.flatten.using_ints,
 }  # fmt: skip
 _MASKED = {aten.where.ScalarOther, aten.sum.dim_IntList}  # the gate of one expert
-_COPIES = {aten.expand.default, aten.repeat.default}
+_COPIES = {aten.expand.default, aten.repeat.default, aten.repeat_interleave.self_int}
 _PARTS = {aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.chunk.default}
 
 _MOVABLE = _PICKS | _VIEWS | _COPIES | _PARTS | _MASKED
@@ -94,6 +94,8 @@ def _is_run(node: fx.Node) -> bool:
 
 def _has_gradient(value: fx.Node) -> bool:
     found = value.meta.get("val")
+    if isinstance(found, (int, torch.SymInt)):  # a size
+        return False
     if isinstance(found, (tuple, list)):
         found = found[0]
     return not isinstance(found, torch.Tensor) or found.is_floating_point() or found.is_complex()

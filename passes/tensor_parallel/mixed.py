@@ -86,8 +86,7 @@ def keeps_order(
     arguments: dict[str, Any],
     values: dict[fx.Node, Tensor],
     shapes: dict[fx.Node, Sequence[Any]],
-    result: Tensor,
-    shape: Sequence[Any],
+    results: Sequence[tuple[Tensor, Sequence[Any]]],
 ) -> bool:
     """Whether an op maps numbered positions to numbered positions.
 
@@ -95,20 +94,19 @@ def keeps_order(
         arguments: tensors as keys of `values`; sizes as ints and sympy expressions.
         values: atoms of the operands.
         shapes: their shapes over symbols; only the features' factors are read off `values`.
-        result, shape: of the result.
+        results: atoms and shape of each.
     """
-    symbols = sorted(
-        {s for one in (*shapes.values(), shape) for n in one for s in _free(n)}, key=str
-    )
+    known_shapes = [*shapes.values(), *(shape for _, shape in results)]
+    symbols = sorted({s for one in known_shapes for n in one for s in _free(n)}, key=str)
     if len(symbols) > len(_SIZES):
         return False
     sizes = dict(zip(symbols, _SIZES, strict=False))
-    counts = _counts((*shapes.values(), shape), sizes)
+    counts = _counts(known_shapes, sizes)
     if counts is None:
         return False
     numbered = {node: _numbered(atoms, shapes[node], counts) for node, atoms in values.items()}
-    wanted = _numbered(result, shape, counts)
-    if wanted is None or any(v is None for v in numbered.values()):
+    wanted = [_numbered(result, shape, counts) for result, shape in results]
+    if any(v is None for v in (*wanted, *numbered.values())):
         return False
 
     def known(value: Any) -> Any:
@@ -122,7 +120,8 @@ def keeps_order(
         found = target(**{name: known(value) for name, value in arguments.items()})
     except (RuntimeError, IndexError):
         return False
-    return isinstance(found, Tensor) and torch.equal(found, wanted)
+    parts = [found] if isinstance(found, Tensor) else list(found)
+    return len(parts) == len(wanted) and all(map(torch.equal, parts, wanted))
 
 
 def _free(size: Any) -> set[Any]:

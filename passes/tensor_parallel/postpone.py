@@ -50,16 +50,43 @@ def postpone(e: Emission, node: fx.Node) -> bool:
     # a sum that two ops want is reduced once, for both
     if not pending or any(len(i.users) > 1 for i in pending):
         return False
-    values = [i.meta["val"] for i in node.all_input_nodes if _is_tensor(i)]
-    kinds = {v.dtype for v in values if v.is_floating_point() or v.is_complex()}
     rule = _RULES.get(node.target)
-    if rule is None or len(kinds | {node.meta["val"].dtype}) > 1:
+    if rule is None or not (_one_dtype(node) or _narrower(node) or _summed_next(node)):
         return False
     found = rule(e, node)
     if found is None:
         return False
     e.pending[node] = found
     return True
+
+
+def _one_dtype(node: fx.Node) -> bool:
+    values = [i.meta["val"] for i in node.all_input_nodes if _is_tensor(i)]
+    kinds = {v.dtype for v in values if v.is_floating_point() or v.is_complex()}
+    return len(kinds | {node.meta["val"].dtype}) == 1
+
+
+def _narrower(node: fx.Node) -> bool:
+    """The experts' sum in the dtype of the others; summands are rounded as a projection's are."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    if node.target is not aten.to.dtype or source.target is not aten.sum.dim_IntList:
+        return False
+    before, after = source.meta["val"].dtype, node.meta["val"].dtype
+    return bool(after.is_floating_point and after.itemsize < before.itemsize)
+
+
+def _summed_next(node: fx.Node) -> bool:
+    """Experts' results times gates of a wider dtype, which are added up before they are sent."""
+    if node.target is not aten.mul.Tensor or not node.meta["val"].is_floating_point():
+        return False
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        if node.target is aten.sum.dim_IntList:
+            return _one_dtype(node)
+        if _RULES.get(node.target) is not _move:
+            return False
+    return False
 
 
 def _is_tensor(value: Any) -> bool:
@@ -140,7 +167,7 @@ def _scale(e: Emission, node: fx.Node) -> Pending | None:
 
 
 def _move(e: Emission, node: fx.Node) -> Pending | None:
-    """Views and sums over one dimension."""
+    """Views, casts, and sums over one dimension."""
     found = arguments(node)
     source = found.pop("self")
     if source not in e.pending:
@@ -244,4 +271,5 @@ _RULES: Mapping[Any, Callable[[Emission, fx.Node], Pending | None]] = {
     aten.permute.default: _move,
     aten.unsqueeze.default: _move,
     aten.squeeze.dim: _move,
+    aten.to.dtype: _move,
 }

@@ -8,7 +8,7 @@ import fxport
 from fxport.parallel.plan import Plan
 from tests.parallel.models import HEAD, HIDDEN, LAYERS, VOCAB, WIDTH
 from tests.parallel.simulation import compare, make_once, randomised
-from tests.parallel.wider import WIDER
+from tests.parallel.wider import CHOSEN, WIDER
 from tests.zoo.chosen_experts import LOOK_UPS, of_styles
 from tests.zoo.experts import EXACT, decoder
 
@@ -20,6 +20,7 @@ PRICE = {
     "dense experts": (2, 3, 0),
     "oss experts": (2, 3, 0),
     "looped experts": (2, 3, 0),
+    "routed experts and a shared one": (2, 3, 0),
     "adapters": (2, 2 + 4, 2),
     "torch's attention": (2, 2, 0),
     "parallel": (1, 1, 0),
@@ -69,6 +70,17 @@ def test_experts_whose_weights_are_looked_up_for_each_row() -> None:
     assert two.modules[0].plan.count("forward") == 2 * LAYERS + 1
     # two heads are not for three ranks
     assert three.modules[0].plan.count("forward") == LAYERS + 1
+
+
+def test_gates_of_a_wider_dtype_do_not_cost_more() -> None:
+    model = WIDER["routed experts and a shared one"]().eval()
+    (ranks,) = make_once(model, 2)
+    errors = compare(model, ranks)
+    assert errors.output < 1e-5 and errors.gradient < 1e-5, errors
+    plan = ranks.modules[0].plan
+    pay(plan, *PRICE["routed experts and a shared one"])
+    sums = {c.elements_per_token for c in plan.collectives if c.kind == "all_reduce"}
+    assert sums == {WIDTH, CHOSEN}
 
 
 def local(plan: Plan, name: str) -> tuple[int, ...]:

@@ -120,6 +120,29 @@ class LoopedExperts(DenseExperts):
         return result
 
 
+class RoutedAndShared(DenseExperts):
+    """Rows of chosen experts, gate and up in one tensor, beside an expert for all tokens.
+
+    Gates are kept in a wider dtype than a float32 model has.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = weight(EXPERTS, 2 * HIDDEN, WIDTH), weight(EXPERTS, WIDTH, HIDDEN)
+        self.shared = PackedGlu()
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.view(-1, WIDTH)
+        logits = self.router(flat)
+        gates, chosen = logits.softmax(-1, dtype=torch.float64).topk(CHOSEN, dim=-1)
+        rows, experts = flat.repeat_interleave(CHOSEN, dim=0), chosen.reshape(-1)
+        both = torch.bmm(self.up[experts], rows.unsqueeze(-1)).squeeze(-1)
+        gate, up = both.chunk(2, dim=-1)
+        found = torch.bmm(self.down[experts], (F.silu(gate) * up).unsqueeze(-1)).squeeze(-1)
+        found = (found * gates.reshape(-1, 1)).view(-1, CHOSEN, WIDTH).sum(1).to(x.dtype)
+        return found.view_as(x) + self.shared(x)
+
+
 class Adapted(nn.Module):
     """A frozen projection and a trained one of low rank beside it."""
 
@@ -242,6 +265,7 @@ WIDER: dict[str, Callable[[], nn.Module]] = {
     "dense experts": lambda: Decoder(Separate, DenseExperts),
     "oss experts": lambda: Decoder(Separate, OssExperts),
     "looped experts": lambda: Decoder(Separate, LoopedExperts),
+    "routed experts and a shared one": lambda: Decoder(Separate, RoutedAndShared),
     "adapters": lambda: Decoder(lambda: adapted(Separate()), lambda: adapted(Mlp())),
     "torch's attention": lambda: Decoder(TorchAttention),
     "parallel": parallel,
