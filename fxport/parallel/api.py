@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, fx, nn
 
-from fxport.errors import FxportError
+from fxport.errors import FxportError, PortError
 from fxport.parallel.context import ParallelContext
 from fxport.parallel.dropout import EvalOnly
 from fxport.parallel.plan import Plan
@@ -111,7 +111,10 @@ def _training_differs(model: nn.Module, prepared: Prepared) -> str | None:
     try:
         return training_differs(training)
     except (DataDependentOutputException, GuardOnDataDependentSymNode):  # experts on their tokens
-        other = prepared if model.training else prepare(training, own_modes=True)
+        try:
+            other = prepared if model.training else prepare(training, own_modes=True)
+        except PortError as error:  # layers dropped by chance, say
+            return f"it cannot be captured ({error.reasons[0].message})"
         graphs = other.graph, _evaluating(model, prepared).graph
     calls = [[n for n in gm.graph.nodes if n.op == "call_function"] for gm in graphs]
     targets, kept = (

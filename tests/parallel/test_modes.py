@@ -53,3 +53,27 @@ def test_linears_are_planned_and_counted():
     assert_rewrites(model, (ids,), attention=layers, linear=counts)
     with pytest.raises(AssertionError, match="linear"):
         assert_rewrites(model, (ids,), attention=layers, linear={"column": 1})
+
+
+class LayerDrop(Noisy):
+    """Skips its layer by chance, in training only."""
+
+    def __init__(self) -> None:
+        super().__init__(0.0)
+        self.layer = nn.Linear(24, 24)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        if not self.training or torch.rand([]) >= 0.5:
+            x = x + self.layer(x).relu()
+        return self.head(x)
+
+
+def test_layers_dropped_by_chance_are_divided_in_eval_mode_alone():
+    model, ids = LayerDrop().eval(), torch.arange(60).view(4, 15)
+    module = fxport.parallelize(model, fxport.ParallelContext(0, 1))
+    torch.testing.assert_close(module(ids), model(ids))
+    with pytest.raises(fxport.FxportError, match="cannot be captured .* in training mode"):
+        module.train()
+    with pytest.raises(fxport.PortError, match="another path"):
+        fxport.parallelize(model.train(), fxport.ParallelContext(0, 1))
