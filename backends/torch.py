@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 from torch import fx, nn
@@ -15,7 +15,7 @@ from torch import fx, nn
 import fxport.ops.attention  # noqa: F401  (registers the op)
 from fxport.capture.sample import device_of
 from fxport.capture.trace import in_one_line
-from fxport.errors import PortError, Reason, ReasonCode
+from fxport.errors import FxportError, PortError, Reason, ReasonCode
 from fxport.nested import attach
 from fxport.serving import Part, ServingGraph
 
@@ -94,6 +94,7 @@ class PortedModel(nn.Module):
         for name, tensor in serving.constants.items():
             attach(self, name, tensor)
         self._graphs = _Graphs(serving)
+        self._untrainable = serving.untrainable
         self.max_position_embeddings = serving.max_position_embeddings
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -101,6 +102,7 @@ class PortedModel(nn.Module):
 
         Raises:
             ValueError: T is beyond what the port was made for.
+            FxportError: in backward, where the original has gradients that no graph holds.
         """
         batch, length = tokens.shape
         if length > self.max_position_embeddings:
@@ -108,7 +110,13 @@ class PortedModel(nn.Module):
             raise ValueError(f"{length} tokens; this port takes at most {limit}")
         weights = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         logits = self._graphs(weights, tokens.reshape(1, -1), [length] * batch)
-        return logits[0].unflatten(0, (batch, length))
+        result = logits[0].unflatten(0, (batch, length))
+        if self._untrainable and result.requires_grad:
+            result.register_hook(self._refuse)
+        return result
+
+    def _refuse(self, gradient: torch.Tensor) -> NoReturn:
+        raise FxportError("a loaded port cannot train this model: " + "; ".join(self._untrainable))
 
 
 def _with_segments(part: Part) -> Part:

@@ -28,6 +28,7 @@ class ReasonCode(enum.StrEnum):
     NO_LOGITS = "no-logits"  # no output of shape [B, T, V] found
     NO_VOCABULARY = "no-vocabulary"  # token ids do not feed an embedding table
     UNSUPPORTED_OP = "unsupported-op"  # no rule for this op
+    GRADIENT_DIFFERS = "gradient-differs"  # a graph of operations would be trained otherwise
     # attention
     WEIGHTS_USED_ELSEWHERE = "attention-weights-used-elsewhere"
     SOFTMAX_AXIS = "softmax-over-another-axis"

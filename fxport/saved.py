@@ -37,7 +37,7 @@ __all__ = [
     "write_port",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 GRAPH_FILE = "fxport_graph.json"
 DIGEST_KEY = "fxport_graph_sha256"  # in config.json: a flipped bit must not become another graph
 _MAX_SHARD_BYTES = 4 * 2**30
@@ -127,6 +127,7 @@ def _graph_dict(serving: ServingGraph, allowed: Allowed) -> dict[str, Any]:
         },
         "aliases": dict(serving.aliases),
         "unused": list(serving.unused),
+        "untrainable": list(serving.untrainable),
         "vocab_size": serving.vocab_size,
         "hidden_size": serving.hidden_size,
         "max_position_embeddings": serving.max_position_embeddings,
@@ -294,6 +295,7 @@ def _serving(data: Any, allowed: Allowed, dtype: torch.dtype, device: torch.devi
         parameters={str(n): _shape(n, s) for n, s in data["parameters"].items()},
         aliases={str(k): str(v) for k, v in data["aliases"].items()},
         unused=tuple(str(u) for u in data["unused"]),
+        untrainable=tuple(str(u) for u in data["untrainable"]),
         vocab_size=_size(data["vocab_size"]),
         hidden_size=_size(data["hidden_size"]),
         max_position_embeddings=_size(data["max_position_embeddings"]),

@@ -78,6 +78,7 @@ class ServingGraph:
         unused: tensors of the original's state_dict that serving does not need (masks).
         vocab_size, hidden_size, max_position_embeddings: sizes.
         dtype: the parameters' dtype at capture.
+        untrainable: why the original has other gradients than these graphs, in words.
     """
 
     embed: Part
@@ -92,6 +93,7 @@ class ServingGraph:
     hidden_size: int
     max_position_embeddings: int
     dtype: torch.dtype
+    untrainable: tuple[str, ...] = ()
 
     @property
     def known_ids(self) -> int:

@@ -263,6 +263,7 @@ def _split(
         hidden_size=width,
         max_position_embeddings=max_seq_len,
         dtype=_dtype(captured),
+        untrainable=tuple(str(reason) for reason in captured.untrainable),
     )
 
 

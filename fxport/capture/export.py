@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 
 from fxport.capture.clone import clone_for_capture, convert, off_meta
+from fxport.capture.gradients import watch_gradients
 from fxport.capture.hugging_face import experts_by_row, without_cache
 from fxport.capture.lengths import continues, trace_at_lengths
 from fxport.capture.location import forward_line
@@ -21,7 +22,7 @@ from fxport.capture.symbolic import trace_symbolically
 from fxport.capture.trace import aliases_of
 from fxport.capture.traced import Traced
 from fxport.capture.walk import Walked
-from fxport.errors import Location, PortError
+from fxport.errors import Location, PortError, Reason
 
 __all__ = ["Captured", "capture"]
 
@@ -47,6 +48,7 @@ class Captured:
         unkept: inputs that forward writes to and the logits do not depend on: caches.
         doubtful, walked: see `Traced`.
         experts: the implementation of experts that was captured as a loop instead, or "".
+        untrainable: why the graph has another gradient than the model.
     """
 
     graph: fx.GraphModule
@@ -65,6 +67,7 @@ class Captured:
     doubtful: tuple[int, ...] = ()
     walked: Walked | None = None
     experts: str = ""
+    untrainable: tuple[Reason, ...] = ()
 
 
 def capture(
@@ -98,7 +101,8 @@ def capture(
     if dtype is not None:
         convert(clone, dtype, buffers=convert_buffers)
         parameters = dict(clone.named_parameters(remove_duplicate=True))
-    traced = _trace(clone, every_pair=dtype is None)
+    with watch_gradients(model) as untrainable:
+        traced = _trace(clone, every_pair=dtype is None)
     return Captured(
         graph=traced.graph,
         tokens=traced.tokens.name,
@@ -116,6 +120,7 @@ def capture(
         doubtful=traced.doubtful,
         walked=traced.walked,
         experts=experts,
+        untrainable=tuple(untrainable),
     )
 
 

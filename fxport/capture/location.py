@@ -32,6 +32,7 @@ __all__ = [
     "direct_caller",
     "forward_line",
     "is_library",
+    "line_of_user",
     "location_at",
     "location_in",
     "module_of",
@@ -62,6 +63,11 @@ def is_library(file: str) -> bool:
     return file.startswith(_STDLIB) and "site-packages" not in file
 
 
+def _watches(frame: FrameType) -> bool:
+    file, _, function = _line_of(frame)
+    return file.startswith(_OWN) or (is_library(file) and function == "__torch_function__")
+
+
 class _UserLines(TorchFunctionMode):
     """Annotates every node made by a torch call with the user's line that made the call."""
 
@@ -86,6 +92,16 @@ def _calling_line() -> tuple[str, int, str] | None:
     while frame is not None and is_library(frame.f_code.co_filename):
         frame = frame.f_back
     return None if frame is None else _line_of(frame)
+
+
+def line_of_user(frame: FrameType | None, *, alone: bool = False) -> Location | None:
+    """The line of the user's innermost running frame from `frame` on; with `alone`, only where
+    nothing but what watches a trace is in between."""
+    while frame is not None and (_watches(frame) if alone else is_library(_line_of(frame)[0])):
+        frame = frame.f_back
+    if frame is None or is_library(frame.f_code.co_filename):
+        return None
+    return location_at(*_line_of(frame))
 
 
 def direct_caller() -> tuple[str, int, str] | None:

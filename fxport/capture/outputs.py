@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from fxport.capture.gradients import as_called
+
 __all__ = ["plain", "plain_outputs"]
 
 
@@ -26,7 +28,8 @@ def plain_outputs(model: nn.Module) -> None:
 
     @functools.wraps(call)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return plain(call(*args, **kwargs))
+        with as_called():
+            return plain(call(*args, **kwargs))
 
     vars(model)["forward"] = forward
 

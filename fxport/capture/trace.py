@@ -22,6 +22,7 @@ from torch.export.graph_signature import InputKind as ExportInput
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from fxport.capture.aliases import plain_names
+from fxport.capture.gradients import stop_gradients
 from fxport.capture.inline import inline_regions
 from fxport.capture.inputs import GraphInput, InputKind
 from fxport.capture.location import location_in, record_user_lines
@@ -186,6 +187,7 @@ def graph_of(exported: torch.export.ExportedProgram, aliases: Mapping[str, str])
         if old.op == "placeholder":
             new.meta["input"] = _input(specs[old.name], exported)
     inline_regions(gm)
+    stop_gradients(gm)
     plain_names(gm.graph)
     _merge_tied(gm.graph, aliases)
     for node in list(gm.graph.nodes):

@@ -46,7 +46,8 @@ def parallelize(model: nn.Module, ctx: ParallelContext) -> fx.GraphModule:
     Beside FSDP2 or DDP, wrap the result as a whole: ``fully_shard(module, mesh=mesh["data"])``.
 
     Raises:
-        PortError: the model cannot be captured.
+        PortError: the model cannot be captured, or a graph of it would have other gradients (a
+            `torch.autograd.Function`, hooks on gradients).
         FxportError: the model does more in training mode than dropout and is in that mode, it
             chooses what a checkpoint keeps, or the emitted graph did not pass the independent
             check.
@@ -68,6 +69,8 @@ def parallelize_all(model: nn.Module, contexts: Sequence[ParallelContext]) -> li
 
     model = uncompiled(model)
     prepared = prepare(model, own_modes=True)
+    if prepared.captured.untrainable:
+        raise PortError(prepared.captured.untrainable)
     require_plain_checkpoints(prepared.graph.graph)
     differs = _training_differs(model, prepared)
     if model.training and differs is not None:

@@ -27,7 +27,7 @@ import fxport.ops.experts  # noqa: F401  (registers the op)
 from fxport.parallel.dropout import AttentionRate, KeyedDropout, StepSeed
 from fxport.parallel.modules import CopyTo, Gather, ReduceFrom, SharedGradient
 from fxport.parallel.plan import ParameterShard, Plan
-from fxport.passes.tensor_parallel.parts import Parts, made_of, parts_of
+from fxport.passes.tensor_parallel.parts import Parts, made_of, parts_of, viewed
 
 __all__ = ["check"]
 
@@ -88,6 +88,8 @@ class _Checker:
                 if self.state[node] is _R and _has_no_gradient(node):
                     self.state[node] = _C
                 made = made_of(node, self.parts)
+                if made is None and node.args and node.args[0] in self.weights:
+                    made = viewed(node, self.weights[node.args[0]], self.rank)  # type: ignore[index]
                 if made is not None:
                     self.parts[node] = made
             else:

@@ -22,6 +22,7 @@ from fxport.capture.inputs import InputKind, graph_input
 from fxport.passes.tensor_parallel.boxes import Box, select
 from fxport.passes.tensor_parallel.factors import unit_shape
 from fxport.passes.tensor_parallel.ops import KINDS, Kind
+from fxport.passes.tensor_parallel.parts import WHOLE
 
 if TYPE_CHECKING:
     from fxport.passes.tensor_parallel.emission import Emission
@@ -66,7 +67,9 @@ def _write(e: Emission, node: fx.Node, kind: str, wanted: Boxes) -> fx.Node:
     if node.target in _VIEWS:
         sizes = [n if i is None else len(i) for n, i in zip(unit_shape(node), wanted[e.rank],
                  strict=True)]  # fmt: skip
-        return e.call(aten.reshape.default, *new.values(), sizes)
+        view = e.call(aten.reshape.default, *new.values(), sizes)
+        view.meta[WHOLE] = unit_shape(node)
+        return view
     args = fx.map_arg(node.args, lambda n: new.get(n, n))
     kwargs = fx.map_arg(node.kwargs, lambda n: new.get(n, n))
     return e.call(node.target, *args, **kwargs)

@@ -9,6 +9,7 @@ What is not listed is not known; the checker then refuses a sum over it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,10 +19,11 @@ from torch import fx
 from fxport.capture.arguments import arguments
 from fxport.parallel.plan import ParameterShard
 
-__all__ = ["Parts", "made_of", "parts_of"]
+__all__ = ["WHOLE", "Parts", "made_of", "parts_of", "viewed"]
 
 aten = torch.ops.aten
 Parts = tuple[bool, ...]  # by dimension
+WHOLE = "whole"  # of a view of a part: the shape of the view of all
 
 
 def parts_of(shard: ParameterShard) -> Parts:
@@ -53,6 +55,30 @@ def made_of(node: fx.Node, known: Mapping[fx.Node, Parts]) -> Parts | None:
         return _joined(given, args["dim"] % rank)
     pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
     return before if pointwise and len(given) == 1 else None
+
+
+def viewed(node: fx.Node, shard: ParameterShard, rank: int) -> Parts | None:
+    """A view that takes the one divided dimension of a parameter apart: rows ``[E * H, C]``, of
+    which a rank has some of each expert's H, as ``[E, H, C]``. None: not known.
+
+    The shape of the whole view is said by who wrote it; the rank's rows must be what it says.
+    """
+    full = node.meta.get(WHOLE)
+    divided = [d for d, part in enumerate(parts_of(shard)) if part]
+    if full is None or node.target is not aten.reshape.default or len(divided) != 1:
+        return None
+    sizes = arguments(node)["shape"]
+    apart = [d for d, (here, n) in enumerate(zip(sizes, full, strict=True)) if here != n]
+    if len(apart) != 1 or math.prod(full) != math.prod(shard.shape):
+        return None
+    numbers = torch.arange(math.prod(full))
+    index = shard.indices[rank][divided[0]] or ()
+    mine = numbers.reshape(shard.shape).index_select(divided[0], torch.tensor(index, dtype=int))
+    mine, whole = mine.reshape(sizes), numbers.reshape(full)
+    places = torch.isin(whole, mine).movedim(apart[0], 0).flatten(1).any(1).nonzero().flatten()
+    if not torch.equal(whole.index_select(apart[0], places), mine):
+        return None
+    return tuple(d in apart for d in range(len(full)))
 
 
 def _swapped(before: Parts, one: int, other: int) -> Parts:

@@ -298,7 +298,7 @@ def test_a_failed_save_leaves_nothing(gpt_port, tmp_path):
         lambda d: write_graph(d, "{"),
         lambda d: write_graph(d, "[1]"),
         lambda d: write_graph(d, '{"format_version": 99}'),
-        lambda d: write_graph(d, '{"format_version": 1}'),
+        lambda d: write_graph(d, '{"format_version": 2}'),
         lambda d: edit(d, lambda g: g["own"]["attention"][0].update(num_heads=-1)),
         lambda d: edit(d, lambda g: g["own"]["parameters"].update({"x": [2**40, 2**40]})),
         lambda d: edit(d, lambda g: g["own"].update(hidden_size=math.pi)),

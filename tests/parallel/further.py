@@ -155,6 +155,25 @@ class StackedExperts(DenseExperts):
         return result.view_as(x)
 
 
+class ViewedExperts(StackedExperts):
+    """Rows of all experts in one matrix, as DBRX has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = weight(EXPERTS * HIDDEN, WIDTH), weight(EXPERTS * HIDDEN, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, WIDTH)
+        gates, chosen = self.router(flat).softmax(-1).topk(CHOSEN, dim=-1)
+        result, places = torch.zeros_like(flat), F.one_hot(chosen, EXPERTS).permute(2, 1, 0)
+        for i in range(EXPERTS):
+            place, token = torch.where(places[i])
+            up, down = (w.view(EXPERTS, HIDDEN, WIDTH)[i] for w in (self.up, self.down))
+            found = F.silu(flat[token] @ up.T) @ down * gates[token, place, None]
+            result.index_add_(0, token, found)
+        return result.view_as(x)
+
+
 class OverOne(nn.Module):
     """A projection as a convolution over one token: ``[B, C, T]``."""
 
@@ -225,4 +244,5 @@ FURTHER: dict[str, Callable[[], nn.Module]] = {
     "tied by a product": lambda: TiedByProduct(Separate(), Mlp()),
     "selected experts": lambda: OneLayer(Separate(), SelectedExperts()),
     "stacked experts": lambda: OneLayer(Separate(), StackedExperts()),
+    "experts in one matrix": lambda: OneLayer(Separate(), ViewedExperts()),
 }

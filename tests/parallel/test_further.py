@@ -8,6 +8,7 @@ import torch
 from fxport.parallel.modules import CopyTo, ReduceFrom
 from fxport.passes.tensor_parallel.build import prepare
 from fxport.passes.tensor_parallel.checker import check
+from fxport.passes.tensor_parallel.parts import WHOLE
 from tests.parallel.further import FURTHER, Heads, OneLayer, OtherHeads, convolved
 from tests.parallel.models import HEAD, HIDDEN, VOCAB, WIDTH, Mlp, Separate
 from tests.parallel.simulation import Ranks, compare, make_once, randomised
@@ -29,6 +30,7 @@ PRICE = {
     "tied by a product": (2, 2),
     "selected experts": (2, 3),  # a gate is one number per expert and token
     "stacked experts": (2, 3),
+    "experts in one matrix": (2, 3),
 }
 # of 3 ranks: one could not work on its heads, so none does
 UNEVEN = {"grouped": (1, 1)}
@@ -44,6 +46,7 @@ DIVIDED = {
     "tied by a product": ("mlp.up.weight", (HIDDEN // 2, WIDTH)),
     "selected experts": ("mlp.up", (EXPERTS, WIDTH, HIDDEN // 2)),
     "stacked experts": ("mlp.down", (EXPERTS, WIDTH, HIDDEN // 2)),
+    "experts in one matrix": ("mlp.down", (EXPERTS * HIDDEN // 2, WIDTH)),
 }
 
 
@@ -111,6 +114,16 @@ def test_a_sum_over_the_experts_that_is_not_reduced_is_seen() -> None:
     (ranks,) = make_once(model, 2)
     _drop(ranks, ReduceFrom, -1)
     assert _seen(ranks) and compare(model, ranks).output > 1e-6
+
+
+@pytest.mark.parametrize("shape", [(2 * EXPERTS, HIDDEN // 2, WIDTH), (HIDDEN, EXPERTS, WIDTH)])
+def test_a_view_of_a_part_that_is_not_what_it_says_is_seen(shape: tuple[int, ...]) -> None:
+    (ranks,) = make_once(randomised(FURTHER["experts in one matrix"]()), 2)
+    assert not _seen(ranks)
+    for node in ranks.modules[0].graph.nodes:
+        if WHOLE in node.meta:
+            node.meta[WHOLE] = shape
+    assert _seen(ranks)
 
 
 def test_gates_that_do_not_enter_are_seen() -> None:

@@ -73,7 +73,7 @@ def test_layers_dropped_by_chance_are_divided_in_eval_mode_alone():
     model, ids = LayerDrop().eval(), torch.arange(60).view(4, 15)
     module = fxport.parallelize(model, fxport.ParallelContext(0, 1))
     torch.testing.assert_close(module(ids), model(ids))
-    with pytest.raises(fxport.FxportError, match="cannot be captured .* in training mode"):
+    with pytest.raises(fxport.FxportError, match=r"cannot be captured .* in training mode"):
         module.train()
     with pytest.raises(fxport.PortError, match="another path"):
         fxport.parallelize(model.train(), fxport.ParallelContext(0, 1))
