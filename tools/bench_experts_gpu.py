@@ -50,6 +50,7 @@ _Linear = Callable[[Tensor, Tensor, Tensor], Tensor]
 def _milliseconds(run: Callable[[], object], count: int = 5) -> float:
     """Median time, replayed from a graph of `count` calls."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which makes the inputs
     with torch.cuda.stream(stream):
         run()
         graph = torch.cuda.CUDAGraph()

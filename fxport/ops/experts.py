@@ -72,11 +72,13 @@ def _of(shape: torch.Size) -> str:
 @opaque_op("fxport::expert_linear", "(Tensor x, Tensor weight, Tensor experts) -> Tensor")
 def _expert_linear(x: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
     _check(x, weight, experts)
-    rows, chosen = x.reshape(-1, x.shape[-1]), experts.reshape(-1)
+    chosen = experts.reshape(-1)
     if (kernels := _kernels(x)) is not None:
-        found: Tensor = kernels.product(rows, weight, chosen)
-    elif x.is_cuda and torch.cuda.is_current_stream_capturing():
-        found = _by_copies(rows, weight, chosen)
+        by_kernel: Tensor = kernels.product(_different_rows(x), weight, chosen)
+        return by_kernel.view(*x.shape[:-1], weight.shape[1])
+    rows = x.reshape(-1, x.shape[-1])
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        found: Tensor = _by_copies(rows, weight, chosen)
     else:
         found = rows.new_empty(len(rows), weight.shape[1])
         for expert, own in _by_expert(chosen, len(weight)):
@@ -103,6 +105,13 @@ def _by_expert(chosen: Tensor, experts: int) -> Iterator[tuple[int, Tensor]]:
     for expert, own in enumerate(order.split(counts)):
         if len(own):
             yield expert, own
+
+
+def _different_rows(x: Tensor) -> Tensor:
+    """The rows of x, each only once where a token's experts all get the same."""
+    if x.dim() > 2 and x.stride(-2) == 0 and x.shape[-2] > 0:
+        x = x.select(-2, 0)
+    return x.reshape(-1, x.shape[-1])
 
 
 def _kernels(x: Tensor) -> ModuleType | None:

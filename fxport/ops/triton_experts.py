@@ -19,7 +19,7 @@ from fxport.ops.triton_launch import on_device_of_first
 
 __all__ = ["outer", "product", "supports"]
 
-_CHUNK = 2048  # rows that are ordered at a time
+_CHUNK = 8192  # rows that are ordered at a time
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -61,7 +61,8 @@ def _ordered(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     order = torch.empty_like(chosen, dtype=torch.int32)
     ends = torch.empty(experts + 1, dtype=torch.int32, device=chosen.device)
     chunk = min(_CHUNK, triton.next_power_of_2(max(len(chosen), 16)))
-    order_kernel[(experts + 1,)](chosen, order, ends, len(chosen), experts, chunk)
+    warps = 8 if chunk > 1024 else 4
+    order_kernel[(experts + 1,)](chosen, order, ends, len(chosen), experts, chunk, num_warps=warps)
     return order, ends
 
 
@@ -87,18 +88,18 @@ def _product_blocks(rows: int, experts: int, dtype: torch.dtype) -> _Blocks:
     if each < 16:
         return _Blocks(16, 64, 128, 4, 4)
     if each < 64:
-        return _Blocks(64, 128, 64, 4, 4)
-    return _Blocks(128, 128, 64, 8, 3)
+        return _Blocks(64, 64, 128, 4, 3)
+    return _Blocks(128, 128 if each < 512 else 256, 64, 8, 3)
 
 
 @triton.jit
 def product_kernel(
     x, weight, found, order, ends, N, K,
     x_row, x_in, w_expert, w_out, w_in, found_row,
-    EXPERTS: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+    EXPERTS: tl.constexpr, PADDED: tl.constexpr, REPEATS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``found[r] = weight[expert of r] @ x[r]`` for a block of rows of one expert."""
+    """``found[r] = weight[expert of r] @ x[r // REPEATS]`` for a block of rows of one expert."""
     block = tl.program_id(1)
     expert = tl.arange(0, PADDED)
     last = tl.load(ends + expert, mask=expert <= EXPERTS, other=0)
@@ -116,7 +117,7 @@ def product_kernel(
         inner = tl.arange(0, BLOCK_K)
         sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if own < EXPERTS:
-            left = x + row[:, None] * x_row + inner[None, :] * x_in
+            left = x + (row // REPEATS)[:, None] * x_row + inner[None, :] * x_in
             right = weight + own.to(tl.int64) * w_expert
             right += out[None, :] * w_out + inner[:, None] * w_in
             for k in range(0, K, BLOCK_K):
@@ -134,8 +135,11 @@ def product_kernel(
 
 @on_device_of_first
 def product(x: Tensor, weight: Tensor, chosen: Tensor, blocks: _Blocks | None = None) -> Tensor:
-    """``[S, I]``, ``[E, O, I]``, ``[S]`` -> ``[S, O]``; NaN for an expert that does not exist."""
-    rows, experts, width = len(x), len(weight), weight.shape[1]
+    """``[S, I]``, ``[E, O, I]``, ``[S * n]`` -> ``[S * n, O]``: n experts for each row of x.
+
+    NaN for an expert that does not exist.
+    """
+    rows, experts, width = len(chosen), len(weight), weight.shape[1]
     found = x.new_empty(rows, width)
     if not found.numel():
         return found
@@ -145,7 +149,7 @@ def product(x: Tensor, weight: Tensor, chosen: Tensor, blocks: _Blocks | None = 
     product_kernel[(triton.cdiv(width, blocks.out), most)](
         x, weight, found, order, ends, width, x.shape[1],
         *x.stride(), *weight.stride(), found.stride(0),
-        experts, triton.next_power_of_2(experts + 1), _precision(x.dtype),
+        experts, triton.next_power_of_2(experts + 1), rows // len(x), _precision(x.dtype),
         blocks.rows, blocks.out, blocks.summed,
         num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip

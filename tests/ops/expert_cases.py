@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fxport.ops.experts import _different_rows
 from fxport.ops.triton_experts import outer, product
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -16,7 +17,7 @@ BOUNDS = {torch.float32: 2e-6, torch.float16: 1e-3}
 if DEVICE == "cuda":  # the interpreter's tl.dot multiplies the bit patterns of bfloat16
     BOUNDS[torch.bfloat16] = 8e-3
 # rows, experts, out, in: odd sizes, one row, many experts with few rows, few with many, no rows
-SHAPES = [(1, 1, 16, 16), (37, 5, 70, 33), (9, 40, 24, 130), (300, 3, 65, 40), (0, 3, 8, 8)]
+SHAPES = [(1, 1, 16, 16), (37, 5, 70, 33), (9, 20, 24, 130), (150, 2, 65, 40), (0, 3, 8, 8)]
 
 
 def _case(
@@ -70,8 +71,22 @@ def test_other_layouts() -> None:
     _assert_close(found, _product64(same, weight, chosen), x.dtype)
 
 
+def test_several_experts_for_each_row() -> None:
+    """Rows that are the same for all experts of a token are read, not copied."""
+    x, weight, _ = _case(13, 5, 70, 33, torch.float32)
+    chosen = torch.randint(0, 5, (13, 3), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    spread = x.unsqueeze(1).expand(-1, 3, -1)
+    rows = _different_rows(spread)
+    assert rows.data_ptr() == x.data_ptr()
+    assert rows.shape == x.shape
+    expected = _product64(spread.reshape(39, 33), weight, chosen.flatten())
+    _assert_close(product(rows, weight, chosen.flatten()), expected, x.dtype)
+    assert _different_rows(spread.contiguous()).shape == (39, 33)
+    assert _different_rows(spread.transpose(0, 1)).shape == (39, 33)
+
+
 def test_more_rows_than_are_ordered_at_a_time() -> None:
-    x, weight, chosen = _case(4500, 3, 16, 16, torch.float32)
+    x, weight, chosen = _case(8300, 3, 16, 16, torch.float32)
     _assert_close(product(x, weight, chosen), _product64(x, weight, chosen), x.dtype)
 
 
