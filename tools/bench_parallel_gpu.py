@@ -1,17 +1,17 @@
 """Tensor-parallel training over NCCL: gradients against one GPU, and the time of a step.
 
-    torchrun --nproc-per-node 2 -m fxport.tools.bench_parallel_gpu [--size 1b] [--length 2048]
+    torchrun --nproc-per-node 2 -m fxport.tools.bench_parallel_gpu [--sizes 1b,gpt] [--length 2048]
                                                                    [--variants ...]
 
-Correctness: a Llama of 4 layers in float64 and float32; loss and every gradient of the divided
-model on all ranks against the undivided model on rank 0's GPU, with the loss on gathered logits,
-with `fxport.parallel.TokenLoss`, and with that compiled. Speed: forward and backward of a
-bf16 Llama, the same tokens:
+Correctness: a Llama of 4 layers and a GPT of 4 layers, attention by hand, in float64 and float32;
+loss and every gradient of the divided model on all ranks against the undivided model on rank 0's
+GPU, with the loss on gathered logits, with `fxport.parallel.TokenLoss`, and with that compiled.
+Speed: forward and backward in bf16 of a Llama or, ``gpt``, of the 350M GPT of
+`bench_training_gpu`, the same tokens:
 
 * alone: the undivided model on one GPU; divided: over all, its logits gathered;
 * divided-loss: with `TokenLoss`, which leaves them divided;
-* each with ``-compiled``: through torch.compile, the undivided one with Inductor, the others with
-  `vllm_generic`;
+* each with ``-compiled``: through torch.compile with `vllm_generic`;
 * divided-loss-overlapped: also Inductor's reordering of collectives.
 """
 
@@ -22,6 +22,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from typing import TypeAlias
 
 import click
 import torch
@@ -34,6 +35,7 @@ import fxport
 from fxport.parallel import TokenLoss
 from fxport.passes.tensor_parallel.boxes import select
 from fxport.tools.bench_llama import SIZES, Llama
+from fxport.tools.bench_training_gpu import GPT, VOCABULARY
 
 __all__ = ["main"]
 
@@ -46,6 +48,8 @@ VARIANTS = (
     "divided-loss-compiled",
     "divided-loss-overlapped",
 )
+_GPT = {"gpt-tiny": 4, "gpt": 24}  # layers
+_VOCABULARY = dict.fromkeys(_GPT, VOCABULARY) | {k: v.vocabulary for k, v in SIZES.items()}
 # what Inductor's config recommends
 _OVERLAP = (
     "reorder_communication_preserving_peak_memory",
@@ -54,16 +58,20 @@ _OVERLAP = (
 )
 
 
-def _model(size: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def _model(size: str, length: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The same random weights on every rank."""
     torch.manual_seed(11)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
+    model: nn.Module
     with torch.device(device):
-        model = Llama(SIZES[size])
+        if size in _GPT:
+            model = GPT(length, layers=_GPT[size])
+        else:
+            model = Llama(SIZES[size])
+            table = torch.float64 if dtype == torch.float64 else torch.float32
+            model.cos, model.sin = model.cos.to(device, table), model.sin.to(device, table)
     torch.set_default_dtype(default)
-    table = torch.float64 if dtype == torch.float64 else torch.float32
-    model.cos, model.sin = model.cos.to(device, table), model.sin.to(device, table)
     return model.eval()
 
 
@@ -88,6 +96,8 @@ def _compiled(module: fx.GraphModule) -> nn.Module:
     return compiled
 
 
+_Say: TypeAlias = Callable[[str], None]
+
 _WRAPS: dict[str, Callable[[fx.GraphModule], nn.Module]] = {
     "gathered logits": _Gathered,
     "divided logits": TokenLoss,
@@ -98,7 +108,7 @@ _WRAPS: dict[str, Callable[[fx.GraphModule], nn.Module]] = {
 def _batch(size: str, batch: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The same token ids and next tokens on every rank; none follows the last."""
     generator = torch.Generator().manual_seed(13)
-    ids = torch.randint(0, SIZES[size].vocabulary, (batch, length), generator=generator)
+    ids = torch.randint(0, _VOCABULARY[size], (batch, length), generator=generator)
     targets = ids.roll(-1, 1)
     targets[:, -1] = -100
     return ids.to(device), targets.to(device)
@@ -111,15 +121,15 @@ def _step(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def compare(
-    dtype: torch.dtype, device: torch.device, wrap: Callable[[fx.GraphModule], nn.Module]
+    size: str, dtype: torch.dtype, device: torch.device, wrap: Callable[[fx.GraphModule], nn.Module]
 ) -> tuple[float, float, int]:
     """Worst relative errors of the loss and of a gradient over all ranks, and how many gradients.
 
     The error of a gradient is ``|found - expected| / |expected|`` in the Frobenius norm.
     """
-    model = _model("tiny", dtype, device)
+    model = _model(size, 256, dtype, device)
     module = fxport.parallelize(model, fxport.ParallelContext.from_distributed()).to(device)
-    batch = _batch("tiny", 3, 129, device)
+    batch = _batch(size, 3, 129, device)
     expected, found = _step(_Gathered(model), batch), _step(wrap(module), batch)
     errors = []
     for shard in module.plan.parameters:  # type: ignore[union-attr]
@@ -165,8 +175,7 @@ def _timed(variant: str, model: nn.Module, batch: tuple[Tensor, Tensor]) -> list
         torch._dynamo.reset()
         torch._inductor.config.reorder_for_compute_comm_overlap = "overlapped" in how
         torch._inductor.config.reorder_for_compute_comm_overlap_passes = list(_OVERLAP)
-        backend = "inductor" if kind == "alone" else "vllm_generic"
-        loss = torch.compile(loss, backend=backend, dynamic=False)  # type: ignore[assignment]
+        loss = torch.compile(loss, backend="vllm_generic", dynamic=False)  # type: ignore[assignment]
 
     def step() -> Tensor:
         found = _step(loss, batch)
@@ -193,31 +202,13 @@ def _all_reduce_gbs(device: torch.device) -> float:
     return value.nbytes * 2 * (ranks - 1) / ranks / median / 1e6
 
 
-@click.command()
-@click.option("--size", default="1b", show_default=True, type=click.Choice(sorted(SIZES)))
-@click.option("--batch", default=4, show_default=True)
-@click.option("--length", default=2048, show_default=True)
-@click.option("--variants", default=",".join(VARIANTS), show_default=True)
-@click.option("--compare/--no-compare", "check", default=True)
-def main(size: str, batch: int, length: int, variants: str, check: bool) -> None:
-    """Prints errors, then a table of times; run under torchrun."""
-    rank = int(os.environ["LOCAL_RANK"])
-    device = torch.device("cuda", rank)
-    torch.cuda.set_device(device)
-    dist.init_process_group("nccl", device_id=device)
-    torch.set_float32_matmul_precision("highest")
-    say = click.echo if rank == 0 else lambda _: None
-    for dtype in (torch.float64, torch.float32) if check else ():
-        for name, wrap in _WRAPS.items():
-            loss, gradient, count = compare(dtype, device, wrap)
-            say(f"{dtype}, {name}: loss {loss:.1e}, worst of {count} gradients {gradient:.1e}")
-    say(f"all-reduce of 256 MiB: {_all_reduce_gbs(device):.0f} GB/s (bus)")
-    ranks = dist.get_world_size()
-    say(f"{ranks} x {torch.cuda.get_device_name()}, torch {torch.__version__}")
+def _speeds(size: str, batch: int, length: int, variants: list[str], say: _Say) -> None:
+    """Prints the table of one size."""
+    device = torch.device("cuda", torch.cuda.current_device())
     ids = _batch(size, batch, length, device)
-    model = _model(size, torch.bfloat16, device)
+    model = _model(size, length, torch.bfloat16, device)
     rows: list[list[object]] = []
-    for variant in variants.split(","):
+    for variant in variants:
         rows.append(_timed(variant, model, ids))
         say(f"{rows[-1]}")  # what has been measured survives a cut
         model.zero_grad()
@@ -226,8 +217,36 @@ def main(size: str, batch: int, length: int, variants: str, check: bool) -> None
     alone = rows[0][2]
     for row in rows:
         row[2] = f"{alone / row[2]:.2f}"  # type: ignore[operator]
-    headers = [f"{ranks} GPUs", "forward + backward ms", "speed", "loss", "peak GiB", "first s"]
+    headers = [f"{dist.get_world_size()} GPUs", "forward + backward ms", "speed", "loss"]
+    headers += ["peak GiB", "first s"]
     say(f"{size}, {batch} x {length}\n" + tabulate(rows, headers, tablefmt="github"))
+
+
+@click.command()
+@click.option("--sizes", default="1b,gpt", show_default=True)
+@click.option("--batch", default=4, show_default=True)
+@click.option("--length", default=2048, show_default=True)
+@click.option("--variants", default=",".join(VARIANTS), show_default=True)
+@click.option("--compare/--no-compare", "check", default=True)
+def main(sizes: str, batch: int, length: int, variants: str, check: bool) -> None:
+    """Prints errors, then a table of times for each size; run under torchrun."""
+    rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
+    torch.set_float32_matmul_precision("highest")
+    say: _Say = click.echo if rank == 0 else lambda _: None
+    for size in ("tiny", "gpt-tiny") if check else ():
+        for dtype in (torch.float64, torch.float32):
+            for name, wrap in _WRAPS.items():
+                loss, gradient, count = compare(size, dtype, device, wrap)
+                worst = f"loss {loss:.1e}, worst of {count} gradients {gradient:.1e}"
+                say(f"{size}, {dtype}, {name}: {worst}")
+    say(f"all-reduce of 256 MiB: {_all_reduce_gbs(device):.0f} GB/s (bus)")
+    ranks = dist.get_world_size()
+    say(f"{ranks} x {torch.cuda.get_device_name()}, torch {torch.__version__}")
+    for size in sizes.split(","):
+        _speeds(size, batch, length, variants.split(","), say)
     dist.destroy_process_group()
 
 

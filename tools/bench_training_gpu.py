@@ -34,12 +34,12 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor, nn
 
-__all__ = ["main"]
+__all__ = ["GPT", "VOCABULARY", "main"]
 
 VARIANTS = ("eager", "inductor", "sdpa", "sdpa-cudnn", "vllm_generic")
 _BOUND = "sdpa"
 _TOKENS = 16384
-_VOCABULARY = 50304
+VOCABULARY = 50304
 
 
 @dataclass(frozen=True)
@@ -104,22 +104,28 @@ class _Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class _GPT(nn.Module):
-    def __init__(self, limit: int, by_hand: bool, layers: int, width: int, heads: int) -> None:
+class GPT(nn.Module):
+    """``[B, T]`` token ids -> logits ``[B, T, V]``, or the mean loss where there are targets."""
+
+    def __init__(
+        self, limit: int, by_hand: bool = True, layers: int = 24, width: int = 1024, heads: int = 16
+    ) -> None:
         super().__init__()
-        self.wte = nn.Embedding(_VOCABULARY, width)
+        self.wte = nn.Embedding(VOCABULARY, width)
         self.wpe = nn.Embedding(limit, width)
         self.h = nn.ModuleList(_Block(width, heads, limit, by_hand) for _ in range(layers))
         self.ln_f = nn.LayerNorm(width)
-        self.head = nn.Linear(width, _VOCABULARY, bias=False)
+        self.head = nn.Linear(width, VOCABULARY, bias=False)
         nn.init.normal_(self.wte.weight, std=0.02)
         self.head.weight = self.wte.weight
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         x = self.wte(tokens) + self.wpe(torch.arange(tokens.size(1), device=tokens.device))
         for block in self.h:
             x = block(x)
-        logits = self.head(self.ln_f(x))
+        logits: Tensor = self.head(self.ln_f(x))
+        if targets is None:
+            return logits
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
@@ -147,11 +153,11 @@ def measure(variant: str, length: int, *, steps: int, layers: int) -> Measured:
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     with torch.device("cuda"):
-        model = _GPT(length, not variant.startswith("sdpa"), layers, width=1024, heads=16)
+        model = GPT(length, not variant.startswith("sdpa"), layers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     call = _compiled(model, variant)
     batch = _TOKENS // length
-    data = torch.randint(0, _VOCABULARY, (batch, length + 1), device="cuda")
+    data = torch.randint(0, VOCABULARY, (batch, length + 1), device="cuda")
 
     def step() -> Tensor:
         with torch.autocast("cuda", torch.bfloat16):

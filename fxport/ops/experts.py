@@ -8,11 +8,13 @@ copied. ``torch.bmm(weight[experts], x[..., None])`` copies one weight for every
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fxport.ops.opaque import Below, autocast, differentiate, opaque_op
@@ -21,8 +23,6 @@ __all__ = ["expert_linear"]
 
 # Where the device must not be waited for: rows whose weights are copied at a time.
 _ROWS = 64
-# torch's grouped product reads rows and columns of 16 bytes.
-_ALIGNED = 16
 
 
 def expert_linear(x: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
@@ -40,9 +40,9 @@ def expert_linear(x: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
         ValueError: shapes or dtypes do not fit.
         IndexError: on CPU, an expert that does not exist.
 
-    On CUDA, bfloat16 on Hopper and later runs as one grouped product; anything else runs one
-    product for each expert and waits for the device once, or copies the weights of 64 rows at a
-    time while a CUDA graph is captured.
+    On CUDA, 16-bit types and float32 run as one grouped product, forward and backward, and rows of
+    experts that do not exist are NaN. float64 runs one product for each expert and waits for the
+    device once; while a CUDA graph is captured, it copies the weights of 64 rows at a time.
     """
     found: Tensor = torch.ops.fxport.expert_linear(x, weight, experts)
     return found
@@ -72,11 +72,13 @@ def _of(shape: torch.Size) -> str:
 @opaque_op("fxport::expert_linear", "(Tensor x, Tensor weight, Tensor experts) -> Tensor")
 def _expert_linear(x: Tensor, weight: Tensor, experts: Tensor) -> Tensor:
     _check(x, weight, experts)
-    rows, chosen = x.reshape(-1, x.shape[-1]), experts.reshape(-1)
-    if x.is_cuda and _has_grouped_product(rows, weight):
-        found = _grouped(rows, weight, chosen)
-    elif x.is_cuda and torch.cuda.is_current_stream_capturing():
-        found = _by_copies(rows, weight, chosen)
+    chosen = experts.reshape(-1)
+    if (kernels := _kernels(x)) is not None:
+        by_kernel: Tensor = kernels.product(_different_rows(x), weight, chosen)
+        return by_kernel.view(*x.shape[:-1], weight.shape[1])
+    rows = x.reshape(-1, x.shape[-1])
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        found: Tensor = _by_copies(rows, weight, chosen)
     else:
         found = rows.new_empty(len(rows), weight.shape[1])
         for expert, own in _by_expert(chosen, len(weight)):
@@ -105,23 +107,25 @@ def _by_expert(chosen: Tensor, experts: int) -> Iterator[tuple[int, Tensor]]:
             yield expert, own
 
 
-def _has_grouped_product(rows: Tensor, weight: Tensor) -> bool:
-    if rows.dtype != torch.bfloat16 or torch.cuda.get_device_capability(rows.device) < (9, 0):
-        return False
-    sizes = (*weight.shape[1:], *weight.stride()[:2])
-    aligned = all(size * weight.element_size() % _ALIGNED == 0 for size in sizes)
-    return aligned and weight.stride(2) == 1 and hasattr(F, "grouped_mm")
+def _different_rows(x: Tensor) -> Tensor:
+    """The rows of x, each only once where a token's experts all get the same."""
+    if x.dim() > 2 and x.stride(-2) == 0 and x.shape[-2] > 0:
+        x = x.select(-2, 0)
+    return x.reshape(-1, x.shape[-1])
 
 
-def _grouped(rows: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
-    """One kernel for all experts, without waiting for the device."""
-    order = chosen.argsort(stable=True)
-    counts = torch.zeros(len(weight), dtype=torch.int32, device=rows.device)
-    counts.scatter_add_(0, chosen.long(), torch.ones_like(chosen, dtype=torch.int32))
-    ends = counts.cumsum(0, dtype=torch.int32)
-    found = rows.new_empty(len(rows), weight.shape[1])
-    found[order] = F.grouped_mm(rows[order], weight.transpose(1, 2), offs=ends)
-    return found
+def _kernels(x: Tensor) -> ModuleType | None:
+    """Our Triton kernels, where they compute `x`."""
+    if not x.is_cuda or not _has_triton():
+        return None
+    from fxport.ops import triton_experts
+
+    return triton_experts if triton_experts.supports(x.dtype) else None
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _by_copies(rows: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
@@ -138,6 +142,9 @@ def _by_copies(rows: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
 def _expert_outer(grad: Tensor, x: Tensor, experts: Tensor, count: int) -> Tensor:
     """The gradient of the weights: ``sum over s of expert e: grad[s] outer x[s]``."""
     rows, others = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    if (kernels := _kernels(x)) is not None:
+        by_kernel: Tensor = kernels.outer(rows, others, experts.reshape(-1), count)
+        return by_kernel
     found = x.new_zeros(count, rows.shape[1], others.shape[1])
     for expert, own in _by_expert(experts.reshape(-1), count):
         found[expert] = rows[own].T @ others[own]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxport.ops.experts import _by_copies, _grouped, expert_linear
+from fxport.ops.experts import _by_copies, expert_linear
 
 EXPERTS, OUT, IN = 5, 7, 11
 
@@ -78,13 +78,10 @@ def test_no_weight_is_copied_for_a_row() -> None:
     assert max(sizes) <= max(200 * IN, weight.numel())  # a copy for each row is 200 * OUT * IN
 
 
-@pytest.mark.parametrize("way", [_by_copies, _grouped])
-def test_what_cuda_runs(way) -> None:  # type: ignore[no-untyped-def]
-    x, weight, experts = case(150, dtype=torch.bfloat16)
-    weight = torch.nn.functional.pad(weight, (0, 5, 0, 1))  # rows of 16 bytes
-    x = torch.nn.functional.pad(x, (0, 5))
-    found, expected = way(x, weight, experts), copied(x.float(), weight.float(), experts)
-    torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=5e-2)
+def test_copies_of_some_rows_at_a_time() -> None:
+    """What CUDA runs in float64 while a graph is captured; `test_triton_experts` has the others."""
+    x, weight, experts = case(150)
+    torch.testing.assert_close(_by_copies(x, weight, experts), copied(x, weight, experts))
 
 
 @pytest.mark.parametrize("wrong", [-1, EXPERTS])
