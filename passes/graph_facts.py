@@ -20,6 +20,7 @@ __all__ = [
     "Source",
     "erase_dead",
     "erase_if_unused",
+    "grad_modes",
     "lends_shape_only",
     "only_checks",
     "reachable",
@@ -91,7 +92,7 @@ class GraphFacts:
         self.gm = gm
         self._order = {node: index for index, node in enumerate(gm.graph.nodes)}
         self._writes = _writes(gm.graph.nodes)
-        self._grad_mode = _grad_modes(gm.graph.nodes)
+        self._grad_mode = grad_modes(gm.graph.nodes)
         self._sources: dict[fx.Node, Source] = {}
         for node in gm.graph.nodes:
             self._sources[node] = self._source(node)
@@ -217,7 +218,7 @@ def _writes(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     return found
 
 
-def _grad_modes(nodes: Iterable[fx.Node]) -> dict[fx.Node, bool]:
+def grad_modes(nodes: Iterable[fx.Node]) -> dict[fx.Node, bool]:
     """Whether autograd runs at each node.
 
     The graph does not say how it begins: taken for the opposite of what is switched to first.

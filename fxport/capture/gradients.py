@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.location import line_of_user, user_location
+from fxport.capture.memory import is_mutation
 from fxport.errors import Location, Reason, ReasonCode
 
 __all__ = ["as_called", "let_gradients_pass", "stop_gradients", "watch_gradients"]
@@ -222,7 +223,7 @@ def stop_gradients(gm: fx.GraphModule) -> None:
         if node not in inside or not _is_floating(node):
             continue
         if watch is not None and _changes_from_outside(node, inside):
-            watch.note("a value is changed in place under `torch.no_grad`", user_location(node))
+            watch.note("a value is changed in place past its gradient", user_location(node))
         outside = [user for user in node.users if user not in inside]
         if outside:
             with gm.graph.inserting_after(node):
@@ -262,8 +263,6 @@ def _is_floating(node: fx.Node) -> bool:
 
 def _changes_from_outside(node: fx.Node, inside: set[fx.Node]) -> bool:
     """Whether the op writes into what has a gradient: the old one goes on, past the change."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not schema.is_mutable or not node.args:
-        return False
-    written = node.args[0]
-    return isinstance(written, fx.Node) and written not in inside and written.op != "placeholder"
+    written = node.args[0] if node.args else None
+    from_outside = isinstance(written, fx.Node) and written not in inside
+    return is_mutation(node) and from_outside and written.op != "placeholder"

@@ -115,17 +115,19 @@ def tables_need_none(layer: Attention, x: Tensor) -> Tensor:
 SWITCHED = [under_no_grad, decorated, switched_by_turns, only_values_learn, keys_do_not_learn]
 
 
-def gradients(model: nn.Module) -> dict[str, Tensor | None]:
+def gradients(model: nn.Module, run: Callable[[Tensor], Tensor]) -> dict[str, Tensor | None]:
     ids = torch.randint(0, VOCAB, (3, 11), generator=torch.Generator().manual_seed(2))
     model.zero_grad()
-    logits = model(ids)
+    logits = run(ids)
     weights = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype)
     (logits * weights.view_as(logits)).sum().backward()
     return {n: p.grad for n, p in model.named_parameters()}
 
 
-def assert_gradients(model: nn.Module, module: nn.Module) -> None:
-    wanted, found = gradients(model), gradients(module)
+def assert_gradients(
+    model: nn.Module, module: nn.Module, run: Callable[[Tensor], Tensor] | None = None
+) -> None:
+    wanted, found = gradients(model, model), gradients(module, module if run is None else run)
     for name, gradient in wanted.items():
         here = found[name]
         if gradient is None or here is None:  # nothing learns
@@ -184,11 +186,17 @@ def writes_unseen(layer: Attention, x: Tensor) -> Tensor:
     return y
 
 
+def writes_detached(layer: Attention, x: Tensor) -> Tensor:
+    y = layer(x)
+    y.detach().clamp_(-0.2, 0.2)
+    return y
+
+
 REFUSED = {
     own_backward: "`Slower` has a backward of its own",
     hooked: "Tensor.requires_grad",
     asks: "torch.is_grad_enabled",
-    writes_unseen: "changed in place under `torch.no_grad`",
+    writes_unseen: "changed in place past its gradient",
 }
 
 
@@ -212,6 +220,13 @@ def refuses_training(port: fxport.Port, why: str, tmp_path: Path) -> None:
     logits = loaded(torch.zeros(2, 7, dtype=torch.long))
     with pytest.raises(fxport.FxportError, match="cannot train"):
         F.cross_entropy(logits.flatten(0, 1), torch.ones(14, dtype=torch.long)).backward()
+
+
+@pytest.mark.parametrize("step", [*SWITCHED, *REFUSED, writes_detached])
+def test_a_compiled_model_keeps_them_all(step: Step) -> None:
+    torch._dynamo.reset()
+    model = Model(step).double()
+    assert_gradients(model, model, torch.compile(model, backend="vllm_generic"))
 
 
 def test_hooks_on_parameters_and_modules_are_not_lost() -> None:
