@@ -28,7 +28,7 @@ from fxport.capture.location import module_of, user_location
 from fxport.passes.attention_emit import Emitter
 from fxport.passes.attention_views import overload_packet
 from fxport.passes.expert_lift import First, Lift, Unlike, of_classes
-from fxport.passes.graph_facts import erase_if_unused
+from fxport.passes.graph_facts import erase_dead
 from fxport.report import Decision, Outcome
 
 __all__ = ["run_chosen_experts"]
@@ -296,7 +296,9 @@ def _rewrite(gm: fx.GraphModule, loop: _Loop) -> Decision | None:
         emitter.undo()
         return None
     last.node.replace_all_uses_with(value)
-    erase_if_unused(gm, [last.node])
+    for term in loop.terms:
+        _measure(term.node, loop.first.before)
+    erase_dead(gm)
     return Decision(
         "experts",
         Outcome.REWRITTEN,
@@ -305,6 +307,19 @@ def _rewrite(gm: fx.GraphModule, loop: _Loop) -> Decision | None:
         module=module_of(last.node),
         location=user_location(last.node),
     )
+
+
+def _measure(value: fx.Node, first: fx.Node) -> None:
+    """Reads the sizes of what a term made off what was there before the loop."""
+    for user in list(value.users):
+        if overload_packet(user) in _RESHAPES:
+            _measure(user, first)
+        elif user.target is aten.sym_size.int:
+            like: Any = first
+            while shape_of(like) != shape_of(value) and overload_packet(like) in _RESHAPES:
+                like = arguments(like)["self"]
+            if shape_of(like) == shape_of(value):
+                user.replace_input_with(value, like)
 
 
 def _check_alike(value: fx.Node, before: fx.Node) -> None:

@@ -24,6 +24,10 @@ def worst_difference(model: nn.Module, lengths: list[int], *, loops: int = 0) ->
     """
     port = fxport.port(model)
     assert sum(d.pass_name == "experts" for d in port.report.decisions) == loops
+    body = port.serving.body
+    linears = body.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    experts = {n for n in port.parameters if ".experts." in n} if loops else set()
+    assert not experts & {body.weights.get(n.name) for x in linears for n in x.all_input_nodes}
     packed = PackedModel(port.serving, port.parameters)
     worst = 0.0
     for length in lengths:
