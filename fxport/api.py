@@ -163,8 +163,8 @@ def _batch_first(model: nn.Module, max_seq_len: int | None) -> Port:
     captured = capture(model)
     untrainable = (*captured.untrainable, *let_gradients_pass(captured.graph))
     captured = dataclasses.replace(captured, untrainable=untrainable)
-    selections = every_row_records(captured.graph)
     lowered = lower_for_serving(captured, max_seq_len, _stated_length(model))
+    selections = every_row_records(captured.graph)  # those that no pass took out
     serving = lowered.serving
     checked = _self_check(model, serving, captured)
     half, half_decision = _half(model, serving)

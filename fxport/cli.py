@@ -65,7 +65,8 @@ def port(
     """Port a model and save it where vLLM can serve it.
 
     PKG.MOD:FACTORY names a function or class that takes no arguments and gives the model, or the
-    model itself. The current directory is on the path.
+    model itself. Of a forward that needs more than the token ids it gives (model, arguments): one
+    call as a tuple. The current directory is on the path.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise click.BadParameter(
@@ -173,22 +174,28 @@ def _side(given: str) -> Side:
 def _port(
     spec: str, weights: Path | None, max_seq_len: int | None, stage: Callable[[str], None]
 ) -> Port:
-    model = _prepared(spec, weights, stage)
+    model, inputs = _prepared_with_inputs(spec, weights, stage)
     import fxport
 
-    return fxport.port(model, max_seq_len=max_seq_len)
+    return fxport.port(model, inputs, max_seq_len=max_seq_len)
 
 
 def _prepared(spec: str, weights: Path | None, stage: Callable[[str], None]) -> nn.Module:
     """The model with its weights; the next stage is named."""
+    return _prepared_with_inputs(spec, weights, stage)[0]
+
+
+def _prepared_with_inputs(
+    spec: str, weights: Path | None, stage: Callable[[str], None]
+) -> tuple[nn.Module, tuple[Any, ...] | None]:
     if weights is not None:
         _check_weights_file(weights)
     stage(f"making {spec}")
-    model = _make_model(spec)
+    model, inputs = _make(spec)
     if weights is not None:
         _load_weights(model, weights)
     stage("capturing and proving")
-    return model
+    return model, inputs
 
 
 # --- errors and progress ----------------------------------------------------------------
@@ -239,7 +246,11 @@ def _stages(total: int) -> Iterator[Callable[[str], None]]:
 
 
 def _make_model(spec: str) -> nn.Module:
-    """The model that ``pkg.mod:factory`` names.
+    return _make(spec)[0]
+
+
+def _make(spec: str) -> tuple[nn.Module, tuple[Any, ...] | None]:
+    """The model that ``pkg.mod:factory`` names, and the call of it that the factory shows.
 
     Raises:
         click.BadParameter: no such module or attribute.
@@ -249,16 +260,19 @@ def _make_model(spec: str) -> nn.Module:
 
     found = _lookup(spec)
     if isinstance(found, nn.Module):
-        return found
+        return found, None
     if not callable(found):
         _fail(f"{spec} is {_kind(found)}, neither a torch.nn.Module nor a function that makes one")
     try:
         made = found()
     except Exception as error:
         _fail(f"{spec}() raised\n{_users_line(error)}")
+    inputs = None
+    if isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], tuple):
+        made, inputs = made
     if not isinstance(made, nn.Module):
         _fail(f"{spec}() gave {_kind(made)}, not a torch.nn.Module")
-    return made
+    return made, inputs
 
 
 def _lookup(spec: str) -> Any:

@@ -23,6 +23,7 @@ from fxport.passes.attention import rewrite_attention
 from fxport.passes.attention_lse import sinks_as_columns
 from fxport.passes.axes import Axes, Axis, Symbols
 from fxport.passes.constants import depends_on
+from fxport.passes.expert_loops import run_chosen_experts
 from fxport.passes.expert_products import multiply_by_expert
 from fxport.passes.functional import functionalise
 from fxport.passes.head import Head, between, find_head, no_projection
@@ -108,7 +109,7 @@ def lower_for_serving(
         positions, gathered = gather_by_position(gm, locality, tokens)
         stage.note(gathered)
     with recorder.stage("experts") as stage:
-        experts = multiply_by_expert(gm)
+        experts = (*run_chosen_experts(gm), *multiply_by_expert(gm))
         stage.note(experts)
     serving = _split(captured, gm, tokens, positions, embedding, head, forms, max_seq_len)
     proven = Decision(

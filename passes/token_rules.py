@@ -18,7 +18,7 @@ from fxport.passes.axes import Axes, Refusal, Symbols, join
 from fxport.passes.constants import is_symbolic
 from fxport.passes.token_call import RULES, Call
 
-__all__ = ["has_rule", "propagate"]
+__all__ = ["has_rule", "is_pointwise", "propagate"]
 
 aten = torch.ops.aten
 
@@ -28,10 +28,13 @@ RULE_MODULES = (token_rules_shape, token_rules_compute)
 
 def has_rule(target: Any) -> bool:
     """Whether the analysis knows this op. Saved ports may hold no other."""
-    return isinstance(target, torch._ops.OpOverload) and (target in RULES or _is_pointwise(target))
+    return isinstance(target, torch._ops.OpOverload) and (target in RULES or is_pointwise(target))
 
 
-def _is_pointwise(target: torch._ops.OpOverload) -> bool:
+def is_pointwise(target: torch._ops.OpOverload) -> bool:
+    """Whether the op works position by position, operands broadcast."""
+    if RULES.get(target) is _pointwise:
+        return True
     tags = target.tags
     random = torch.Tag.nondeterministic_seeded in tags
     return torch.Tag.pointwise in tags and not target._schema.is_mutable and not random

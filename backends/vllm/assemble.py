@@ -6,6 +6,7 @@ Before (a part of a rank)                    After (a GraphModule in vLLM)
     reduce_from(linear(x, w9)) + w10             call_module linears.blocks.0.mlp.down(x)
     reduce_from(<rows of w0 looked up>)          call_module embeddings.wte.weight(input_ids)
     gather(linear(x, w0))                        call_module heads.wte.weight(x)
+    stack([w11, w12, w13])                       get_attr stacks.experts.0.up.weight
     embedding(w1, positions)                     embedding(get_attr weights.wpe.weight, positions)
 """
 
@@ -128,6 +129,9 @@ class _Builder:
         for node in list(graph.nodes):
             if node.target is aten.linear.default:
                 self._linear(source, node)
+        for node in list(graph.nodes):
+            if node.target is aten.stack.default:
+                self._stack(source, node)
         for node in list(graph.nodes):
             if node.name in source.part.weights and node.op == "placeholder":
                 self._weight(source, node)
@@ -317,11 +321,29 @@ class _Builder:
         return ParameterShard(name, shape, "replicated", ((None,) * len(shape),))
 
     def _fill(
-        self, name: str, tensor: torch.Tensor, box: Box | None, rows: slice | None = None
+        self, name: str, tensor: torch.Tensor, box: Box | None, rows: slice | int | None = None
     ) -> None:
         self.targets.setdefault(name, []).append(
             Target(weakref.ref(tensor), self._shape(name), box, rows)
         )
+
+    def _stack(self, source: RankPart, node: fx.Node) -> None:
+        """Parameters that are only read stacked (of experts) are loaded into one tensor."""
+        bound = arguments(node)
+        names = [source.part.weights.get(n.name, "") for n in bound["tensors"]]
+        once = all(n in self.serving.parameters and self.uses[n] == 1 for n in names)
+        if bound["dim"] != 0 or not once or len(set(names)) < len(names):
+            return
+        rank, graph = self.rank.context.rank, source.part.graph
+        local = self._shard(names[0]).local_shape(rank)
+        tensor = nn.Parameter(torch.empty(len(names), *local), requires_grad=False)
+        path = f"stacks.{names[0]}"
+        attach(self.root, path, tensor)
+        for index, name in enumerate(names):
+            self._fill(name, tensor, self._shard(name).indices[rank], index)
+        with graph.inserting_before(node):
+            node.replace_all_uses_with(graph.get_attr(path))
+        graph.erase_node(node)
 
     def _weight(self, source: RankPart, node: fx.Node) -> None:
         """A tensor that the graph reads directly; a placeholder nobody reads is dropped."""

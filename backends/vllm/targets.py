@@ -22,13 +22,13 @@ class Target:
         tensor: parameter or buffer; gone when vLLM has packed it into another.
         shape: of the whole checkpoint tensor.
         box: what this rank reads of it; None: the tensor's own `weight_loader` takes its part.
-        rows: of the tensor, that it fills; None: all of them.
+        rows: of the tensor, that it fills, or the one entry; None: all of them.
     """
 
     tensor: weakref.ref[torch.Tensor]
     shape: tuple[int, ...]
     box: Box | None
-    rows: slice | None = None
+    rows: slice | int | None = None
 
 
 def fill(name: str, target: Target, tensor: torch.Tensor) -> None:

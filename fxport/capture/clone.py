@@ -37,10 +37,16 @@ def uncompiled(model: nn.Module) -> nn.Module:
 def clone_for_capture(model: nn.Module) -> nn.Module:
     """Deep-copies modules and plain attributes, shares every parameter and buffer; eval mode.
 
+    Buffers that hold nothing (yet) come last: export counts them among the inputs.
+
     Raises:
         PortError: when an attribute cannot be copied.
     """
-    return _copied(model, {id(t): t for t in _tensors(model)})
+    clone = _copied(model, {id(t): t for t in _tensors(model)})
+    for module in clone.modules():
+        for name in [n for n, buffer in module._buffers.items() if buffer is None]:
+            module._buffers[name] = module._buffers.pop(name)
+    return clone
 
 
 def clone_to_run(model: nn.Module) -> nn.Module:

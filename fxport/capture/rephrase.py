@@ -4,6 +4,7 @@ x.data                                       ->  x.detach()
 F.pad(x, (0, 0))                             ->  x.clone()
 x.type_as(other)                             ->  x.to(other.dtype): no value of `other` matters
 torch._weight_norm(v, g, dim)                ->  v * (g / |v|)
+torch.hstack([x, y])                         ->  torch.cat([x, y], 1), of vectors along 0
 nn.TransformerEncoder(...)(x, mask=m)        ->  the same, without looking into m whether it is
                                                  causal: the layers get m itself
 f"{x.shape[1]}"                              ->  f"{int(x.shape[1])}": not the symbol's name
@@ -64,6 +65,8 @@ class _Rephrase(TorchFunctionMode):
             return _cast_as(func, *args, **kwargs)
         if func is torch._weight_norm:
             return _normed(*args, **kwargs)
+        if func is torch.hstack and not kwargs and all(t.dim() for t in args[0]):
+            return torch.cat(list(args[0]), 0 if args[0][0].dim() == 1 else 1)
         return func(*args, **kwargs)
 
 

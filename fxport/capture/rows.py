@@ -35,7 +35,7 @@ aten = torch.ops.aten
 
 # On a node that puts selected rows back: (the node to use when the selection is empty, the mask).
 ADDS = "fxport_adds"
-# The same node in a unified graph: it was computed for every row.
+# On what was computed for every row, also in a unified graph.
 EVERY_ROW = "fxport_every_row"
 
 _SCATTERS = {
@@ -114,7 +114,7 @@ def _record(count: int, module: str, line: Location | None) -> Decision:
         f"{count} selections are computed for every token and kept where selected: "
         f"{count} times the work of one, however few tokens each has",
         line,
-        "a fused mixture-of-experts kernel would run each expert on its own tokens only",
+        "experts that are alike, and chosen by one topk, would run on their own tokens only",
     )
     subject, detail = "work on selected tokens", f"{count} selections"
     return Decision("selection", Outcome.LEFT, subject, detail, module, line, reason)
@@ -310,6 +310,7 @@ class _Rewriting:
             new = self.build.call(aten.add.Tensor, rows, kept, **alpha)
         else:
             new = self.build.call(aten.where.self, mask, values, rows)
+        new.meta[EVERY_ROW] = True
         if len(frame.row_axes) > 1:
             new = self.build.call(aten.reshape.default, new, self.build.sizes(into))
         self._is_back(node, new, into, frame)
@@ -336,13 +337,14 @@ class _Rewriting:
         kept = self.build.call(aten.sum.dim_IntList, kept, slots)
         bound = arguments(node)
         alpha = {"alpha": bound["alpha"]} if bound.get("alpha", 1) != 1 else {}
-        self._is_back(node, self.build.call(aten.add.Tensor, into, kept, **alpha), into, frame)
+        new = self.build.call(aten.add.Tensor, into, kept, **alpha)
+        new.meta[EVERY_ROW] = True
+        self._is_back(node, new, into, frame)
 
     def _is_back(self, node: fx.Node, new: fx.Node, into: fx.Node, frame: Frame) -> None:
         if shape_of(new) != shape_of(into) or new.meta["val"].dtype != into.meta["val"].dtype:
             refuse_selection(node, "the rows that are put back have another shape")
         new.meta[ADDS] = (into, frame.mask)
-        new.meta[EVERY_ROW] = True
         node.replace_all_uses_with(new)
 
     def _aligned(self, node: fx.Node, values: Any, frame: Frame, after: int) -> Any:

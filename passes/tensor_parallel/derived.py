@@ -3,6 +3,7 @@
 Before                              After, rank 0 of 2
     w = select(W [E, C, H], 0, e)       w = select(W[:, :, columns], 0, e)
     w = cat([W0, W1, W2, W3])           w = cat([W0, W1, W2[no row], W3[no row]])
+    w = stack([W0, W1]) [E, H, C]       w = stack([W0[rows], W1[rows]])
     s = exp(t [H])                      s = exp(t[heads])
 
 Only ops that move whole dimensions, or work on each position by itself.
@@ -192,6 +193,15 @@ def _cat(node: fx.Node, wanted: Boxes) -> dict[fx.Node, Boxes] | None:
     return found
 
 
+def _stack(node: fx.Node, wanted: Boxes) -> dict[fx.Node, Boxes] | None:
+    args = arguments(node)
+    parts, dim = args["tensors"], args["dim"] % len(wanted[0])
+    if len(set(parts)) != len(parts) or any(box[dim] is not None for box in wanted):
+        return None
+    boxes = tuple((*box[:dim], *box[dim + 1 :]) for box in wanted)
+    return dict.fromkeys(parts, boxes)
+
+
 _RULES: Mapping[Any, Operands] = {
     aten.select.int: _select,
     aten.slice.Tensor: _slice,
@@ -202,6 +212,7 @@ _RULES: Mapping[Any, Operands] = {
     aten.permute.default: _permuted,
     aten.unsqueeze.default: _unsqueezed,
     aten.cat.default: _cat,
+    aten.stack.default: _stack,
     aten.view.default: _view,
     aten.reshape.default: _view,
 }

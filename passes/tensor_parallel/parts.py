@@ -3,6 +3,7 @@
     W [E, H, C], rows of H           divided along 1
     select(W, 0, e)                  along 0
     t(select(W, 0, e))               along 1
+    stack([W0, W1]), rows of [H, C]  along 1
 
 What is not listed is not known; the checker then refuses a sum over it.
 """
@@ -53,6 +54,9 @@ def made_of(node: fx.Node, known: Mapping[fx.Node, Parts]) -> Parts | None:
         return _swapped(before, args["dim0"], args["dim1"])
     if node.target is aten.cat.default:
         return _joined(given, args["dim"] % rank)
+    if node.target is aten.stack.default:
+        dim = args["dim"] % (rank + 1)
+        return (*before[:dim], False, *before[dim:]) if set(given) == {before} else None
     pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
     return before if pointwise and len(given) == 1 else None
 

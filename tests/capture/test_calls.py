@@ -8,10 +8,12 @@ from torch import Tensor
 
 import fxport
 from fxport.backends.torch import PackedModel
+from fxport.capture.export import capture
 from fxport.errors import PortError, ReasonCode
 from tests.zoo import caches, older
 from tests.zoo.awkward import VOCAB
 from tests.zoo.calls import EXACT, IMAGE, REFUSED
+from tests.zoo.gpt import GPT
 
 
 def logits_in(output: object) -> Tensor:
@@ -46,6 +48,16 @@ def test_the_report_says_that_caches_are_not_kept() -> None:
     report = fxport.port(caches.EXACT["cache in buffers"]().eval()).report
     (found,) = [d for d in report.decisions if d.subject == "the model's own caches"]
     assert found.detail.count("cache_k") == found.detail.count("cache_v") == 4
+
+
+def test_buffers_that_hold_nothing_yet() -> None:
+    model = GPT().eval()
+    for layer in range(12):
+        model.register_buffer(f"cache_{layer}", None)
+    model.register_buffer("scale", torch.ones(1))
+    names = list(model._buffers)
+    assert "cache_0" not in capture(model).state
+    assert list(model._buffers) == names
 
 
 def test_the_model_keeps_its_own_forward() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxport
 from fxport.capture.rephrase import rephrased
@@ -31,6 +32,15 @@ def test_type_as_takes_the_dtype_alone() -> None:
         assert x.type_as(other).equal(x.double())
         assert x.type_as(other=other).dtype is torch.float64
         assert x.type_as(x) is x
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 2), (3, 2, 4)])
+def test_hstack_is_cat(shape: tuple[int, ...]) -> None:
+    parts = (torch.randn(shape), torch.randn(shape))
+    with rephrased():
+        gm = make_fx(lambda *given: torch.hstack(given), pre_dispatch=True)(*parts)
+    assert gm.graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default)
+    assert gm(*parts).equal(torch.hstack(parts))
 
 
 @pytest.mark.parametrize("wrap", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])

@@ -195,6 +195,16 @@ def test_a_factory_that_gives_no_module(cli: Cli, body: str, says: str) -> None:
     assert result.exit_code == 1 and says in result.stderr
 
 
+def test_a_factory_that_shows_a_call(cli: Cli) -> None:
+    shown = GPT.replace("forward(self, idx)", "forward(self, idx, shift)")
+    shown = shown.replace("        x = self.wte(idx) +", "        x = shift * self.wte(idx) +")
+    cli.write("user_shown", shown + "\nmake = lambda: (GPT(), (torch.zeros(1, 5).long(), 2))\n")
+    result = cli.port("user_shown:make")
+    assert result.exit_code == 0 and "shift" in result.output
+    cli.write("user_pair", "make = lambda: (3, (4,))")
+    assert "gave an int, not a torch.nn.Module" in cli("explain", "user_pair:make").stderr
+
+
 # --- models: ported, or refused with the line -----------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from tests.parallel.further import FURTHER
 from tests.parallel.models import HEAD, LAYERS, MODELS, WIDTH, Decoder
 from tests.parallel.serving_ranks import Ranks, Served, divided, error, served
 from tests.zoo.chosen_experts import EXPERTS, LOOK_UPS, of_styles
+from tests.zoo.experts import EXACT, decoder
 from tests.zoo.gpt import GPT
 from tests.zoo.llama import Llama
 from tests.zoo.oss import OSS
@@ -142,6 +143,15 @@ def test_dense_block_costs_two_reductions_and_the_weights_are_halved() -> None:
     assert plan.count("forward", "all_gather") == 1
     assert not plan.replicated
     assert plan.shard("transformer.h.0.attn.c_attn.weight").kind == "column"
+
+
+def test_looped_experts_are_divided_inside_at_the_price_of_one() -> None:
+    case = served(decoder(EXACT["one-hot"], layers=1))
+    found = divided(case, 2)
+    assert error(case, found) < 1e-12
+    assert found.plan.count("forward") == 2 * LAYERS + 1
+    kinds = {found.plan.shard(f"blocks.0.mlp.experts.{e}.up.weight").kind for e in range(3)}
+    assert kinds == {"column"}
 
 
 def test_heads_that_are_inferred_are_divided() -> None:
