@@ -37,11 +37,11 @@ from fxport.passes.attention_site import MaskKind, MaskStep, Match, Term
 from fxport.passes.attention_views import Step, number, overload_packet, trace
 from fxport.passes.graph_facts import GraphFacts, Source
 
-__all__ = ["emit_terms", "join_terms"]
+__all__ = ["WIDEST", "emit_terms", "join_terms"]
 
 aten = torch.ops.aten
 
-_WIDEST = 256  # the largest head that kernels take
+WIDEST = 256  # the largest head that kernels take
 
 
 def join_terms(facts: GraphFacts, match: Match) -> Match:
@@ -68,7 +68,7 @@ def _fits(terms: list[Term], match: Match) -> bool:
     """Where the first product is too wide for any kernel already, a bias would be no better."""
     widths = [product(axes_of(head)) for head in (match.head, *(t.head for t in terms))]
     known = [w for w in widths if isinstance(w, int)]
-    return len(known) == len(widths) and (sum(known) <= _WIDEST or known[0] > _WIDEST)
+    return len(known) == len(widths) and (sum(known) <= WIDEST or known[0] > WIDEST)
 
 
 def _terms(facts: GraphFacts, match: Match, step: MaskStep) -> list[Term] | None:

@@ -293,4 +293,5 @@ import tricky_normalised  # noqa: E402, F401
 import tricky_powers  # noqa: E402, F401
 import tricky_rare  # noqa: E402, F401  (adds its cases to TRICKY)
 import tricky_shifts  # noqa: E402, F401
+import tricky_spread  # noqa: E402, F401
 import tricky_weights  # noqa: E402, F401
