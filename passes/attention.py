@@ -30,6 +30,7 @@ from fxport.ops.params import AttentionParams
 from fxport.passes.attention_bias import emit_check, emit_dense, emit_row_scales, restore_nan
 from fxport.passes.attention_checks import check_grad_mode
 from fxport.passes.attention_emit import Emitter
+from fxport.passes.attention_factors import emit_key_scales
 from fxport.passes.attention_flex import (
     FlexCall,
     erase_calls,
@@ -238,7 +239,8 @@ def _is_pointwise(node: fx.Node) -> bool:
 def _check_unwritten(facts: GraphFacts, match: Match) -> None:
     """Operands are read at the end of the attention now: nothing may write into them before."""
     read = [(s.node, steps[0].node) for steps in (match.q, match.k, match.v) for s in steps]
-    factors = [s.factor for s in (*match.row_scales, *match.out_scales)]
+    scales = (*match.row_scales, *match.key_scales, *match.value_scales, *match.out_scales)
+    factors = [s.factor for s in scales]
     for value, first in [*read, *((f, f) for f in factors if isinstance(f, fx.Node))]:
         write = facts.written_between(value, first, match.output)
         if write is not None:
@@ -263,6 +265,8 @@ def _emit(
     scale = match.scale * fq * fk
     q, k = emit_terms(emitter, match.terms, frame, q, k, scale)
     q = emit_row_scales(emitter, q, match.row_scales, frame)
+    k = emit_key_scales(emitter, k, match.key_scales, frame)
+    v = emit_key_scales(emitter, v, match.value_scales, frame)
     dense = emit_dense(emitter, plan, frame, dtype)
     if dense.empty is not None:
         q = emitter.call(aten.masked_fill.Scalar, q, dense.empty, 0.0)

@@ -22,14 +22,12 @@ from fxport.passes.attention_emit import Emitter
 from fxport.passes.attention_frame import Frame
 from fxport.passes.attention_layout import (
     Axis,
-    Dim,
     Dims,
     LayoutError,
     align,
     axes_of,
+    conform,
     product,
-    regroup,
-    resolve,
     resolve_all,
 )
 from fxport.passes.attention_products import Contraction, as_product, contract
@@ -50,7 +48,7 @@ def join_terms(facts: GraphFacts, match: Match) -> Match:
     Only those that nothing but other biases precedes: a mask or a softcap may not be overtaken. A
     factor on some rows belongs to the first product alone.
     """
-    if match.softcap or match.row_scales:
+    if match.softcap or match.row_scales or match.key_scales:
         return match
     terms: list[Term] = []
     rest = list(match.steps)
@@ -129,17 +127,7 @@ def _identify(way: tuple[Step, ...], contraction: Contraction, scores: Dims) -> 
     added = way[-1].dims
     for of_scores, of_bias in zip(scores[len(scores) - len(added) :], added, strict=True):
         if of_bias:
-            _identify_dim(resolve(of_scores), resolve(of_bias))
-
-
-def _identify_dim(of_scores: Dim, of_bias: Dim) -> None:
-    parts: Dims = (of_bias,)
-    if len(of_scores) != 1 or len(of_bias) != 1:  # else sizes are equal, noticed or not
-        parts = regroup(parts, [f.axis.size for f in of_scores])
-    for wanted, part in zip(of_scores, parts, strict=True):
-        if len(part) != 1:
-            raise LayoutError
-        part[0].axis.identify(wanted.axis)
+            conform(of_scores, of_bias)
 
 
 def _is_of_this_attention(match: Match, term: Term) -> bool:

@@ -214,6 +214,7 @@ def keys_in_rows(qkv: Tensor) -> Tensor:
     return finish(s.softmax(dim=-2).transpose(-1, -2), v)
 
 
+import spellings_factors  # noqa: E402, F401
 import spellings_layouts  # noqa: E402, F401  (adds its spellings to LEGAL)
 import spellings_normalised  # noqa: E402, F401
 import spellings_powers  # noqa: E402, F401

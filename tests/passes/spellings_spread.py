@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from spellings_base import causal_bool, finish, heads_first, legal, parameter
+from spellings_base import DIRECT, causal_bool, finish, heads_first, legal, parameter
 from torch import Tensor
 
 INF = float("-inf")
@@ -21,26 +21,26 @@ def two_weights(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 # -- differential attention ------------------------------------------------------------------------
 
 
-@legal("causal", parameters=(parameter(1),))
+@legal("causal", parameters=(parameter(1),), among=DIRECT)
 def differential(qkv: Tensor, lam: Tensor) -> Tensor:
     w1, w2, v = two_weights(qkv)
     return finish(w1 - lam * w2, v)
 
 
-@legal("causal", parameters=(parameter(4, 1, 1),))
+@legal("causal", parameters=(parameter(4, 1, 1),), among=DIRECT)
 def differential_by_head_and_factor(qkv: Tensor, lam: Tensor) -> Tensor:
     w1, w2, v = two_weights(qkv)
     return finish(torch.sub(-w1 * 0.5, w2 * lam.tanh(), alpha=0.7) / 3, v)
 
 
-@legal("causal", parameters=(parameter(1, 1),))
+@legal("causal", parameters=(parameter(1, 1),), among=DIRECT)
 def differential_by_einsum(qkv: Tensor, lam: Tensor) -> Tensor:
     w1, w2, v = two_weights(qkv)
     out = torch.einsum("bhqk,bhkd->bqhd", w1 + w2 * lam[0], v)
     return out.flatten(2)
 
 
-@legal("causal", parameters=(parameter(1),))
+@legal("causal", parameters=(parameter(1),), among=DIRECT)
 def differential_of_stacked_heads(qkv: Tensor, lam: Tensor) -> Tensor:
     q, k, v = heads_first(qkv)
     w = causal(torch.stack([q, k], 2) @ torch.stack([k, q], 2).mT).softmax(-1)
@@ -58,14 +58,14 @@ def differential_of_heads_in_pairs(qkv: Tensor, lam: Tensor) -> Tensor:
     return finish(w, v.reshape(b, h // 2, 2, t, -1).transpose(2, 3).flatten(3))
 
 
-@legal("causal", parameters=(parameter(1),))
+@legal("causal", parameters=(parameter(1),), among=DIRECT)
 def differential_of_halves(qkv: Tensor, lam: Tensor) -> Tensor:
     q, k, v = heads_first(qkv)
     w1, w2 = causal(q @ k.mT * 0.4).softmax(-1).chunk(2, dim=1)
     return finish(w1 - lam * w2, v[:, 1:3])
 
 
-@legal("causal", parameters=(parameter(1),))
+@legal("causal", parameters=(parameter(1),), among=DIRECT)
 def differential_of_every_second_head(qkv: Tensor, lam: Tensor) -> Tensor:
     q, k, v = heads_first(qkv)
     w = causal(q @ k.mT * 0.4).softmax(-1)
@@ -82,7 +82,7 @@ def two_values(qkv: Tensor) -> Tensor:
     return torch.cat([finish(w, v), finish(w, k[..., :5])], -1)
 
 
-@legal("causal")
+@legal("causal", among=DIRECT)
 def three_values_by_einsum(qkv: Tensor) -> Tensor:
     q, k, v = heads_first(qkv)
     w = torch.dropout(causal(q @ k.mT * 0.4).softmax(-1), 0.1, False) * 0.5
@@ -90,7 +90,7 @@ def three_values_by_einsum(qkv: Tensor) -> Tensor:
     return torch.cat([one * two, three], -1).flatten(2)
 
 
-@legal("causal")
+@legal("causal", among=DIRECT)
 def second_value_made_after_the_first_product(qkv: Tensor) -> Tensor:
     q, k, v = heads_first(qkv)
     w = causal(q @ k.mT * 0.4).softmax(-1)
@@ -113,7 +113,7 @@ def residual_scores(qkv: Tensor) -> Tensor:
     return finish(causal(s).softmax(-1), x)
 
 
-@legal("causal", parameters=(parameter(1),))
+@legal("causal", parameters=(parameter(1),), among=DIRECT)
 def differential_of_halves_with_values_of_their_own(qkv: Tensor, lam: Tensor) -> Tensor:
     q, k, v = heads_first(qkv)
     w1, w2 = causal(q @ k.mT * 0.4).softmax(-1).chunk(2, dim=1)
