@@ -122,6 +122,7 @@ def _match_path(facts: GraphFacts, softmax: Softmax, path: list[fx.Node]) -> Mat
         softcap=scores.softcap,
         row_scales=tuple(scores.row_scales),
         key_scales=tuple(scores.key_scales),
+        early=tuple(scores.early),
         steps=tuple(scores.steps),
         sinks=scores.sinks,
         dropout_p=forward.dropout_p,

@@ -32,7 +32,7 @@ class Scores:
 
     Attributes:
         scale, softcap: ``scale * q.k`` before, ``softcap * tanh(./softcap)`` after; 0: none.
-        row_scales, key_scales, steps, sinks: as in `Match`.
+        row_scales, key_scales, early, steps, sinks: as in `Match`.
         shift: the operation that moved all scores of a row alike, which only a softmax ignores.
         read: constants whose value was read.
     """
@@ -45,6 +45,7 @@ class Scores:
         self.softcap = 0.0
         self.row_scales: list[RowScale] = []
         self.key_scales: list[RowScale] = []
+        self.early: list[MaskStep] = []
         self.steps: list[MaskStep] = []
         self.sinks: tuple[fx.Node, Dims] | float | None = None
         self.shift: fx.Node | None = None
@@ -165,7 +166,12 @@ class Scores:
             self.key_scales.append(RowScale(factor, self.dims, divide))
 
     def _needs_raw_scores(self, node: fx.Node, what: str) -> None:
-        self._needs_no_masks(node, what)
+        """Nothing precedes but what may turn out to be products of queries and keys as well."""
+        added = all(step.kind is MaskKind.ADD for step in self.steps)
+        if not added or self.row_scales or self.key_scales or self.sinks is not None:
+            self._needs_no_masks(node, what)
+        self.early += self.steps
+        self.steps = []
         if self.softcap:
             raise Left(ReasonCode.ORDER_OF_OPS, f"{what} comes after the softcap", node)
 
@@ -191,6 +197,7 @@ class Scores:
             raise Left(ReasonCode.NOT_ATTENTION, f"the scores are multiplied by {factor}", node)
         self.scale *= factor
         self.softcap = abs(self.softcap * factor)  # cap * tanh(s / cap) is the same for -cap
+        self.early = [_scaled(step, factor) for step in self.early]
         self.steps = [_scaled(step, factor) for step in self.steps]
 
     def _negate(self, node: fx.Node, carrier: fx.Node) -> None:
@@ -199,10 +206,10 @@ class Scores:
 
     def _tanh(self, node: fx.Node, carrier: fx.Node) -> None:
         del carrier
-        self._needs_no_masks(node, "the softcap")
-        self._needs_no_shift("the softcap is")
         if self.softcap:
             raise Left(ReasonCode.UNSUPPORTED_FEATURE, "two softcaps", node)
+        self._needs_raw_scores(node, "the softcap")
+        self._needs_no_shift("the softcap is")
         self.softcap = 1.0
 
     def _add(self, node: fx.Node, carrier: fx.Node) -> None:

@@ -98,6 +98,7 @@ class Match:
         out_dims: dimensions of `output`.
         scale, softcap: as in `AttentionParams`.
         row_scales, key_scales, value_scales: factors that go onto q, k and v.
+        early: what is added before the softcap and the factors; only further products may be.
         steps: masks and biases, in the order in which they apply.
         sinks: tensor whose only axis is (part of) the heads, with its dimensions; or a number.
         zero_rows: a row without an allowed key gives zeros in the original already.
@@ -124,6 +125,7 @@ class Match:
     row_scales: tuple[RowScale, ...] = ()
     key_scales: tuple[RowScale, ...] = ()
     value_scales: tuple[RowScale, ...] = ()
+    early: tuple[MaskStep, ...] = ()
     steps: tuple[MaskStep, ...] = ()
     sinks: tuple[fx.Node, Dims] | float | None = None
     dropout_p: float = 0.0

@@ -199,7 +199,7 @@ class _Spread:
 
     def run(self) -> Respelled | None:
         node, operand = self._product.node, self._operand
-        if operand is self._values or not self._combines(operand, 0):
+        if operand is self._values or not self._combines(operand):
             return None
         emitter = Emitter(self._gm, node, [])
         new = self._value(emitter, operand)
@@ -225,55 +225,68 @@ class _Spread:
         written = any(Source.MUTATED in facts.source(n) for n in (*self._chain, node))
         return not written and facts.grad_switched(self._chain, node) is None
 
-    def _combines(self, node: fx.Node, depth: int) -> bool:
-        """Whether something other than factors stands between weights and this."""
+    def _combines(self, node: fx.Node, depth: int = 0, moved: bool = False) -> bool:
+        """Whether something other than factors and layout stands between weights and this."""
         if depth > _MAX_DEPTH:
             return False
-        if self._is_sum(node):
+        if self._is_sum(node, moved):
             return any(_weights_behind(n, self._known) for n in node.args[:2])
-        if self._selection(node) is not None:
+        if not moved and self._selection(node) is not None:
             return True
-        scaled = self._scaled(node)
-        return scaled is not None and self._combines(scaled, depth + 1)
+        before = self._scaled(node, moved)
+        if before is not None:
+            return self._combines(before, depth + 1, moved)
+        before = _laid_out(node)
+        return before is not None and self._combines(before, depth + 1, True)
 
-    def _value(self, emitter: Emitter, node: fx.Node) -> fx.Node:
-        """The product with the values of this part of the weights."""
-        if self._is_sum(node):
+    def _value(self, emitter: Emitter, node: fx.Node, moves: tuple[fx.Node, ...] = ()) -> fx.Node:
+        """The product with the values of this part of the weights, after `moves`, last first."""
+        if self._is_sum(node, bool(moves)):
             self._chain.append(node)
-            parts = [self._value(emitter, n) for n in node.args[:2]]  # type: ignore[arg-type]
+            parts = [self._value(emitter, n, moves) for n in node.args[:2]]  # type: ignore[arg-type]
             return emitter.call(node.target, *parts, **node.kwargs)  # type: ignore[arg-type]
-        selection = self._selection(node)
+        selection = None if moves else self._selection(node)
         if selection is not None:
             self._chain += selection.nodes
             whole = self._of_whole(emitter, selection)
             return emitter.call(aten.select.int, whole, selection.dim, selection.index)
-        scaled = self._scaled(node)
-        if scaled is not None and self._combines(scaled, 0):
+        before = self._scaled(node, bool(moves))
+        if before is not None and self._combines(before, 0, bool(moves)):
             self._chain.append(node)
-            value = self._value(emitter, scaled)
-            scaled_args = [value if n is scaled else n for n in node.args]
-            return emitter.call(node.target, *scaled_args, **node.kwargs)  # type: ignore[arg-type]
+            value = self._value(emitter, before, moves)
+            args = [value if n is before else n for n in node.args]
+            return emitter.call(node.target, *args, **node.kwargs)  # type: ignore[arg-type]
+        before = _laid_out(node)
+        if before is not None and self._combines(before, 0, True):
+            self._chain.append(node)
+            return self._value(emitter, before, (*moves, node))
         self._weights |= _weights_behind(node, self._known)
-        args, kwargs = fx.node.map_arg(
-            (self._product.node.args, dict(self._product.node.kwargs)),
-            lambda n: node if n is self._operand else n,
-        )
-        return emitter.call(self._product.node.target, *args, **kwargs)  # type: ignore[arg-type]
+        return self._of_part(emitter, node, moves)
 
-    def _is_sum(self, node: fx.Node) -> bool:
+    def _of_part(self, emitter: Emitter, node: fx.Node, moves: tuple[fx.Node, ...]) -> fx.Node:
+        for move in reversed(moves):
+            args = (node, *move.args[1:])
+            node = emitter.call(move.target, *args, **move.kwargs)  # type: ignore[arg-type]
+        product = self._product.node
+        given, named = fx.node.map_arg(
+            (product.args, dict(product.kwargs)), lambda n: node if n is self._operand else n
+        )
+        return emitter.call(product.target, *given, **named)  # type: ignore[arg-type]
+
+    def _is_sum(self, node: fx.Node, moved: bool) -> bool:
+        """Whether this is a sum whose terms have all keys; if it is moved, all of its shape."""
         if overload_packet(node) not in _SUMS or len(node.args) != 2:
             return False
         terms = node.args
         if not all(_is_tensor(t) for t in terms) or terms[0] is terms[1]:
             return False
         whole = shape_of(node)
-        return all(
-            len(shape_of(t)) == len(whole)  # type: ignore[arg-type]
-            and all(shape_of(t)[i] == whole[i] for i in self._summed)  # type: ignore[arg-type]
-            for t in terms
-        )
+        shapes = [shape_of(t) for t in terms]  # type: ignore[arg-type]
+        if moved or any(len(shape) != len(whole) for shape in shapes):
+            return all(shape == whole for shape in shapes)
+        return all(shape[i] == whole[i] for shape in shapes for i in self._summed)
 
-    def _scaled(self, node: fx.Node) -> fx.Node | None:
+    def _scaled(self, node: fx.Node, moved: bool) -> fx.Node | None:
         """What this is a multiple of, by factors that do not vary along the keys."""
         packet = overload_packet(node)
         if packet is aten.neg:
@@ -282,19 +295,20 @@ class _Spread:
             return None
         orders = (node.args[:2], node.args[1::-1])[: 2 if packet is aten.mul else 1]
         for carrier, factor in orders:
-            if not _is_tensor(carrier) or carrier is factor or not self._is_row_factor(factor):
+            if not _is_tensor(carrier) or carrier is factor:
                 continue
-            if shape_of(carrier) == shape_of(node):  # type: ignore[arg-type]
+            fits = self._is_row_factor(factor, moved)
+            if fits and shape_of(carrier) == shape_of(node):  # type: ignore[arg-type]
                 return carrier  # type: ignore[return-value]
         return None
 
-    def _is_row_factor(self, factor: object) -> bool:
+    def _is_row_factor(self, factor: object, moved: bool) -> bool:
         if not _is_tensor(factor):
             return number(factor) is not None
         shape = shape_of(factor)  # type: ignore[arg-type]
         if all(map(is_one, shape)):
             return True
-        return self._rows_stay and is_one(shape[-1])
+        return not moved and self._rows_stay and is_one(shape[-1])
 
     # -- selections ------------------------------------------------------------------------------
 
@@ -389,6 +403,13 @@ def _one_of(base: fx.Node, nodes: tuple[fx.Node, ...], dim: int, index: int) -> 
     if not isinstance(size, int) or not isinstance(index, int):
         return None
     return _Selection(base, nodes, dim, index % size)
+
+
+def _laid_out(node: fx.Node) -> fx.Node | None:
+    """What a node has in another layout, in the same precision."""
+    before = moved_input(node)
+    same = before is not None and before.meta["val"].dtype == node.meta["val"].dtype
+    return before if same else None
 
 
 def _is_tensor(value: object) -> bool:

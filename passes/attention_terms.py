@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from fxport.capture.arguments import arguments
+from fxport.errors import ReasonCode
 from fxport.passes.attention_emit import Emitter
 from fxport.passes.attention_frame import Frame
 from fxport.passes.attention_layout import (
@@ -31,7 +32,7 @@ from fxport.passes.attention_layout import (
     resolve_all,
 )
 from fxport.passes.attention_products import Contraction, as_product, contract
-from fxport.passes.attention_site import MaskKind, MaskStep, Match, Term
+from fxport.passes.attention_site import Left, MaskKind, MaskStep, Match, Term
 from fxport.passes.attention_views import Step, number, overload_packet, trace
 from fxport.passes.graph_facts import GraphFacts, Source
 
@@ -46,11 +47,24 @@ def join_terms(facts: GraphFacts, match: Match) -> Match:
     """Takes the biases that are products of queries and keys for the part of the scores they are.
 
     Only those that nothing but other biases precedes: a mask or a softcap may not be overtaken. A
-    factor on some rows belongs to the first product alone.
+    factor on some rows or keys belongs to what comes before it alone.
+
+    Raises:
+        Left: something else is added before a softcap or a factor.
     """
-    if match.softcap or match.row_scales or match.key_scales:
-        return match
     terms: list[Term] = []
+    for step in match.early:
+        found = _terms(facts, match, step)
+        if found is None or not _fits([*terms, *found], match):
+            raise Left(
+                ReasonCode.ORDER_OF_OPS,
+                "a softcap, or a factor that is a tensor, comes after the mask or bias",
+                step.node,
+                "apply it to the raw scores, and the mask last",
+            )
+        terms += found
+    if match.softcap or match.row_scales or match.key_scales:
+        return replace(match, terms=tuple(terms), early=())
     rest = list(match.steps)
     for step in match.steps:
         if step.kind is not MaskKind.ADD:

@@ -118,3 +118,11 @@ def differential_of_halves_with_values_of_their_own(qkv: Tensor, lam: Tensor) ->
     q, k, v = heads_first(qkv)
     w1, w2 = causal(q @ k.mT * 0.4).softmax(-1).chunk(2, dim=1)
     return finish(w1, v[:, :2]) - lam * finish(w2, v[:, 2:])
+
+
+@legal("causal", parameters=(parameter(1),), among=DIRECT)
+def differential_of_folded_heads(qkv: Tensor, lam: Tensor) -> Tensor:
+    w1, w2, v = two_weights(qkv)
+    b, h, t, _ = w1.shape
+    w = ((w1 - lam * w2) * 0.5).reshape(b * h, t, t)
+    return finish(torch.bmm(w, v.reshape(b * h, t, -1)).view(b, h, t, -1), v.mT @ v)

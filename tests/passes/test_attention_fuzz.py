@@ -48,6 +48,10 @@ def data_of(recipe: Recipe, batch: int, length: int) -> list[Tensor]:
 def may_be_refused(recipe: Recipe, lengths: list[int]) -> bool:
     if recipe.padding or recipe.length == 1:
         return True
+    if recipe.groups > 1 and (recipe.scale == "cosines" or recipe.use in ("gated", "renormalised")):
+        return True  # the factor of a key is made of repeated keys
+    if recipe.second == "relative" and recipe.extra in ("softcap", "temperature"):
+        return True  # gathered, the second product is no product of queries and keys
     if recipe.pattern == "none":
         return False
     if not recipe.dynamic:
