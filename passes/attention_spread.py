@@ -445,6 +445,7 @@ class _Join:
 
     def __init__(self, gm: fx.GraphModule, facts: GraphFacts, weights: fx.Node) -> None:
         self._gm, self._facts, self._weights = gm, facts, weights
+        self._used, self._same = [weights], list[fx.Node]()
 
     def run(self) -> Respelled | None:
         users = self._products()
@@ -477,26 +478,22 @@ class _Join:
             done.put(product.node, part)
             start += size  # type: ignore[assignment]
         self._facts.add(emitter.made, place)
-        done.take_out(self._gm, users, emitter.made)
+        done.take_out(self._gm, sorted([*self._same, *users]), emitter.made)
         return done
 
     def _products(self) -> list[fx.Node]:
-        """What the weights are multiplied with, if nothing else is done with them."""
-        self._used = self._weights
+        """What the weights are multiplied with, if nothing else is done with them.
+
+        The same layout may be brought about for every product anew.
+        """
         while True:
-            used = self._used
-            users = [u for u in used.users if not only_checks(u) and not lends_shape_only(used, u)]
-            if len(users) != 1:
+            users = [u for used in self._used for u in used.users if not _is_harmless(used, u)]
+            if users and all(map(as_product, users)):
                 return sorted(users)
-            (user,) = users
-            scaled = overload_packet(user) in _SCALES and shape_of(user) == shape_of(used)
-            if (
-                moved_input(user) is None
-                and overload_packet(user) is not aten.dropout
-                and not scaled
-            ):
+            if not users or not _is_same_step(users):
                 return []
-            self._used = user
+            self._same += users[1:]
+            self._used = users
 
     def _alike(self, products: list[Product]) -> bool:
         first = products[0]
@@ -527,13 +524,32 @@ class _Join:
         return None
 
 
-def _weights_first(node: fx.Node, weights: fx.Node) -> Product | None:
+def _is_harmless(value: fx.Node, user: fx.Node) -> bool:
+    return only_checks(user) or lends_shape_only(value, user)
+
+
+def _is_same_step(users: list[fx.Node]) -> bool:
+    """One step that keeps weights what they are, or several that are the same layout."""
+    first = users[0]
+    if len(users) == 1:
+        scaled = overload_packet(first) in _SCALES
+        return scaled or moved_input(first) is not None or overload_packet(first) is aten.dropout
+    return all(_laid_out(u) is not None and _says(u) == _says(first) for u in users)
+
+
+def _says(node: fx.Node) -> tuple[object, ...]:
+    """What a layout operation does; sizes that are computed show in the result's shape."""
+    numbers = fx.node.map_arg((node.args[1:], dict(node.kwargs)), lambda _: None)
+    return node.target, shape_of(node), numbers
+
+
+def _weights_first(node: fx.Node, weights: Collection[fx.Node]) -> Product | None:
     product = as_product(node)
     if product is None or product.added is not None or product.alpha != 1:
         return None
-    if weights not in node.all_input_nodes or product.left is product.right:
+    if (product.left in weights) == (product.right in weights):
         return None
-    if product.left is weights:
+    if product.left in weights:
         return product
     a, b, out = product.labels
     return replace(product, left=product.right, right=product.left, labels=(b, a, out))

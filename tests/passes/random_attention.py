@@ -99,8 +99,10 @@ class Recipe:
         if self.use == "difference":
             return self._output(w - 0.3 * self._softmax(other), v)
         if self.use == "pairs":
-            w = torch.stack([s, other], 2).softmax(-1)
-            return self._output(w[:, :, 0] - 0.3 * w[:, :, 1], v)
+            if self.heads % 2:
+                return self._output(-0.3 * w, v)
+            w = w.unflatten(1, (-1, 2))
+            return self._output(w[:, :, 0] - 0.3 * w[:, :, 1], v[:, ::2])
         if self.use == "two values":
             return torch.cat([self._output(w, v), self._output(w, k.tanh())], -1)
         if self.use == "gated":

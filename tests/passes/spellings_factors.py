@@ -111,3 +111,19 @@ def temperature_by_head(qkv: Tensor, temperature: Tensor) -> Tensor:
 def weights_multiplied_by_a_number_for_each_key(qkv: Tensor) -> Tensor:
     q, k, v = heads_first(qkv)
     return finish(causal(q @ k.mT).softmax(-1) * torch.linspace(0.5, 1.5, 40)[: k.size(2)], v)
+
+
+@legal("causal", "dense data bias", among=DIRECT)
+def written_out_gated_and_renormalised(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    s = causal(q @ k.mT)
+    e = torch.exp(s - s.amax(-1, keepdim=True))
+    w = e / e.sum(-1, keepdim=True) * torch.sigmoid(gate(qkv))
+    return finish(w / w.sum(-1, keepdim=True), v)
+
+
+@legal("causal", "dense data bias", among=DIRECT)
+def log_softmax_gated_and_renormalised(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    w = torch.sigmoid(gate(qkv)) * torch.log_softmax(causal(q @ k.mT), -1).exp()
+    return finish(w / w.sum(-1, keepdim=True), v)

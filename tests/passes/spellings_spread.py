@@ -126,3 +126,12 @@ def differential_of_folded_heads(qkv: Tensor, lam: Tensor) -> Tensor:
     b, h, t, _ = w1.shape
     w = ((w1 - lam * w2) * 0.5).reshape(b * h, t, t)
     return finish(torch.bmm(w, v.reshape(b * h, t, -1)).view(b, h, t, -1), v.mT @ v)
+
+
+@legal("causal", among=DIRECT)
+def two_values_of_folded_heads(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    b, h, t, d = q.shape
+    w = causal(q @ k.mT * 0.4).softmax(-1)
+    one, two = (torch.bmm(w.reshape(b * h, t, t), x.reshape(b * h, t, d)) for x in (v, k.tanh()))
+    return (one * two).view(b, h, t, d)

@@ -50,8 +50,16 @@ def may_be_refused(recipe: Recipe, lengths: list[int]) -> bool:
         return True
     if recipe.groups > 1 and (recipe.scale == "cosines" or recipe.use in ("gated", "renormalised")):
         return True  # the factor of a key is made of repeated keys
-    if recipe.second == "relative" and recipe.extra in ("softcap", "temperature"):
-        return True  # gathered, the second product is no product of queries and keys
+    if recipe.use == "pairs" and recipe.layout not in ("matmul", "reversed"):
+        return True  # heads are told apart in plain products only
+    if recipe.extra in ("softcap", "temperature") and (
+        recipe.second == "relative"  # gathered, it is no product of queries and keys
+        or (recipe.groups > 1 and recipe.second in ("heads", "difference"))  # nor with these keys
+    ):
+        return True
+    low = recipe.fill != float("-inf")
+    if low and (recipe.second == "relative" or recipe.use == "renormalised"):
+        return True  # what the data add may be as low as the fill
     if recipe.pattern == "none":
         return False
     if not recipe.dynamic:
@@ -72,7 +80,8 @@ def check(recipe: Recipe, trace: Trace) -> None:
     if found.count == 0:
         assert may_be_refused(recipe, [n for _, n in others]), found.result.decisions
         if recipe.length > 1:
-            assert set(found.left()) <= REFUSALS, found.result.decisions
+            apart = {"attention-weights-used-elsewhere"} if recipe.use == "pairs" else set()
+            assert set(found.left()) <= REFUSALS | apart, found.result.decisions
     # A row without keys is NaN in both; where a mask is added, eager lets that NaN through to some
     # gradients of q and k, we to all of that row.
     for given_data in (data, *(data_of(recipe, *sizes) for sizes in others)):
