@@ -50,15 +50,14 @@ def may_be_refused(recipe: Recipe, lengths: list[int]) -> bool:
         return True
     if recipe.groups > 1 and (recipe.scale == "cosines" or recipe.use in ("gated", "renormalised")):
         return True  # the factor of a key is made of repeated keys
-    if recipe.use == "pairs" and recipe.layout not in ("matmul", "reversed"):
-        return True  # heads are told apart in plain products only
-    if recipe.extra in ("softcap", "temperature") and (
-        recipe.second == "relative"  # gathered, it is no product of queries and keys
-        or (recipe.groups > 1 and recipe.second in ("heads", "difference"))  # nor with these keys
-    ):
+    if stays_combined(recipe):
         return True
-    low = recipe.fill != float("-inf")
-    if low and (recipe.second == "relative" or recipe.use == "renormalised"):
+    # Gathered it is no product of queries and keys, nor where its keys are made of repeated ones.
+    dense = recipe.second == "relative"
+    dense = dense or (recipe.groups > 1 and recipe.second in ("heads", "difference"))
+    if dense and recipe.extra in ("softcap", "temperature"):
+        return True
+    if recipe.fill != float("-inf") and (dense or recipe.use == "renormalised"):
         return True  # what the data add may be as low as the fill
     if recipe.pattern == "none":
         return False
@@ -67,6 +66,13 @@ def may_be_refused(recipe: Recipe, lengths: list[int]) -> bool:
     # Queries and keys have lengths of their own: there may be more queries than keys.
     longest = max([*lengths, 40])
     return not recipe.allowed(longest + 10, longest).any(-1).all()
+
+
+def stays_combined(recipe: Recipe) -> bool:
+    """Whether products are written in a way in which their weights are not told apart."""
+    if recipe.use == "pairs":
+        return recipe.layout not in ("matmul", "reversed")
+    return recipe.use in ("difference", "two values") and recipe.layout == "elementwise"
 
 
 def check(recipe: Recipe, trace: Trace) -> None:
@@ -80,7 +86,7 @@ def check(recipe: Recipe, trace: Trace) -> None:
     if found.count == 0:
         assert may_be_refused(recipe, [n for _, n in others]), found.result.decisions
         if recipe.length > 1:
-            apart = {"attention-weights-used-elsewhere"} if recipe.use == "pairs" else set()
+            apart = {"attention-weights-used-elsewhere"} if stays_combined(recipe) else set()
             assert set(found.left()) <= REFUSALS | apart, found.result.decisions
     # A row without keys is NaN in both; where a mask is added, eager lets that NaN through to some
     # gradients of q and k, we to all of that row.
