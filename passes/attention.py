@@ -45,11 +45,12 @@ from fxport.passes.attention_masks import MaskPlan, plan_masks
 from fxport.passes.attention_match import match_softmax
 from fxport.passes.attention_quotient import power_of
 from fxport.passes.attention_repeats import spell_out_repeats
+from fxport.passes.attention_respelled import Respelled
 from fxport.passes.attention_sdpa import is_sdpa, match_sdpa
 from fxport.passes.attention_sinks import emit_sinks
 from fxport.passes.attention_site import AttentionSite, Left, Match
 from fxport.passes.attention_softmax import Softmax, is_softmax_call, softmaxes
-from fxport.passes.attention_spread import Respelled, respell_uses
+from fxport.passes.attention_spread import respell_uses
 from fxport.passes.attention_terms import emit_terms, join_terms
 from fxport.passes.attention_unread import unread_exponentials
 from fxport.passes.attention_views import moved_input, trace

@@ -1,4 +1,4 @@
-"""What is linear in the weights is done to the outputs; several values are put side by side.
+"""What is linear in the weights is done to the outputs.
 
 Before                                        After
     o = (w1 - lam * w2) @ v                       o = w1 @ v - lam * (w2 @ v)
@@ -6,9 +6,7 @@ Before                                        After
     o = (w[:, :, 0] - lam * w[:, :, 1]) @ v       a = w @ v[:, :, None]
                                                   o = a[:, :, 0] - lam * a[:, :, 1]
 
-    o1, o2 = w @ v1, w @ v2                       a = w @ cat([v1, v2], -1)
-                                                  o1, o2 = a[..., :D1], a[..., D1:]
-
+Several values of the same weights are put side by side (`attention_join`).
 As in differential attention. The weights then have the one use that an attention may have. Where
 none of them becomes one after all, everything is put back as it was.
 """
@@ -16,30 +14,27 @@ none of them becomes one after all, everything is put back as it was.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import fx
 
 from fxport.capture.arguments import arguments, shape_of
 from fxport.passes.attention_emit import Emitter
+from fxport.passes.attention_join import Join
 from fxport.passes.attention_layout import is_one
 from fxport.passes.attention_products import Product, as_product
+from fxport.passes.attention_respelled import Respelled
 from fxport.passes.attention_softmax import Softmax
-from fxport.passes.attention_terms import WIDEST
-from fxport.passes.attention_views import moved_input, number, overload_packet
+from fxport.passes.attention_views import laid_out, moved_input, number, overload_packet
 from fxport.passes.graph_facts import (
     GraphFacts,
     Source,
-    computes,
-    lends_shape_only,
-    only_checks,
-    reachable,
 )
 
-__all__ = ["Respelled", "respell_uses"]
+__all__ = ["respell_uses"]
 
 aten = torch.ops.aten
 
@@ -47,79 +42,6 @@ _SUMS = {aten.add, aten.sub}
 _SCALES = {aten.mul, aten.div, aten.true_divide}
 _PIECES = {aten.chunk, aten.split, aten.split_with_sizes}
 _MAX_DEPTH = 12
-
-
-@dataclass(frozen=True)
-class _Saved:
-    """What a node was that was taken out of the graph."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    meta: dict[str, Any]
-
-
-@dataclass
-class Respelled:
-    """What was changed around some softmaxes.
-
-    Attributes:
-        weights: their results.
-    """
-
-    weights: set[fx.Node]
-    _removed: dict[fx.Node, _Saved] = field(default_factory=dict)
-    _made: list[fx.Node] = field(default_factory=list)
-    _instead: dict[fx.Node, fx.Node] = field(default_factory=dict)
-
-    def put(self, old: fx.Node, new: fx.Node) -> None:
-        """Has the users of `old` use `new`."""
-        old.replace_all_uses_with(new)
-        self._instead[old] = new
-
-    def take_out(self, gm: fx.GraphModule, old: Sequence[fx.Node], made: Iterable[fx.Node]) -> None:
-        """Takes those of `old`, in graph order, that nothing uses any more out of the graph."""
-        self._made += made
-        for node in reversed(old):
-            if not node.users:
-                self._removed[node] = _Saved(node.args, dict(node.kwargs), dict(node.meta))
-                gm.graph.erase_node(node)
-
-    def merge(self, later: Respelled) -> None:
-        """Takes over what was changed after this."""
-        self.weights |= later.weights
-        self._removed.update(later._removed)
-        self._made += later._made
-        self._instead.update(later._instead)
-
-    def put_back(self, gm: fx.GraphModule) -> None:
-        """The graph as it was."""
-        made, again = set(self._made), dict[fx.Node, fx.Node]()
-        for old in self._instead:
-            if old not in made:  # made by one change, replaced by the next
-                new = self._final(old)
-                new.replace_all_uses_with(self._rebuilt(gm, old, new, again))
-        for node in sorted((n for n in self._made if not n._erased), reverse=True):
-            if not node.users:
-                gm.graph.erase_node(node)
-
-    def _rebuilt(
-        self, gm: fx.GraphModule, old: fx.Node, place: fx.Node, again: dict[fx.Node, fx.Node]
-    ) -> fx.Node:
-        if old in again or old not in self._removed:
-            return again.get(old, old)
-        saved = self._removed[old]
-        args, kwargs = fx.node.map_arg(
-            (saved.args, saved.kwargs), lambda n: self._rebuilt(gm, n, place, again)
-        )
-        with gm.graph.inserting_before(place):
-            again[old] = gm.graph.create_node(old.op, old.target, args, kwargs)
-        again[old].meta = saved.meta
-        return again[old]
-
-    def _final(self, node: fx.Node) -> fx.Node:
-        while node in self._instead:
-            node = self._instead[node]
-        return node
 
 
 def respell_uses(
@@ -138,7 +60,7 @@ def respell_uses(
                     _record(found, done)
                     break
     for weights in known:
-        joined = _Join(gm, facts, weights).run()
+        joined = Join(gm, facts, weights).run()
         if joined is not None:
             _record(found, joined)
     return found
@@ -236,7 +158,7 @@ class _Spread:
         before = self._scaled(node, moved)
         if before is not None:
             return self._combines(before, depth + 1, moved)
-        before = _laid_out(node)
+        before = laid_out(node)
         return before is not None and self._combines(before, depth + 1, True)
 
     def _value(self, emitter: Emitter, node: fx.Node, moves: tuple[fx.Node, ...] = ()) -> fx.Node:
@@ -256,7 +178,7 @@ class _Spread:
             value = self._value(emitter, before, moves)
             args = [value if n is before else n for n in node.args]
             return emitter.call(node.target, *args, **node.kwargs)  # type: ignore[arg-type]
-        before = _laid_out(node)
+        before = laid_out(node)
         if before is not None and self._combines(before, 0, True):
             self._chain.append(node)
             return self._value(emitter, before, (*moves, node))
@@ -405,13 +327,6 @@ def _one_of(base: fx.Node, nodes: tuple[fx.Node, ...], dim: int, index: int) -> 
     return _Selection(base, nodes, dim, index % size)
 
 
-def _laid_out(node: fx.Node) -> fx.Node | None:
-    """What a node has in another layout, in the same precision."""
-    before = moved_input(node)
-    same = before is not None and before.meta["val"].dtype == node.meta["val"].dtype
-    return before if same else None
-
-
 def _is_tensor(value: object) -> bool:
     return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
 
@@ -435,131 +350,3 @@ def _weights_behind(
         selected = _selected(node)
         before = [moved_input(node) if selected is None else selected.base]
     return set().union(*(_weights_behind(n, known, depth - 1) for n in before))
-
-
-# -- several values --------------------------------------------------------------------------------
-
-
-class _Join:
-    """The products of the same weights."""
-
-    def __init__(self, gm: fx.GraphModule, facts: GraphFacts, weights: fx.Node) -> None:
-        self._gm, self._facts, self._weights = gm, facts, weights
-        self._used, self._same = [weights], list[fx.Node]()
-
-    def run(self) -> Respelled | None:
-        users = self._products()
-        if len(users) < 2:
-            return None
-        products = [p for u in users if (p := _weights_first(u, self._used)) is not None]
-        if len(products) != len(users) or not self._alike(products):
-            return None
-        own, other, result = products[0].labels
-        free = [label for label in other if label not in own and label in result]
-        values = [p.right for p in products]
-        if len(free) != 1 or not _join_along(values, other.index(free[0])):
-            return None
-        place = self._place(users, values)
-        if place is None:
-            return None
-        emitter = Emitter(self._gm, place, [])
-        joined = emitter.call(aten.cat.default, values, other.index(free[0]))
-        first = products[0]
-        args, kwargs = fx.node.map_arg(
-            (first.node.args, dict(first.node.kwargs)),
-            lambda n: joined if n is first.right else n,
-        )
-        whole = emitter.call(first.node.target, *args, **kwargs)  # type: ignore[arg-type]
-        done, start = Respelled({self._weights}), 0
-        for product in products:
-            size = shape_of(product.right)[other.index(free[0])]
-            along = result.index(free[0])
-            part = emitter.call(aten.slice.Tensor, whole, along, start, start + size)
-            done.put(product.node, part)
-            start += size  # type: ignore[assignment]
-        self._facts.add(emitter.made, place)
-        done.take_out(self._gm, sorted([*self._same, *users]), emitter.made)
-        return done
-
-    def _products(self) -> list[fx.Node]:
-        """What the weights are multiplied with, if nothing else is done with them.
-
-        The same layout may be brought about for every product anew.
-        """
-        while True:
-            users = [u for used in self._used for u in used.users if not _is_harmless(used, u)]
-            if users and all(map(as_product, users)):
-                return sorted(users)
-            if not users or not _is_same_step(users):
-                return []
-            self._same += users[1:]
-            self._used = users
-
-    def _alike(self, products: list[Product]) -> bool:
-        first = products[0]
-        nodes = [p.node for p in products]
-        facts = self._facts
-        return (
-            all(p.labels == first.labels and p.node.target is first.node.target for p in products)
-            and not any(Source.MUTATED in facts.source(n) for n in nodes)
-            and all(facts.grad_switched(nodes, n) is None for n in nodes)
-        )
-
-    def _place(self, users: list[fx.Node], values: list[fx.Node]) -> fx.Node | None:
-        """Where all values are known and no result is used yet: at the first of the products.
-
-        Values that are made after it are made before it now, as long as nothing in between does
-        more than compute.
-        """
-        first, last = users[0], users[-1]
-        between = [first]
-        while between[-1] is not last:
-            between.append(between[-1].next)
-        needed = reachable(values)
-        late = [n for n in needed if first < n]
-        if not set(needed) & set(users) and all(map(computes, between)):
-            for node in sorted(late):
-                first.prepend(node)
-            return first
-        return None
-
-
-def _is_harmless(value: fx.Node, user: fx.Node) -> bool:
-    return only_checks(user) or lends_shape_only(value, user)
-
-
-def _is_same_step(users: list[fx.Node]) -> bool:
-    """One step that keeps weights what they are, or several that are the same layout."""
-    first = users[0]
-    if len(users) == 1:
-        scaled = overload_packet(first) in _SCALES
-        return scaled or moved_input(first) is not None or overload_packet(first) is aten.dropout
-    return all(_laid_out(u) is not None and _says(u) == _says(first) for u in users)
-
-
-def _says(node: fx.Node) -> tuple[object, ...]:
-    """What a layout operation does; sizes that are computed show in the result's shape."""
-    numbers = fx.node.map_arg((node.args[1:], dict(node.kwargs)), lambda _: None)
-    return node.target, shape_of(node), numbers
-
-
-def _weights_first(node: fx.Node, weights: Collection[fx.Node]) -> Product | None:
-    product = as_product(node)
-    if product is None or product.added is not None or product.alpha != 1:
-        return None
-    if (product.left in weights) == (product.right in weights):
-        return None
-    if product.left in weights:
-        return product
-    a, b, out = product.labels
-    return replace(product, left=product.right, right=product.left, labels=(b, a, out))
-
-
-def _join_along(values: list[fx.Node], dim: int) -> bool:
-    """Whether these can be concatenated to values that are not too wide."""
-    shapes = [shape_of(v) for v in values]
-    rest = {(*s[:dim], *s[dim + 1 :]) for s in shapes}
-    widths = [s[dim] for s in shapes if isinstance(s[dim], int)]
-    dtypes = {v.meta["val"].dtype for v in values}
-    fits = len(widths) == len(values) and sum(widths) <= WIDEST
-    return fits and len(rest) == len(dtypes) == 1
