@@ -52,6 +52,11 @@ def may_be_refused(recipe: Recipe, lengths: list[int]) -> bool:
         return True  # the factor of a key is made of repeated keys
     if stays_combined(recipe):
         return True
+    flags = recipe.pattern in ("none", "causal") and not recipe.from_end
+    if recipe.scale == "cosines" and not (
+        flags and recipe.use != "renormalised" and recipe.extra == recipe.second == "none"
+    ):
+        return True  # a mask that is no flag might hide a key that is divided by 0
     # Gathered it is no product of queries and keys, nor where its keys are made of repeated ones.
     dense = recipe.second == "relative"
     dense = dense or (recipe.groups > 1 and recipe.second in ("heads", "difference"))
