@@ -15,10 +15,12 @@ was, with a reason.
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
 import fxport.ops.attention  # noqa: F401  (registers the op)
 from fxport.capture.arguments import arguments
@@ -28,6 +30,7 @@ from fxport.ops.params import AttentionParams
 from fxport.passes.attention_bias import emit_check, emit_dense, emit_row_scales, restore_nan
 from fxport.passes.attention_checks import check_grad_mode
 from fxport.passes.attention_emit import Emitter
+from fxport.passes.attention_factors import emit_key_scales
 from fxport.passes.attention_flex import (
     FlexCall,
     erase_calls,
@@ -42,10 +45,12 @@ from fxport.passes.attention_masks import MaskPlan, plan_masks
 from fxport.passes.attention_match import match_softmax
 from fxport.passes.attention_quotient import power_of
 from fxport.passes.attention_repeats import spell_out_repeats
+from fxport.passes.attention_respelled import Respelled
 from fxport.passes.attention_sdpa import is_sdpa, match_sdpa
 from fxport.passes.attention_sinks import emit_sinks
 from fxport.passes.attention_site import AttentionSite, Left, Match
 from fxport.passes.attention_softmax import Softmax, is_softmax_call, softmaxes
+from fxport.passes.attention_spread import respell_uses
 from fxport.passes.attention_terms import emit_terms, join_terms
 from fxport.passes.attention_unread import unread_exponentials
 from fxport.passes.attention_views import moved_input, trace
@@ -99,31 +104,64 @@ def rewrite_attention(
     spell_out_repeats(gm)
     facts = GraphFacts(gm)
     prover = Prover(facts)
-    sites: list[AttentionSite] = []
     starts = _starts(gm.graph)
-    for node, left in unread_exponentials(facts, [s for s in starts if isinstance(s, Softmax)]):
+    softmaxes = [s for s in starts if isinstance(s, Softmax)]
+    for node, left in unread_exponentials(facts, softmaxes):
         decisions.append(_left(node, left.reason(node)))
-    for start in starts:
-        node = start.start if isinstance(start, Softmax) else start
-        try:
-            match = (
-                match_softmax(facts, start)
-                if isinstance(start, Softmax)
-                else match_sdpa(facts, start)
-            )
-            site, more = _rewrite(gm, facts, prover, match, check_scores, assume_spread)
-        except Left as left:
-            decisions.append(_left(node, left.reason(node)))
-            if node in flex:
-                put_back(gm, flex.pop(node))
-            continue
-        sites.append(site)
-        decisions.append(_rewritten(node, site))
-        decisions.extend(more)
-    erase_calls(gm, flex.values())
+    respelled = respell_uses(gm, facts, softmaxes)
+    sites: dict[fx.Node, AttentionSite] = {}
+    said: dict[fx.Node, list[Decision]] = {}
+    pending = starts
+    while pending:
+        again = []
+        for start in pending:
+            node = _reported_at(start)
+            try:
+                match = _match(facts, start)
+                site, more = _rewrite(gm, facts, prover, match, check_scores, assume_spread)
+            except Left as left:
+                said[node] = [_left(node, left.reason(node))]
+                if left.code is ReasonCode.WEIGHTS_USED_ELSEWHERE:
+                    again.append(start)
+                continue
+            sites[node] = site
+            said[node] = [_rewritten(node, site), *more]
+        # One attention may have been what used the scores of another.
+        pending = again if len(again) < len(pending) else []
+    _put_back(gm, respelled, starts, flex, sites)
     if sites:
         gm.recompile()
-    return AttentionResult(tuple(sites), tuple(decisions))
+    in_order = [_reported_at(start) for start in starts]
+    decisions += [decision for node in in_order for decision in said[node]]
+    found = tuple(sites[node] for node in in_order if node in sites)
+    return AttentionResult(found, tuple(decisions))
+
+
+def _put_back(
+    gm: fx.GraphModule,
+    respelled: list[Respelled],
+    starts: list[Softmax | fx.Node],
+    flex: dict[fx.Node, FlexCall],
+    sites: Collection[fx.Node],
+) -> None:
+    """What was spelled in another way for attentions that were left."""
+    gone = {s.weights for s in starts if isinstance(s, Softmax) and s.start in sites}
+    for uses in respelled:
+        if not uses.weights & gone:
+            uses.put_back(gm)
+    for node in [n for n in flex if n not in sites]:
+        put_back(gm, flex.pop(node))
+    erase_calls(gm, flex.values())
+
+
+def _match(facts: GraphFacts, start: Softmax | fx.Node) -> Match:
+    if isinstance(start, Softmax):
+        return match_softmax(facts, start)
+    return match_sdpa(facts, start)
+
+
+def _reported_at(start: Softmax | fx.Node) -> fx.Node:
+    return start.start if isinstance(start, Softmax) else start
 
 
 def _write_out_flex(gm: fx.GraphModule, decisions: list[Decision]) -> dict[fx.Node, FlexCall]:
@@ -147,7 +185,7 @@ def _may_start(node: fx.Node) -> bool:
 def _starts(graph: fx.Graph) -> list[Softmax | fx.Node]:
     found: list[Softmax | fx.Node] = list(softmaxes(graph))
     found += [n for n in graph.nodes if is_sdpa(n)]
-    return sorted(found, key=lambda s: s.start if isinstance(s, Softmax) else s)
+    return sorted(found, key=_reported_at)
 
 
 def _rewrite(
@@ -189,14 +227,21 @@ def _loosen_views(value: fx.Node) -> None:
                 shape = arguments(user)["size"]
                 user.target = aten.reshape.default
                 user.args, user.kwargs = (user.args[0], shape), {}
-            if moved_input(user) is not None and user not in pending:
+            follows = moved_input(user) is not None or _is_pointwise(user)
+            if follows and user not in pending:
                 pending.append(user)
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    """Its result may be laid out as its input is."""
+    return isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
 
 
 def _check_unwritten(facts: GraphFacts, match: Match) -> None:
     """Operands are read at the end of the attention now: nothing may write into them before."""
     read = [(s.node, steps[0].node) for steps in (match.q, match.k, match.v) for s in steps]
-    factors = [s.factor for s in (*match.row_scales, *match.out_scales)]
+    scales = (*match.row_scales, *match.key_scales, *match.value_scales, *match.out_scales)
+    factors = [s.factor for s in scales]
     for value, first in [*read, *((f, f) for f in factors if isinstance(f, fx.Node))]:
         write = facts.written_between(value, first, match.output)
         if write is not None:
@@ -221,6 +266,8 @@ def _emit(
     scale = match.scale * fq * fk
     q, k = emit_terms(emitter, match.terms, frame, q, k, scale)
     q = emit_row_scales(emitter, q, match.row_scales, frame)
+    k = emit_key_scales(emitter, k, match.key_scales, frame)
+    v = emit_key_scales(emitter, v, match.value_scales, frame)
     dense = emit_dense(emitter, plan, frame, dtype)
     if dense.empty is not None:
         q = emitter.call(aten.masked_fill.Scalar, q, dense.empty, 0.0)

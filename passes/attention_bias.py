@@ -23,6 +23,7 @@ from torch import fx
 from fxport.capture.arguments import shape_of
 from fxport.capture.location import user_location
 from fxport.passes.attention_emit import Emitter
+from fxport.passes.attention_factors import emit_logarithm
 from fxport.passes.attention_frame import Frame, recipe
 from fxport.passes.attention_masks import MaskPlan
 from fxport.passes.attention_site import MaskKind, MaskStep, RowScale
@@ -57,7 +58,8 @@ def emit_dense(emitter: Emitter, plan: MaskPlan, frame: Frame, dtype: torch.dtyp
     infinite: fx.Node | None = None  # where the score is -inf by a fill
     filled: fx.Node | None = None  # where it is the finite number
     may_be_infinite = False
-    for step in plan.dense:
+    for given in plan.dense:
+        step = emit_logarithm(emitter, given)
         tensor = _aligned(emitter, step, frame)
         is_bool = tensor.meta["val"].dtype == torch.bool
         if step.kind is MaskKind.ADD and not is_bool:

@@ -22,6 +22,7 @@ __all__ = [
     "Size",
     "align",
     "axes_of",
+    "conform",
     "divides",
     "fresh_dims",
     "is_one",
@@ -153,6 +154,22 @@ def regroup(dims: Dims, shape: Sequence[Size]) -> Dims:
     if pending:
         raise LayoutError
     return tuple(grouped)
+
+
+def conform(wanted: Dim, given: Dim) -> None:
+    """Declares the axes of `given` to be those of `wanted`, which are not split for it.
+
+    Raises:
+        LayoutError: they do not pair up.
+    """
+    wanted, given = resolve(wanted), resolve(given)
+    parts: Dims = (given,)
+    if len(wanted) != 1 or len(given) != 1:  # else sizes are equal, noticed or not
+        parts = regroup(parts, [f.axis.size for f in wanted])
+    for of_wanted, part in zip(wanted, parts, strict=True):
+        if len(part) != 1:
+            raise LayoutError
+        part[0].axis.identify(of_wanted.axis)
 
 
 def align(left: Dim, right: Dim) -> list[tuple[Factor, Factor]]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from fxport.errors import ReasonCode
+from fxport.passes.attention_factors import is_finite
 from fxport.passes.attention_frame import Frame
 from fxport.passes.attention_products import as_product
 from fxport.passes.attention_site import Left, MaskKind, MaskStep, Match
@@ -92,6 +93,7 @@ def plan_masks(
         band, slopes, dense, spread = FULL, None, list(match.steps), None
         unproven = "no flag says which keys are allowed"
     _check_dense(dense, proof)
+    _check_keys(match, dense)
     above = _above(match, proof, open_)
     exact_rows = not match.zero_rows and (from_data or (proof.rest and not proof.known))
     if exact_rows and match.without_nan:
@@ -127,7 +129,7 @@ def plan_masks(
         unproven=unproven if any(s in dense for s in fixed) else "",
         relied_on=facts.buffers([s.tensor for s in used if s.tensor is not None]),
         exact_rows=exact_rows,
-        adds=any(s.kind is MaskKind.ADD for s in match.steps),
+        adds=any(s.adds for s in match.steps),
         above=above,
         spread=spread,
     )
@@ -173,7 +175,7 @@ def _above(match: Match, proof: Proof, open_: list[MaskStep]) -> float | None:
             ceiling = max(ceiling, step.number)
         limit = hard_limit(step.node)
         later = match.steps[index + 1 :]
-        if ceiling > limit and any(s.kind is MaskKind.ADD and s in open_ for s in later):
+        if ceiling > limit and any(s.adds and s in open_ for s in later):
             raise Left(
                 ReasonCode.ORDER_OF_OPS,
                 f"a bias is added to scores that are masked with {ceiling:g}",
@@ -218,7 +220,7 @@ def _check_dense(dense: list[MaskStep], proof: Proof) -> None:
     for index, step in enumerate(dense):
         later = dense[index + 1 :]
         finite_fill = step.kind is MaskKind.FILL and step.number != float("-inf")
-        if step.kind is MaskKind.KEEP:
+        if step.kind is MaskKind.KEEP and not step.logarithm:
             raise Left(
                 ReasonCode.MASK_NOT_PROVEN,
                 "the weights are multiplied by a mask that is not proven to be of zeros and ones"
@@ -251,7 +253,7 @@ def _check_dense(dense: list[MaskStep], proof: Proof) -> None:
                 step.node,
                 "use float('-inf') or torch.finfo(dtype).min",
             )
-        if finite_fill and any(s.kind is MaskKind.ADD for s in later):
+        if finite_fill and any(s.adds for s in later):
             raise Left(
                 ReasonCode.ORDER_OF_OPS,
                 "a bias is added after a finite masked_fill",
@@ -266,6 +268,20 @@ def _check_dense(dense: list[MaskStep], proof: Proof) -> None:
             dense[-1].node,
             "use one number for all masks",
         )
+
+
+def _check_keys(match: Match, dense: list[MaskStep]) -> None:
+    """A key times infinity is NaN, which a fill hides from the softmax and a bias does not."""
+    for scale in match.key_scales if dense else ():
+        assert isinstance(scale.factor, fx.Node)
+        if scale.divide or not is_finite(scale.factor):
+            raise Left(
+                ReasonCode.UNSUPPORTED_FEATURE,
+                "the scores have a factor for each key that may be infinite, or are divided by one"
+                " that may be 0, where a mask that is no flag hides the key",
+                scale.factor,
+                "normalise the keys themselves (F.normalize), which divides by no 0",
+            )
 
 
 def _never_low(source: Source, lowering: bool) -> bool:
@@ -317,7 +333,7 @@ def _fixed_number(facts: GraphFacts, value: object) -> float | None:
 def _check_emptied(dense: list[MaskStep], sure: list[MaskStep]) -> None:
     """Rows left without keys by an added finite number share their weight with filled keys."""
     fill = next((s for s in dense if s.kind is MaskKind.FILL and s.number != float("-inf")), None)
-    if fill is not None and any(s.kind is MaskKind.ADD and s not in sure for s in dense):
+    if fill is not None and any(s.adds and s not in sure for s in dense):
         raise Left(
             ReasonCode.EMPTY_ROW,
             "one mask is added and another is filled in with a finite number: "

@@ -8,12 +8,14 @@ Which axis is the key axis, which the head size, follows from what is contracted
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import fx
 
 from fxport.errors import ReasonCode
 from fxport.passes.attention_checks import check_closed, check_grad_mode, check_rounding
+from fxport.passes.attention_factors import is_gate, is_truth, with_value_scales
 from fxport.passes.attention_frame import query_axes
 from fxport.passes.attention_layout import Axis, Dims, LayoutError, axes_of, resolve, resolve_all
 from fxport.passes.attention_paths import Walk, obstacles, paths, product_behind, walk
@@ -119,6 +121,8 @@ def _match_path(facts: GraphFacts, softmax: Softmax, path: list[fx.Node]) -> Mat
         scale=scores.scale,
         softcap=scores.softcap,
         row_scales=tuple(scores.row_scales),
+        key_scales=tuple(scores.key_scales),
+        early=tuple(scores.early),
         steps=tuple(scores.steps),
         sinks=scores.sinks,
         dropout_p=forward.dropout_p,
@@ -132,7 +136,7 @@ def _match_path(facts: GraphFacts, softmax: Softmax, path: list[fx.Node]) -> Mat
         relied_on=facts.buffers(scores.read),
     )
     _check_unmixed(facts, match, path[0])
-    return match
+    return with_value_scales(match)
 
 
 def _apply_kept(facts: GraphFacts, scores: Scores, softmax: Softmax, dims: Dims) -> None:
@@ -152,7 +156,11 @@ def _apply_kept(facts: GraphFacts, scores: Scores, softmax: Softmax, dims: Dims)
                 kept.node,
                 "fill the scores with float('-inf') under both masks",
             )
-    scores.steps.append(MaskStep(kept.kind, kept.node, dims, kept.mask, -math.inf, kept.inverted))
+    step = MaskStep(kept.kind, kept.node, dims, kept.mask, -math.inf, kept.inverted)
+    open_ = kept.kind is MaskKind.KEEP and facts.source(kept.mask) not in Source.BUFFER
+    if open_ and (is_truth(kept.mask) or is_gate(kept.mask)):
+        step = replace(step, logarithm=True)
+    scores.steps.append(step)
 
 
 def _score_dims(walked: Walk) -> Dims:

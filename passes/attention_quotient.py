@@ -126,7 +126,13 @@ def power_of(node: fx.Node) -> tuple[fx.Node, float] | None:
 
 
 def _is_positive(node: fx.Node) -> bool:
-    return overload_packet(node) in _SOFTMAXES or power_of(node) is not None
+    if overload_packet(node) in _SOFTMAXES or power_of(node) is not None:
+        return True
+    division = division_of(node)
+    under = denominator_of(division[1]) if division is not None else None
+    if division is None or under is None:
+        return False
+    return under.summed is division[0] and _is_positive(division[0])
 
 
 _POWERS_OF_TWO = {aten.exp2, aten.special_exp2}

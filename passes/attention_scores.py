@@ -11,6 +11,7 @@ from torch import fx
 
 from fxport.capture.arguments import arguments, shape_of
 from fxport.errors import ReasonCode
+from fxport.passes.attention_factors import outer_factors
 from fxport.passes.attention_layout import Axis, Dims, is_one, resolve
 from fxport.passes.attention_paths import PADS
 from fxport.passes.attention_quotient import filled_with
@@ -31,7 +32,7 @@ class Scores:
 
     Attributes:
         scale, softcap: ``scale * q.k`` before, ``softcap * tanh(./softcap)`` after; 0: none.
-        row_scales, steps, sinks: as in `Match`.
+        row_scales, key_scales, early, steps, sinks: as in `Match`.
         shift: the operation that moved all scores of a row alike, which only a softmax ignores.
         read: constants whose value was read.
     """
@@ -43,6 +44,8 @@ class Scores:
         self.scale = scale
         self.softcap = 0.0
         self.row_scales: list[RowScale] = []
+        self.key_scales: list[RowScale] = []
+        self.early: list[MaskStep] = []
         self.steps: list[MaskStep] = []
         self.sinks: tuple[fx.Node, Dims] | float | None = None
         self.shift: fx.Node | None = None
@@ -144,15 +147,33 @@ class Scores:
         if constant is not None:
             self.scale_by(node, 1.0 / constant if divide and constant else constant)
         elif isinstance(factor, fx.Node) and self._varies_along_keys(factor):
-            if divide:
-                raise Left(ReasonCode.UNSUPPORTED_FEATURE, "the scores are divided per key", node)
-            self.steps.append(MaskStep(MaskKind.MULTIPLY, node, self.dims, factor))
+            self._scale_keys(node, factor, divide)
         else:
-            self._needs_no_masks(node, "a tensor scale")
-            if self.softcap:
-                raise Left(ReasonCode.ORDER_OF_OPS, "a tensor scale comes after the softcap", node)
+            self._needs_raw_scores(node, "a tensor scale")
             assert isinstance(factor, fx.Node)
             self.row_scales.append(RowScale(factor, self.dims, divide))
+
+    def _scale_keys(self, node: fx.Node, factor: fx.Node, divide: bool) -> None:
+        if not divide and self._facts.source(factor) in Source.BUFFER:
+            self.steps.append(MaskStep(MaskKind.MULTIPLY, node, self.dims, factor))
+            return
+        self._needs_raw_scores(node, "a factor for each key")
+        self._needs_no_shift("a factor for each key is")
+        parts = list(outer_factors(factor))
+        for part, below in parts:
+            self._scale(node, part, divide != below)
+        if not parts:
+            self.key_scales.append(RowScale(factor, self.dims, divide))
+
+    def _needs_raw_scores(self, node: fx.Node, what: str) -> None:
+        """Nothing precedes but what may turn out to be products of queries and keys as well."""
+        added = all(step.kind is MaskKind.ADD for step in self.steps)
+        if not added or self.row_scales or self.key_scales or self.sinks is not None:
+            self._needs_no_masks(node, what)
+        self.early += self.steps
+        self.steps = []
+        if self.softcap:
+            raise Left(ReasonCode.ORDER_OF_OPS, f"{what} comes after the softcap", node)
 
     def _varies_along_keys(self, factor: fx.Node) -> bool:
         value = factor.meta["val"]
@@ -176,6 +197,7 @@ class Scores:
             raise Left(ReasonCode.NOT_ATTENTION, f"the scores are multiplied by {factor}", node)
         self.scale *= factor
         self.softcap = abs(self.softcap * factor)  # cap * tanh(s / cap) is the same for -cap
+        self.early = [_scaled(step, factor) for step in self.early]
         self.steps = [_scaled(step, factor) for step in self.steps]
 
     def _negate(self, node: fx.Node, carrier: fx.Node) -> None:
@@ -184,10 +206,10 @@ class Scores:
 
     def _tanh(self, node: fx.Node, carrier: fx.Node) -> None:
         del carrier
-        self._needs_no_masks(node, "the softcap")
-        self._needs_no_shift("the softcap is")
         if self.softcap:
             raise Left(ReasonCode.UNSUPPORTED_FEATURE, "two softcaps", node)
+        self._needs_raw_scores(node, "the softcap")
+        self._needs_no_shift("the softcap is")
         self.softcap = 1.0
 
     def _add(self, node: fx.Node, carrier: fx.Node) -> None:

@@ -47,6 +47,7 @@ class MaskStep:
     Attributes:
         node: the user's operation.
         dims: dimensions of the scores that it meets; `tensor` broadcasts against them.
+        logarithm: scores to which the logarithm of `tensor` is added say the same (for KEEP).
     """
 
     kind: MaskKind
@@ -55,11 +56,17 @@ class MaskStep:
     tensor: fx.Node | None = None
     number: float = 1.0
     inverted: bool = False
+    logarithm: bool = False
+
+    @property
+    def adds(self) -> bool:
+        """Whether something is added to scores, so that their gradients see what comes after."""
+        return self.kind is MaskKind.ADD or self.logarithm
 
 
 @dataclass(frozen=True)
 class RowScale:
-    """A factor (or divisor) on scores or weights that does not vary along the key axis."""
+    """A factor (or divisor) on scores or weights, along the queries alone or the keys alone."""
 
     factor: fx.Node | float
     dims: Dims
@@ -90,7 +97,8 @@ class Match:
         key, head, value: the key axis; what Q and K are contracted over; V's remaining axes.
         out_dims: dimensions of `output`.
         scale, softcap: as in `AttentionParams`.
-        row_scales: factors that go onto q.
+        row_scales, key_scales, value_scales: factors that go onto q, k and v.
+        early: what is added before the softcap and the factors; only further products may be.
         steps: masks and biases, in the order in which they apply.
         sinks: tensor whose only axis is (part of) the heads, with its dimensions; or a number.
         zero_rows: a row without an allowed key gives zeros in the original already.
@@ -115,6 +123,9 @@ class Match:
     scale: float
     softcap: float = 0.0
     row_scales: tuple[RowScale, ...] = ()
+    key_scales: tuple[RowScale, ...] = ()
+    value_scales: tuple[RowScale, ...] = ()
+    early: tuple[MaskStep, ...] = ()
     steps: tuple[MaskStep, ...] = ()
     sinks: tuple[fx.Node, Dims] | float | None = None
     dropout_p: float = 0.0

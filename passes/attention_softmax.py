@@ -85,16 +85,7 @@ def softmaxes(graph: fx.Graph) -> Iterator[Softmax]:
 
 def _candidates(graph: fx.Graph) -> Iterator[Softmax]:
     for node in graph.nodes:
-        packet = overload_packet(node)
-        found: Softmax | None = None
-        if packet in _CALLS:
-            given = arguments(node)
-            zero_rows = packet is aten._safe_softmax
-            found = Softmax(node, given["self"], node, given["dim"], (node,), zero_rows)
-        elif packet is aten.exp:
-            found = _exponential_of_log(node)
-        elif packet in _QUOTIENTS:
-            found = _quotient(node)
+        found = _whole_softmax(node)
         if found is not None:
             yield found
 
@@ -135,8 +126,8 @@ def _quotient(node: fx.Node) -> Softmax | None:
     exponent = _exponent(source, under)
     if exponent is None or not _bound_is_idle(exponent[0], under, kept):
         return None
-    scores, factor = exponent
-    nodes = (source, *((weights,) if kept is not None else ()), *under.nodes, *between)
+    scores, factor, inner = exponent
+    nodes = (*inner, *((weights,) if kept is not None else ()), *under.nodes, *between)
     sink = under.sink
     if under.maximum is not None:
         found = _maximum_given_back(scores, under.maximum, under.dim)
@@ -155,16 +146,33 @@ def _quotient(node: fx.Node) -> Softmax | None:
     return Softmax(node, scores, weights, under.dim, nodes, quiet, node, kept, sink, factor)
 
 
-def _exponent(source: fx.Node, under: Denominator) -> tuple[fx.Node, float] | None:
+def _exponent(
+    source: fx.Node, under: Denominator
+) -> tuple[fx.Node, float, tuple[fx.Node, ...]] | None:
     """What the weights before any mask are the exponentials of, up to a factor for each row.
 
-    Also the factor on it that makes e their base.
+    Also the factor on it that makes e their base, and the nodes.
     """
-    if overload_packet(source) in _CALLS and under.sink is None and under.maximum is None:
-        given = arguments(source)
-        same = given["dim"] % len(shape_of(source)) == under.dim
-        return (given["self"], 1.0) if same else None
-    return power_of(source)
+    inner = _whole_softmax(source)
+    if inner is not None:
+        whole = inner.sink is None and inner.kept is None and inner.quotient is None
+        same = inner.dim % len(shape_of(source)) == under.dim
+        fits = whole and same and under.sink is None and under.maximum is None
+        return (inner.scores, inner.factor, inner.nodes) if fits else None
+    power = power_of(source)
+    return None if power is None else (*power, (source,))
+
+
+def _whole_softmax(node: fx.Node) -> Softmax | None:
+    """The softmax that a node is the result of."""
+    packet = overload_packet(node)
+    if packet in _CALLS:
+        given = arguments(node)
+        zero_rows = packet is aten._safe_softmax
+        return Softmax(node, given["self"], node, given["dim"], (node,), zero_rows)
+    if packet is aten.exp:
+        return _exponential_of_log(node)
+    return _quotient(node) if packet in _QUOTIENTS else None
 
 
 def _bound_is_idle(scores: fx.Node, under: Denominator, kept: Kept | None) -> bool:

@@ -18,41 +18,53 @@ import torch
 from torch import fx
 
 from fxport.capture.arguments import arguments
+from fxport.errors import ReasonCode
 from fxport.passes.attention_emit import Emitter
 from fxport.passes.attention_frame import Frame
 from fxport.passes.attention_layout import (
     Axis,
-    Dim,
     Dims,
     LayoutError,
     align,
     axes_of,
+    conform,
     product,
-    regroup,
-    resolve,
     resolve_all,
 )
 from fxport.passes.attention_products import Contraction, as_product, contract
-from fxport.passes.attention_site import MaskKind, MaskStep, Match, Term
+from fxport.passes.attention_site import Left, MaskKind, MaskStep, Match, Term
 from fxport.passes.attention_views import Step, number, overload_packet, trace
 from fxport.passes.graph_facts import GraphFacts, Source
 
-__all__ = ["emit_terms", "join_terms"]
+__all__ = ["WIDEST", "emit_terms", "join_terms"]
 
 aten = torch.ops.aten
 
-_WIDEST = 256  # the largest head that kernels take
+WIDEST = 256  # the largest head that kernels take
 
 
 def join_terms(facts: GraphFacts, match: Match) -> Match:
     """Takes the biases that are products of queries and keys for the part of the scores they are.
 
     Only those that nothing but other biases precedes: a mask or a softcap may not be overtaken. A
-    factor on some rows belongs to the first product alone.
+    factor on some rows or keys belongs to what comes before it alone.
+
+    Raises:
+        Left: something else is added before a softcap or a factor.
     """
-    if match.softcap or match.row_scales:
-        return match
     terms: list[Term] = []
+    for step in match.early:
+        found = _terms(facts, match, step)
+        if found is None or not _fits([*terms, *found], match):
+            raise Left(
+                ReasonCode.ORDER_OF_OPS,
+                "a softcap, or a factor that is a tensor, comes after the mask or bias",
+                step.node,
+                "apply it to the raw scores, and the mask last",
+            )
+        terms += found
+    if match.softcap or match.row_scales or match.key_scales:
+        return replace(match, terms=tuple(terms), early=())
     rest = list(match.steps)
     for step in match.steps:
         if step.kind is not MaskKind.ADD:
@@ -68,7 +80,7 @@ def _fits(terms: list[Term], match: Match) -> bool:
     """Where the first product is too wide for any kernel already, a bias would be no better."""
     widths = [product(axes_of(head)) for head in (match.head, *(t.head for t in terms))]
     known = [w for w in widths if isinstance(w, int)]
-    return len(known) == len(widths) and (sum(known) <= _WIDEST or known[0] > _WIDEST)
+    return len(known) == len(widths) and (sum(known) <= WIDEST or known[0] > WIDEST)
 
 
 def _terms(facts: GraphFacts, match: Match, step: MaskStep) -> list[Term] | None:
@@ -129,17 +141,7 @@ def _identify(way: tuple[Step, ...], contraction: Contraction, scores: Dims) -> 
     added = way[-1].dims
     for of_scores, of_bias in zip(scores[len(scores) - len(added) :], added, strict=True):
         if of_bias:
-            _identify_dim(resolve(of_scores), resolve(of_bias))
-
-
-def _identify_dim(of_scores: Dim, of_bias: Dim) -> None:
-    parts: Dims = (of_bias,)
-    if len(of_scores) != 1 or len(of_bias) != 1:  # else sizes are equal, noticed or not
-        parts = regroup(parts, [f.axis.size for f in of_scores])
-    for wanted, part in zip(of_scores, parts, strict=True):
-        if len(part) != 1:
-            raise LayoutError
-        part[0].axis.identify(wanted.axis)
+            conform(of_scores, of_bias)
 
 
 def _is_of_this_attention(match: Match, term: Term) -> bool:

@@ -21,7 +21,16 @@ from fxport.passes.attention_layout import (
     regroup,
 )
 
-__all__ = ["Step", "is_cast", "moved_input", "number", "overload_packet", "trace", "view_dims"]
+__all__ = [
+    "Step",
+    "is_cast",
+    "laid_out",
+    "moved_input",
+    "number",
+    "overload_packet",
+    "trace",
+    "view_dims",
+]
 
 aten = torch.ops.aten
 
@@ -69,6 +78,13 @@ def moved_input(node: fx.Node) -> fx.Node | None:
     if not isinstance(node.meta.get("val"), torch.Tensor):
         return None
     return node.args[0]
+
+
+def laid_out(node: fx.Node) -> fx.Node | None:
+    """What a node has in another layout, in the same precision."""
+    before = moved_input(node)
+    same = before is not None and before.meta["val"].dtype == node.meta["val"].dtype
+    return before if same else None
 
 
 def view_dims(node: fx.Node, dims: Dims) -> Dims:

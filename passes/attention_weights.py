@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
 from fxport.capture.arguments import arguments, shape_of
 from fxport.errors import ReasonCode
@@ -126,6 +127,8 @@ class _Follower:
             self.without_nan = True
         elif packet in (aten.mul, aten.div, aten.true_divide):
             self._multiply(node, current)
+        elif packet is aten.neg:
+            self.scales.append(RowScale(-1.0, self.dims, False))
         elif packet in (aten.masked_fill, aten.where):
             self._mask(node, current)
         else:
@@ -205,16 +208,21 @@ def _only_user(node: fx.Node, softmax: Softmax, tests: list[fx.Node]) -> fx.Node
 
 
 def _leads_to_product(node: fx.Node) -> bool:
-    """Whether a product follows through casts, views and dropout."""
+    """Whether a product follows through casts, views, dropout and what keeps the shape."""
     for _ in range(8):
         if as_product(node) is not None or factors_of(node) is not None:
             return True
-        if moved_input(node) is None and overload_packet(node) is not aten.dropout:
+        if moved_input(node) is None and not _is_pointwise(node):
             return False
         if not node.users:
             return False
         node = next(iter(node.users))
     return False
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    pointwise = isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
+    return pointwise or overload_packet(node) is aten.dropout
 
 
 def _dropout(node: fx.Node, before: float) -> float:

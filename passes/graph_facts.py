@@ -18,6 +18,7 @@ from fxport.passes.constants import is_symbolic
 __all__ = [
     "GraphFacts",
     "Source",
+    "computes",
     "erase_dead",
     "erase_if_unused",
     "grad_modes",
@@ -203,6 +204,13 @@ def _written_arguments(node: fx.Node) -> list[fx.Node]:
         if written and isinstance(given, fx.Node):
             found.append(given)
     return found
+
+
+def computes(node: fx.Node) -> bool:
+    """Whether a node does nothing but compute its result, the same at any place of the graph."""
+    if is_symbolic(node) or node.op == "get_attr":
+        return True
+    return _is_pure(node) and not _is_random(node)
 
 
 def _writes(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:

@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from fxport.backends.dynamo import vllm_generic
 VARIANTS = ("eager", "inductor", "sdpa+inductor", "vllm_generic")
 MODES = ("train", "infer")
 _BOUND = "sdpa+inductor"
+_SMALL = 32  # tokens
 
 
 @dataclass(frozen=True)
@@ -168,10 +169,9 @@ def _backend(variant: str) -> str | Callable[..., Any]:
 
 def measure_alone(variant: str, setting: Setting, steps: int) -> Alone:
     """Memory and compile time; only in a process that does nothing else."""
-    if variant != "eager":
-        # One small step first, so that the compiler's own memory counts for nobody.
-        small = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.LayerNorm(4))
-        torch.compile(small, backend=_backend(variant))(torch.ones(2, 4)).sum().backward()
+    # One small step first, so that the code of PyTorch and of the compiler counts for nobody.
+    make_step(variant, replace(setting, length=_SMALL, layers=1))()
+    torch.compiler.reset()
     step = make_step(variant, setting)
     before = _held_mib()
     first = _cpu_seconds(step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -113,3 +114,17 @@ def test_only_what_a_proof_read_is_watched() -> None:
     call = watched({"relied": relied, "other": other}, "relied")
     written(other)
     call(torch.ones(2), relied, other)
+
+
+def test_no_copy_is_held() -> None:
+    """Masks are T * T: a copy would be a good part of what a compiled step holds."""
+
+    def held() -> int:
+        shape = (SIZE, SIZE)
+        return sum(isinstance(x, Tensor) and x.shape == shape for x in gc.get_objects())
+
+    mask = causal()
+    before = held()
+    call = watched({"a.mask": mask}, "a.mask")
+    assert held() == before
+    call(torch.ones(2), mask)

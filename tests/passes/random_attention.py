@@ -20,7 +20,8 @@ class Recipe:
     """One composition; every field is one decision a writer makes.
 
     `more`: how many keys there are beyond the queries; `padding`: how a mask from the data is
-    applied, "" for none; `loud`: how large the queries are.
+    applied, "" for none; `loud`: how large the queries are; `second`: another product that is added
+    to the scores; `use`: what is done with the weights.
     """
 
     batch: int
@@ -44,6 +45,8 @@ class Recipe:
     softmax: str
     loud: float
     dynamic: bool
+    second: str = "none"
+    use: str = "plain"
 
     @property
     def heads(self) -> int:
@@ -52,16 +55,9 @@ class Recipe:
     def __call__(self, x: Tensor, y: Tensor, pad: Tensor, extra: Tensor) -> Tensor:
         """x ``[B, T, Hq * D]``, y ``[B, T + more, Hkv * (D + Dv)]``, pad ``[B, T + more]``."""
         q, k, v = self._operands(x, y)
-        s = self._scores(q, k)
-        if self.extra == "softcap":
-            s = 3.0 * torch.tanh(s / 3.0)
-        elif self.extra == "temperature":
-            s = s * extra.view(-1, 1, 1)
-        s = s + self._bias(s, extra) if self.extra in _BIASES else s
-        if self.pad_first:
-            s = self._masked(self._padded(s, pad))
-        else:
-            s = self._padded(self._masked(s), pad)
+        s = self._all_scores(q, k, pad, extra)
+        if self.use != "plain":
+            return self._used(s, self._all_scores(q.tanh(), k, pad, extra), k, v)
         if self.extra == "sinks":
             column = extra.view(1, -1, 1, 1).expand(s.size(0), -1, s.size(2), 1)
             return self._output(torch.cat([s, column], -1).softmax(-1)[..., :-1], v)
@@ -69,6 +65,50 @@ class Recipe:
             e = torch.exp(s - s.amax(-1, keepdim=True))
             return (e @ v) / e.sum(-1, keepdim=True)
         return self._output(self._softmax(s), v)
+
+    def _all_scores(self, q: Tensor, k: Tensor, pad: Tensor, extra: Tensor) -> Tensor:
+        s = self._scores(q, k)
+        if self.second != "none":
+            s = self._with_second(s, q, k)
+        if self.extra == "softcap":
+            s = 3.0 * torch.tanh(s / 3.0)
+        elif self.extra == "temperature":
+            s = s * extra.view(-1, 1, 1)
+        s = s + self._bias(s, extra) if self.extra in _BIASES else s
+        if self.pad_first:
+            return self._masked(self._padded(s, pad))
+        return self._padded(self._masked(s), pad)
+
+    def _with_second(self, s: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        if self.second == "heads":
+            return s + q.sin() @ k.sin().mT * 0.5
+        if self.second == "shared":  # one key for all heads, of another size
+            return torch.einsum("bhtr,bsr->bhts", q[..., :2].cos(), k[:, 0, :, :2]) / 3 + s
+        if self.second == "difference":
+            return s - (q.sin() @ k.cos().mT - (q.cos() * 0.2) @ k.mT)
+        rows, columns = s.shape[-2:]  # learned relative positions
+        places = torch.arange(rows + columns - 1, dtype=s.dtype)
+        table = torch.sin(places[:, None] * torch.arange(1, q.size(-1) + 1))
+        i, j = torch.arange(rows)[:, None], torch.arange(columns)[None]
+        distances = (i - j + columns - 1).expand(*s.shape[:2], -1, -1)
+        return s + torch.gather(q @ table.mT, -1, distances)
+
+    def _used(self, s: Tensor, other: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        w = self._softmax(s)
+        gate = k[..., 0].sigmoid().unsqueeze(-2)
+        if self.use == "difference":
+            return self._output(w - 0.3 * self._softmax(other), v)
+        if self.use == "pairs":
+            if self.heads % 2:
+                return self._output(-0.3 * w, v)
+            w = w.unflatten(1, (-1, 2))
+            return self._output(w[:, :, 0] - 0.3 * w[:, :, 1], v[:, ::2])
+        if self.use == "two values":
+            return torch.cat([self._output(w, v), self._output(w, k.tanh())], -1)
+        if self.use == "gated":
+            return self._output(w * gate, v)
+        w = w * gate
+        return self._output(w / w.sum(-1, keepdim=True), v)
 
     # -- operands --------------------------------------------------------------------------------
 
@@ -121,6 +161,8 @@ class Recipe:
             s = q @ k.transpose(-1, -2)
         if self.scale == "after":
             return s * factor
+        if self.scale == "cosines":
+            return s / (q.norm(dim=-1)[..., None] * k.norm(dim=-1)[:, :, None])
         return s / self.size**0.5 if self.scale == "divided" else s
 
     # -- masks -----------------------------------------------------------------------------------
@@ -229,7 +271,7 @@ recipes = strategies.builds(
     value_size=strategies.integers(2, 9),
     repeat=_one_of("interleave", "tile", "expand", "select", "index", "cat", "stack"),
     layout=_one_of("matmul", "einsum", "tokens", "folded", "reversed", "elementwise"),
-    scale=_one_of("none", "q", "k", "after", "divided"),
+    scale=_one_of("none", "q", "k", "after", "divided", "cosines"),
     pattern=_one_of(
         "none", "causal", "causal", "window", "band", "future", "prefix", "blocks", "hole", "late",
         "late window", "root", "dilated", "diagonals", "full",
@@ -246,4 +288,8 @@ recipes = strategies.builds(
     softmax=_one_of("call", "written", "log", "late", "unkept"),
     loud=strategies.sampled_from([1.0, 1.0, 1.0, 3000.0]),
     dynamic=strategies.sampled_from([False, False, True]),  # takes three times as long
+    second=_one_of("none", "none", "none", "heads", "shared", "difference", "relative"),
+    use=_one_of(
+        "plain", "plain", "plain", "difference", "pairs", "two values", "gated", "renormalised"
+    ),
 )  # fmt: skip

@@ -214,8 +214,10 @@ def keys_in_rows(qkv: Tensor) -> Tensor:
     return finish(s.softmax(dim=-2).transpose(-1, -2), v)
 
 
+import spellings_factors  # noqa: E402, F401
 import spellings_layouts  # noqa: E402, F401  (adds its spellings to LEGAL)
 import spellings_normalised  # noqa: E402, F401
 import spellings_powers  # noqa: E402, F401
 import spellings_rare  # noqa: E402, F401
+import spellings_spread  # noqa: E402, F401
 import spellings_weights  # noqa: E402, F401

@@ -160,6 +160,63 @@ def learned_position(
     return finish(q @ k.mT + q @ position.mT, v)
 
 
+# -- before a softcap or a factor ------------------------------------------------------------------
+
+
+def capped_together(
+    q: Tensor, k: Tensor, v: Tensor, q2: Tensor, k2: Tensor, shared: Tensor
+) -> Tensor:
+    q, k, v, q2, k2 = heads_first(q, k, v, q2, k2)
+    return finish(5 * torch.tanh((q @ k.mT * 0.3 - q2 @ k2.mT / 4) / 5) * 1.5, v)
+
+
+def factor_on_both(
+    q: Tensor, k: Tensor, v: Tensor, q2: Tensor, k2: Tensor, shared: Tensor
+) -> Tensor:
+    q, k, v, q2, k2 = heads_first(q, k, v, q2, k2)
+    factor = torch.sigmoid(q[..., :1] + shared.unsqueeze(1)[..., :1].mT)
+    rows, keys = factor[..., :1], torch.sigmoid(k[..., :1]).mT
+    return finish((q @ k.mT + q2 @ k2.mT * 0.5) * rows * keys, v)
+
+
+@pytest.mark.parametrize("function", [capped_together, factor_on_both])
+def test_both_products_come_before_it(function: Function) -> None:
+    found = check(function, SIZES)
+    assert is_whole(found) and found.result.sites[0].head_dim == 10
+    check(function, EQUAL)
+
+
+def bias_before_a_softcap(
+    q: Tensor, k: Tensor, v: Tensor, q2: Tensor, k2: Tensor, shared: Tensor
+) -> Tensor:
+    q, k, v = heads_first(q, k, v)
+    return finish(torch.tanh(q @ k.mT + shared[:, None, None, :, 0]), v)
+
+
+def factor_before_the_second(
+    q: Tensor, k: Tensor, v: Tensor, q2: Tensor, k2: Tensor, shared: Tensor
+) -> Tensor:
+    q, k, v, q2, k2 = heads_first(q, k, v, q2, k2)
+    return finish(torch.tanh(q @ k.mT * torch.sigmoid(q[..., :1]) + q2 @ k2.mT), v)
+
+
+def mask_before_a_softcap(
+    q: Tensor, k: Tensor, v: Tensor, q2: Tensor, k2: Tensor, shared: Tensor
+) -> Tensor:
+    q, k, v, q2, k2 = heads_first(q, k, v, q2, k2)
+    s = q @ k.mT + q2 @ k2.mT
+    return torch.tanh(s.masked_fill(s.isnan(), -math.inf)).softmax(-1) @ v
+
+
+@pytest.mark.parametrize(
+    "function", [bias_before_a_softcap, factor_before_the_second, mask_before_a_softcap]
+)
+def test_nothing_else_may_come_before_it(function: Function) -> None:
+    for sizes in (SIZES, EQUAL):
+        found = check(function, sizes)
+        assert found.count == 0 and "order-of-operations" in found.left()
+
+
 # -- what stays a bias -----------------------------------------------------------------------------
 
 

@@ -35,12 +35,6 @@ def multiplied_by_halves(qkv: Tensor) -> Tensor:
 
 
 @tricky("unsupported-feature")
-def multiplied_per_key(qkv: Tensor) -> Tensor:
-    w, v = causal_weights(qkv)
-    return finish(w * torch.sigmoid(qkv[0, :, None, None, :, 0, 0]), v)
-
-
-@tricky("unsupported-feature")
 def masked_again_where_padding_may_empty_a_row(qkv: Tensor) -> Tensor:
     """A row without any key is the mean of all values, of which the second mask keeps a part."""
     q, k, v = heads_first(qkv)

@@ -1,0 +1,39 @@
+"""Spellings and tricky cases that need no Dynamo to be seen: found, or left with a true reason."""
+
+from __future__ import annotations
+
+import pytest
+from attention_graphs import Site, compare, rewrite, softmax_count, trace_directly
+from spellings import LEGAL
+from spellings_base import DIRECT, Spelling
+from test_attention_spellings import check_found, example, make
+from tricky_spellings import DIRECT as TRICKY
+from tricky_spellings import Tricky
+
+assert LEGAL  # importing them fills the other list as well
+
+
+@pytest.mark.parametrize("spelling", DIRECT, ids=str)
+def test_found(spelling: Spelling) -> None:
+    module = make(spelling)
+    graph = trace_directly(module, [example()], {0: (1, 2)})
+    before = softmax_count(graph)
+    rewritten = rewrite(graph)
+    check_found(rewritten, spelling, before)
+    for batch, length in ((2, 7), (3, 5)):
+        compare(module, rewritten.graph, [example(batch, length)])
+    rewritten = rewrite(trace_directly(module, [example(4, 4)]))
+    assert rewritten.count > 0
+    compare(module, rewritten.graph, [example(4, 4)])
+
+
+@pytest.mark.parametrize("case", TRICKY, ids=str)
+def test_tricky(case: Tricky) -> None:
+    module = Site(case.function)
+    graph = trace_directly(module, [example(2, 15)])
+    before = softmax_count(graph)
+    rewritten = rewrite(graph)
+    if case.reason:
+        assert rewritten.count == 0 and softmax_count(rewritten.graph) == before
+        assert case.reason in rewritten.left(), rewritten.result.decisions
+    compare(module, rewritten.graph, [example(2, 15)])
