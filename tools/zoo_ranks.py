@@ -53,7 +53,7 @@ def judge_ranks(family: str, model: nn.Module) -> Result:
         found = group[0].group.run(work)
         output = max(_error(y, w) for ys in found for y, w in zip(ys, wanted, strict=True))
         gradient, where = _gradients(ranks, gradients)
-        plan: Plan = ranks[0].plan
+        plan: Plan = ranks[0].plan  # type: ignore[assignment]  # put there by `parallelize`
         details.append(
             f"{len(group)} ranks: output {output:.0e}, gradients {gradient:.0e} ({where}), "
             f"{plan.count('forward')} + {plan.count('backward')} all-reduces, "

@@ -257,12 +257,12 @@ def _marked(node: fx.Node) -> bool:
 
 def _is_floating(node: fx.Node) -> bool:
     value = node.meta.get("val")
-    kept = isinstance(value, torch.Tensor)
-    return kept and (value.is_floating_point() or value.is_complex())
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def _changes_from_outside(node: fx.Node, inside: set[fx.Node]) -> bool:
     """Whether the op writes into what has a gradient: the old one goes on, past the change."""
     written = node.args[0] if node.args else None
-    from_outside = isinstance(written, fx.Node) and written not in inside
-    return is_mutation(node) and from_outside and written.op != "placeholder"
+    if not isinstance(written, fx.Node) or written.op == "placeholder":
+        return False
+    return is_mutation(node) and written not in inside

@@ -209,7 +209,8 @@ class _Checker:
         elif node.target in _SCALING:
             fine = leads and set(others) <= {_K, _C}
         elif node.target is aten.to.dtype:
-            fine = leads and node.kwargs["dtype"].is_floating_point  # type: ignore[union-attr]
+            dtype = node.kwargs.get("dtype")
+            fine = leads and isinstance(dtype, torch.dtype) and dtype.is_floating_point
         else:  # the other operand of a view gives its sizes only
             fine = leads and node.target in _MOVING
         if not fine:

@@ -121,7 +121,9 @@ def keeps_order(
     except (RuntimeError, IndexError):
         return False
     parts = [found] if isinstance(found, Tensor) else list(found)
-    return len(parts) == len(wanted) and all(map(torch.equal, parts, wanted))
+    if len(parts) != len(wanted):
+        return False
+    return all(w is not None and torch.equal(p, w) for p, w in zip(parts, wanted, strict=True))
 
 
 def _free(size: Any) -> set[Any]:

@@ -77,7 +77,9 @@ def viewed(node: fx.Node, shard: ParameterShard, rank: int) -> Parts | None:
         return None
     numbers = torch.arange(math.prod(full))
     index = shard.indices[rank][divided[0]] or ()
-    mine = numbers.reshape(shard.shape).index_select(divided[0], torch.tensor(index, dtype=int))
+    mine = numbers.reshape(shard.shape).index_select(
+        divided[0], torch.tensor(index, dtype=torch.int64)
+    )
     mine, whole = mine.reshape(sizes), numbers.reshape(full)
     places = torch.isin(whole, mine).movedim(apart[0], 0).flatten(1).any(1).nonzero().flatten()
     if not torch.equal(whole.index_select(apart[0], places), mine):
