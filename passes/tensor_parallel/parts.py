@@ -76,10 +76,8 @@ def viewed(node: fx.Node, shard: ParameterShard, rank: int) -> Parts | None:
     if len(apart) != 1 or math.prod(full) != math.prod(shard.shape):
         return None
     numbers = torch.arange(math.prod(full))
-    index = shard.indices[rank][divided[0]] or ()
-    mine = numbers.reshape(shard.shape).index_select(
-        divided[0], torch.tensor(index, dtype=torch.int64)
-    )
+    index = torch.tensor(shard.indices[rank][divided[0]] or (), dtype=torch.int64)
+    mine = numbers.reshape(shard.shape).index_select(divided[0], index)
     mine, whole = mine.reshape(sizes), numbers.reshape(full)
     places = torch.isin(whole, mine).movedim(apart[0], 0).flatten(1).any(1).nonzero().flatten()
     if not torch.equal(whole.index_select(apart[0], places), mine):
