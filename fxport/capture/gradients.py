@@ -13,6 +13,7 @@ is made of the graph must then not be trained.
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,6 +23,7 @@ from unittest.mock import patch
 
 import torch
 import torch.fx.traceback as fx_traceback
+import torch.utils.checkpoint
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
@@ -35,6 +37,7 @@ __all__ = ["as_called", "let_gradients_pass", "stop_gradients", "watch_gradients
 aten = torch.ops.aten
 NO_GRAD = "fxport_no_grad"
 _HINT = "train the model itself: torch.compile(model, backend='vllm_generic') keeps it"
+_CHECKPOINT = inspect.getsourcefile(torch.utils.checkpoint)
 _HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 _PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
@@ -138,8 +141,11 @@ def _entering(watch: _Watch, region: Any) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def enter(self: Any) -> Any:
-        self._fxport_before = watch.enabled
+        before = self._fxport_before = watch.enabled
         result = original(self)
+        if sys._getframe(1).f_code.co_filename == _CHECKPOINT:  # to keep nothing, not to learn none
+            watch.enabled = before
+            return result
         mode = getattr(self, "mode", False)  # of inference_mode
         watch.enabled = watch.enabled and not mode if region is torch.inference_mode else (
             region is torch.enable_grad

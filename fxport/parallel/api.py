@@ -106,9 +106,9 @@ def _training_differs(model: nn.Module, prepared: Prepared) -> str | None:
     from torch._subclasses.fake_tensor import DataDependentOutputException
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-    from fxport.capture.checkpoints import checkpoints_of
     from fxport.parallel.modes import CHECKPOINTS_DIFFER, in_training_mode, training_differs
     from fxport.passes.tensor_parallel.build import prepare
+    from fxport.passes.tensor_parallel.computations import computations
 
     training = in_training_mode(model)
     try:
@@ -118,15 +118,12 @@ def _training_differs(model: nn.Module, prepared: Prepared) -> str | None:
             other = prepared if model.training else prepare(training, own_modes=True)
         except PortError as error:  # layers dropped by chance, say
             return f"it cannot be captured ({error.reasons[0].message})"
-        graphs = other.graph, _evaluating(model, prepared).graph
-    calls = [[n for n in gm.graph.nodes if n.op == "call_function"] for gm in graphs]
-    targets, kept = (
-        [[of(n) for n in nodes] for nodes in calls]
-        for of in (lambda n: str(n.target), lambda n: bool(checkpoints_of(n)))
-    )
-    if targets[0] != targets[1]:
-        return "the model runs other operations"
-    return None if kept[0] == kept[1] else CHECKPOINTS_DIFFER
+        graphs = other.graph.graph, _evaluating(model, prepared).graph.graph
+    found = [computations(graph) for graph in graphs]
+    if found[0] == found[1]:
+        return None
+    plain = [[call[:2] for call in calls] for calls in found]
+    return CHECKPOINTS_DIFFER if plain[0] == plain[1] else "the model runs other operations"
 
 
 def _evaluating(model: nn.Module, prepared: Prepared) -> Prepared:
@@ -137,10 +134,11 @@ def _evaluating(model: nn.Module, prepared: Prepared) -> Prepared:
 
 def _require_dropout_only(model: nn.Module, training: Prepared, differs: str) -> None:
     """The module can be put into eval mode later: all but dropout must be alike there."""
-    from fxport.passes.tensor_parallel.dropout import without_dropout
+    from fxport.passes.tensor_parallel.computations import computations
 
-    evaluating = _evaluating(model, training)
-    if without_dropout(training.graph.graph) != without_dropout(evaluating.graph.graph):
+    graphs = training.graph.graph, _evaluating(model, training).graph.graph
+    one, other = (computations(graph, random=False) for graph in graphs)
+    if one != other:
         raise FxportError(
             f"{differs} in training mode, and more than dropout is different there: "
             "a divided model has one graph for both modes. Call model.eval() first"

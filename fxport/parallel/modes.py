@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from fxport.capture.checkpoints import under_checkpoint
 from fxport.capture.clone import clone_for_capture, off_meta
 from fxport.capture.state import State
+from fxport.passes.tensor_parallel.computations import value_of
 
 __all__ = ["CHECKPOINTS_DIFFER", "in_training_mode", "training_differs"]
 
@@ -41,6 +44,10 @@ def training_differs(model: nn.Module) -> str | None:
     evaluating = _operations(clone.eval())
     if training.names != evaluating.names:
         extra = [name for name in dict.fromkeys(training.names) if name not in evaluating.names]
+    elif training.given != evaluating.given:  # batch_norm(.., training=True, ..)
+        pairs = zip(training.names, training.given, evaluating.given, strict=True)
+        first = next(name for name, one, other in pairs if one != other)
+        return f"the model runs {first} on something else"
     elif training.checkpointed != evaluating.checkpointed:
         return CHECKPOINTS_DIFFER
     else:
@@ -49,21 +56,47 @@ def training_differs(model: nn.Module) -> str | None:
 
 
 class _Record(TorchDispatchMode):
-    def __init__(self) -> None:
+    """Every operation, and what it is given: earlier results by their number, tensors of the model
+    by their name, all else by value."""
+
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.given: list[Hashable] = []
         self.checkpointed: list[bool] = []
+        tensors = (*model.named_parameters(), *model.named_buffers())
+        self._known: dict[int, Hashable] = {id(tensor): name for name, tensor in tensors}
+        self._kept: list[Any] = []  # else another tensor may get the id of one that is gone
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace != "prim":  # questions about a tensor, not computations
-            self.names.append(str(func))
-            self.checkpointed.append(under_checkpoint())
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func.namespace == "prim":  # questions about a tensor, not computations
+            return func(*args, **kwargs)
+        self.names.append(str(func))
+        self.given.append(self._said((args, sorted(kwargs.items()))))
+        self.checkpointed.append(under_checkpoint())
+        result = func(*args, **kwargs)
+        for place, tensor in enumerate(tree_leaves(result)):
+            self._known[id(tensor)] = (len(self.names), place)
+            self._kept.append(tensor)
+        return result
+
+    def _said(self, value: Any) -> Hashable:
+        if isinstance(value, list | tuple):
+            return tuple(map(self._said, value))
+        if not isinstance(value, Tensor):
+            return repr(value)
+        if id(value) in self._known:
+            return self._known[id(value)]
+        if isinstance(value, FakeTensor):
+            return ("tokens", tuple(map(str, value.shape)))
+        with _disable_current_modes():
+            return value_of(value)
 
 
 def _operations(model: nn.Module) -> _Record:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    state, record = State(model), _Record()
+    state, record = State(model), _Record(model)
     # sizes that depend on data, such as how many tokens an expert gets, are symbols
     fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
     with fake, record, torch.no_grad():

@@ -21,16 +21,10 @@ from fxport.parallel.dropout import AttentionRate, KeyedDropout, StepSeed
 from fxport.passes.tensor_parallel.emission import Emission
 from fxport.passes.tensor_parallel.emit_rules import PART
 
-__all__ = ["key_dropout", "without_dropout"]
+__all__ = ["key_dropout"]
 
 aten = torch.ops.aten
 _ATTENTION = torch.ops.fxport.attention.default
-
-
-def without_dropout(graph: fx.Graph) -> list[str]:
-    """The computations of a graph in order, dropout left out: alike in training and eval mode."""
-    random = [n for n in graph.nodes if n.target in (aten.dropout.default, aten.randint.low)]
-    return [str(n.target) for n in graph.nodes if n.op == "call_function" and n not in random]
 
 
 def key_dropout(emission: Emission) -> None:

@@ -120,6 +120,7 @@ def test_no_copy_is_held() -> None:
     """Masks are T * T: a copy would be a good part of what a compiled step holds."""
 
     def held() -> int:
+        gc.collect()
         shape = (SIZE, SIZE)
         return sum(isinstance(x, Tensor) and x.shape == shape for x in gc.get_objects())
 

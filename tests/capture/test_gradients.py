@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fxport
 
@@ -112,6 +113,12 @@ def tables_need_none(layer: Attention, x: Tensor) -> Tensor:
     return layer(x + angles.to(x.dtype).sin())
 
 
+def computed_again(layer: Attention, x: Tensor) -> Tensor:
+    """The older checkpoint runs under `torch.no_grad` first; what does so inside of it stays so."""
+    again = checkpoint(only_values_learn, layer, x, use_reentrant=True)
+    return again + checkpoint(layer, x, use_reentrant=True)
+
+
 SWITCHED = [under_no_grad, decorated, switched_by_turns, only_values_learn, keys_do_not_learn]
 
 
@@ -136,7 +143,9 @@ def assert_gradients(
             torch.testing.assert_close(here, gradient, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("step", [*SWITCHED, only_scores_are_detached, tables_need_none])
+@pytest.mark.parametrize(
+    "step", [*SWITCHED, only_scores_are_detached, tables_need_none, computed_again]
+)
 def test_gradients_are_the_originals(step: Step) -> None:
     model = Model(step).double()
     assert_gradients(model, fxport.parallelize(model, fxport.ParallelContext(0, 1)))

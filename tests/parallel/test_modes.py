@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -77,3 +79,51 @@ def test_layers_dropped_by_chance_are_divided_in_eval_mode_alone():
         module.train()
     with pytest.raises(fxport.PortError, match="another path"):
         fxport.parallelize(model.train(), fxport.ParallelContext(0, 1))
+
+
+def test_batch_statistics_are_seen():
+    """One operation for both modes: what it does, a flag says."""
+    norm = nn.BatchNorm1d(24)
+
+    def step(x: Tensor, training: bool) -> Tensor:
+        norm.training = training
+        return norm(x.transpose(1, 2)).transpose(1, 2)
+
+    refuses_both_modes(step, "")
+
+
+WEIGHTS = nn.ParameterList(nn.Parameter(torch.full((24,), 0.1 * n)) for n in range(2))
+BY_MODE = {
+    "a flag": lambda x, training: F.batch_norm(
+        x.flatten(0, 1), torch.zeros(24), torch.ones(24), training=training
+    ).view_as(x),
+    "a number": lambda x, training: x * (2.0 if training else 1.0),
+    "a parameter": lambda x, training: x * WEIGHTS[int(training)],
+    "a constant": lambda x, training: x * torch.tensor([2.0 if training else 1.0]),
+    "an operand": lambda x, training: (x.sin() - x.cos(), x.cos() - x.sin())[training],
+    "an order": lambda x, training: x.cumsum(-1).flip(-1) if training else x.flip(-1).cumsum(-1),
+}
+
+
+@pytest.mark.parametrize("name", BY_MODE)
+def test_what_else_follows_the_mode_is_seen(name: str):
+    refuses_both_modes(BY_MODE[name], "the model (runs|takes)")
+
+
+class ByMode(Noisy):
+    def __init__(self, step: Callable[[Tensor, bool], Tensor]) -> None:
+        super().__init__(0.0)
+        self.step, self.weights = step, WEIGHTS
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.step(self.embed(ids), self.training))
+
+
+def refuses_both_modes(step: Callable[[Tensor, bool], Tensor], why: str) -> None:
+    model, context = ByMode(step).eval(), fxport.ParallelContext(0, 1)
+    module, ids = fxport.parallelize(model, context), torch.arange(60).view(4, 15)
+    torch.testing.assert_close(module(ids), model(ids))
+    with pytest.raises(fxport.FxportError, match=f"{why}.* in training mode"):
+        module.train()
+    with pytest.raises(fxport.FxportError, match="more than dropout"):
+        fxport.parallelize(model.train(), context)

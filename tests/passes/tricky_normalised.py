@@ -70,13 +70,6 @@ def weights_times_a_decay(qkv: Tensor) -> Tensor:
     return finish(e / e.sum(-1, keepdim=True), v)
 
 
-@tricky("mask-not-proven")
-def weights_times_a_mask_from_the_data(qkv: Tensor) -> Tensor:
-    s, v = causal_scores(qkv)
-    e = torch.exp(s) * (qkv[0, :, None, None, :, 0, 0] > -9).to(s.dtype)
-    return finish(e / e.sum(-1, keepdim=True), v)
-
-
 @tricky("fully-masked-row")
 def masked_twice_with_a_finite_number(qkv: Tensor) -> Tensor:
     """Where the data leave no causal key the original's weights are no mean."""
