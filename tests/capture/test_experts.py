@@ -89,7 +89,7 @@ class Infinite(Routed):
 def test_what_is_computed_for_other_rows_does_not_leak() -> None:
     torch.manual_seed(3)
     model = decoder(Infinite, layers=1).double().eval()
-    assert worst_difference(model, [1, 5, 37]) < 1e-12
+    assert worst_difference(model, [1, 5, 37], loops=1) < 1e-12
 
 
 def test_a_selection_is_taken_and_put_back_once_per_expert_and_layer() -> None:
