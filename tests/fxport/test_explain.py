@@ -75,7 +75,7 @@ def other_axis(scores: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]
 
 
 def scaled_mask(scores: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    scores = scores * v.sum(-1).unsqueeze(-2).sign()  # mask
+    scores = scores * scores.cos()  # mask
     return scores.softmax(-1) @ v, v.new_zeros(1)
 
 
