@@ -156,20 +156,16 @@ def _of_model(found: Port, model: nn.Module, decisions: tuple[Decision, ...]) ->
 def _batch_first(model: nn.Module, max_seq_len: int | None) -> Port:
     """See `port`; for a model that takes ``[B, T]``."""
     from fxport.capture.export import capture
-    from fxport.capture.gradients import let_gradients_pass
     from fxport.capture.rows import every_row_records
     from fxport.passes.serving import lower_for_serving
 
     captured = capture(model)
-    untrainable = (*captured.untrainable, *let_gradients_pass(captured.graph))
-    captured = dataclasses.replace(captured, untrainable=untrainable)
     lowered = lower_for_serving(captured, max_seq_len, _stated_length(model))
     selections = every_row_records(captured.graph)  # those that no pass took out
     serving = lowered.serving
     checked = _self_check(model, serving, captured)
     half, half_decision = _half(model, serving)
-    respelled = (*_experts(captured.experts), *_unkept(captured.unkept), *_walked(captured.walked),
-                 *_untrainable(captured.untrainable))  # fmt: skip
+    respelled = (*_experts(captured.experts), *_unkept(captured.unkept), *_walked(captured.walked))
     decisions = (*respelled, *selections, *lowered.decisions, half_decision, checked)
     facts: dict[str, str | int | float | bool | None] = {
         "vocab_size": serving.vocab_size,
@@ -201,16 +197,6 @@ def _unkept(caches: tuple[str, ...]) -> tuple[Decision, ...]:
         return ()
     detail = f"not written: {', '.join(f'`{name}`' for name in caches)}; the logits read none of it"
     return (Decision("capture", Outcome.PROVEN, "the model's own caches", detail),)
-
-
-def _untrainable(reasons: tuple[Reason, ...]) -> tuple[Decision, ...]:
-    """That `fxport.load(directory).module` refuses to be trained, and why."""
-    return tuple(
-        Decision(
-            "capture", Outcome.LEFT, "training of a loaded port", location=r.location, reason=r
-        )
-        for r in reasons
-    )
 
 
 def _walked(lengths: Walked | None) -> tuple[Decision, ...]:

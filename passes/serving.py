@@ -15,6 +15,7 @@ from torch import fx
 
 from fxport.capture.arguments import shape_of
 from fxport.capture.export import Captured
+from fxport.capture.gradients import let_gradients_pass
 from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.recurrence import convolutions_over
 from fxport.diff.stages import Recorder, Stage
@@ -72,6 +73,8 @@ def lower_for_serving(
         FxportError: `max_seq_len` is beyond what the model allows.
     """
     gm = captured.graph
+    untrainable = (*captured.untrainable, *let_gradients_pass(gm))
+    captured = dataclasses.replace(captured, untrainable=untrainable)
     symbols = Symbols(captured.batch, captured.length)
     recorder = Recorder(gm)
     if convolutions := convolutions_over(gm, captured.length):
@@ -126,8 +129,19 @@ def lower_for_serving(
         proven,
         *gathered,
         *experts,
+        *_untrainable(untrainable),
     )
     return Lowered(serving, decisions, recorder.stages)
+
+
+def _untrainable(reasons: tuple[Reason, ...]) -> tuple[Decision, ...]:
+    """That `fxport.load(directory).module` refuses to be trained, and why."""
+    return tuple(
+        Decision(
+            "capture", Outcome.LEFT, "training of a loaded port", location=r.location, reason=r
+        )
+        for r in reasons
+    )
 
 
 def _no_attention_in(head: Head, gm: fx.GraphModule) -> None:

@@ -155,6 +155,7 @@ def test_gradients_are_the_originals(step: Step) -> None:
 def test_what_is_switched_off_is_served_and_not_trained(step: Step, tmp_path: Path) -> None:
     port = fxport.port(Model(step).eval())
     assert len(port.serving.attention) >= LAYERS
+    assert port.half is not None and port.half.untrainable == port.serving.untrainable
     refuses_training(port, "under `torch.no_grad`", tmp_path)
 
 
