@@ -44,6 +44,7 @@ class ReasonCode(enum.StrEnum):
     NOT_CAUSAL = "not-causal"
     MIXES_TOKENS = "mixes-tokens"
     DEPENDS_ON_LENGTH = "depends-on-length"
+    DEPENDS_ON_BATCH = "depends-on-batch"
     POSITION_UNKNOWN = "position-unknown"
     SELF_CHECK = "self-check-failed"  # the emitted graph differs numerically from the original
 

@@ -17,6 +17,7 @@ from torch import nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fxport.capture.batches import asked_about_rows, require_every_batch
 from fxport.capture.causal_calls import masks_at_every_length
 from fxport.capture.location import forward_line
 from fxport.capture.questions import ask, first_change, forward_only, numbers_in
@@ -71,6 +72,9 @@ def trace_at_lengths(model: nn.Module, *, every_pair: bool = True) -> Traced:
         unified, longest = _unified(model, samples, history, limit)
     except PortError as error:
         raise PortError(writes_to_state(fresh) or error.reasons) from error
+    if every_pair:
+        questions, rows = asked_about_rows(model, fresh.length)
+        require_every_batch(model, questions, rows, fresh.length)
     return Traced(
         graph=unified.graph,
         tokens=unified.tokens,

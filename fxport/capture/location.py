@@ -43,7 +43,13 @@ __all__ = [
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
 _TORCH = str(Path(torch.__file__).parent)
 _STDLIB = sysconfig.get_path("stdlib")
-_OWN = str(Path(__file__).parents[1])
+# In a checkout the parts of the package lie in folders of their own.
+_OWN = tuple(
+    str(path)
+    for name in ("fxport", "fxport.passes", "fxport.backends")
+    if (spec := importlib.util.find_spec(name)) is not None
+    for path in spec.submodule_search_locations or ()
+)
 _CAPTURE = f"{__package__}."
 # Notations: the line that uses them says more than theirs.
 _NOTATIONS = tuple(
@@ -58,7 +64,7 @@ _KEY = "fxport_line"
 
 def is_library(file: str) -> bool:
     """Whether a file belongs to torch, fxport, einops or the standard library."""
-    if file.startswith((_TORCH, _OWN, *_NOTATIONS, "<")):
+    if file.startswith((_TORCH, *_OWN, *_NOTATIONS, "<")):
         return True
     return file.startswith(_STDLIB) and "site-packages" not in file
 

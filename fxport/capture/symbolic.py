@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from fxport.capture.batches import require_every_batch, user_questions
 from fxport.capture.caches import read_what_was_written
 from fxport.capture.clone import watch_attributes
 from fxport.capture.inputs import InputKind, graph_input
@@ -49,7 +50,7 @@ def trace_symbolically(model: nn.Module, *, every_pair: bool = True) -> Traced:
         PortError: tracing failed, the length was specialised, or forward changes the model.
     """
     state = State(model)
-    with watch_attributes(model) as changed:
+    with watch_attributes(model) as changed, user_questions() as questions:
         exported, hint = _export(model)
     paths = state.changes()
     state.restore()
@@ -68,6 +69,8 @@ def trace_symbolically(model: nn.Module, *, every_pair: bool = True) -> Traced:
     )
     batch, length = (s.node.expr for s in tokens.meta["val"].shape)
     shortest, limit = _range(exported, batch, length, model)
+    if every_pair:
+        require_every_batch(model, questions, batch, hint)
     return Traced(
         graph=graph,
         tokens=tokens,
@@ -116,6 +119,13 @@ def _range(
     model: nn.Module,
 ) -> tuple[int, int | None]:
     """The lengths for which the captured graph holds; one sequence at a time is served."""
+    if not isinstance(batch, sympy.Symbol):
+        reason = Reason(
+            ReasonCode.DEPENDS_ON_BATCH,
+            f"the captured graph holds for one number of rows only ({batch})",
+            _guard_line(exported, sympy.Eq) or forward_line(model),
+        )
+        raise PortError([reason])
     if not isinstance(length, sympy.Symbol):
         reason = Reason(
             ReasonCode.LENGTH_SPECIALISED,

@@ -1,0 +1,128 @@
+"""The graph holds for every number of rows: shown where forward asks about it, or refused.
+
+if x.shape[0] == 1:     ->  samples of 2 rows and of 1 row are compared
+
+Torch takes a size that may vary for two or more, and answers questions about it accordingly,
+without a guard. What it asks itself (may this be broadcast?) says nothing about the user's code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import sympy
+import torch
+from torch import nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+from fxport.capture.emitter import symbolic_tokens
+from fxport.capture.location import is_library
+from fxport.capture.questions import forward_only
+from fxport.capture.sample import device_of, take_sample
+from fxport.capture.unify import NeedsTable, unify
+from fxport.errors import PortError, Reason, ReasonCode
+
+__all__ = ["asked_about_rows", "require_every_batch", "user_questions"]
+
+_ROWS = 2
+_EACH = range(1, 17)  # numbers of rows that every question is asked about
+_MOST = 4
+
+
+@contextmanager
+def user_questions() -> Iterator[list[sympy.Basic]]:
+    """What the user's own lines ask about sizes, as they ask it."""
+    found: list[sympy.Basic] = []
+    of_bool, of_int = torch.SymBool.__bool__, torch.SymInt.__bool__
+
+    def note(expression: sympy.Basic) -> None:
+        file = sys._getframe(2).f_code.co_filename
+        if file.startswith("<") or not is_library(file):  # a model may be typed in
+            found.append(expression)
+
+    def truth(value: torch.SymBool) -> bool:
+        note(value.node.expr)
+        return of_bool(value)
+
+    def nonzero(value: torch.SymInt) -> bool:
+        note(sympy.Ne(value.node.expr, 0))
+        return of_int(value)
+
+    torch.SymBool.__bool__, torch.SymInt.__bool__ = truth, nonzero  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        torch.SymBool.__bool__, torch.SymInt.__bool__ = of_bool, of_int  # type: ignore[method-assign]
+
+
+def asked_about_rows(model: nn.Module, length: int) -> tuple[list[sympy.Basic], sympy.Symbol]:
+    """What forward asks about the number of rows, by shapes alone, and the symbol of it."""
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    ids = torch.zeros(_ROWS, length, dtype=torch.long, device=device_of(model))
+    rows, _, fake = symbolic_tokens(mode, ids, [DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    # Where forward fails, the samples say why.
+    with (
+        user_questions() as found,
+        forward_only(model),
+        mode,
+        enable_python_dispatcher(),
+        contextlib.suppress(Exception),
+    ):
+        model(fake)
+    return found, rows
+
+
+def require_every_batch(
+    model: nn.Module, questions: list[sympy.Basic], rows: sympy.Symbol, length: int
+) -> None:
+    """Shows that `model` computes a row alike, however many there are.
+
+    Args:
+        model: a clone from `clone_for_capture`.
+        questions: what forward asks about sizes.
+        rows: the symbol of the number of rows.
+        length: a sequence length that forward takes.
+
+    Raises:
+        PortError: it asks, and computes something else.
+    """
+    others = _answered_otherwise(questions, rows)
+    if not others:
+        return
+    tried = ", ".join(map(str, others))
+    try:
+        unify([take_sample(model, batch, length) for batch in (_ROWS, *others)])
+    except PortError as error:
+        raise PortError([_refusal(reason, tried) for reason in error.reasons]) from error
+    except NeedsTable as error:
+        raise PortError([_refusal(None, tried)]) from error
+
+
+def _refusal(found: Reason | None, tried: str) -> Reason:
+    said = f": {found.message}" if found else ""
+    return Reason(
+        ReasonCode.DEPENDS_ON_BATCH,
+        f"rows are computed otherwise in a batch of {tried} than in one of {_ROWS}{said}",
+        found.location if found else None,
+        "the result of a row must not depend on how many rows there are",
+    )
+
+
+def _answered_otherwise(questions: list[sympy.Basic], rows: sympy.Symbol) -> list[int]:
+    """Numbers of rows for which a question has another answer than for two."""
+    found: list[int] = []
+    for question in dict.fromkeys(questions):
+        if question.free_symbols != {rows}:
+            continue
+        named = {int(n) for n in question.atoms(sympy.Number) if n.is_finite}
+        near = {n for number in named for n in range(number - 1, number + 2) if n > 0}
+        here = question.subs({rows: _ROWS})
+        others = [n for n in sorted({*_EACH, *near}) if question.subs({rows: n}) != here]
+        if not set(found) & set(others):
+            found += others[:1]
+    return found[:_MOST]

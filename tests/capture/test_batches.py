@@ -1,0 +1,104 @@
+"""A graph must hold for every number of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fxport.capture.export import capture
+from fxport.errors import PortError, ReasonCode
+from fxport.parallel.api import parallelize_all
+from fxport.parallel.context import ParallelContext
+
+_VOCAB, _WIDTH = 29, 12
+
+
+class _Asks(nn.Module):
+    """Four layers that compute something else for some numbers of rows."""
+
+    def __init__(self, combine: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(_VOCAB, _WIDTH)
+        self.layers = nn.ModuleList(nn.Linear(_WIDTH, _WIDTH) for _ in range(4))
+        self.head = nn.Linear(_WIDTH, _VOCAB)
+        self.combine = combine
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = self.combine(x, layer(x).relu())
+        return self.head(x)
+
+
+def _one_row(x: Tensor, y: Tensor) -> Tensor:
+    return x + y if x.shape[0] == 1 else x - y
+
+
+def _more_than_two(x: Tensor, y: Tensor) -> Tensor:
+    return x + y if x.shape[0] > 2 else x - y
+
+
+def _every_third(x: Tensor, y: Tensor) -> Tensor:
+    return x - y if x.shape[0] % 3 else x + y
+
+
+def _far(x: Tensor, y: Tensor) -> Tensor:
+    return x + y if x.shape[0] < 200 else x - y
+
+
+def _length_too(x: Tensor, y: Tensor) -> Tensor:
+    """Torch cannot bound the length here: several plain lengths are captured."""
+    return x + y[:, [*range(x.shape[1])]] if x.shape[0] == 1 else x - y
+
+
+@pytest.mark.parametrize("combine", [_one_row, _more_than_two, _every_third, _far, _length_too])
+def test_what_depends_on_the_number_of_rows_is_refused(combine: Callable[..., Tensor]) -> None:
+    with pytest.raises(PortError) as refused:
+        capture(_Asks(combine))
+    (reason,) = refused.value.reasons
+    assert reason.location is not None and reason.location.file == __file__
+    assert reason.location.line == combine.__code__.co_firstlineno + (
+        2 if combine is _length_too else 1
+    )
+    if combine in (_one_row, _far):  # others differ between the lengths that are captured
+        assert reason.code is ReasonCode.DEPENDS_ON_BATCH
+
+
+def _same_for_one(x: Tensor, y: Tensor) -> Tensor:
+    return x + y if x.shape[0] == 1 else x + y
+
+
+def _checked(x: Tensor, y: Tensor) -> Tensor:
+    if x.shape[0] == 0:
+        raise ValueError("no rows")
+    return x + y * x.shape[0]
+
+
+@pytest.mark.parametrize("combine", [_same_for_one, _checked])
+def test_what_asks_and_computes_the_same_is_divided(combine: Callable[..., Tensor]) -> None:
+    torch.manual_seed(0)
+    model = _Asks(combine).double().eval()
+    contexts = ParallelContext.simulated(2)
+    modules = parallelize_all(model, contexts)
+    for rows in (1, 2, 3):
+        ids = torch.randint(_VOCAB, (rows, 7))
+        for found in contexts[0].group.run(lambda rank, ids=ids: modules[rank](ids)):
+            torch.testing.assert_close(found, model(ids))
+
+
+class _Rows(_Asks):
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = x + torch.stack([layer(row).relu() for row in x])
+        return self.head(x)
+
+
+def test_a_loop_over_the_rows_is_not_captured_for_one_number_of_them() -> None:
+    with pytest.raises(PortError) as refused:
+        capture(_Rows(_one_row))
+    (reason,) = refused.value.reasons
+    assert reason.location is not None and reason.location.file == __file__
