@@ -7,6 +7,7 @@ shape, no larger.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -222,8 +223,8 @@ def _key_gradients(
     batch, kv_heads, columns, size = call.k.shape
     v_size = call.v.shape[3]
     group = call.q.shape[1] // kv_heads
-    blocks = call.blocks("key")
-    tiles = triton.cdiv(columns, blocks.n)
+    kernels = ("key_only", "value_only") if call.keys_apart else ("key",)
+    tiles = triton.cdiv(columns, call.blocks(kernels[0]).n)
     parts = group_parts(batch * kv_heads * tiles, group, INTERPRETED)
     if parts == 1:
         dk = empty_heads(call.k, batch, kv_heads, columns, size)[None]
@@ -235,16 +236,19 @@ def _key_gradients(
     line = incoming.delta.new_empty((batch, heads, 1, columns)) if bias_too else None
     tensors = {**call.tensors(incoming), "dk_ptr": dk, "dv_ptr": dv, "dbias_ptr": line}
 
-    def prepare() -> tuple[tuple[int, int], dict[str, Any]]:
+    def prepare(kernel: str) -> tuple[tuple[int, int], dict[str, Any]]:
         strides = {}
         for name, x in (("dk", dk), ("dv", dv)):
             letters = zip("sbht", x.stride(), strict=False)
             strides.update({f"{name}_stride_{letter}": stride for letter, stride in letters})
-        return (tiles * batch * kv_heads, parts), {
+        blocks = call.blocks(kernel)
+        return (triton.cdiv(columns, blocks.n) * batch * kv_heads, parts), {
             **strides,
             "kv_heads": kv_heads,
             "group_part": group // parts,
-            "BIAS_GRAD": bias_too,
+            "BIAS_GRAD": bias_too and kernel != "value_only",
+            "OF_K": kernel != "value_only",
+            "OF_V": kernel != "key_only",
             "size": size,
             "v_size": v_size,
             "grad_scale": call.params.scale,
@@ -252,7 +256,8 @@ def _key_gradients(
             **call.arguments(blocks, tensors),
         }
 
-    launches.launch(key_kernel, tensors, prepare)
+    for kernel in kernels:
+        launches.launch(key_kernel, tensors, partial(prepare, kernel), kernel)
     if parts == 1:
         return dk[0], dv[0], line
     summed_k = empty_heads(call.k, batch, kv_heads, columns, size).copy_(dk.sum(0))

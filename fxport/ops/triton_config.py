@@ -45,6 +45,18 @@ HALF: dict[str, dict[int, Blocks]] = {
         256: Blocks(128, 32, 8, 2),
     },
     "key": {64: Blocks(64, 64, 4, 3), 128: Blocks(64, 64, 4, 2), 256: Blocks(64, 64, 8, 2)},
+    "key_bias": {64: Blocks(64, 64, 4, 3), 128: Blocks(64, 64, 4, 2), 256: Blocks(64, 64, 8, 2)},
+    "key_wide_bias": {
+        64: Blocks(64, 64, 4, 3),
+        128: Blocks(64, 64, 4, 2),
+        256: Blocks(64, 64, 8, 2),
+    },
+    "key_only": {256: Blocks(32, 128, 8, 2)},
+    "key_only_bias": {256: Blocks(32, 128, 8, 2)},
+    "key_only_wide_bias": {256: Blocks(32, 128, 8, 2)},
+    "value_only": {256: Blocks(64, 128, 8, 2)},
+    "value_only_bias": {256: Blocks(64, 128, 8, 2)},
+    "value_only_wide_bias": {256: Blocks(32, 128, 8, 2)},
     "query": {64: Blocks(128, 64, 4, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(128, 32, 8, 2)},
     "query_bias": {
         64: Blocks(128, 64, 4, 3),
@@ -69,11 +81,14 @@ HALF: dict[str, dict[int, Blocks]] = {
 _SINGLE_ROWS = {64: Blocks(64, 32, 4, 2), 128: Blocks(64, 16, 4, 2), 256: Blocks(64, 16, 4, 2)}
 _SINGLE_QUERY = {64: Blocks(64, 16, 4, 2), 128: Blocks(64, 16, 4, 2), 256: Blocks(64, 16, 4, 2)}
 _SINGLE_BIAS = {64: Blocks(64, 32, 4, 2), 128: Blocks(64, 16, 4, 2), 256: Blocks(64, 16, 4, 1)}
+_SINGLE_KEY = {64: Blocks(16, 64, 4, 2), 128: Blocks(16, 128, 8, 2), 256: Blocks(32, 64, 8, 1)}
 SINGLE: dict[str, dict[int, Blocks]] = {
     "forward": _SINGLE_ROWS,
     "forward_bias": _SINGLE_ROWS,
     "forward_wide_bias": _SINGLE_ROWS,
-    "key": {64: Blocks(16, 64, 4, 2), 128: Blocks(16, 128, 8, 2), 256: Blocks(32, 64, 8, 1)},
+    "key": _SINGLE_KEY,
+    "key_bias": _SINGLE_KEY,
+    "key_wide_bias": _SINGLE_KEY,
     "query": _SINGLE_QUERY,
     "query_bias": _SINGLE_QUERY,
     "query_wide_bias": _SINGLE_QUERY,
