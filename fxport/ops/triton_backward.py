@@ -196,9 +196,11 @@ def key_kernel(
     for member in range(0, group_part):
         head = kv_head * group + part * group_part + member
         slope = tl.load(slopes_ptr + head).to(tl.float32) if ALIBI else 0.0
-        bias, bias_b, bias_h = bias_of_head(
-            bias_ptr, batch, head, bias_stride_b, bias_stride_h, BIAS
-        )
+        bias, bias_b, bias_h = bias_ptr, batch, head
+        if BIAS:
+            bias, bias_b, bias_h = bias_of_head(
+                bias_ptr, batch, head, bias_stride_b, bias_stride_h, BIAS
+            )
         dbias = tl.zeros([BLOCK_N], tl.float32)
         dk, dv, dbias = _down_the_rows(
             dk, dv, dbias, k, v, q_desc, grad_desc, norm_desc, rest_desc, delta_desc,
@@ -326,9 +328,11 @@ def query_kernel(
     delta = delta_desc.load([line, row]).reshape(BLOCK_M)
     slope = tl.load(slopes_ptr + head).to(tl.float32) if ALIBI else 0.0
     seed = tl.load(seed_ptr) if DROPOUT else 0
-    bias_ptr, bias_b, bias_h = bias_of_head(
-        bias_ptr, batch, head, bias_stride_b, bias_stride_h, BIAS
-    )
+    bias_b, bias_h = batch, head
+    if BIAS:
+        bias_ptr, bias_b, bias_h = bias_of_head(
+            bias_ptr, batch, head, bias_stride_b, bias_stride_h, BIAS
+        )
     q = q_desc.load([batch, head, row, 0]).reshape(BLOCK_M, BLOCK_D)
     grad = grad_desc.load([batch, head, row, 0]).reshape(BLOCK_M, BLOCK_DV)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)

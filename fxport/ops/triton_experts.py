@@ -90,7 +90,7 @@ def _product_blocks(rows: int, experts: int, dtype: torch.dtype) -> _Blocks:
         return _Blocks(16, 64, 128, 4, 4)
     if each < 64:
         return _Blocks(64, 64, 128, 4, 3)
-    return _Blocks(128, 128 if each < 512 else 256, 64, 8, 3)
+    return _Blocks(128, 128, 64, 8, 3) if each < 128 else _Blocks(128, 256, 64, 8, 4)
 
 
 @triton.jit
@@ -171,7 +171,7 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def _outer_blocks(dtype: torch.dtype) -> _Blocks:
-    return _Blocks(32, 64, 64, 4, 3) if dtype == torch.float32 else _Blocks(32, 128, 128, 8, 3)
+    return _Blocks(32, 64, 64, 4, 3) if dtype == torch.float32 else _Blocks(64, 128, 128, 8, 3)
 
 
 @triton.jit

@@ -124,9 +124,11 @@ def forward_kernel(
 
     slope = tl.load(slopes_ptr + head).to(tl.float32) if ALIBI else 0.0
     seed = tl.load(seed_ptr) if DROPOUT else 0
-    bias_ptr, bias_b, bias_h = bias_of_head(
-        bias_ptr, batch, head, bias_stride_b, bias_stride_h, BIAS
-    )
+    bias_b, bias_h = batch, head
+    if BIAS:
+        bias_ptr, bias_b, bias_h = bias_of_head(
+            bias_ptr, batch, head, bias_stride_b, bias_stride_h, BIAS
+        )
     if SINKS:  # the sink is a first key with value zero
         sink = tl.load(sinks_ptr + head).to(tl.float32)
         sink = sink if FLOAT_BIAS & BIAS else sink * LOG2E

@@ -126,7 +126,7 @@ def rows_of_columns(
 @triton.jit
 def bias_of_head(bias_ptr, batch, head, stride_b, stride_h, BIAS: tl.constexpr):
     """Where a head's bias is: a pointer to it, and its place in a descriptor."""
-    if BIAS and not (BIAS_TILES & BIAS):
+    if not (BIAS_TILES & BIAS):
         bias_ptr += batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
     return bias_ptr, tl.where(stride_b == 0, 0, batch), tl.where(stride_h == 0, 0, head)
 
