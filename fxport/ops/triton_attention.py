@@ -111,14 +111,17 @@ def backward(
     launches = call.launches(needs, bias_shape, *map(layout_of, (out, lse, grad, grad_lse)))
     incoming = _incoming(call, launches, out, lse, grad, grad_lse)
     dq = dk = dv = dbias = dsinks = dslopes = None
-    if needs[0] or needs[5]:
-        dq, dslopes = _query_gradients(call, launches, incoming, needs[5])
     of_keys = needs[3] and bias is not None and _same_in_all_rows(bias, call)
+    of_queries = needs[3] and bias is not None and _serves_few(bias, call)
+    if needs[0] or needs[5] or of_queries:
+        dq, dslopes, dbias = _query_gradients(
+            call, launches, incoming, needs[5], bias if of_queries else None
+        )
     if needs[1] or needs[2] or of_keys:
         dk, dv, line = _key_gradients(call, launches, incoming, of_keys)
         if bias is not None and line is not None:
             dbias = _summed(line, bias)
-    if needs[3] and bias is not None and not of_keys:
+    if needs[3] and bias is not None and not of_keys and not of_queries:
         dbias = _bias_gradient(call, launches, bias, incoming)
     if needs[4] and sinks is not None:
         weight = torch.exp(sinks.float()[:, None] - lse.masked_fill(lse == -torch.inf, torch.inf))
@@ -189,17 +192,24 @@ def _split_norm(call: Call, launches: Launches, norm: Tensor) -> Tensor:
 
 
 def _query_gradients(
-    call: Call, launches: Launches, incoming: Incoming, slopes: bool
-) -> tuple[Tensor, Tensor | None]:
-    """dq, and the slopes' gradient [Hq] in float32 if wanted."""
+    call: Call, launches: Launches, incoming: Incoming, slopes: bool, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dq; if wanted, the slopes' gradient [Hq] in float32; that of a bias that `_serves_few`."""
     batch, heads, rows, size = call.q.shape
     dq = empty_heads(call.q, batch, heads, rows, size)
     dslope = incoming.delta.new_empty((batch, heads, rows)) if slopes else None
-    tensors = {**call.tensors(incoming), "dq_ptr": dq, "dslope_ptr": dslope}
+    dbias = None if bias is None else bias.new_empty(bias.shape)
+    served = 1 if bias is None else batch // _leading(bias)[0]
+    tensors = {
+        **call.tensors(incoming),
+        "dq_ptr": dq,
+        "dslope_ptr": dslope,
+        "dbias_ptr": dbias,
+    }
 
     def prepare() -> tuple[tuple[int], dict[str, Any]]:
-        blocks = call.blocks("query")
-        return (triton.cdiv(rows, blocks.m) * batch * heads,), {
+        blocks = call.blocks("query" if dbias is None else "query_grad")
+        return (triton.cdiv(rows, blocks.m) * batch // served * heads,), {
             "dq_stride_b": dq.stride(0),
             "dq_stride_h": dq.stride(1),
             "dq_stride_t": dq.stride(2),
@@ -209,11 +219,13 @@ def _query_gradients(
             "PLAIN": call.plain,
             "RAGGED": call.k.shape[2] % blocks.n != 0,
             "SLOPE_GRAD": slopes,
+            "BIAS_GRAD": dbias is not None,
+            "SERVED": served,
             **call.arguments(blocks, tensors),
         }
 
     launches.launch(query_kernel, tensors, prepare)
-    return dq, None if dslope is None else dslope.sum((0, 2))
+    return dq, None if dslope is None else dslope.sum((0, 2)), dbias
 
 
 def _key_gradients(
@@ -265,6 +277,22 @@ def _key_gradients(
     return summed_k, summed_v, line
 
 
+def _leading(bias: Tensor) -> tuple[int, ...]:
+    """The four dimensions of a bias."""
+    return (*[1] * (4 - bias.dim()), *bias.shape)
+
+
+def _serves_few(bias: Tensor, call: Call) -> bool:
+    """Whether a bias has an entry for each head, row and key, and one for two batches at most.
+
+    Then its gradient is written where dq is made. With more batches a half-precision bias would be
+    rounded as often.
+    """
+    batch, heads, rows, _ = call.q.shape
+    own, *rest = _leading(bias)
+    return rest == [heads, rows, call.k.shape[2]] and batch <= 2 * own
+
+
 def _same_in_all_rows(bias: Tensor, call: Call) -> bool:
     """Whether a bias is broadcast over rows, and over rows only."""
     rows, columns = call.q.shape[2], call.k.shape[2]
@@ -274,15 +302,14 @@ def _same_in_all_rows(bias: Tensor, call: Call) -> bool:
 
 def _summed(line: Tensor, bias: Tensor) -> Tensor:
     """A bias' gradient from that of every batch and head."""
-    shape = [1] * (4 - bias.dim()) + list(bias.shape)
-    return line.sum_to_size(shape).to(bias.dtype).view(bias.shape)
+    return line.sum_to_size(_leading(bias)).to(bias.dtype).view(bias.shape)
 
 
 def _bias_gradient(call: Call, launches: Launches, bias: Tensor, incoming: Incoming) -> Tensor:
     """The gradient of a floating bias, in its shape and dtype; not `_same_in_all_rows`."""
     batch, heads, rows, _ = call.q.shape
     columns = call.k.shape[2]
-    shape = [1] * (4 - bias.dim()) + list(bias.shape)
+    shape = _leading(bias)
     sum_keys = shape[3] == 1 and columns > 1
     if sum_keys:
         dbias = bias.new_empty((batch, heads, rows, 1), dtype=torch.float32)
