@@ -112,7 +112,7 @@ def backward(
     incoming = _incoming(call, launches, out, lse, grad, grad_lse)
     dq = dk = dv = dbias = dsinks = dslopes = None
     of_keys = needs[3] and bias is not None and _same_in_all_rows(bias, call)
-    of_queries = needs[3] and bias is not None and _serves_few(bias, call)
+    of_queries = needs[3] and bias is not None and _is_whole(bias, call)
     if needs[0] or needs[5] or of_queries:
         dq, dslopes, dbias = _query_gradients(
             call, launches, incoming, needs[5], bias if of_queries else None
@@ -194,12 +194,11 @@ def _split_norm(call: Call, launches: Launches, norm: Tensor) -> Tensor:
 def _query_gradients(
     call: Call, launches: Launches, incoming: Incoming, slopes: bool, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dq; if wanted, the slopes' gradient [Hq] in float32; that of a bias that `_serves_few`."""
+    """dq; if wanted, the slopes' gradient [Hq] in float32; that of a bias that `_is_whole`."""
     batch, heads, rows, size = call.q.shape
     dq = empty_heads(call.q, batch, heads, rows, size)
     dslope = incoming.delta.new_empty((batch, heads, rows)) if slopes else None
     dbias = None if bias is None else bias.new_empty(bias.shape)
-    served = 1 if bias is None else batch // _leading(bias)[0]
     tensors = {
         **call.tensors(incoming),
         "dq_ptr": dq,
@@ -209,7 +208,7 @@ def _query_gradients(
 
     def prepare() -> tuple[tuple[int], dict[str, Any]]:
         blocks = call.blocks("query" if dbias is None else "query_grad")
-        return (triton.cdiv(rows, blocks.m) * batch // served * heads,), {
+        return (triton.cdiv(rows, blocks.m) * batch * heads,), {
             "dq_stride_b": dq.stride(0),
             "dq_stride_h": dq.stride(1),
             "dq_stride_t": dq.stride(2),
@@ -220,7 +219,6 @@ def _query_gradients(
             "RAGGED": call.k.shape[2] % blocks.n != 0,
             "SLOPE_GRAD": slopes,
             "BIAS_GRAD": dbias is not None,
-            "SERVED": served,
             **call.arguments(blocks, tensors),
         }
 
@@ -282,15 +280,9 @@ def _leading(bias: Tensor) -> tuple[int, ...]:
     return (*[1] * (4 - bias.dim()), *bias.shape)
 
 
-def _serves_few(bias: Tensor, call: Call) -> bool:
-    """Whether a bias has an entry for each head, row and key, and one for two batches at most.
-
-    Then its gradient is written where dq is made. With more batches a half-precision bias would be
-    rounded as often.
-    """
-    batch, heads, rows, _ = call.q.shape
-    own, *rest = _leading(bias)
-    return rest == [heads, rows, call.k.shape[2]] and batch <= 2 * own
+def _is_whole(bias: Tensor, call: Call) -> bool:
+    """Whether a bias is broadcast nowhere: its gradient is written where dq is made."""
+    return _leading(bias) == (*call.q.shape[:3], call.k.shape[2])
 
 
 def _same_in_all_rows(bias: Tensor, call: Call) -> bool:
@@ -315,13 +307,15 @@ def _bias_gradient(call: Call, launches: Launches, bias: Tensor, incoming: Incom
         dbias = bias.new_empty((batch, heads, rows, 1), dtype=torch.float32)
     else:
         dbias = bias.new_empty(shape)
-    tensors = {**call.tensors(incoming), "dbias_ptr": dbias}
+    lines = {"norm_ptr": incoming.norm, "rest_ptr": incoming.rest, "delta_ptr": incoming.delta}
+    tensors = {**call.tensors(), "grad_desc": incoming.grad, **lines, "dbias_ptr": dbias}
 
     def prepare() -> tuple[tuple[int, int], dict[str, Any]]:
         blocks = call.blocks("bias_line" if sum_keys else "bias")
         key_blocks = 1 if sum_keys else triton.cdiv(columns, blocks.n)
         return (triton.cdiv(rows, blocks.m) * key_blocks, dbias.shape[0] * dbias.shape[1]), {
             "heads": heads,
+            "line_length": incoming.norm.shape[1],
             "bias_heads": dbias.shape[1],
             "served_batches": batch // dbias.shape[0],
             "served_heads": heads // dbias.shape[1],

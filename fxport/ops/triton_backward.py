@@ -258,11 +258,11 @@ def _along_the_keys(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr, PLAIN: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     BIAS: tl.constexpr, DROPOUT: tl.constexpr, SLOPE_GRAD: tl.constexpr, BIAS_GRAD: tl.constexpr,
-    ADDS: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds `count` blocks of keys to dq (and to each row's part of the slope's gradient).
 
-    BIAS_GRAD: writes the bias' gradient, or (ADDS) adds to what is written.
+    BIAS_GRAD: writes the bias' gradient.
     """
     for step in tl.range(0, count):
         block = begin + step
@@ -272,11 +272,6 @@ def _along_the_keys(
         j = column + tl.arange(0, BLOCK_N)
         k = k_desc.load([batch, kv_head, column, 0]).reshape(BLOCK_N, BLOCK_D)
         v = v_desc.load([batch, kv_head, column, 0]).reshape(BLOCK_N, BLOCK_DV)
-        if BIAS_GRAD:
-            at = dbias_ptr + i.to(tl.int64)[:, None] * columns + j[None, :]
-            inside = (i < rows)[:, None] & (j < columns)[None, :]
-            if ADDS:  # asked for early: the products hide the way
-                written = tl.load(at, mask=inside, other=0.0)
         qk = tl.dot(q, k.T, input_precision=PRECISION)
         dp = tl.dot(grad, v.T, input_precision=PRECISION)
         bias = bias_tile(
@@ -295,8 +290,11 @@ def _along_the_keys(
         if SLOPE_GRAD:
             dslope += tl.sum(ds * (j[None, :] - (i + q_offset)[:, None]).to(tl.float32), 1)
         if BIAS_GRAD:
-            part = ds + written.to(tl.float32) if ADDS else ds
-            tl.store(at, part.to(dbias_ptr.dtype.element_ty), mask=inside)
+            tl.store(
+                dbias_ptr + i.to(tl.int64)[:, None] * columns + j[None, :],
+                ds.to(dbias_ptr.dtype.element_ty),
+                mask=(i < rows)[:, None] & (j < columns)[None, :],
+            )
         if SOFTCAP:
             ds *= 1.0 - tanh * tanh
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -315,16 +313,16 @@ def query_kernel(
     HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr,
     PLAIN: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
     DROPOUT: tl.constexpr, SLOPE_GRAD: tl.constexpr, BIAS_GRAD: tl.constexpr,
-    SERVED: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, and per row the sum over j of ds * (j - a). Grid as in forward.
 
-    With BIAS_GRAD also the gradient of a bias that has an entry for each head, row and key, and one
-    for SERVED batches: those of a program, one after the other, so that it owns what it adds up.
+    With BIAS_GRAD also the gradient of a bias that is not broadcast.
     """
     blocks = tl.cdiv(rows, BLOCK_M)
     lines = tl.num_programs(0) // blocks
     line = tl.program_id(0) % lines
+    batch = line // heads
     head = line % heads
     kv_head = head // group
     row = (blocks - 1 - tl.program_id(0) // lines) * BLOCK_M  # the longest first, as in forward
@@ -348,51 +346,46 @@ def query_kernel(
                 tl.zeros([BLOCK_M, BLOCK_N], dbias_ptr.dtype.element_ty),
                 mask=(i[:, None] < rows) & (j[None, :] < columns),
             )
-    for member in tl.static_range(SERVED):
-        batch = line // heads * SERVED + member
-        entry = batch * heads + head
-        if member > 0:
-            tl.debug_barrier()  # what other threads have written is added to
-        norm = norm_desc.load([entry, row]).reshape(BLOCK_M)
-        rest = norm
-        if FLOAT_BIAS & BIAS:
-            rest = rest_desc.load([entry, row]).reshape(BLOCK_M)
-        delta = delta_desc.load([entry, row]).reshape(BLOCK_M)
-        bias, bias_b, bias_h = bias_ptr, batch, head
-        if BIAS:
-            bias, bias_b, bias_h = bias_of_head(
-                bias_ptr, batch, head, bias_stride_b, bias_stride_h, BIAS
-            )
-        q = q_desc.load([batch, head, row, 0]).reshape(BLOCK_M, BLOCK_D)
-        grad = grad_desc.load([batch, head, row, 0]).reshape(BLOCK_M, BLOCK_DV)
-        dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        dslope = tl.zeros([BLOCK_M], tl.float32)
+    norm = norm_desc.load([line, row]).reshape(BLOCK_M)
+    rest = norm
+    if FLOAT_BIAS & BIAS:
+        rest = rest_desc.load([line, row]).reshape(BLOCK_M)
+    delta = delta_desc.load([line, row]).reshape(BLOCK_M)
+    bias_b, bias_h = batch, head
+    if BIAS:
+        bias_ptr, bias_b, bias_h = bias_of_head(
+            bias_ptr, batch, head, bias_stride_b, bias_stride_h, BIAS
+        )
+    q = q_desc.load([batch, head, row, 0]).reshape(BLOCK_M, BLOCK_D)
+    grad = grad_desc.load([batch, head, row, 0]).reshape(BLOCK_M, BLOCK_DV)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    dslope = tl.zeros([BLOCK_M], tl.float32)
 
+    dq, dslope = _along_the_keys(
+        dq, dslope, q, grad, norm, rest, delta, k_desc, v_desc, batch, kv_head,
+        head + head_offset, row, i, low_i, high_i,
+        full_begin, full_end - full_begin, 0, 0, rows, columns,
+        scale, softcap, slope, q_offset, bias_ptr, bias_b, bias_h, bias_stride_i, bias_stride_j,
+        seed, threshold, keep_scale, dbias_ptr, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False,
+        PLAIN, SOFTCAP, ALIBI, BIAS, DROPOUT, SLOPE_GRAD, BIAS_GRAD, PRECISION,
+    )  # fmt: skip
+    if HAS_LOW or HAS_HIGH or PACKED or RAGGED:
+        left = full_begin - begin
         dq, dslope = _along_the_keys(
             dq, dslope, q, grad, norm, rest, delta, k_desc, v_desc, batch, kv_head,
             head + head_offset, row, i, low_i, high_i,
-            full_begin, full_end - full_begin, 0, 0, rows, columns,
-            scale, softcap, slope, q_offset, bias, bias_b, bias_h, bias_stride_i, bias_stride_j,
-            seed, threshold, keep_scale, dbias_ptr, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False,
-            PLAIN, SOFTCAP, ALIBI, BIAS, DROPOUT, SLOPE_GRAD, BIAS_GRAD, member > 0, PRECISION,
+            begin, left + end - full_end, left, full_end, rows, columns,
+            scale, softcap, slope, q_offset, bias_ptr, bias_b, bias_h, bias_stride_i, bias_stride_j,
+            seed, threshold, keep_scale, dbias_ptr, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True,
+            PLAIN, SOFTCAP, ALIBI, BIAS, DROPOUT, SLOPE_GRAD, BIAS_GRAD, PRECISION,
         )  # fmt: skip
-        if HAS_LOW or HAS_HIGH or PACKED or RAGGED:
-            left = full_begin - begin
-            dq, dslope = _along_the_keys(
-                dq, dslope, q, grad, norm, rest, delta, k_desc, v_desc, batch, kv_head,
-                head + head_offset, row, i, low_i, high_i,
-                begin, left + end - full_end, left, full_end, rows, columns,
-                scale, softcap, slope, q_offset, bias, bias_b, bias_h, bias_stride_i, bias_stride_j,
-                seed, threshold, keep_scale, dbias_ptr, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True,
-                PLAIN, SOFTCAP, ALIBI, BIAS, DROPOUT, SLOPE_GRAD, BIAS_GRAD, member > 0, PRECISION,
-            )  # fmt: skip
 
-        d = tl.arange(0, BLOCK_D)[None, :]
-        to = dq_ptr + batch.to(tl.int64) * dq_stride_b + head.to(tl.int64) * dq_stride_h
-        tl.store(
-            to + i.to(tl.int64)[:, None] * dq_stride_t + d,
-            (dq * grad_scale).to(dq_ptr.dtype.element_ty),
-            mask=(i[:, None] < rows) & (d < size),
-        )
-        if SLOPE_GRAD:
-            tl.store(dslope_ptr + entry.to(tl.int64) * rows + i, dslope, mask=i < rows)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    dq_ptr += batch.to(tl.int64) * dq_stride_b + head.to(tl.int64) * dq_stride_h
+    tl.store(
+        dq_ptr + i.to(tl.int64)[:, None] * dq_stride_t + d,
+        (dq * grad_scale).to(dq_ptr.dtype.element_ty),
+        mask=(i[:, None] < rows) & (d < size),
+    )
+    if SLOPE_GRAD:
+        tl.store(dslope_ptr + line.to(tl.int64) * rows + i, dslope, mask=i < rows)

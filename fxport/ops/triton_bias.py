@@ -108,10 +108,10 @@ def exact_norm_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def bias_kernel(
-    q_desc, k_desc, v_desc, grad_desc, norm_desc, rest_desc, delta_desc, dbias_ptr,
+    q_desc, k_desc, v_desc, grad_desc, norm_ptr, rest_ptr, delta_ptr, dbias_ptr,
     bias_ptr, slopes_ptr, seed_ptr, first_ptr, end_ptr,
     bias_stride_b, bias_stride_h, bias_stride_i, bias_stride_j,
-    heads, group, bias_heads, served_batches, served_heads, rows, columns,
+    heads, group, line_length, bias_heads, served_batches, served_heads, rows, columns,
     low, high, q_offset, head_offset, scale, softcap, threshold, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, PACKED: tl.constexpr,
@@ -156,6 +156,10 @@ def bias_kernel(
         i = m + tl.arange(0, BLOCK_M)
         j = n + tl.arange(0, BLOCK_N)
         kv_head = h // group
+        at = (b * heads + h).to(tl.int64) * line_length + i  # asked for first: nothing waits yet
+        norm = tl.load(norm_ptr + at)
+        rest = tl.load(rest_ptr + at)
+        delta = tl.load(delta_ptr + at)
         q = q_desc.load([b, h, m, 0]).reshape(BLOCK_M, BLOCK_D)
         k = k_desc.load([b, kv_head, n, 0]).reshape(BLOCK_N, BLOCK_D)
         qk = tl.dot(q, k.T, input_precision=PRECISION)
@@ -168,8 +172,6 @@ def bias_kernel(
             start, bias_b, bias_h, m, n, i[:, None], j[None, :],
             bias_stride_i, bias_stride_j, rows, columns, BLOCK_M, BLOCK_N, BIAS, False,
         )  # fmt: skip
-        norm = norm_desc.load([b * heads + h, m]).reshape(BLOCK_M)
-        rest = rest_desc.load([b * heads + h, m]).reshape(BLOCK_M)
         p, _tanh = weight_tile(
             qk, norm[:, None], rest[:, None], bias, i[:, None], j[None, :],
             low_i[:, None], high_i[:, None], scale, softcap, slope, q_offset,
@@ -181,7 +183,6 @@ def bias_kernel(
         if DROPOUT:
             keep = keep_tile(seed, b, h + head_offset, i, n, threshold, BLOCK_N, False)
             dp = tl.where(keep, dp * keep_scale, 0.0)
-        delta = delta_desc.load([b * heads + h, m]).reshape(BLOCK_M)
         total += p * (dp - delta[:, None])
 
     i = row + tl.arange(0, BLOCK_M)
