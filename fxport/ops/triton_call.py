@@ -211,6 +211,11 @@ class Call:
         return not changed and self.params.scale > 0
 
     @property
+    def crowded(self) -> bool:
+        """Whether shared memory has to hold more than tiles of q, k, v and out's gradient."""
+        return not self.plain or self.seed is not None or self.first is not None
+
+    @property
     def has_bias_tiles(self) -> bool:
         """Whether the bias varies along both lengths, so that it is read in whole tiles."""
         both = BIAS_ROWS.value | BIAS_KEYS.value
@@ -226,6 +231,8 @@ class Call:
         """The block shapes of one of the kernels."""
         if self.bias is not None and self.has_bias_tiles and not kernel.startswith("bias"):
             kernel += "_wide_bias" if self.bias.element_size() > 2 else "_bias"
+        elif self.crowded and kernel in ("query", "key_only"):
+            kernel += "_bias"  # leaves room as well
         sizes = self.q.shape[3], self.v.shape[3]
         return blocks_for(kernel, self.q.dtype, *sizes, INTERPRETED)
 

@@ -94,6 +94,23 @@ LARGE = (
             (256, 1, 1, None),
         )
     ),
+    # what takes most of the shared memory at this size
+    Case("large-256-dropout", rows=300, columns=333, size=256, params=P(0.06, dropout_p=0.2)),
+    Case(
+        "large-256-crowded",
+        batch=1,
+        rows=333,
+        columns=333,
+        size=256,
+        params=P(0.06, True, window_left=200, softcap=3.0, dropout_p=0.2),
+        bias_shape=(333,),
+        sinks=True,
+        alibi_slopes=True,
+        cu_seqlens=(0, 100, 333),
+    ),
+    Case("large-256-packed", batch=1, rows=333, columns=333, size=256, cu_seqlens=(0, 100, 333)),
+    Case("large-256-window", rows=517, columns=517, size=256, params=P(0.06, True, 200)),
+    Case("large-256-slopes", rows=300, columns=333, size=256, alibi_slopes=True),
     Case(
         "large-bias-tiles-bool",
         rows=389,
