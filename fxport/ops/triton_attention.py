@@ -7,6 +7,7 @@ shape, no larger.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,14 +111,17 @@ def backward(
     launches = call.launches(needs, bias_shape, *map(layout_of, (out, lse, grad, grad_lse)))
     incoming = _incoming(call, launches, out, lse, grad, grad_lse)
     dq = dk = dv = dbias = dsinks = dslopes = None
-    if needs[0] or needs[5]:
-        dq, dslopes = _query_gradients(call, launches, incoming, needs[5])
     of_keys = needs[3] and bias is not None and _same_in_all_rows(bias, call)
+    of_queries = needs[3] and bias is not None and _is_whole(bias, call)
+    if needs[0] or needs[5] or of_queries:
+        dq, dslopes, dbias = _query_gradients(
+            call, launches, incoming, needs[5], bias if of_queries else None
+        )
     if needs[1] or needs[2] or of_keys:
         dk, dv, line = _key_gradients(call, launches, incoming, of_keys)
         if bias is not None and line is not None:
             dbias = _summed(line, bias)
-    if needs[3] and bias is not None and not of_keys:
+    if needs[3] and bias is not None and not of_keys and not of_queries:
         dbias = _bias_gradient(call, launches, bias, incoming)
     if needs[4] and sinks is not None:
         weight = torch.exp(sinks.float()[:, None] - lse.masked_fill(lse == -torch.inf, torch.inf))
@@ -188,16 +192,22 @@ def _split_norm(call: Call, launches: Launches, norm: Tensor) -> Tensor:
 
 
 def _query_gradients(
-    call: Call, launches: Launches, incoming: Incoming, slopes: bool
-) -> tuple[Tensor, Tensor | None]:
-    """dq, and the slopes' gradient [Hq] in float32 if wanted."""
+    call: Call, launches: Launches, incoming: Incoming, slopes: bool, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dq; if wanted, the slopes' gradient [Hq] in float32; that of a bias that `_is_whole`."""
     batch, heads, rows, size = call.q.shape
     dq = empty_heads(call.q, batch, heads, rows, size)
     dslope = incoming.delta.new_empty((batch, heads, rows)) if slopes else None
-    tensors = {**call.tensors(incoming), "dq_ptr": dq, "dslope_ptr": dslope}
+    dbias = None if bias is None else bias.new_empty(bias.shape)
+    tensors = {
+        **call.tensors(incoming),
+        "dq_ptr": dq,
+        "dslope_ptr": dslope,
+        "dbias_ptr": dbias,
+    }
 
     def prepare() -> tuple[tuple[int], dict[str, Any]]:
-        blocks = call.blocks("query")
+        blocks = call.blocks("query" if dbias is None else "query_grad")
         return (triton.cdiv(rows, blocks.m) * batch * heads,), {
             "dq_stride_b": dq.stride(0),
             "dq_stride_h": dq.stride(1),
@@ -208,11 +218,12 @@ def _query_gradients(
             "PLAIN": call.plain,
             "RAGGED": call.k.shape[2] % blocks.n != 0,
             "SLOPE_GRAD": slopes,
+            "BIAS_GRAD": dbias is not None,
             **call.arguments(blocks, tensors),
         }
 
     launches.launch(query_kernel, tensors, prepare)
-    return dq, None if dslope is None else dslope.sum((0, 2))
+    return dq, None if dslope is None else dslope.sum((0, 2)), dbias
 
 
 def _key_gradients(
@@ -222,8 +233,8 @@ def _key_gradients(
     batch, kv_heads, columns, size = call.k.shape
     v_size = call.v.shape[3]
     group = call.q.shape[1] // kv_heads
-    blocks = call.blocks("key")
-    tiles = triton.cdiv(columns, blocks.n)
+    kernels = ("key_only", "value_only") if call.keys_apart else ("key",)
+    tiles = triton.cdiv(columns, call.blocks(kernels[0]).n)
     parts = group_parts(batch * kv_heads * tiles, group, INTERPRETED)
     if parts == 1:
         dk = empty_heads(call.k, batch, kv_heads, columns, size)[None]
@@ -235,16 +246,19 @@ def _key_gradients(
     line = incoming.delta.new_empty((batch, heads, 1, columns)) if bias_too else None
     tensors = {**call.tensors(incoming), "dk_ptr": dk, "dv_ptr": dv, "dbias_ptr": line}
 
-    def prepare() -> tuple[tuple[int, int], dict[str, Any]]:
+    def prepare(kernel: str) -> tuple[tuple[int, int], dict[str, Any]]:
         strides = {}
         for name, x in (("dk", dk), ("dv", dv)):
             letters = zip("sbht", x.stride(), strict=False)
             strides.update({f"{name}_stride_{letter}": stride for letter, stride in letters})
-        return (tiles * batch * kv_heads, parts), {
+        blocks = call.blocks(kernel)
+        return (triton.cdiv(columns, blocks.n) * batch * kv_heads, parts), {
             **strides,
             "kv_heads": kv_heads,
             "group_part": group // parts,
-            "BIAS_GRAD": bias_too,
+            "BIAS_GRAD": bias_too and kernel != "value_only",
+            "OF_K": kernel != "value_only",
+            "OF_V": kernel != "key_only",
             "size": size,
             "v_size": v_size,
             "grad_scale": call.params.scale,
@@ -252,12 +266,23 @@ def _key_gradients(
             **call.arguments(blocks, tensors),
         }
 
-    launches.launch(key_kernel, tensors, prepare)
+    for kernel in kernels:
+        launches.launch(key_kernel, tensors, partial(prepare, kernel), kernel)
     if parts == 1:
         return dk[0], dv[0], line
     summed_k = empty_heads(call.k, batch, kv_heads, columns, size).copy_(dk.sum(0))
     summed_v = empty_heads(call.v, batch, kv_heads, columns, v_size).copy_(dv.sum(0))
     return summed_k, summed_v, line
+
+
+def _leading(bias: Tensor) -> tuple[int, ...]:
+    """The four dimensions of a bias."""
+    return (*[1] * (4 - bias.dim()), *bias.shape)
+
+
+def _is_whole(bias: Tensor, call: Call) -> bool:
+    """Whether a bias is broadcast nowhere: its gradient is written where dq is made."""
+    return _leading(bias) == (*call.q.shape[:3], call.k.shape[2])
 
 
 def _same_in_all_rows(bias: Tensor, call: Call) -> bool:
@@ -269,27 +294,28 @@ def _same_in_all_rows(bias: Tensor, call: Call) -> bool:
 
 def _summed(line: Tensor, bias: Tensor) -> Tensor:
     """A bias' gradient from that of every batch and head."""
-    shape = [1] * (4 - bias.dim()) + list(bias.shape)
-    return line.sum_to_size(shape).to(bias.dtype).view(bias.shape)
+    return line.sum_to_size(_leading(bias)).to(bias.dtype).view(bias.shape)
 
 
 def _bias_gradient(call: Call, launches: Launches, bias: Tensor, incoming: Incoming) -> Tensor:
     """The gradient of a floating bias, in its shape and dtype; not `_same_in_all_rows`."""
     batch, heads, rows, _ = call.q.shape
     columns = call.k.shape[2]
-    shape = [1] * (4 - bias.dim()) + list(bias.shape)
+    shape = _leading(bias)
     sum_keys = shape[3] == 1 and columns > 1
     if sum_keys:
         dbias = bias.new_empty((batch, heads, rows, 1), dtype=torch.float32)
     else:
         dbias = bias.new_empty(shape)
-    tensors = {**call.tensors(incoming), "dbias_ptr": dbias}
+    lines = {"norm_ptr": incoming.norm, "rest_ptr": incoming.rest, "delta_ptr": incoming.delta}
+    tensors = {**call.tensors(), "grad_desc": incoming.grad, **lines, "dbias_ptr": dbias}
 
     def prepare() -> tuple[tuple[int, int], dict[str, Any]]:
         blocks = call.blocks("bias_line" if sum_keys else "bias")
         key_blocks = 1 if sum_keys else triton.cdiv(columns, blocks.n)
         return (triton.cdiv(rows, blocks.m) * key_blocks, dbias.shape[0] * dbias.shape[1]), {
             "heads": heads,
+            "line_length": incoming.norm.shape[1],
             "bias_heads": dbias.shape[1],
             "served_batches": batch // dbias.shape[0],
             "served_heads": heads // dbias.shape[1],

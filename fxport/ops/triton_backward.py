@@ -23,6 +23,8 @@ from fxport.ops.triton_tiles import (
     FLOAT_BIAS,
     LOG2E,
     UNSPECIALIZED,
+    bias_of_head,
+    bias_tile,
     columns_of_rows,
     interval_of_row,
     keep_tile,
@@ -70,8 +72,7 @@ def delta_kernel(
 
 @triton.jit
 def weight_tile(
-    qk, norm, rest, i, j, low_i, high_i, scale, softcap, slope, q_offset,
-    bias_ptr, bias_stride_i, bias_stride_j, rows, columns,
+    qk, norm, rest, bias, i, j, low_i, high_i, scale, softcap, slope, q_offset,
     MASKED: tl.constexpr, PLAIN: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     BIAS: tl.constexpr,
 ):  # fmt: skip
@@ -80,10 +81,7 @@ def weight_tile(
         tanh = qk
         p = tl.exp2(qk * scale - norm)
     else:
-        s, tanh = score_tile(
-            qk, i, j, scale, softcap, slope, q_offset, bias_ptr, bias_stride_i, bias_stride_j,
-            rows, columns, SOFTCAP, ALIBI, BIAS,
-        )  # fmt: skip
+        s, tanh = score_tile(qk, bias, i, j, scale, softcap, slope, q_offset, SOFTCAP, ALIBI, BIAS)
         if FLOAT_BIAS & BIAS:
             s = tl.minimum(s - norm - rest, 0.0) * LOG2E  # p <= 1, whatever the rounding
         else:
@@ -99,12 +97,13 @@ def _down_the_rows(
     dk, dv, dbias, k, v, q_desc, grad_desc, norm_desc, rest_desc, delta_desc,
     batch, head, heads, global_head, column, j, begin, count, left, right_begin,
     rows, columns, low, high, first_ptr, end_ptr,
-    scale, softcap, slope, q_offset, bias_ptr, bias_stride_i, bias_stride_j,
+    scale, softcap, slope, q_offset, bias_ptr, bias_b, bias_h, bias_stride_i, bias_stride_j,
     seed, threshold, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, PACKED: tl.constexpr,
     PLAIN: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr, BIAS_GRAD: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, BIAS_GRAD: tl.constexpr, OF_K: tl.constexpr, OF_V: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds `count` blocks of rows to dk, dv and dbias. Tiles are transposed: [keys, rows]."""
     for step in tl.range(0, count):
@@ -125,10 +124,13 @@ def _down_the_rows(
             )
         else:
             low_i, high_i = i, i
+        bias = bias_tile(
+            bias_ptr, bias_b, bias_h, row, column, i[None, :], j[:, None],
+            bias_stride_i, bias_stride_j, rows, columns, BLOCK_M, BLOCK_N, BIAS, True,
+        )  # fmt: skip
         p, tanh = weight_tile(
-            qk, norm[None, :], rest[None, :], i[None, :], j[:, None],
+            qk, norm[None, :], rest[None, :], bias, i[None, :], j[:, None],
             low_i[None, :], high_i[None, :], scale, softcap, slope, q_offset,
-            bias_ptr, bias_stride_i, bias_stride_j, rows, columns,
             MASKED, PLAIN, SOFTCAP, ALIBI, BIAS,
         )  # fmt: skip
         grad = grad_desc.load([batch, head, row, 0]).reshape(BLOCK_M, BLOCK_DV)
@@ -136,17 +138,19 @@ def _down_the_rows(
         if DROPOUT:
             keep = keep_tile(seed, batch, global_head, i, column, threshold, BLOCK_N, True)
             kept = tl.where(keep, p, 0.0)  # keep_scale: once, at the end
-        dv = tl.dot(kept.to(grad.dtype), grad, dv, input_precision=PRECISION)
-        dp = tl.dot(v, grad.T, input_precision=PRECISION)
-        if DROPOUT:
-            dp = tl.where(keep, dp * keep_scale, 0.0)
-        delta = delta_desc.load([batch * heads + head, row]).reshape(BLOCK_M)
-        ds = p * (dp - delta[None, :])
-        if BIAS_GRAD:
-            dbias += tl.sum(ds, 1)
-        if SOFTCAP:
-            ds *= 1.0 - tanh * tanh
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        if OF_V:
+            dv = tl.dot(kept.to(grad.dtype), grad, dv, input_precision=PRECISION)
+        if OF_K:
+            dp = tl.dot(v, grad.T, input_precision=PRECISION)
+            if DROPOUT:
+                dp = tl.where(keep, dp * keep_scale, 0.0)
+            delta = delta_desc.load([batch * heads + head, row]).reshape(BLOCK_M)
+            ds = p * (dp - delta[None, :])
+            if BIAS_GRAD:
+                dbias += tl.sum(ds, 1)
+            if SOFTCAP:
+                ds *= 1.0 - tanh * tanh
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv, dbias
 
 
@@ -162,9 +166,10 @@ def key_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, PACKED: tl.constexpr,
     PLAIN: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr, BIAS_GRAD: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, BIAS_GRAD: tl.constexpr, OF_K: tl.constexpr, OF_V: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv. Grid (blocks of keys * batch * kv_heads, parts of the group of heads).
+    """dk (OF_K), dv (OF_V). Grid (blocks of keys * batch * kv_heads, parts of the group of heads).
 
     Each program sums over `group_part` query heads of its key head; with several parts the caller
     adds them up. No mask for keys past the end: they only reach rows of dk and dv not written.
@@ -184,25 +189,27 @@ def key_kernel(
         HAS_LOW, HAS_HIGH, PACKED,
     )  # fmt: skip
     k = k_desc.load([batch, kv_head, column, 0]).reshape(BLOCK_N, BLOCK_D)
-    v = v_desc.load([batch, kv_head, column, 0]).reshape(BLOCK_N, BLOCK_DV)
+    v = v_desc.load([batch, kv_head, column, 0]).reshape(BLOCK_N, BLOCK_DV) if OF_K else k
     seed = tl.load(seed_ptr) if DROPOUT else 0
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for member in range(0, group_part):
         head = kv_head * group + part * group_part + member
         slope = tl.load(slopes_ptr + head).to(tl.float32) if ALIBI else 0.0
-        bias = bias_ptr
+        bias, bias_b, bias_h = bias_ptr, batch, head
         if BIAS:
-            bias += batch.to(tl.int64) * bias_stride_b + head.to(tl.int64) * bias_stride_h
+            bias, bias_b, bias_h = bias_of_head(
+                bias_ptr, batch, head, bias_stride_b, bias_stride_h, BIAS
+            )
         dbias = tl.zeros([BLOCK_N], tl.float32)
         dk, dv, dbias = _down_the_rows(
             dk, dv, dbias, k, v, q_desc, grad_desc, norm_desc, rest_desc, delta_desc,
             batch, head, heads, head + head_offset, column, j,
             full_begin, full_end - full_begin, 0, 0,
             rows, columns, low, high, first_ptr, end_ptr, scale, softcap, slope, q_offset,
-            bias, bias_stride_i, bias_stride_j, seed, threshold, keep_scale,
+            bias, bias_b, bias_h, bias_stride_i, bias_stride_j, seed, threshold, keep_scale,
             BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, HAS_LOW, HAS_HIGH, PACKED,
-            PLAIN, SOFTCAP, ALIBI, BIAS, DROPOUT, BIAS_GRAD, PRECISION,
+            PLAIN, SOFTCAP, ALIBI, BIAS, DROPOUT, BIAS_GRAD, OF_K, OF_V, PRECISION,
         )  # fmt: skip
         if HAS_LOW or HAS_HIGH or PACKED:
             left = full_begin - begin
@@ -211,47 +218,52 @@ def key_kernel(
                 batch, head, heads, head + head_offset, column, j,
                 begin, left + end - full_end, left, full_end,
                 rows, columns, low, high, first_ptr, end_ptr, scale, softcap, slope, q_offset,
-                bias, bias_stride_i, bias_stride_j, seed, threshold, keep_scale,
+                bias, bias_b, bias_h, bias_stride_i, bias_stride_j, seed, threshold, keep_scale,
                 BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True, HAS_LOW, HAS_HIGH, PACKED,
-                PLAIN, SOFTCAP, ALIBI, BIAS, DROPOUT, BIAS_GRAD, PRECISION,
+                PLAIN, SOFTCAP, ALIBI, BIAS, DROPOUT, BIAS_GRAD, OF_K, OF_V, PRECISION,
             )  # fmt: skip
         if BIAS_GRAD:
             at = (batch * heads + head).to(tl.int64) * columns + j
             tl.store(dbias_ptr + at, dbias, mask=j < columns)
 
-    if DROPOUT:
-        dv *= keep_scale
     j64 = j.to(tl.int64)[:, None]
-    d = tl.arange(0, BLOCK_D)[None, :]
-    dk_ptr += part.to(tl.int64) * dk_stride_s + batch.to(tl.int64) * dk_stride_b
-    dk_ptr += kv_head.to(tl.int64) * dk_stride_h
-    tl.store(
-        dk_ptr + j64 * dk_stride_t + d,
-        (dk * grad_scale).to(dk_ptr.dtype.element_ty),
-        mask=(j64 < columns) & (d < size),
-    )
-    dv_ptr += part.to(tl.int64) * dv_stride_s + batch.to(tl.int64) * dv_stride_b
-    dv_ptr += kv_head.to(tl.int64) * dv_stride_h
-    d = tl.arange(0, BLOCK_DV)[None, :]
-    tl.store(
-        dv_ptr + j64 * dv_stride_t + d,
-        dv.to(dv_ptr.dtype.element_ty),
-        mask=(j64 < columns) & (d < v_size),
-    )
+    if OF_K:
+        d = tl.arange(0, BLOCK_D)[None, :]
+        dk_ptr += part.to(tl.int64) * dk_stride_s + batch.to(tl.int64) * dk_stride_b
+        dk_ptr += kv_head.to(tl.int64) * dk_stride_h
+        tl.store(
+            dk_ptr + j64 * dk_stride_t + d,
+            (dk * grad_scale).to(dk_ptr.dtype.element_ty),
+            mask=(j64 < columns) & (d < size),
+        )
+    if OF_V:
+        if DROPOUT:
+            dv *= keep_scale
+        d = tl.arange(0, BLOCK_DV)[None, :]
+        dv_ptr += part.to(tl.int64) * dv_stride_s + batch.to(tl.int64) * dv_stride_b
+        dv_ptr += kv_head.to(tl.int64) * dv_stride_h
+        tl.store(
+            dv_ptr + j64 * dv_stride_t + d,
+            dv.to(dv_ptr.dtype.element_ty),
+            mask=(j64 < columns) & (d < v_size),
+        )
 
 
 @triton.jit
 def _along_the_keys(
     dq, dslope, q, grad, norm, rest, delta, k_desc, v_desc, batch, kv_head, global_head,
-    i, low_i, high_i, begin, count, left, right_begin, rows, columns,
-    scale, softcap, slope, q_offset, bias_ptr, bias_stride_i, bias_stride_j,
-    seed, threshold, keep_scale,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    row, i, low_i, high_i, begin, count, left, right_begin, rows, columns,
+    scale, softcap, slope, q_offset, bias_ptr, bias_b, bias_h, bias_stride_i, bias_stride_j,
+    seed, threshold, keep_scale, dbias_ptr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr, PLAIN: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
-    BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr, SLOPE_GRAD: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS: tl.constexpr, DROPOUT: tl.constexpr, SLOPE_GRAD: tl.constexpr, BIAS_GRAD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds `count` blocks of keys to dq (and to each row's part of the slope's gradient)."""
+    """Adds `count` blocks of keys to dq (and to each row's part of the slope's gradient).
+
+    BIAS_GRAD: writes the bias' gradient.
+    """
     for step in tl.range(0, count):
         block = begin + step
         if MASKED:
@@ -262,10 +274,13 @@ def _along_the_keys(
         v = v_desc.load([batch, kv_head, column, 0]).reshape(BLOCK_N, BLOCK_DV)
         qk = tl.dot(q, k.T, input_precision=PRECISION)
         dp = tl.dot(grad, v.T, input_precision=PRECISION)
+        bias = bias_tile(
+            bias_ptr, bias_b, bias_h, row, column, i[:, None], j[None, :],
+            bias_stride_i, bias_stride_j, rows, columns, BLOCK_M, BLOCK_N, BIAS, False,
+        )  # fmt: skip
         p, tanh = weight_tile(
-            qk, norm[:, None], rest[:, None], i[:, None], j[None, :],
+            qk, norm[:, None], rest[:, None], bias, i[:, None], j[None, :],
             low_i[:, None], high_i[:, None], scale, softcap, slope, q_offset,
-            bias_ptr, bias_stride_i, bias_stride_j, rows, columns,
             MASKED, PLAIN, SOFTCAP, ALIBI, BIAS,
         )  # fmt: skip
         if DROPOUT:
@@ -274,6 +289,12 @@ def _along_the_keys(
         ds = p * (dp - delta[:, None])
         if SLOPE_GRAD:
             dslope += tl.sum(ds * (j[None, :] - (i + q_offset)[:, None]).to(tl.float32), 1)
+        if BIAS_GRAD:
+            tl.store(
+                dbias_ptr + i.to(tl.int64)[:, None] * columns + j[None, :],
+                ds.to(dbias_ptr.dtype.element_ty),
+                mask=(i < rows)[:, None] & (j < columns)[None, :],
+            )
         if SOFTCAP:
             ds *= 1.0 - tanh * tanh
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -283,7 +304,7 @@ def _along_the_keys(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def query_kernel(
     q_desc, k_desc, v_desc, grad_desc, norm_desc, rest_desc, delta_desc, dq_ptr, dslope_ptr,
-    bias_ptr, slopes_ptr, seed_ptr, first_ptr, end_ptr,
+    dbias_ptr, bias_ptr, slopes_ptr, seed_ptr, first_ptr, end_ptr,
     dq_stride_b, dq_stride_h, dq_stride_t,
     bias_stride_b, bias_stride_h, bias_stride_i, bias_stride_j,
     heads, group, rows, columns, size, low, high, q_offset, head_offset,
@@ -291,9 +312,13 @@ def query_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr,
     PLAIN: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr, SLOPE_GRAD: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, SLOPE_GRAD: tl.constexpr, BIAS_GRAD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq, and per row the sum over j of ds * (j - a). Grid as in forward."""
+    """dq, and per row the sum over j of ds * (j - a). Grid as in forward.
+
+    With BIAS_GRAD also the gradient of a bias that is not broadcast.
+    """
     blocks = tl.cdiv(rows, BLOCK_M)
     lines = tl.num_programs(0) // blocks
     line = tl.program_id(0) % lines
@@ -309,35 +334,50 @@ def query_kernel(
         row, rows, columns, low, high, first_ptr, end_ptr, BLOCK_M, BLOCK_N,
         HAS_LOW, HAS_HIGH, PACKED,
     )  # fmt: skip
+    slope = tl.load(slopes_ptr + head).to(tl.float32) if ALIBI else 0.0
+    seed = tl.load(seed_ptr) if DROPOUT else 0
+    if BIAS_GRAD:
+        dbias_ptr += line.to(tl.int64) * rows * columns
+        for step in tl.range(0, tl.cdiv(columns, BLOCK_N) - (end - begin)):  # what no row sees
+            column = tl.where(step < begin, step, step + end - begin) * BLOCK_N
+            j = column + tl.arange(0, BLOCK_N)
+            tl.store(
+                dbias_ptr + i.to(tl.int64)[:, None] * columns + j[None, :],
+                tl.zeros([BLOCK_M, BLOCK_N], dbias_ptr.dtype.element_ty),
+                mask=(i[:, None] < rows) & (j[None, :] < columns),
+            )
     norm = norm_desc.load([line, row]).reshape(BLOCK_M)
     rest = norm
     if FLOAT_BIAS & BIAS:
         rest = rest_desc.load([line, row]).reshape(BLOCK_M)
     delta = delta_desc.load([line, row]).reshape(BLOCK_M)
-    slope = tl.load(slopes_ptr + head).to(tl.float32) if ALIBI else 0.0
-    seed = tl.load(seed_ptr) if DROPOUT else 0
+    bias_b, bias_h = batch, head
     if BIAS:
-        bias_ptr += batch.to(tl.int64) * bias_stride_b + head.to(tl.int64) * bias_stride_h
+        bias_ptr, bias_b, bias_h = bias_of_head(
+            bias_ptr, batch, head, bias_stride_b, bias_stride_h, BIAS
+        )
     q = q_desc.load([batch, head, row, 0]).reshape(BLOCK_M, BLOCK_D)
     grad = grad_desc.load([batch, head, row, 0]).reshape(BLOCK_M, BLOCK_DV)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dslope = tl.zeros([BLOCK_M], tl.float32)
 
     dq, dslope = _along_the_keys(
-        dq, dslope, q, grad, norm, rest, delta, k_desc, v_desc, batch, kv_head, head + head_offset,
-        i, low_i, high_i, full_begin, full_end - full_begin, 0, 0, rows, columns,
-        scale, softcap, slope, q_offset, bias_ptr, bias_stride_i, bias_stride_j,
-        seed, threshold, keep_scale, BLOCK_N, BLOCK_D, BLOCK_DV, False,
-        PLAIN, SOFTCAP, ALIBI, BIAS, DROPOUT, SLOPE_GRAD, PRECISION,
+        dq, dslope, q, grad, norm, rest, delta, k_desc, v_desc, batch, kv_head,
+        head + head_offset, row, i, low_i, high_i,
+        full_begin, full_end - full_begin, 0, 0, rows, columns,
+        scale, softcap, slope, q_offset, bias_ptr, bias_b, bias_h, bias_stride_i, bias_stride_j,
+        seed, threshold, keep_scale, dbias_ptr, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False,
+        PLAIN, SOFTCAP, ALIBI, BIAS, DROPOUT, SLOPE_GRAD, BIAS_GRAD, PRECISION,
     )  # fmt: skip
     if HAS_LOW or HAS_HIGH or PACKED or RAGGED:
         left = full_begin - begin
         dq, dslope = _along_the_keys(
             dq, dslope, q, grad, norm, rest, delta, k_desc, v_desc, batch, kv_head,
-            head + head_offset, i, low_i, high_i, begin, left + end - full_end, left, full_end,
-            rows, columns, scale, softcap, slope, q_offset, bias_ptr, bias_stride_i, bias_stride_j,
-            seed, threshold, keep_scale, BLOCK_N, BLOCK_D, BLOCK_DV, True,
-            PLAIN, SOFTCAP, ALIBI, BIAS, DROPOUT, SLOPE_GRAD, PRECISION,
+            head + head_offset, row, i, low_i, high_i,
+            begin, left + end - full_end, left, full_end, rows, columns,
+            scale, softcap, slope, q_offset, bias_ptr, bias_b, bias_h, bias_stride_i, bias_stride_j,
+            seed, threshold, keep_scale, dbias_ptr, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True,
+            PLAIN, SOFTCAP, ALIBI, BIAS, DROPOUT, SLOPE_GRAD, BIAS_GRAD, PRECISION,
         )  # fmt: skip
 
     d = tl.arange(0, BLOCK_D)[None, :]

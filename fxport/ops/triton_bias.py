@@ -22,6 +22,8 @@ from fxport.ops.triton_backward import weight_tile
 from fxport.ops.triton_tiles import (
     LOG2E,
     UNSPECIALIZED,
+    bias_of_head,
+    bias_tile,
     columns_of_rows,
     interval_of_row,
     keep_tile,
@@ -70,19 +72,26 @@ def exact_norm_kernel(
             row, rows, columns, low, high, first_ptr, end_ptr, BLOCK_M, BLOCK_N,
             HAS_LOW, HAS_HIGH, PACKED,
         )  # fmt: skip
-        bias_ptr += batch.to(tl.int64) * bias_stride_b + head.to(tl.int64) * bias_stride_h
+        bias_ptr, bias_b, bias_h = bias_of_head(
+            bias_ptr, batch, head, bias_stride_b, bias_stride_h, BIAS
+        )
         slope = tl.load(slopes_ptr + head).to(tl.float32) if ALIBI else 0.0
         sink = tl.load(sinks_ptr + head).to(tl.float32) if SINKS else float("-inf")
         peak = tl.zeros([BLOCK_M], tl.float32) + sink
         total = tl.where(peak == float("-inf"), 0.0, 1.0)
         q = q_desc.load([batch, head, row, 0]).reshape(BLOCK_M, BLOCK_D)
         for block in tl.range(begin, end):
-            j = block * BLOCK_N + tl.arange(0, BLOCK_N)
-            k = k_desc.load([batch, head // group, block * BLOCK_N, 0])
+            column = block * BLOCK_N
+            j = column + tl.arange(0, BLOCK_N)
+            k = k_desc.load([batch, head // group, column, 0])
             qk = tl.dot(q, k.reshape(BLOCK_N, BLOCK_D).T, input_precision=PRECISION)
+            bias = bias_tile(
+                bias_ptr, bias_b, bias_h, row, column, i[:, None], j[None, :],
+                bias_stride_i, bias_stride_j, rows, columns, BLOCK_M, BLOCK_N, BIAS, False,
+            )  # fmt: skip
             s, _tanh = score_tile(
-                qk, i[:, None], j[None, :], scale, softcap, slope, q_offset, bias_ptr,
-                bias_stride_i, bias_stride_j, rows, columns, SOFTCAP, ALIBI, BIAS,
+                qk, bias, i[:, None], j[None, :], scale, softcap, slope, q_offset,
+                SOFTCAP, ALIBI, BIAS,
             )  # fmt: skip
             seen = (j[None, :] >= low_i[:, None]) & (j[None, :] < high_i[:, None])
             s = tl.where(seen, s, float("-inf"))
@@ -99,10 +108,10 @@ def exact_norm_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def bias_kernel(
-    q_desc, k_desc, v_desc, grad_desc, norm_desc, rest_desc, delta_desc, dbias_ptr,
+    q_desc, k_desc, v_desc, grad_desc, norm_ptr, rest_ptr, delta_ptr, dbias_ptr,
     bias_ptr, slopes_ptr, seed_ptr, first_ptr, end_ptr,
     bias_stride_b, bias_stride_h, bias_stride_i, bias_stride_j,
-    heads, group, bias_heads, served_batches, served_heads, rows, columns,
+    heads, group, line_length, bias_heads, served_batches, served_heads, rows, columns,
     low, high, q_offset, head_offset, scale, softcap, threshold, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, PACKED: tl.constexpr,
@@ -147,6 +156,10 @@ def bias_kernel(
         i = m + tl.arange(0, BLOCK_M)
         j = n + tl.arange(0, BLOCK_N)
         kv_head = h // group
+        at = (b * heads + h).to(tl.int64) * line_length + i  # asked for first: nothing waits yet
+        norm = tl.load(norm_ptr + at)
+        rest = tl.load(rest_ptr + at)
+        delta = tl.load(delta_ptr + at)
         q = q_desc.load([b, h, m, 0]).reshape(BLOCK_M, BLOCK_D)
         k = k_desc.load([b, kv_head, n, 0]).reshape(BLOCK_N, BLOCK_D)
         qk = tl.dot(q, k.T, input_precision=PRECISION)
@@ -154,13 +167,14 @@ def bias_kernel(
         low_i, high_i = interval_of_row(
             i, rows, columns, low, high, first_ptr, end_ptr, HAS_LOW, HAS_HIGH, PACKED
         )
-        bias = bias_ptr + b.to(tl.int64) * bias_stride_b + h.to(tl.int64) * bias_stride_h
-        norm = norm_desc.load([b * heads + h, m]).reshape(BLOCK_M)
-        rest = rest_desc.load([b * heads + h, m]).reshape(BLOCK_M)
+        start, bias_b, bias_h = bias_of_head(bias_ptr, b, h, bias_stride_b, bias_stride_h, BIAS)
+        bias = bias_tile(
+            start, bias_b, bias_h, m, n, i[:, None], j[None, :],
+            bias_stride_i, bias_stride_j, rows, columns, BLOCK_M, BLOCK_N, BIAS, False,
+        )  # fmt: skip
         p, _tanh = weight_tile(
-            qk, norm[:, None], rest[:, None], i[:, None], j[None, :],
+            qk, norm[:, None], rest[:, None], bias, i[:, None], j[None, :],
             low_i[:, None], high_i[:, None], scale, softcap, slope, q_offset,
-            bias, bias_stride_i, bias_stride_j, rows, columns,
             True, False, SOFTCAP, ALIBI, BIAS,
         )  # fmt: skip
         grad = grad_desc.load([b, h, m, 0]).reshape(BLOCK_M, BLOCK_DV)
@@ -169,7 +183,6 @@ def bias_kernel(
         if DROPOUT:
             keep = keep_tile(seed, b, h + head_offset, i, n, threshold, BLOCK_N, False)
             dp = tl.where(keep, dp * keep_scale, 0.0)
-        delta = delta_desc.load([b * heads + h, m]).reshape(BLOCK_M)
         total += p * (dp - delta[:, None])
 
     i = row + tl.arange(0, BLOCK_M)

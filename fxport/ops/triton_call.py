@@ -22,7 +22,14 @@ from fxport.ops.layout import addressable
 from fxport.ops.params import AttentionParams
 from fxport.ops.triton_config import Blocks, blocks_for, padded_head_size
 from fxport.ops.triton_launch import Launches
-from fxport.ops.triton_tiles import BIAS_KEYS, BIAS_ROWS, BOOL_BIAS, FLOAT_BIAS, score_tile
+from fxport.ops.triton_tiles import (
+    BIAS_KEYS,
+    BIAS_ROWS,
+    BIAS_TILES,
+    BOOL_BIAS,
+    FLOAT_BIAS,
+    score_tile,
+)
 
 __all__ = [
     "FARTHEST",
@@ -73,6 +80,23 @@ def _segments(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor]:
     token = torch.arange(length, device=cu_seqlens.device, dtype=torch.int32)
     segment = torch.bucketize(token, cu_seqlens[1:-1], right=True, out_int32=True)
     return cu_seqlens.index_select(0, segment), cu_seqlens[1:].index_select(0, segment)
+
+
+def _comes_in_tiles(bias: Tensor) -> bool:
+    """Whether bulk copies can address the tiles of an expanded bias that varies along both axes."""
+    unit = 16 // bias.element_size()
+    *lead, rows, keys = bias.stride()
+    return (
+        rows > 0
+        and keys == 1
+        and not any(s % unit for s in (*lead, rows))
+        and (bias.data_ptr() % 16 == 0)
+    )
+
+
+def _without_repeats(x: Tensor) -> Tensor:
+    """`x` [B, H, ...] with one entry of a dimension that is broadcast: what is in memory."""
+    return x[: 1 if x.stride(0) == 0 else None, : 1 if x.stride(1) == 0 else None]
 
 
 def _limit(value: int | None) -> int:
@@ -140,6 +164,7 @@ class Call:
             bias = bias.expand(q.shape[0], q.shape[1], rows, columns)
             kind |= BIAS_ROWS.value if bias.stride(2) else 0
             kind |= BIAS_KEYS.value if bias.stride(3) else 0
+            kind |= BIAS_TILES.value if _comes_in_tiles(bias) else 0
         first, end = (None, None) if cu_seqlens is None else _segments(cu_seqlens, rows)
         return Call(
             addressable(q), addressable(k), addressable(v), bias, kind,
@@ -161,7 +186,7 @@ class Call:
             "q_desc": self.q,
             "k_desc": self.k,
             "v_desc": self.v,
-            "bias_ptr": self.bias,
+            "bias_ptr": self._stored_bias(),
             "slopes_ptr": self.slopes,
             "seed_ptr": self.seed,
             "first_ptr": self.first,
@@ -174,6 +199,11 @@ class Call:
             found["rest_desc"] = incoming.rest
         return found
 
+    def _stored_bias(self) -> Tensor | None:
+        if self.bias is None or not self.bias_kind & BIAS_TILES.value:
+            return self.bias
+        return _without_repeats(self.bias)
+
     @property
     def plain(self) -> bool:
         """Whether a positive factor is all that happens to the scores."""
@@ -181,15 +211,28 @@ class Call:
         return not changed and self.params.scale > 0
 
     @property
+    def crowded(self) -> bool:
+        """Whether shared memory has to hold more than tiles of q, k, v and out's gradient."""
+        return not self.plain or self.seed is not None or self.first is not None
+
+    @property
     def has_bias_tiles(self) -> bool:
         """Whether the bias varies along both lengths, so that it is read in whole tiles."""
         both = BIAS_ROWS.value | BIAS_KEYS.value
         return self.bias_kind & both == both
 
+    @property
+    def keys_apart(self) -> bool:
+        """Whether dk and dv are made by a launch each: together they do not fit in registers."""
+        widest = padded_head_size(max(self.q.shape[3], self.v.shape[3]))
+        return widest > 128 and self.q.dtype != torch.float32 and not INTERPRETED
+
     def blocks(self, kernel: str) -> Blocks:
         """The block shapes of one of the kernels."""
-        if self.bias is not None and self.has_bias_tiles and kernel in ("forward", "query"):
+        if self.bias is not None and self.has_bias_tiles and not kernel.startswith("bias"):
             kernel += "_wide_bias" if self.bias.element_size() > 2 else "_bias"
+        elif self.crowded and kernel in ("query", "key_only"):
+            kernel += "_bias"  # leaves room as well
         sizes = self.q.shape[3], self.v.shape[3]
         return blocks_for(kernel, self.q.dtype, *sizes, INTERPRETED)
 
@@ -212,6 +255,8 @@ class Call:
             "v_desc": (blocks.n, v_size),
             "grad_desc": (blocks.m, v_size),
         }
+        if self.bias_kind & BIAS_TILES.value:
+            tiles["bias_ptr"] = (blocks.m, blocks.n)
         found: dict[str, TensorDescriptor | None] = {}
         for name, tile in tiles.items():
             if (x := tensors.get(name)) is not None:

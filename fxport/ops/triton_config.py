@@ -27,7 +27,8 @@ class Blocks:
     stages: int
 
 
-# "_bias": with whole tiles of a bias, which have to fit as well; "_wide_bias": of a float32 one
+# "_bias": with whole tiles of a bias, which have to fit as well; "_wide_bias": of a float32 one;
+# "_grad": writes its gradient; "_only": dk and dv apart, see `Call.keys_apart`
 HALF: dict[str, dict[int, Blocks]] = {
     "forward": {
         64: Blocks(64, 128, 4, 2),
@@ -41,11 +42,23 @@ HALF: dict[str, dict[int, Blocks]] = {
     },
     "forward_wide_bias": {
         64: Blocks(128, 64, 8, 3),
-        128: Blocks(128, 64, 8, 2),
+        128: Blocks(128, 64, 8, 3),
         256: Blocks(128, 32, 8, 2),
     },
     "key": {64: Blocks(64, 64, 4, 3), 128: Blocks(64, 64, 4, 2), 256: Blocks(64, 64, 8, 2)},
-    "query": {64: Blocks(128, 64, 4, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(128, 32, 8, 2)},
+    "key_bias": {64: Blocks(64, 64, 4, 3), 128: Blocks(64, 64, 4, 2), 256: Blocks(64, 64, 8, 2)},
+    "key_wide_bias": {
+        64: Blocks(64, 64, 4, 3),
+        128: Blocks(64, 64, 4, 2),
+        256: Blocks(64, 64, 8, 2),
+    },
+    "key_only": {256: Blocks(32, 128, 8, 3)},
+    "key_only_bias": {256: Blocks(32, 128, 8, 2)},
+    "key_only_wide_bias": {256: Blocks(32, 128, 8, 2)},
+    "value_only": {256: Blocks(64, 128, 8, 2)},
+    "value_only_bias": {256: Blocks(64, 128, 8, 2)},
+    "value_only_wide_bias": {256: Blocks(32, 128, 8, 2)},
+    "query": {64: Blocks(128, 64, 4, 3), 128: Blocks(128, 64, 8, 3), 256: Blocks(128, 32, 8, 3)},
     "query_bias": {
         64: Blocks(128, 64, 4, 3),
         128: Blocks(128, 64, 8, 3),
@@ -53,10 +66,25 @@ HALF: dict[str, dict[int, Blocks]] = {
     },
     "query_wide_bias": {
         64: Blocks(128, 64, 4, 3),
+        128: Blocks(128, 64, 8, 2),  # with three, dropout and all else do not fit
+        256: Blocks(128, 32, 8, 2),
+    },
+    "query_grad": {
+        64: Blocks(128, 64, 4, 3),
+        128: Blocks(128, 64, 8, 3),
+        256: Blocks(128, 32, 8, 2),
+    },
+    "query_grad_bias": {
+        64: Blocks(128, 64, 4, 3),
+        128: Blocks(128, 64, 8, 3),
+        256: Blocks(128, 32, 8, 2),
+    },
+    "query_grad_wide_bias": {
+        64: Blocks(128, 64, 4, 3),
         128: Blocks(128, 64, 8, 2),
         256: Blocks(128, 32, 8, 2),
     },
-    "bias": {64: Blocks(128, 64, 8, 2), 128: Blocks(128, 128, 8, 1), 256: Blocks(128, 64, 8, 1)},
+    "bias": {64: Blocks(128, 64, 8, 2), 128: Blocks(64, 128, 4, 1), 256: Blocks(128, 64, 8, 1)},
     "bias_line": {
         64: Blocks(128, 64, 8, 2),
         128: Blocks(128, 64, 8, 2),
@@ -69,13 +97,19 @@ HALF: dict[str, dict[int, Blocks]] = {
 _SINGLE_ROWS = {64: Blocks(64, 32, 4, 2), 128: Blocks(64, 16, 4, 2), 256: Blocks(64, 16, 4, 2)}
 _SINGLE_QUERY = {64: Blocks(64, 16, 4, 2), 128: Blocks(64, 16, 4, 2), 256: Blocks(64, 16, 4, 2)}
 _SINGLE_BIAS = {64: Blocks(64, 32, 4, 2), 128: Blocks(64, 16, 4, 2), 256: Blocks(64, 16, 4, 1)}
+_SINGLE_KEY = {64: Blocks(16, 64, 4, 2), 128: Blocks(16, 128, 8, 2), 256: Blocks(32, 64, 8, 1)}
 SINGLE: dict[str, dict[int, Blocks]] = {
     "forward": _SINGLE_ROWS,
     "forward_bias": _SINGLE_ROWS,
     "forward_wide_bias": _SINGLE_ROWS,
-    "key": {64: Blocks(16, 64, 4, 2), 128: Blocks(16, 128, 8, 2), 256: Blocks(32, 64, 8, 1)},
+    "key": _SINGLE_KEY,
+    "key_bias": _SINGLE_KEY,
+    "key_wide_bias": _SINGLE_KEY,
     "query": _SINGLE_QUERY,
     "query_bias": _SINGLE_QUERY,
+    "query_grad": _SINGLE_QUERY,
+    "query_grad_bias": _SINGLE_QUERY,
+    "query_grad_wide_bias": _SINGLE_QUERY,
     "query_wide_bias": _SINGLE_QUERY,
     "bias": _SINGLE_BIAS,
     "bias_line": _SINGLE_BIAS,

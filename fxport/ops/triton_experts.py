@@ -20,6 +20,7 @@ from fxport.ops.triton_launch import on_device_of_first
 __all__ = ["outer", "product", "supports"]
 
 _CHUNK = 8192  # rows that are ordered at a time
+_SIDE_BY_SIDE = 8  # blocks of rows that share a tile of the weights while it is in the L2 cache
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -89,7 +90,7 @@ def _product_blocks(rows: int, experts: int, dtype: torch.dtype) -> _Blocks:
         return _Blocks(16, 64, 128, 4, 4)
     if each < 64:
         return _Blocks(64, 64, 128, 4, 3)
-    return _Blocks(128, 128 if each < 512 else 256, 64, 8, 3)
+    return _Blocks(128, 128, 64, 8, 3) if each < 128 else _Blocks(128, 256, 64, 8, 4)
 
 
 @triton.jit
@@ -97,10 +98,15 @@ def product_kernel(
     x, weight, found, order, ends, N, K,
     x_row, x_in, w_expert, w_out, w_in, found_row,
     EXPERTS: tl.constexpr, PADDED: tl.constexpr, REPEATS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
-    """``found[r] = weight[expert of r] @ x[r // REPEATS]`` for a block of rows of one expert."""
-    block = tl.program_id(1)
+    """``found[r] = weight[expert of r] @ x[r // REPEATS]`` for a block of rows of one expert.
+
+    BESIDE blocks of rows go through the columns together.
+    """
+    across = tl.cdiv(N, BLOCK_N)
+    block = tl.program_id(0) // (BESIDE * across) * BESIDE + tl.program_id(0) % BESIDE
+    column = tl.program_id(0) // BESIDE % across
     expert = tl.arange(0, PADDED)
     last = tl.load(ends + expert, mask=expert <= EXPERTS, other=0)
     first = tl.load(ends + expert - 1, mask=(expert > 0) & (expert <= EXPERTS), other=0)
@@ -113,7 +119,7 @@ def product_kernel(
     if start < end:
         place = start + tl.arange(0, BLOCK_M)
         row = tl.load(order + place, mask=place < end, other=0).to(tl.int64)
-        out = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        out = column * BLOCK_N + tl.arange(0, BLOCK_N)
         inner = tl.arange(0, BLOCK_K)
         sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if own < EXPERTS:
@@ -146,11 +152,12 @@ def product(x: Tensor, weight: Tensor, chosen: Tensor, blocks: _Blocks | None = 
     blocks = blocks or _product_blocks(rows, experts, x.dtype)
     order, ends = _ordered(chosen, experts)
     most = rows // blocks.rows + min(rows, experts + 1)  # whole blocks, and one that is not
-    product_kernel[(triton.cdiv(width, blocks.out), most)](
+    beside = min(_SIDE_BY_SIDE, triton.next_power_of_2(most))
+    product_kernel[(triton.cdiv(width, blocks.out) * triton.cdiv(most, beside) * beside,)](
         x, weight, found, order, ends, width, x.shape[1],
         *x.stride(), *weight.stride(), found.stride(0),
         experts, triton.next_power_of_2(experts + 1), rows // len(x), _precision(x.dtype),
-        blocks.rows, blocks.out, blocks.summed,
+        blocks.rows, blocks.out, blocks.summed, beside,
         num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     return found
@@ -161,6 +168,10 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 # -- the gradient of the weights ---------------------------------------------------------------
+
+
+def _outer_blocks(dtype: torch.dtype) -> _Blocks:
+    return _Blocks(32, 64, 64, 4, 3) if dtype == torch.float32 else _Blocks(64, 128, 128, 8, 3)
 
 
 @triton.jit
@@ -192,18 +203,20 @@ def outer_kernel(
 
 
 @on_device_of_first
-def outer(grad: Tensor, x: Tensor, chosen: Tensor, experts: int) -> Tensor:
+def outer(
+    grad: Tensor, x: Tensor, chosen: Tensor, experts: int, blocks: _Blocks | None = None
+) -> Tensor:
     """``[S, O]``, ``[S, I]``, ``[S]`` -> ``[experts, O, I]``."""
     height, width = grad.shape[1], x.shape[1]
     found = x.new_empty(experts, height, width)
     if not found.numel():
         return found
     order, ends = _ordered(chosen, experts)
-    side, warps = (64, 4) if x.dtype == torch.float32 else (128, 8)
-    tiles = triton.cdiv(height, side) * triton.cdiv(width, side)
+    blocks = blocks or _outer_blocks(x.dtype)
+    tiles = triton.cdiv(height, blocks.out) * triton.cdiv(width, blocks.summed)
     outer_kernel[(tiles, experts)](
         grad, x, found, order, ends, height, width,
-        *grad.stride(), *x.stride(), _precision(x.dtype), 32, side, side,
-        num_warps=warps, num_stages=3,
+        *grad.stride(), *x.stride(), _precision(x.dtype), blocks.rows, blocks.out, blocks.summed,
+        num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     return found

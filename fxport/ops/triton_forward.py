@@ -15,6 +15,8 @@ from fxport.ops.triton_tiles import (
     FLOAT_BIAS,
     LOG2E,
     UNSPECIALIZED,
+    bias_of_head,
+    bias_tile,
     columns_of_rows,
     interval_of_row,
     keep_tile,
@@ -28,11 +30,11 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _attend(
-    acc, total, peak, q, k_desc, v_desc, batch, kv_head, head, i, low_i, high_i,
+    acc, total, peak, q, k_desc, v_desc, batch, kv_head, head, row, i, low_i, high_i,
     begin, count, left, right_begin,
-    scale, softcap, slope, q_offset, bias_ptr, bias_stride_i, bias_stride_j, rows, columns,
-    seed, threshold,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    scale, softcap, slope, q_offset,
+    bias_ptr, bias_b, bias_h, bias_stride_i, bias_stride_j, rows, columns, seed, threshold,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr, LEFT_EDGE: tl.constexpr, PLAIN: tl.constexpr, SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -47,9 +49,13 @@ def _attend(
         k = k_desc.load([batch, kv_head, column, 0]).reshape(BLOCK_N, BLOCK_D)
         s = tl.dot(q, k.T, input_precision=PRECISION)
         if not PLAIN:
+            bias = bias_tile(
+                bias_ptr, bias_b, bias_h, row, column, i[:, None], j[None, :],
+                bias_stride_i, bias_stride_j, rows, columns, BLOCK_M, BLOCK_N, BIAS, False,
+            )  # fmt: skip
             s, _ = score_tile(
-                s, i[:, None], j[None, :], scale, softcap, slope, q_offset,
-                bias_ptr, bias_stride_i, bias_stride_j, rows, columns, SOFTCAP, ALIBI, BIAS,
+                s, bias, i[:, None], j[None, :], scale, softcap, slope, q_offset,
+                SOFTCAP, ALIBI, BIAS,
             )  # fmt: skip
         if MASKED:
             seen = j[None, :] < high_i[:, None]
@@ -118,8 +124,11 @@ def forward_kernel(
 
     slope = tl.load(slopes_ptr + head).to(tl.float32) if ALIBI else 0.0
     seed = tl.load(seed_ptr) if DROPOUT else 0
+    bias_b, bias_h = batch, head
     if BIAS:
-        bias_ptr += batch64 * bias_stride_b + head64 * bias_stride_h
+        bias_ptr, bias_b, bias_h = bias_of_head(
+            bias_ptr, batch, head, bias_stride_b, bias_stride_h, BIAS
+        )
     if SINKS:  # the sink is a first key with value zero
         sink = tl.load(sinks_ptr + head).to(tl.float32)
         sink = sink if FLOAT_BIAS & BIAS else sink * LOG2E
@@ -132,19 +141,21 @@ def forward_kernel(
     q = q_desc.load([batch, head, row, 0]).reshape(BLOCK_M, BLOCK_D)
 
     acc, total, peak = _attend(
-        acc, total, peak, q, k_desc, v_desc, batch, kv_head, head + head_offset, i, low_i, high_i,
-        full_begin, full_end - full_begin, 0, 0,
-        scale, softcap, slope, q_offset, bias_ptr, bias_stride_i, bias_stride_j, rows, columns,
-        seed, threshold, BLOCK_N, BLOCK_D, BLOCK_DV, False, False,
+        acc, total, peak, q, k_desc, v_desc, batch, kv_head, head + head_offset,
+        row, i, low_i, high_i, full_begin, full_end - full_begin, 0, 0,
+        scale, softcap, slope, q_offset,
+        bias_ptr, bias_b, bias_h, bias_stride_i, bias_stride_j, rows, columns,
+        seed, threshold, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, False,
         PLAIN, SOFTCAP, ALIBI, BIAS, DROPOUT, PRECISION,
     )  # fmt: skip
     if HAS_LOW or HAS_HIGH or PACKED or RAGGED:
         left = full_begin - begin
         acc, total, peak = _attend(
             acc, total, peak, q, k_desc, v_desc, batch, kv_head, head + head_offset,
-            i, low_i, high_i, begin, left + end - full_end, left, full_end,
-            scale, softcap, slope, q_offset, bias_ptr, bias_stride_i, bias_stride_j, rows, columns,
-            seed, threshold, BLOCK_N, BLOCK_D, BLOCK_DV, True, HAS_LOW or PACKED,
+            row, i, low_i, high_i, begin, left + end - full_end, left, full_end,
+            scale, softcap, slope, q_offset,
+            bias_ptr, bias_b, bias_h, bias_stride_i, bias_stride_j, rows, columns,
+            seed, threshold, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True, HAS_LOW or PACKED,
             PLAIN, SOFTCAP, ALIBI, BIAS, DROPOUT, PRECISION,
         )  # fmt: skip
 

@@ -86,16 +86,24 @@ class Launches:
     def __init__(self) -> None:
         self._prepared: dict[str, _Prepared] = {}
 
-    def launch(self, kernel: Any, tensors: Mapping[str, Tensor | None], prepare: Prepare) -> None:
+    def launch(
+        self,
+        kernel: Any,
+        tensors: Mapping[str, Tensor | None],
+        prepare: Prepare,
+        role: str | None = None,
+    ) -> None:
         """Launches a kernel.
 
         Args:
-            kernel: of those that one call of the kind launches, each at most once.
+            kernel: of those that one call of the kind launches.
             tensors: by the names of the kernel's arguments; also those behind descriptors.
             prepare: is only asked where nothing is prepared.
+            role: tells the launches of a kernel apart if one call has several.
         """
+        name = role or kernel.__name__
         aligned = all(x is None or x.data_ptr() % _ALIGNMENT == 0 for x in tensors.values())
-        prepared = self._prepared.get(kernel.__name__)
+        prepared = self._prepared.get(name)
         if prepared is not None and aligned:
             prepared(tensors)
             return
@@ -103,7 +111,7 @@ class Launches:
         compiled = kernel[grid](**arguments)
         if aligned and isinstance(compiled, CompiledKernel):  # the interpreter compiles nothing
             names = [p.name for p in kernel.params]
-            self._prepared[kernel.__name__] = _Prepared.of(compiled, grid, names, arguments)
+            self._prepared[name] = _Prepared.of(compiled, grid, names, arguments)
 
 
 def on_device_of_first(function: Callable[_P, _R]) -> Callable[_P, _R]:

@@ -20,10 +20,13 @@ import triton.language as tl
 __all__ = [
     "BIAS_KEYS",
     "BIAS_ROWS",
+    "BIAS_TILES",
     "BOOL_BIAS",
     "FLOAT_BIAS",
     "LOG2E",
     "UNSPECIALIZED",
+    "bias_of_head",
+    "bias_tile",
     "columns_of_rows",
     "interval_of_row",
     "keep_tile",
@@ -40,6 +43,7 @@ FLOAT_BIAS = tl.constexpr(1)
 BOOL_BIAS = tl.constexpr(2)
 BIAS_ROWS = tl.constexpr(4)  # it varies along the rows
 BIAS_KEYS = tl.constexpr(8)  # it varies along the keys
+BIAS_TILES = tl.constexpr(16)  # it comes as a descriptor: whole tiles by bulk copies
 
 
 @triton.jit
@@ -120,13 +124,46 @@ def rows_of_columns(
 
 
 @triton.jit
+def bias_of_head(bias_ptr, batch, head, stride_b, stride_h, BIAS: tl.constexpr):
+    """Where a head's bias is: a pointer to it, and its place in a descriptor."""
+    if not (BIAS_TILES & BIAS):
+        bias_ptr += batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
+    return bias_ptr, tl.where(stride_b == 0, 0, batch), tl.where(stride_h == 0, 0, head)
+
+
+@triton.jit
+def bias_tile(
+    bias_ptr, bias_b, bias_h, row, column, i, j, stride_i, stride_j, rows, columns,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BIAS: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """The bias of a tile, zero outside of it; see `bias_of_head`. (None of these: any number.)"""
+    bias = row
+    if BIAS_TILES & BIAS:
+        bias = bias_ptr.load([bias_b, bias_h, row, column]).reshape(BLOCK_M, BLOCK_N)
+        if TRANSPOSED:
+            bias = bias.T
+    elif BIAS:
+        # a broadcast axis is not loaded again for each entry
+        offsets = tl.zeros([1, 1], tl.int64)
+        inside = offsets == 0
+        if BIAS_ROWS & BIAS:
+            offsets += i.to(tl.int64) * stride_i
+            inside = inside & (i < rows)
+        if BIAS_KEYS & BIAS:
+            offsets += j.to(tl.int64) * stride_j
+            inside = inside & (j < columns)
+        bias = tl.load(bias_ptr + offsets, mask=inside, other=0)
+    return bias
+
+
+@triton.jit
 def score_tile(
-    qk, i, j, scale, softcap, slope, q_offset, bias_ptr, bias_stride_i, bias_stride_j,
-    rows, columns, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
+    qk, bias, i, j, scale, softcap, slope, q_offset,
+    SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """Scores from ``qk = <q_i, k_j>``, and the tanh of the soft cap (its derivative needs it).
 
-    Units of log 2, or natural ones with a floating bias. `bias_ptr` is at the (batch, head) entry.
+    Units of log 2, or natural ones with a floating bias.
     """
     unit: tl.constexpr = 1.0 if FLOAT_BIAS & BIAS else LOG2E
     if SOFTCAP:
@@ -139,16 +176,6 @@ def score_tile(
         tanh = qk
         s = qk * (scale * unit)
     if BIAS:
-        # a broadcast axis is not loaded again for each entry
-        offsets = tl.zeros([1, 1], tl.int64)
-        inside = offsets == 0
-        if BIAS_ROWS & BIAS:
-            offsets += i.to(tl.int64) * bias_stride_i
-            inside = inside & (i < rows)
-        if BIAS_KEYS & BIAS:
-            offsets += j.to(tl.int64) * bias_stride_j
-            inside = inside & (j < columns)
-        bias = tl.load(bias_ptr + offsets, mask=inside, other=0)
         s = s + bias.to(tl.float32) if FLOAT_BIAS & BIAS else tl.where(bias != 0, s, float("-inf"))
     if ALIBI:
         # subtracted before it is multiplied: slope * j alone would lose the low bits

@@ -148,18 +148,18 @@ def test_prepared_launches_are_the_unprepared_ones() -> None:
 
 
 def test_a_bias_that_is_expanded_is_another_kind() -> None:
-    """Laid out alike, but its gradient has a batch more."""
+    """Laid out alike, but its gradient has a batch more, and nothing to add up."""
     case = Case("", bias_shape=(1, 6, 37, 53))
     arguments = make(case, torch.float32)
     bias = arguments.tensors[3]
     assert bias is not None
     tensors = list(arguments.tensors)
     tensors[3] = bias.detach().expand(2, -1, -1, -1)
-    served = []
-    for given in (arguments, replace(arguments, tensors=tuple(tensors))):
-        records = _both(given)
-        served += [r[3]["served_batches"] for r in records if r[1] == "bias_kernel"]
-    assert served == [(int, 2), (int, 1)]
+    shared, expanded = _both(arguments), _both(replace(arguments, tensors=tuple(tensors)))
+    assert [r[3]["served_batches"] for r in shared if r[1] == "bias_kernel"] == [(int, 2)]
+    assert not [r for r in expanded if r[1] == "bias_kernel"]
+    gradients = [r[3]["dbias_ptr"] for r in expanded if r[1] == "query_kernel"]
+    assert [shape for _, shape, *_ in gradients] == [(2, 6, 37, 53)]
 
 
 def test_tensors_off_the_alignment_are_launched_anew() -> None:

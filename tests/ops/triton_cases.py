@@ -40,6 +40,20 @@ PER_KEY = Case(
     sinks=True,
     alibi_slopes=True,
 )
+# rows of the bias that bulk copies can address (4 divides 52); its gradient is written where dq is
+# made if each batch has one, else by a kernel of its own
+TILES = (
+    Case("bias-tiles", columns=52, bias_shape=(2, 6, 37, 52), params=P(0.3, True, 9, q_offset=16)),
+    Case("bias-tiles-bool", columns=64, bias_shape=(2, 1, 37, 64), bias_dtype=torch.bool),
+    Case(
+        "bias-tiles-shared",
+        columns=52,
+        bias_shape=(6, 37, 52),
+        params=P(0.3, True, softcap=3.0, dropout_p=0.2, q_offset=9),
+        sinks=True,
+        alibi_slopes=True,
+    ),
+)
 # several blocks of the size that a GPU gets, none of them full at the end
 LARGE = (
     Case("large-dense", rows=389, columns=517, size=64),
@@ -57,6 +71,53 @@ LARGE = (
         size=128,
         bias_shape=(1, 6, 389, 517),
         bias_dtype=torch.float32,
+    ),
+    *(
+        Case(
+            f"large-bias-tiles-{size}-{served}-{dtype}",
+            batch=batch,
+            rows=389,
+            columns=520,
+            size=size,
+            bias_shape=(batch // served, 6, 389, 520),
+            bias_dtype=dtype,
+            params=P(1 / math.sqrt(size), causal=True, q_offset=128),
+        )
+        for size, batch, served, dtype in (
+            (64, 2, 1, None),
+            (64, 2, 2, torch.float32),
+            (128, 2, 1, None),
+            (128, 2, 1, torch.float32),
+            (128, 2, 2, None),
+            (128, 3, 3, torch.float32),
+            (256, 2, 1, torch.float32),
+            (256, 1, 1, None),
+        )
+    ),
+    # what takes most of the shared memory at this size
+    Case("large-256-dropout", rows=300, columns=333, size=256, params=P(0.06, dropout_p=0.2)),
+    Case(
+        "large-256-crowded",
+        batch=1,
+        rows=333,
+        columns=333,
+        size=256,
+        params=P(0.06, True, window_left=200, softcap=3.0, dropout_p=0.2),
+        bias_shape=(333,),
+        sinks=True,
+        alibi_slopes=True,
+        cu_seqlens=(0, 100, 333),
+    ),
+    Case("large-256-packed", batch=1, rows=333, columns=333, size=256, cu_seqlens=(0, 100, 333)),
+    Case("large-256-window", rows=517, columns=517, size=256, params=P(0.06, True, 200)),
+    Case("large-256-slopes", rows=300, columns=333, size=256, alibi_slopes=True),
+    Case(
+        "large-bias-tiles-bool",
+        rows=389,
+        columns=528,
+        size=128,
+        bias_shape=(389, 528),
+        bias_dtype=torch.bool,
     ),
     Case("large-bias-per-key", rows=389, columns=517, size=64, bias_shape=(2, 1, 1, 517)),
     Case("large-mqa", q_heads=8, kv_heads=1, rows=517, columns=517, size=64, params=P(0.1, True)),
@@ -77,6 +138,28 @@ LARGE = (
         value_size=40,
         params=_FULL,
         bias_shape=(6, 389, 517),
+        sinks=True,
+        alibi_slopes=True,
+    ),
+    Case(
+        "large-everything-256",
+        rows=389,
+        columns=520,
+        size=256,
+        params=_FULL,
+        bias_shape=(2, 6, 389, 520),
+        bias_dtype=torch.float32,
+        sinks=True,
+        alibi_slopes=True,
+    ),
+    Case(
+        "large-everything-tiles",
+        rows=389,
+        columns=520,
+        size=128,
+        params=_FULL,
+        bias_shape=(2, 6, 389, 520),
+        bias_dtype=torch.float32,
         sinks=True,
         alibi_slopes=True,
     ),
@@ -135,7 +218,7 @@ def _against_reference(case: Case, dtype: torch.dtype, relative: float) -> None:
         assert all(torch.equal(again[name], got[name]) for name in got)
 
 
-@pytest.mark.parametrize("case", (*CASES, PER_KEY), ids=str)
+@pytest.mark.parametrize("case", (*CASES, PER_KEY, *TILES), ids=str)
 def test_float32(case: Case) -> None:
     _against_reference(case, torch.float32, ROUNDING[torch.float32])
 
@@ -185,6 +268,31 @@ def test_dropout_bits(seed: int) -> None:
     assert dv is not None
     kept = want.sum(2)[..., None] / (columns * (1 - p))
     torch.testing.assert_close(dv, kept.expand_as(dv))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool], ids=str)
+def test_a_bias_in_tiles_gives_the_same_numbers(dtype: torch.dtype) -> None:
+    """Bulk copies need aligned rows: the same numbers one element further on come by pointers."""
+    arguments = make(
+        Case("", columns=64, bias_shape=(6, 37, 64), bias_dtype=dtype, params=P(0.3, True)),
+        torch.float32,
+    )
+    tensors = [None if x is None else x.detach().to(DEVICE) for x in arguments.tensors]
+    bias = tensors[3]
+    assert bias is not None
+    further = torch.empty(bias.numel() + 1, dtype=dtype, device=DEVICE)[1:].view(bias.shape)
+    needs = (True, True, True, dtype != torch.bool, False, False)
+    found = []
+    for given in (bias, further.copy_(bias)):
+        tensors[3] = given
+        q, k, v, *rest = tensors
+        out, lse = triton_attention.forward(q, k, v, *rest, arguments.params)
+        grads = triton_attention.backward(
+            out, None, q, k, v, out, lse, *rest, arguments.params, needs
+        )
+        found.append([out, lse, *(x for x in grads if x is not None)])
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> list[Tensor]:
