@@ -146,6 +146,17 @@ def test_the_only_head_repeated_by_cat_beside_sinks() -> None:
     check(recipe, trace_directly)
 
 
+def test_what_is_put_back_comes_after_its_sizes() -> None:
+    """Two products with the weights were joined; the second was put back before its sizes."""
+    recipe = Recipe(
+        batch=2, length=8, more=1, kv_heads=4, groups=3, size=4, value_size=8, repeat="tile",
+        layout="folded", scale="q", pattern="full", width=1, from_end=True, spelling="where",
+        fill=-1e9, extra="bias", padding="add", pad_first=True, softmax="late", loud=3000.0,
+        dynamic=True, use="two values",
+    )  # fmt: skip
+    check(recipe, trace_directly)
+
+
 @fuzz(DYNAMO_CASES)
 def test_random_attention_through_dynamo(recipe: Recipe) -> None:
     check(recipe, trace_training)
