@@ -59,6 +59,8 @@ def may_be_refused(recipe: Recipe, lengths: list[int]) -> bool:
         return True  # a mask that is no flag might hide a key that is divided by 0
     # Gathered it is no product of queries and keys, nor where its keys are made of repeated ones.
     dense = recipe.second == "relative"
+    # Of two products the one whose key all heads share is taken first, and pairs share a value.
+    dense = dense or (recipe.use == "pairs" and recipe.second == "shared")
     dense = dense or (recipe.groups > 1 and recipe.second in ("heads", "difference"))
     if dense and recipe.extra in ("softcap", "temperature"):
         return True
@@ -142,6 +144,16 @@ def test_the_only_head_repeated_by_cat_beside_sinks() -> None:
         layout="reversed", scale="k", pattern="full", width=4, from_end=True, spelling="inplace",
         fill=-1e9, extra="sinks", padding="", pad_first=False, softmax="call", loud=1.0,
         dynamic=False,
+    )  # fmt: skip
+    check(recipe, trace_directly)
+
+
+def test_a_second_product_of_pairs_may_be_as_low_as_the_fill() -> None:
+    recipe = Recipe(
+        batch=2, length=7, more=0, kv_heads=2, groups=3, size=9, value_size=9, repeat="interleave",
+        layout="reversed", scale="divided", pattern="causal", width=2, from_end=True,
+        spelling="fill", fill=-1e4, extra="none", padding="", pad_first=True, softmax="written",
+        loud=1.0, dynamic=False, second="shared", use="pairs",
     )  # fmt: skip
     check(recipe, trace_directly)
 
