@@ -97,7 +97,22 @@ def compile_with_inductor(
     }
     compiled = compile_fx(gm, example_inputs, config_patches=patches)
     assert callable(compiled)  # other results are for ahead-of-time compilation
+    _let_go(compiled)
     return compiled
+
+
+# What AOTAutograd hangs on its result "for convenience": methods of the graph module.
+_CONVENIENCES = ("zero_grad", "named_parameters", "named_buffers")
+
+
+def _let_go(compiled: Callable[..., Any]) -> None:
+    """The graph is not needed any more; ours holds, beside itself, all nodes erased from it."""
+    function: Any = compiled
+    while function is not None:
+        held = vars(function)
+        for name in _CONVENIENCES:
+            held.pop(name, None)
+        function = held.get("__wrapped__")
 
 
 def _as_list(configured: Any) -> list[Any]:

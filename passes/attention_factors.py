@@ -23,7 +23,14 @@ from fxport.passes.attention_layout import LayoutError, axes_of, conform, is_one
 from fxport.passes.attention_products import as_product
 from fxport.passes.attention_quotient import power_of
 from fxport.passes.attention_site import Left, MaskKind, MaskStep, Match, RowScale
-from fxport.passes.attention_views import moved_input, overload_packet, trace
+from fxport.passes.attention_views import (
+    CASTS,
+    DIVISIONS,
+    SCALES,
+    moved_input,
+    overload_packet,
+    trace,
+)
 
 __all__ = [
     "emit_key_scales",
@@ -37,10 +44,6 @@ __all__ = [
 
 aten = torch.ops.aten
 
-_DIVISIONS = {aten.div, aten.true_divide}
-_SCALES = {aten.mul, *_DIVISIONS}
-_CASTS = {aten.to, aten._to_copy, aten.type_as}
-
 
 def outer_factors(factor: fx.Node) -> Iterator[tuple[object, bool]]:
     """The factors that a value is the product of, and whether it is divided by them."""
@@ -50,7 +53,7 @@ def outer_factors(factor: fx.Node) -> Iterator[tuple[object, bool]]:
         yield from ((product.left, False), (product.right, False))
     elif packet is aten.mul:
         yield from ((argument, False) for argument in factor.args[:2])
-    elif packet in _DIVISIONS and arguments(factor).get("rounding_mode") is None:
+    elif packet in DIVISIONS and arguments(factor).get("rounding_mode") is None:
         yield from zip(factor.args[:2], (False, True), strict=True)
 
 
@@ -122,7 +125,7 @@ def is_truth(node: fx.Node) -> bool:
     """Whether a value is bools as numbers, 0 and 1."""
     while True:
         before = node.args[0] if node.args else None
-        moves = overload_packet(node) in _CASTS or moved_input(node) is not None
+        moves = overload_packet(node) in CASTS or moved_input(node) is not None
         if not moves or not isinstance(before, fx.Node):
             return False
         if before.meta["val"].dtype == torch.bool:
@@ -133,7 +136,7 @@ def is_truth(node: fx.Node) -> bool:
 def is_gate(node: fx.Node) -> bool:
     """Whether a value is positive by the way it is made, and its logarithm known."""
     first, *moves = trace(node)
-    if any(overload_packet(s.node) in _SCALES for s in moves):
+    if any(overload_packet(s.node) in SCALES for s in moves):
         return False
     return overload_packet(first.node) is aten.sigmoid or power_of(first.node) is not None
 

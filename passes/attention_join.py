@@ -18,7 +18,7 @@ from fxport.passes.attention_emit import Emitter
 from fxport.passes.attention_products import Product, as_product
 from fxport.passes.attention_respelled import Respelled
 from fxport.passes.attention_terms import WIDEST
-from fxport.passes.attention_views import laid_out, moved_input, overload_packet
+from fxport.passes.attention_views import SCALES, laid_out, moved_input, overload_packet
 from fxport.passes.graph_facts import (
     GraphFacts,
     Source,
@@ -31,8 +31,6 @@ from fxport.passes.graph_facts import (
 __all__ = ["Join"]
 
 aten = torch.ops.aten
-
-_SCALES = {aten.mul, aten.div, aten.true_divide}
 
 
 class Join:
@@ -127,7 +125,7 @@ def _is_same_step(users: list[fx.Node]) -> bool:
     """One step that keeps weights what they are, or several that are the same layout."""
     first = users[0]
     if len(users) == 1:
-        scaled = overload_packet(first) in _SCALES
+        scaled = overload_packet(first) in SCALES
         return scaled or moved_input(first) is not None or overload_packet(first) is aten.dropout
     return all(laid_out(u) is not None and _says(u) == _says(first) for u in users)
 

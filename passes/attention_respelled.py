@@ -73,8 +73,13 @@ class Respelled:
         args, kwargs = fx.node.map_arg(
             (saved.args, saved.kwargs), lambda n: self._rebuilt(gm, n, place, again)
         )
-        with gm.graph.inserting_before(place):
-            again[old] = gm.graph.create_node(old.op, old.target, args, kwargs)
+        given: list[fx.Node] = []
+        fx.node.map_arg((args, kwargs), given.append)
+        # What stood after the place (sizes, for one) was needed by one of several that met there.
+        late = max((n for n in given if place < n), default=None)
+        graph = gm.graph
+        with graph.inserting_before(place) if late is None else graph.inserting_after(late):
+            again[old] = graph.create_node(old.op, old.target, args, kwargs)
         again[old].meta = saved.meta
         return again[old]
 

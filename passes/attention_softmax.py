@@ -207,7 +207,10 @@ def _maximum_given_back(
 
 
 def subtracted_maximum(scores: fx.Node) -> tuple[fx.Node, ...]:
-    """The nodes of the maximum in ``x - amax(x)``, which changes no softmax; () otherwise."""
+    """The nodes of the maximum in ``x - amax(x)``, which changes no softmax; () otherwise.
+
+    Over the keys, or of all scores at once.
+    """
     if overload_packet(scores) is not aten.sub or not isinstance(scores.args[1], fx.Node):
         return ()
     known = {*_MAXIMA, *_CLAMPS, aten.detach, aten.unsqueeze}
@@ -227,4 +230,5 @@ def _keeps_dimension(node: fx.Node) -> bool:
     packet = overload_packet(node)
     if node.target is operator.getitem or packet is aten.unsqueeze:
         return True
-    return packet in _MAXIMA and bool(arguments(node).get("keepdim"))
+    whole = not shape_of(node)
+    return packet in _MAXIMA and (whole or bool(arguments(node).get("keepdim")))

@@ -28,7 +28,7 @@ from fxport.passes.attention_layout import is_one
 from fxport.passes.attention_products import Product, as_product
 from fxport.passes.attention_respelled import Respelled
 from fxport.passes.attention_softmax import Softmax
-from fxport.passes.attention_views import laid_out, moved_input, number, overload_packet
+from fxport.passes.attention_views import SCALES, laid_out, moved_input, number, overload_packet
 from fxport.passes.graph_facts import (
     GraphFacts,
     Source,
@@ -39,7 +39,6 @@ __all__ = ["respell_uses"]
 aten = torch.ops.aten
 
 _SUMS = {aten.add, aten.sub}
-_SCALES = {aten.mul, aten.div, aten.true_divide}
 _PIECES = {aten.chunk, aten.split, aten.split_with_sizes}
 _MAX_DEPTH = 12
 
@@ -213,7 +212,7 @@ class _Spread:
         packet = overload_packet(node)
         if packet is aten.neg:
             return node.args[0]  # type: ignore[return-value]
-        if packet not in _SCALES or arguments(node).get("rounding_mode") is not None:
+        if packet not in SCALES or arguments(node).get("rounding_mode") is not None:
             return None
         orders = (node.args[:2], node.args[1::-1])[: 2 if packet is aten.mul else 1]
         for carrier, factor in orders:
@@ -342,7 +341,7 @@ def _weights_behind(
         return {node}
     packet = overload_packet(node)
     before: list[object]
-    if packet in _SCALES | _SUMS:
+    if packet in SCALES | _SUMS:
         before = list(node.args[:2])
     elif packet in (aten.dropout, aten.neg):
         before = list(node.args[:1])

@@ -44,9 +44,10 @@ def unread_exponentials(
                 Left(
                     ReasonCode.UNSUPPORTED_FEATURE,
                     "exponentials of q.k meet the values, and are not known to be divided by "
-                    "their sum over the keys",
+                    "their sum over the keys and nothing more",
                     node,
-                    "softmax(x), or e = exp(x - amax(x)) and e / e.sum()",
+                    "softmax(x), or e = exp(x - amax(x)) and e / e.sum(); a learned sink in the sum"
+                    " is a column of the scores: softmax(cat([x, sink], -1))[..., :-1]",
                 ),
             )
 

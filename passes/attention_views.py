@@ -22,6 +22,9 @@ from fxport.passes.attention_layout import (
 )
 
 __all__ = [
+    "CASTS",
+    "DIVISIONS",
+    "SCALES",
     "Step",
     "is_cast",
     "laid_out",
@@ -47,7 +50,9 @@ _RESHAPES = {
     aten.unsqueeze, aten.view_as, aten.reshape_as, aten.ravel,
 }  # fmt: skip
 _SAME = {aten.contiguous, aten.clone, aten.alias, aten.lift_fresh_copy, aten.lift_fresh}
-_CASTS = {aten.to, aten._to_copy, aten.type_as}
+CASTS = {aten.to, aten._to_copy, aten.type_as}
+DIVISIONS = {aten.div, aten.true_divide}
+SCALES = {aten.mul, *DIVISIONS}
 _TRANSPOSES = {aten.transpose, aten.swapaxes, aten.swapdims}
 _REVERSALS = {aten.t, aten.mT, aten.adjoint, aten.numpy_T}
 _EXPANDS = {aten.expand, aten.expand_as, aten.broadcast_to}
@@ -55,7 +60,7 @@ _EXPANDS = {aten.expand, aten.expand_as, aten.broadcast_to}
 
 def is_cast(node: fx.Node) -> bool:
     """Whether the node is a conversion between floating dtypes on one device."""
-    if overload_packet(node) not in _CASTS:
+    if overload_packet(node) not in CASTS:
         return False
     before, after = _input(node).meta["val"], node.meta["val"]
     return (
@@ -100,7 +105,7 @@ def view_dims(node: fx.Node, dims: Dims) -> Dims:
     packet = overload_packet(node)
     if packet in _RESHAPES:
         return regroup(dims, shape_of(node))
-    if packet in _SAME or packet in _CASTS:
+    if packet in _SAME or packet in CASTS:
         return dims
     return _RULES[packet](node, dims)
 
@@ -279,7 +284,7 @@ def _moved_or_scaled(node: fx.Node) -> fx.Node | None:
     before = moved_input(node)
     if before is None or not isinstance(before.meta.get("val"), torch.Tensor):
         return None
-    if overload_packet(node) in _CASTS and not _widens(before, node):
+    if overload_packet(node) in CASTS and not _widens(before, node):
         return None
     return before
 

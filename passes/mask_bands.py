@@ -9,6 +9,8 @@ from torch import Tensor
 
 __all__ = ["FULL", "Band", "band_of"]
 
+_ROWS = 256  # of a mask, looked at together
+
 
 @dataclass(frozen=True)
 class Band:
@@ -23,13 +25,28 @@ class Band:
 
     def matrix(self, rows: int, columns: int) -> Tensor:
         """The mask itself, bool ``[rows, columns]``."""
-        offset = columns - rows if self.from_end else 0
-        distance = torch.arange(columns) - torch.arange(rows)[:, None] - offset
-        allowed = torch.ones(rows, columns, dtype=torch.bool)
+        return self._rows(0, rows, rows, columns)
+
+    def equals(self, allowed: Tensor) -> bool:
+        """Whether a mask ``[.., rows, columns]`` is this band; needs no other one of its size."""
+        rows, columns = allowed.shape[-2:]
+        for start in range(0, rows, _ROWS):
+            found = allowed[..., start : start + _ROWS, :]
+            if not bool((found == self._rows(start, found.size(-2), rows, columns)).all()):
+                return False
+        return True
+
+    def _rows(self, start: int, count: int, rows: int, columns: int) -> Tensor:
+        """`count` of the rows, from `start` on. (Distances as numbers take eight times a mask.)"""
+        diagonal = torch.arange(start, start + count)[:, None]
+        if self.from_end:
+            diagonal = diagonal + columns - rows
+        column = torch.arange(columns)
+        allowed = torch.ones(count, columns, dtype=torch.bool)
         if self.lower is not None:
-            allowed &= distance >= self.lower
+            allowed &= column >= diagonal + self.lower
         if self.upper is not None:
-            allowed &= distance <= self.upper
+            allowed &= column <= diagonal + self.upper
         return allowed
 
     def __str__(self) -> str:
@@ -56,7 +73,7 @@ def band_of(allowed: Tensor | None) -> Band | None:
     lower = None if low <= 1 - rows else low
     upper = None if high >= columns - 1 else high
     for band in _readings(lower, upper, rows, columns):
-        if bool((band.matrix(rows, columns) == allowed).all()):
+        if band.equals(allowed):
             return band
     return None
 

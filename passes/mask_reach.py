@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from fxport.capture.arguments import arguments, shape_of
-from fxport.passes.attention_views import moved_input, overload_packet
+from fxport.passes.attention_views import CASTS, moved_input, overload_packet
 from fxport.passes.constants import is_symbolic
 from fxport.passes.mask_values import constant_value
 
@@ -35,7 +35,6 @@ _STEPS = {aten.floor_divide, aten.remainder, aten.fmod}
 _CURVES = {aten.exp, aten.log, aten.sqrt, aten.pow}
 _GATHERS = {aten.index, aten.embedding, aten.index_select}
 _PREFIXES = {aten.tril, aten.triu, aten.cumsum}
-_CASTS = {aten.to, aten._to_copy, aten.type_as}
 _INEXACT = {torch.bfloat16, torch.float16}
 _WRAPPING = {torch.int8, torch.uint8, torch.int16}
 _MAX_FACTORS = 64  # entries of a stored tensor that positions are multiplied by
@@ -106,7 +105,7 @@ def is_plain_position(node: fx.Node) -> bool:
     """Whether the values are ``0, 1, 2, ..``, maybe repeated along other dimensions."""
     while overload_packet(node) is not aten.arange:
         before = moved_input(node)
-        if before is None and overload_packet(node) in _CASTS:
+        if before is None and overload_packet(node) in CASTS:
             before = node.args[0] if isinstance(node.args[0], fx.Node) else None
             if before is not None and node.meta["val"].dtype not in (torch.int64, torch.int32):
                 return False
@@ -158,7 +157,7 @@ def _decides(node: fx.Node, indices: set[fx.Node]) -> bool:
     if packet is aten.div and arguments(node).get("rounding_mode") is not None:
         return True
     dtype = node.meta["val"].dtype
-    truncates = packet in _CASTS and not dtype.is_floating_point
+    truncates = packet in CASTS and not dtype.is_floating_point
     return bool(dtype == torch.bool or truncates)
 
 

@@ -294,13 +294,13 @@ class Effect:
         if proof.rest:
             return proof.likely is None or self._likely() == (proof.likely, proof.spread)
         assert proof.band is not None
-        expected = proof.band.matrix(*self.allowed.shape[-2:])
+        same_keys = proof.band.equals(self.allowed)
         if proof.slopes is None:
-            return self.bias is None and bool((self.allowed == expected).all())
+            return self.bias is None and same_keys
         same = self.raw is not None and same_slopes(
             proof.slopes, self.raw, self.allowed, self.rounding, self.eps
         )
-        return same and bool((self.allowed == expected).all())
+        return same and same_keys
 
 
 def joint_effect(
@@ -311,7 +311,7 @@ def joint_effect(
     Args:
         values: per step its tensor, broadcastable to ``[b, h, rows, columns]``.
     """
-    allowed = torch.ones(1, 1, rows, columns, dtype=torch.bool)
+    allowed = torch.ones(1, 1, 1, 1, dtype=torch.bool).expand(1, 1, rows, columns)
     zeroed = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
     bias: Tensor | None = None
     finite = lowered = False
@@ -325,11 +325,11 @@ def joint_effect(
             finite, ceiling = True, max(ceiling, step.number)
         elif step.kind is MaskKind.FILL:
             assert value is not None
-            mask = ~value.bool() if step.inverted else value.bool()
+            mask = value.bool()
             if not is_forbidding(step.number):
                 return None
             finite, ceiling = finite or step.number != -math.inf, max(ceiling, step.number)
-            allowed = allowed & ~mask
+            allowed = allowed & mask if step.inverted else allowed > mask  # makes no ~mask
         elif step.kind is MaskKind.KEEP:
             assert value is not None
             if not bool(((value == 0) | (value == 1)).all()):

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from torch import fx
 
 from fxport.capture.dynamo import lowered_graphs
-from fxport.diff.stages import Recorder, Stage
 from fxport.passes.attention import AttentionSite, rewrite_attention
 from fxport.passes.known_values import fold_known_values
 from fxport.report import Decision
@@ -22,27 +21,19 @@ class PipelineResult:
     Attributes:
         sites: every attention that was rewritten.
         decisions: one line of the report for each place that a pass looked at.
-        stages: what was done to each lowered graph, inner ones first.
     """
 
     sites: tuple[AttentionSite, ...]
     decisions: tuple[Decision, ...]
-    stages: tuple[Stage, ...] = ()
 
 
 def training_pipeline(gm: fx.GraphModule) -> PipelineResult:
     """Rewrites a graph from the training door, in place, bodies of higher-order ops included."""
     sites: list[AttentionSite] = []
     decisions: list[Decision] = []
-    stages: list[Stage] = []
     for graph in lowered_graphs(gm):
-        recorder = Recorder(graph)
-        with recorder.stage("known values"):
-            fold_known_values(graph)
-        with recorder.stage("attention") as stage:
-            attention = rewrite_attention(graph, check_scores=True)
-            stage.note(attention.decisions)
-        stages.extend(recorder.stages)
+        fold_known_values(graph)
+        attention = rewrite_attention(graph, check_scores=True)
         sites.extend(attention.sites)
         decisions.extend(attention.decisions)
-    return PipelineResult(tuple(sites), tuple(decisions), tuple(stages))
+    return PipelineResult(tuple(sites), tuple(decisions))

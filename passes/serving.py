@@ -73,7 +73,7 @@ def lower_for_serving(
         FxportError: `max_seq_len` is beyond what the model allows.
     """
     gm = captured.graph
-    untrainable = (*captured.untrainable, *let_gradients_pass(gm))
+    untrainable = (*captured.untrainable, *let_gradients_pass(gm, captured.length))
     captured = dataclasses.replace(captured, untrainable=untrainable)
     symbols = Symbols(captured.batch, captured.length)
     recorder = Recorder(gm)

@@ -21,12 +21,14 @@ from contextvars import ContextVar
 from typing import Any
 from unittest.mock import patch
 
+import sympy
 import torch
 import torch.fx.traceback as fx_traceback
 import torch.utils.checkpoint
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
+from fxport.capture.arguments import shape_of
 from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.location import line_of_user, user_location
 from fxport.capture.memory import is_mutation
@@ -36,6 +38,7 @@ __all__ = ["as_called", "let_gradients_pass", "stop_gradients", "watch_gradients
 
 aten = torch.ops.aten
 NO_GRAD = "fxport_no_grad"
+_MAXIMA = (aten.amax.default, aten.max.dim, aten.max.default)
 _HINT = "train the model itself: torch.compile(model, backend='vllm_generic') keeps it"
 _CHECKPOINT = inspect.getsourcefile(torch.utils.checkpoint)
 _HOOKS = ("_backward_hooks", "_backward_pre_hooks")
@@ -219,14 +222,9 @@ def _asking(watch: _Watch) -> Callable[[], bool]:
 def stop_gradients(gm: fx.GraphModule) -> None:
     """Detaches, in place, what was computed under `torch.no_grad` and is used outside of it."""
     inside = {n for n in gm.graph.nodes if _marked(n)}
-    watch, learned = _WATCH.get(), set[fx.Node]()
-    for node in gm.graph.nodes:
-        if node.op == "placeholder" and graph_input(node).kind is InputKind.PARAMETER:
-            learned.add(node)
-        if learned.isdisjoint(node.all_input_nodes):
-            continue
-        learned.add(node)
-        if node not in inside or not _is_floating(node):
+    watch, learned = _WATCH.get(), _learned(gm.graph)
+    for node in list(gm.graph.nodes):
+        if node not in learned or node not in inside or not _is_floating(node):
             continue
         if watch is not None and _changes_from_outside(node, inside):
             watch.note("a value is changed in place past its gradient", user_location(node))
@@ -240,21 +238,46 @@ def stop_gradients(gm: fx.GraphModule) -> None:
     gm.recompile()
 
 
-def let_gradients_pass(gm: fx.GraphModule) -> tuple[Reason, ...]:
-    """Takes out, in place, what `stop_gradients` put in, and says that it did.
+def let_gradients_pass(gm: fx.GraphModule, length: sympy.Expr) -> tuple[Reason, ...]:
+    """Takes out, in place, what only stops gradients within an attention, and says that it did.
 
-    For what is served: an attention whose weights are computed under `torch.no_grad` is one.
+    For what is served: an attention whose weights are computed under `torch.no_grad`, or whose
+    scores or weights ``[.., T, T]`` are detached, is one.
     """
     found: dict[Location | None, Reason] = {}
+    learned = _learned(gm.graph)
     for node in list(gm.graph.nodes):
-        if node.target is aten.detach.default and _marked(node):
-            where = user_location(node)
-            message = "a part of forward runs under `torch.no_grad`"
-            found[where] = Reason(ReasonCode.GRADIENT_DIFFERS, message, where, _HINT)
-            node.replace_all_uses_with(node.args[0])
-            gm.graph.erase_node(node)
+        if node.target is not aten.detach.default:
+            continue
+        square = sum(size == length for size in shape_of(node)) > 1
+        if not _marked(node) and not (square and node in learned and not _for_maxima(node)):
+            continue
+        where = user_location(node)
+        message = (
+            "a part of forward runs under `torch.no_grad`"
+            if _marked(node)
+            else "`detach` stops the gradient of attention scores or weights"
+        )
+        found[where] = Reason(ReasonCode.GRADIENT_DIFFERS, message, where, _HINT)
+        node.replace_all_uses_with(node.args[0])
+        gm.graph.erase_node(node)
     gm.recompile()
     return tuple(found.values())
+
+
+def _for_maxima(node: fx.Node) -> bool:
+    """Subtracted from scores, a maximum changes no softmax: its gradient does not count."""
+    return all(user.target in _MAXIMA for user in node.users)
+
+
+def _learned(graph: fx.Graph) -> set[fx.Node]:
+    """What parameters enter."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        given = node.op == "placeholder" and graph_input(node).kind is InputKind.PARAMETER
+        if given or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _marked(node: fx.Node) -> bool:

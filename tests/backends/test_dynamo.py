@@ -6,9 +6,11 @@ Most of the time goes into Inductor's C++ compiler, so tests share compiled mode
 from __future__ import annotations
 
 import copy
+import gc
 import subprocess
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -264,6 +266,23 @@ def test_graph_breaks() -> None:
     expected = step(lambda *a: (model(*a),), model, *inputs)
     actual = step(lambda *a: (compiled(*a),), model, *inputs)
     assert max(relative(actual[n], expected[n]) for n in expected) < 1e-5
+
+
+def test_the_graph_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all nodes that were erased from it, it would stay as long as the compiled code."""
+    seen: list[weakref.ref[fx.GraphModule]] = []
+
+    def noting(gm: fx.GraphModule) -> Any:
+        found = lower(gm)
+        seen.append(weakref.ref(found.graph))
+        return found
+
+    monkeypatch.setattr("fxport.backends.dynamo.lower", noting)
+    q = torch.randn(1, 2, 5, 16)
+    compiled = torch.compile(lambda q: (q @ q.mT).softmax(-1) @ q, backend="vllm_generic")
+    torch.testing.assert_close(compiled(q), (q @ q.mT).softmax(-1) @ q)
+    gc.collect()
+    assert len(seen) == 1 and seen[0]() is None
 
 
 def permuted_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

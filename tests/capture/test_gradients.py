@@ -100,6 +100,24 @@ def only_scores_are_detached(layer: Attention, x: Tensor) -> Tensor:
     return layer.end(layer.scores(q, k).detach().softmax(-1), v)
 
 
+def weights_are_detached(layer: Attention, x: Tensor) -> Tensor:
+    q, k, v = layer.parts(x)
+    return layer.end(layer.scores(q, k).softmax(-1).detach(), v)
+
+
+def less_the_detached_maximum(layer: Attention, x: Tensor) -> Tensor:
+    q, k, v = layer.parts(x)
+    s = layer.scores(q, k)
+    e = (s - s.detach().amax(-1, keepdim=True)).exp()
+    return layer.end(e / e.sum(-1, keepdim=True), v)
+
+
+def less_the_maximum_of_all(layer: Attention, x: Tensor) -> Tensor:
+    q, k, v = layer.parts(x)
+    s = layer.scores(q, k)
+    return layer.end((s - s.max().detach()).softmax(-1), v)
+
+
 def keys_do_not_learn(layer: Attention, x: Tensor) -> Tensor:
     q, _, v = layer.parts(x)
     with torch.no_grad():
@@ -151,12 +169,30 @@ def test_gradients_are_the_originals(step: Step) -> None:
     assert_gradients(model, fxport.parallelize(model, fxport.ParallelContext(0, 1)))
 
 
-@pytest.mark.parametrize("step", [decorated, only_values_learn])
-def test_what_is_switched_off_is_served_and_not_trained(step: Step, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("step", "why"),
+    [
+        (decorated, "under `torch.no_grad`"),
+        (only_values_learn, "under `torch.no_grad`"),
+        (only_scores_are_detached, "stops the gradient of attention scores"),
+        (weights_are_detached, "stops the gradient of attention scores"),
+    ],
+)
+def test_what_is_switched_off_is_served_and_not_trained(
+    step: Step, why: str, tmp_path: Path
+) -> None:
     port = fxport.port(Model(step).eval())
     assert len(port.serving.attention) >= LAYERS
     assert port.half is not None and port.half.untrainable == port.serving.untrainable
-    refuses_training(port, "under `torch.no_grad`", tmp_path)
+    refuses_training(port, why, tmp_path)
+
+
+@pytest.mark.parametrize("step", [less_the_detached_maximum, less_the_maximum_of_all])
+def test_a_detached_maximum_is_no_reason(step: Step, tmp_path: Path) -> None:
+    model = Model(step).double()
+    port = fxport.port(model)
+    assert len(port.serving.attention) == LAYERS and not port.serving.untrainable
+    assert_gradients(model, fxport.load(port.save(tmp_path / "port")).module)
 
 
 def test_a_table_is_no_reason(tmp_path: Path) -> None:

@@ -27,6 +27,14 @@ def test_found(spelling: Spelling) -> None:
     compare(module, rewritten.graph, [example(4, 4)])
 
 
+def test_a_factor_for_each_pair_is_no_factor_of_the_keys() -> None:
+    """Only what is the same for all queries may go onto the values."""
+    case = next(c for c in TRICKY if str(c) == "weights_gated_by_the_pair")
+    found = rewrite(trace_directly(Site(case.function), [example(2, 15)]))
+    (reason,) = [d.reason for d in found.result.decisions if d.reason is not None]
+    assert reason.message == "the weights are multiplied by something else for every key"
+
+
 @pytest.mark.parametrize("case", TRICKY, ids=str)
 def test_tricky(case: Tricky) -> None:
     module = Site(case.function)

@@ -59,6 +59,10 @@ def may_be_refused(recipe: Recipe, lengths: list[int]) -> bool:
         return True  # a mask that is no flag might hide a key that is divided by 0
     # Gathered it is no product of queries and keys, nor where its keys are made of repeated ones.
     dense = recipe.second == "relative"
+    # Of two products the one whose key all heads share is taken first; then the other's keys may
+    # not vary within heads that share a value, and must not be repeated beside joined values.
+    apart = recipe.use == "pairs" or (recipe.use == "two values" and recipe.groups > 1)
+    dense = dense or (recipe.second == "shared" and apart)
     dense = dense or (recipe.groups > 1 and recipe.second in ("heads", "difference"))
     if dense and recipe.extra in ("softcap", "temperature"):
         return True
@@ -142,6 +146,37 @@ def test_the_only_head_repeated_by_cat_beside_sinks() -> None:
         layout="reversed", scale="k", pattern="full", width=4, from_end=True, spelling="inplace",
         fill=-1e9, extra="sinks", padding="", pad_first=False, softmax="call", loud=1.0,
         dynamic=False,
+    )  # fmt: skip
+    check(recipe, trace_directly)
+
+
+def test_a_second_product_of_pairs_may_be_as_low_as_the_fill() -> None:
+    recipe = Recipe(
+        batch=2, length=7, more=0, kv_heads=2, groups=3, size=9, value_size=9, repeat="interleave",
+        layout="reversed", scale="divided", pattern="causal", width=2, from_end=True,
+        spelling="fill", fill=-1e4, extra="none", padding="", pad_first=True, softmax="written",
+        loud=1.0, dynamic=False, second="shared", use="pairs",
+    )  # fmt: skip
+    check(recipe, trace_directly)
+
+
+def test_a_temperature_on_a_second_product_beside_joined_values() -> None:
+    recipe = Recipe(
+        batch=1, length=2, more=0, kv_heads=2, groups=2, size=8, value_size=4, repeat="stack",
+        layout="einsum", scale="q", pattern="root", width=1, from_end=True, spelling="add",
+        fill=-1e4, extra="temperature", padding="", pad_first=False, softmax="late", loud=1.0,
+        dynamic=False, second="shared", use="two values",
+    )  # fmt: skip
+    check(recipe, trace_directly)
+
+
+def test_what_is_put_back_comes_after_its_sizes() -> None:
+    """Two products with the weights were joined; the second was put back before its sizes."""
+    recipe = Recipe(
+        batch=2, length=8, more=1, kv_heads=4, groups=3, size=4, value_size=8, repeat="tile",
+        layout="folded", scale="q", pattern="full", width=1, from_end=True, spelling="where",
+        fill=-1e9, extra="bias", padding="add", pad_first=True, softmax="late", loud=3000.0,
+        dynamic=True, use="two values",
     )  # fmt: skip
     check(recipe, trace_directly)
 

@@ -35,6 +35,18 @@ def test_a_band_is_recognised_as_itself(
         raise AssertionError("a band with full edge rows was not recognised")
 
 
+@pytest.mark.parametrize("from_end", [False, True])
+def test_one_entry_in_any_block_of_rows_tells_bands_apart(from_end: bool) -> None:
+    rows, columns = 600, 620
+    band = Band(-300, 0, from_end)
+    allowed = band.matrix(rows, columns)
+    assert band.equals(allowed) and band.equals(allowed.expand(2, 3, -1, -1))
+    for row, column in ((0, 619), (255, 0), (256, 256), (511, 619), (599, 0)):
+        other = allowed.clone()
+        other[row, column] = ~other[row, column]
+        assert not band.equals(other)
+
+
 @settings(max_examples=150, deadline=None)
 @given(size=strategies.integers(4, 12), data=strategies.data())
 def test_one_flipped_entry_is_no_band(size: int, data: Any) -> None:
