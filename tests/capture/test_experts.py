@@ -106,3 +106,46 @@ def test_the_report_says_what_it_costs() -> None:
     assert [d.module for d in found] == ["blocks.0.mlp", "blocks.1.mlp"]
     assert all(d.location and "index_add_" in d.location.source for d in found)
     assert "3 selections" in str(found[0].reason)
+
+
+class SlotRows(Routed):
+    """minimind: a row for each slot, and masks written out twice."""
+
+    def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        rows, flat = x.repeat_interleave(weights.shape[-1], dim=0), chosen.view(-1)
+        y = torch.empty_like(rows)
+        for i, expert in enumerate(self.experts):
+            y[flat == i] = expert(rows[flat == i])
+        return (y.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(1)
+
+
+class OtherSlots(SlotRows):
+    """What one expert gives goes where another one was chosen."""
+
+    def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        rows, flat = x.repeat_interleave(weights.shape[-1], dim=0), chosen.flatten().clone()
+        y = torch.zeros_like(rows)
+        for i, expert in enumerate(self.experts):
+            found = rows[flat == i]
+            flat[:] = flat.flip(0)
+            y[flat == i] = expert(found)  # HERE
+        return (y.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(1)
+
+
+def test_masks_written_out_twice_select_the_same_rows() -> None:
+    torch.manual_seed(3)
+    model = decoder(SlotRows, layers=1).double().eval()
+    packed = PackedModel(
+        lower_for_serving(capture(model), None).serving, dict(model.named_parameters())
+    )
+    for length in (1, 5, 37, LIMIT):
+        ids = torch.randint(0, VOCAB, (length,))
+        with torch.no_grad():
+            assert (packed([ids])[0] - model(ids[None])[0]).abs().max() < 1e-12
+
+
+def test_a_mask_whose_numbers_changed_in_between_is_another_one() -> None:
+    with pytest.raises(PortError) as caught:
+        capture(decoder(OtherSlots, layers=1).eval())
+    location = caught.value.reasons[0].location
+    assert location is not None and "# HERE" in location.source
