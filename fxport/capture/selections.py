@@ -94,7 +94,7 @@ class Selections(TorchFunctionMode):
             return self._where
         if func in _NONZERO:
             return self._nonzero
-        if func in _UNIQUE and len(args) == 1 and not kwargs:
+        if func in _UNIQUE and len(args) == 1:
             return self._unique
         if func in _NUMBERS:
             return self._number
@@ -186,11 +186,12 @@ class Selections(TorchFunctionMode):
             return self._counts(tensor)
         return tuple(self._constant(tensor, [i]) for i in self._members(tensor))
 
-    def _unique(self, chosen: Tensor) -> Any:
+    def _unique(self, chosen: Tensor, **options: Any) -> Any:
         """The classes that any row chose, in order."""
         node = _node(chosen)
         bound = None if node is None else index_bound(values_of(node))
-        if node is None or bound is None:
+        more = any(options.get(k) for k in ("return_inverse", "return_counts"))
+        if node is None or bound is None or more or options.get("dim") is not None:
             return NotImplemented
         found = []
         for number in range(bound):
