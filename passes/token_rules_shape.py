@@ -232,6 +232,8 @@ def _slice(call: Call) -> Axes:
         raise Refusal(
             ReasonCode.MIXES_TOKENS,
             f"a part of {name(axes[index])} is cut out, so tokens are dropped or shifted",
+            "vLLM gives every token its own row: what a token needs of the one before it (a "
+            "bigram, a shift) must come through attention",
         )
     return _resized(call, axes, index, "slice")
 

@@ -15,14 +15,15 @@ import sympy
 import torch
 from torch import nn
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 
 from fxport.capture.batches import asked_about_rows, require_every_batch
 from fxport.capture.causal_calls import masks_at_every_length
 from fxport.capture.location import forward_line
-from fxport.capture.questions import ask, first_change, forward_only, numbers_in
+from fxport.capture.questions import Asked, ask, first_change, forward_only, numbers_in
 from fxport.capture.recurrence import refuse_recurrence
 from fxport.capture.sample import Sample, device_of, take_sample
+from fxport.capture.selected import EverySelected
 from fxport.capture.trace import token_argument
 from fxport.capture.traced import Traced
 from fxport.capture.unify import NeedsTable, Unified, unify
@@ -174,13 +175,13 @@ def _lengths(model: nn.Module, limit: int | None) -> _Lengths:
     asked = ask(model, allowed[0])
     one = asked.sides
     known, counted = set(one), asked.counted
-    pending = {n for n in one if n <= longest}
+    pending = {n for n in _chased(asked, allowed[0]) if n <= longest}
     while pending and len(known) < _MOST_PATHS:
-        asked = ask(model, pending.pop())
+        hint = pending.pop()
+        asked = ask(model, hint)
         counted |= asked.counted
-        sides = asked.sides - known
-        known |= sides
-        pending |= {n for n in sides if n <= longest}
+        pending |= {n for n in _chased(asked, hint) - known if n <= longest}
+        known |= asked.sides
     beyond = [n for n in known if n > longest]
     if beyond and limit is None:
         limit = min(beyond) - 1
@@ -200,8 +201,18 @@ def _lengths(model: nn.Module, limit: int | None) -> _Lengths:
         rows = {n for n in sides if n <= allowed[0] + 1}
         doubtful, sides = doubtful | rows, sides - rows
     samples = dict.fromkeys([*allowed, *sorted({*sides, *others})])
-    together = _together(model, allowed[0], one, longest)
+    # The walk has one row: what it found may hold for one row alone.
+    together = (*_together(model, allowed[0], one, longest), *((1, n) for n in others if n > 2))
     return _Lengths(tuple(samples), together, limit, tuple(sorted(doubtful)), walked)
+
+
+def _chased(asked: Asked, hint: int) -> frozenset[int]:
+    """Sides at which forward may ask something else.
+
+    T compared with a number that was made of T itself has its sides next to every hint: they are
+    captured, and what is asked there is left to the walk.
+    """
+    return asked.sides - set(range(hint - 1, hint + 2)) if asked.counted else asked.sides
 
 
 def _together(
@@ -217,7 +228,7 @@ def _runs(model: nn.Module, length: int) -> bool:
     """Whether forward accepts this many tokens, by shapes alone."""
     ids = torch.zeros(1, length, dtype=torch.long, device=device_of(model))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with forward_only(model), mode, enable_python_dispatcher():
+    with forward_only(model), mode, enable_python_dispatcher(), EverySelected(is_fake):
         try:
             model(mode.from_tensor(ids))
         except Exception:  # an assertion, an index, a shape: the model does not take it

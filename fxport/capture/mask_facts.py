@@ -27,6 +27,7 @@ __all__ = [
     "one_true_along",
     "question",
     "rows_source",
+    "values_of",
 ]
 
 aten = torch.ops.aten
@@ -96,7 +97,7 @@ def rows_source(mask: fx.Node) -> fx.Node:
     return node
 
 
-def _values(node: fx.Node) -> fx.Node:
+def values_of(node: fx.Node) -> fx.Node:
     """Through views, orders and copies: the same integers."""
     moves = (aten.permute, aten.transpose, aten.t, aten.movedim, aten.to, aten._to_copy)
     while node.op == "call_function" and _packet(node) in (*_SAME_ORDER, *moves):
@@ -126,13 +127,13 @@ def _emptiness(node: fx.Node) -> Emptiness | None:
         return None
     bound, packet = arguments(node), _packet(node)
     if packet is aten.one_hot:
-        return Emptiness(_values(bound["self"]), None, _rank(node) - 1)
+        return Emptiness(values_of(bound["self"]), None, _rank(node) - 1)
     if packet is aten.bincount:
-        return Emptiness(_values(bound["self"]), None, 0) if not bound["weights"] else None
+        return Emptiness(values_of(bound["self"]), None, 0) if not bound["weights"] else None
     if packet is aten.eq and isinstance(bound["other"], int) and _whole(bound["self"]):
-        return Emptiness(_values(bound["self"]), bound["other"])
+        return Emptiness(values_of(bound["self"]), bound["other"])
     if packet is aten.eq and _counts_classes(bound["self"], bound["other"]):
-        return Emptiness(_values(bound["self"]), None, _rank(node) - 1)
+        return Emptiness(values_of(bound["self"]), None, _rank(node) - 1)
     if not node.all_input_nodes:
         return None
     found = emptiness(_source(node))
@@ -216,7 +217,7 @@ def class_count(node: fx.Node) -> int | None:
     """How long a ``bincount(chosen, minlength=E)`` is: E, where `chosen` are indices below E."""
     if _packet(node) is not aten.bincount:
         return None
-    least, bound = arguments(node)["minlength"], index_bound(_values(arguments(node)["self"]))
+    least, bound = arguments(node)["minlength"], index_bound(values_of(arguments(node)["self"]))
     return least if bound is not None and bound <= least else None
 
 

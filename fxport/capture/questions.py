@@ -19,7 +19,7 @@ import sympy
 import torch
 from torch import nn
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._sympy.functions import ToFloat
 from torch.utils._sympy.interp import sympy_interp
@@ -28,6 +28,7 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 from fxport.capture.emitter import symbolic_tokens
 from fxport.capture.memos import nothing_remembered, own_files
 from fxport.capture.sample import device_of
+from fxport.capture.selected import EverySelected
 from fxport.capture.state import State
 from fxport.capture.trace import as_traced, quiet
 
@@ -49,7 +50,8 @@ class Asked:
     Attributes:
         sides: neighbouring lengths that are answered differently.
         counted: whether the length was taken as a plain number, or forward failed half-way (a
-            length as a key of a set): nobody sees what is asked after that.
+            length as a key of a set), or chose among the tokens: nobody sees what is asked after
+            that.
     """
 
     sides: frozenset[int]
@@ -67,10 +69,17 @@ def ask(model: nn.Module, hint: int, batch: int = 1) -> Asked:
     _, length, fake = symbolic_tokens(mode, ids, [DimDynamic.STATIC, DimDynamic.DYNAMIC])
     shapes.sizes = {length: hint}
     counted = True
+    selected = EverySelected(is_fake)
     # The sample at this length says what is wrong, if anything is.
-    with forward_only(model), mode, enable_python_dispatcher(), contextlib.suppress(Exception):
+    with (
+        forward_only(model),
+        mode,
+        enable_python_dispatcher(),
+        selected,
+        contextlib.suppress(Exception),
+    ):
         model(fake)
-        counted = False  # it came to its end: what it asked later was seen, too
+        counted = selected.answered  # else it came to its end: what it asked later was seen, too
     sides: set[int] = set()
     for question in dict.fromkeys(shapes.questions):
         if question.free_symbols != {length}:

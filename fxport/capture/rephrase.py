@@ -7,6 +7,7 @@ torch._weight_norm(v, g, dim)                ->  v * (g / |v|)
 torch.hstack([x, y])                         ->  torch.cat([x, y], 1), of vectors along 0
 nn.TransformerEncoder(...)(x, mask=m)        ->  the same, without looking into m whether it is
                                                  causal: the layers get m itself
+torch.vmap(head)(q, k)                       ->  a loop over the rows, stacked
 f"{x.shape[1]}"                              ->  f"{int(x.shape[1])}": not the symbol's name
 """
 
@@ -24,6 +25,7 @@ from torch.nn.modules import transformer
 from torch.overrides import TorchFunctionMode
 
 from fxport.capture.location import is_library
+from fxport.capture.vmapped import vmap_as_loop
 
 __all__ = ["rephrased"]
 
@@ -40,7 +42,7 @@ def rephrased() -> Iterator[None]:
 
     torch.SymInt.__repr__ = number  # type: ignore[method-assign]
     try:
-        with _Rephrase():
+        with _Rephrase(), vmap_as_loop():
             yield
     finally:
         transformer._detect_is_causal_mask = detect

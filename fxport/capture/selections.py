@@ -3,6 +3,7 @@
     if not mask.any(): continue          "no" is assumed, and a marker with its number is left
     rows, slot = torch.where(mask)       at least one row; `rows.numel() == 0` is then False
     for expert in hit.nonzero(): ...     every expert, one after the other
+    for expert in chosen.unique(): ...   again
     y[mask] += f(x[mask])                through rows: index and index_put by integers
 
 The same forward is traced again with other answers; `fxport.capture.skips` compares the graphs.
@@ -28,14 +29,16 @@ from fxport.capture.mask_facts import (
     index_bound,
     question,
     rows_source,
+    values_of,
 )
 
-__all__ = ["Empties", "Selections", "is_marker", "marked"]
+__all__ = ["Empties", "NumbersTaken", "Selections", "is_marker", "marked"]
 
 Empties = Callable[[int], bool]
 
 _MARK = "fxport question "
 _NONZERO = (torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere)
+_UNIQUE = (torch.unique, Tensor.unique)
 _NUMBERS = (Tensor.item, Tensor.__int__, Tensor.__index__)
 
 
@@ -50,6 +53,10 @@ def marked(node: fx.Node) -> tuple[int, fx.Node]:
     asked = node.args[0]
     assert isinstance(asked, fx.Node)
     return int(str(node.args[1]).removeprefix(_MARK)), asked
+
+
+class NumbersTaken(Exception):
+    """Forward takes the values of tensors out of torch."""
 
 
 class Selections(TorchFunctionMode):
@@ -68,6 +75,7 @@ class Selections(TorchFunctionMode):
         # kept so that its identity is not given away.
         self._known: dict[int, tuple[Tensor, int]] = {}
         self._hits: dict[int, tuple[Tensor, Tensor]] = {}
+        self._classes: dict[int, tuple[Tensor, list[int]]] = {}  # what `unique` gave
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -86,8 +94,12 @@ class Selections(TorchFunctionMode):
             return self._where
         if func in _NONZERO:
             return self._nonzero
+        if func in _UNIQUE and len(args) == 1:
+            return self._unique
         if func in _NUMBERS:
             return self._number
+        if func is Tensor.numpy:
+            raise NumbersTaken
         handlers: dict[Any, Callable[..., Any]] = {
             Tensor.__bool__: self._bool,
             Tensor.unbind: self._iterate,  # what a loop over a tensor calls
@@ -168,9 +180,28 @@ class Selections(TorchFunctionMode):
     def _iterate(self, tensor: Tensor, dim: int = 0) -> Any:
         if dim != 0:
             return NotImplemented
+        if id(tensor) in self._classes:
+            return tuple(self._constant(tensor, i) for i in self._classes[id(tensor)][1])
         if id(tensor) not in self._hits:
             return self._counts(tensor)
         return tuple(self._constant(tensor, [i]) for i in self._members(tensor))
+
+    def _unique(self, chosen: Tensor, **options: Any) -> Any:
+        """The classes that any row chose, in order."""
+        node = _node(chosen)
+        bound = None if node is None else index_bound(values_of(node))
+        more = any(options.get(k) for k in ("return_inverse", "return_counts"))
+        if node is None or bound is None or more or options.get("dim") is not None:
+            return NotImplemented
+        found = []
+        for number in range(bound):
+            witness = chosen == number
+            asked = Emptiness(values_of(node), number)
+            if not self._is_empty(asked, witness):
+                found.append(number)
+        classes = torch.tensor(found, dtype=torch.int64, device=chosen.device)
+        self._classes[id(classes)] = (classes, found)
+        return classes
 
     def _constant(self, like: Tensor, value: Any) -> Tensor:
         tensor = torch.tensor(value, dtype=torch.int64, device=like.device)

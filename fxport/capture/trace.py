@@ -28,7 +28,7 @@ from fxport.capture.inputs import GraphInput, InputKind
 from fxport.capture.location import location_in, record_user_lines
 from fxport.capture.memos import nothing_remembered
 from fxport.capture.rephrase import rephrased
-from fxport.capture.selections import Empties, Selections, is_marker
+from fxport.capture.selections import Empties, NumbersTaken, Selections, is_marker
 from fxport.errors import PortError, Reason, ReasonCode
 
 __all__ = [
@@ -156,6 +156,15 @@ def explain_failure(error: Exception) -> Reason:
             "forward takes another path, or another shape, for other values of a tensor",
             where,
             hint="control flow must not depend on the values of the tokens",
+        )
+    if isinstance(error, NumbersTaken):
+        return Reason(
+            ReasonCode.CAPTURE_FAILED,
+            "forward takes the values of a tensor as numbers, for instance how many tokens each "
+            "expert got",
+            where,
+            hint="keep them in tensors; experts can take their tokens by masks: "
+            "rows, slot = torch.where(chosen == i)",
         )
     return Reason(ReasonCode.CAPTURE_FAILED, in_one_line(error), where)
 

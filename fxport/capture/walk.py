@@ -23,6 +23,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fxport.capture.questions import forward_only
 from fxport.capture.sample import device_of
+from fxport.capture.selected import EverySelected
+from fxport.capture.steps import Constant, Of, Reference, Step
 
 __all__ = ["Walked", "walk"]
 
@@ -30,7 +32,9 @@ aten = torch.ops.aten
 
 # Operations in all, those on constants included; beyond it not every length is walked.
 _MOST_STEPS = 40_000
-_FEWEST = 64
+_FEWEST = 16
+# So many numbers of a constant ([T, T] masks) take about as long as an operation on shapes.
+_NUMBERS = 2**17
 # Changes of the path that are handed on: the graphs of their sides decide.
 _FIRST = 2
 # Bytes of constants that are kept for comparison.
@@ -79,16 +83,16 @@ def walk(model: nn.Module, usual: int, longest: int, named: Sequence[int]) -> Wa
         low, _ = _run(model, usual)
     except Exception:  # it looks at values, or uses an operation that has no shape function
         return None
-    reference = _Reference(usual, low)
+    reference = Reference(usual, low)
     longest = _last(lambda n: _runs(model, n), usual, longest)
     if longest == usual:
         return None
     if not _same(model, longest, reference):
         last = _last(lambda n: _same(model, n, reference), usual, longest)
         return Walked((last, last + 1, longest), 0, longest)
-    high, calls = _run(model, longest)
-    reference = _Reference(usual, low, longest, high)
-    lengths = _which(longest, max(_MOST_STEPS // calls, _FEWEST), named)
+    high, cost = _run(model, longest)
+    reference = Reference(usual, low, longest, high)
+    lengths = _which(longest, max(_MOST_STEPS // cost, _FEWEST), named)
     others: list[int] = []
     before = usual
     for n in lengths:
@@ -124,48 +128,14 @@ def _last(holds: Callable[[int], bool], low: int, high: int) -> int:
 # --- one length ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class _Step:
-    """One operation, and everything that it was given, flat.
-
-    Attributes:
-        given: numbers, types, ...; `_Constant`, or `_Of` for what depends on tokens or parameters.
-    """
-
-    target: Any
-    given: tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class _Of:
-    """A value that an earlier step made, or one that the model holds."""
-
-    step: int
-
-
-@dataclass(frozen=True, eq=False)
-class _Constant:
-    """What depends on neither tokens nor parameters.
-
-    Attributes:
-        value: None where no memory was left to keep it.
-        version: of its memory when it was used.
-        made: how it was made; None when the model held it, or it was written to afterwards.
-    """
-
-    value: torch.Tensor | None
-    version: int
-    made: _Step | None
-
-
 class _Shape(torch.Tensor):
     """Stands for what depends on tokens or parameters: where it would live, without numbers."""
 
     empty: torch.Tensor
-    of: _Of
+    of: Of
 
     @staticmethod
-    def __new__(cls, empty: torch.Tensor, device: torch.device, of: _Of) -> _Shape:
+    def __new__(cls, empty: torch.Tensor, device: torch.device, of: Of) -> _Shape:
         made: _Shape = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, empty.shape, strides=empty.stride(), dtype=empty.dtype, device=device
         )
@@ -180,37 +150,40 @@ class _Shape(torch.Tensor):
 class _Recorder(TorchDispatchMode):
     """Runs constants, and of everything else the shapes."""
 
-    def __init__(self, device: torch.device, seen: Callable[[int, _Step], None]) -> None:
+    def __init__(self, device: torch.device, seen: Callable[[int, Step], None]) -> None:
         super().__init__()
         self.device, self.seen = device, seen
-        self.steps = self.calls = 0
+        self.steps = self.cost = 0
         self.made: Any = WeakIdKeyDictionary()  # constant -> how, and the version it then had
         self.results: dict[Any, Any] = {}
-        self.written: dict[int, tuple[Any, _Of]] = {}  # memory of the model that holds tokens
+        self.written: dict[int, tuple[Any, Of]] = {}  # memory of the model that holds tokens
 
     def tokens(self, length: int) -> _Shape:
-        return _Shape(torch.empty(1, length, dtype=torch.long, device="meta"), self.device, _Of(-1))
+        return _Shape(torch.empty(1, length, dtype=torch.long, device="meta"), self.device, Of(-1))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += 1
+        self.cost += 1
         flat = list(_flat((*args, *(v for _, v in sorted((kwargs or {}).items())))))
         shapeless = any(isinstance(v, torch.Tensor) and self._of(v) is not None for v in flat)
         given = tuple(self._given(v) if isinstance(v, torch.Tensor) else v for v in flat)
-        step = _Step((func, tuple(sorted(kwargs or {}))), given)
+        step = Step((func, tuple(sorted(kwargs or {}))), given)
         if not shapeless:
             return self._constant(step, func(*args, **(kwargs or {})))
         self.seen(self.steps, step)
         self.steps += 1
         return self._shapes(func, args, kwargs or {})
 
-    def _of(self, value: torch.Tensor) -> _Of | None:
+    def _of(self, value: torch.Tensor) -> Of | None:
         if isinstance(value, _Shape):
             return value.of
         if isinstance(value, nn.Parameter):
-            return _Of(-2)
+            return Of(-2)
         if self.written:
             return self.written.get(value.untyped_storage()._cdata, (None, None))[1]
         return None
+
+    def numberless(self, value: torch.Tensor) -> bool:
+        return not isinstance(value, nn.Parameter) and self._of(value) is not None
 
     def _given(self, value: torch.Tensor) -> Any:
         if isinstance(value, nn.Parameter):
@@ -219,19 +192,21 @@ class _Recorder(TorchDispatchMode):
         if of is not None:
             return of
         made, version = self.made.get(value, (None, value._version))
-        return _Constant(value, value._version, made if version == value._version else None)
+        return Constant(value, value._version, made if version == value._version else None)
 
-    def _constant(self, step: _Step, result: Any) -> Any:
+    def _constant(self, step: Step, result: Any) -> Any:
         for value in _flat(result if isinstance(result, tuple | list) else (result,)):
-            if isinstance(value, torch.Tensor) and value not in self.made:
-                self.made[value] = step, value._version
+            if isinstance(value, torch.Tensor):
+                self.cost += value.numel() // _NUMBERS
+                if value not in self.made:
+                    self.made[value] = step, value._version
         return result
 
     def _shapes(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if torch.Tag.inplace_view in func.tags:
             raise NotImplementedError(f"{func} changes a shape in place")
         _check_range(func, args)
-        here = _Of(self.steps - 1)
+        here = Of(self.steps - 1)
         if func._schema.is_mutable and not isinstance(args[0], _Shape):
             memory = args[0].untyped_storage()
             self.written[memory._cdata] = memory, here
@@ -287,38 +262,34 @@ def _flat(values: Sequence[Any]) -> Iterator[Any]:
             yield value
 
 
-class _Other(Exception):
-    """Forward takes another path."""
-
-
 def _run(
-    model: nn.Module, length: int, seen: Callable[[int, _Step], None] | None = None
-) -> tuple[list[_Step], int]:
-    """The steps, unless `seen` takes them, and the number of all operations."""
-    steps: list[_Step] = []
+    model: nn.Module, length: int, seen: Callable[[int, Step], None] | None = None
+) -> tuple[list[Step], int]:
+    """The steps, unless `seen` takes them, and what all operations cost."""
+    steps: list[Step] = []
     kept = [0]
 
-    def keep(_: int, step: _Step) -> None:
-        steps.append(_Step(step.target, tuple(_within(v, kept) for v in step.given)))
+    def keep(_: int, step: Step) -> None:
+        steps.append(Step(step.target, tuple(_within(v, kept) for v in step.given)))
 
     recorder = _Recorder(device_of(model), seen or keep)
     ids = recorder.tokens(length)
-    with forward_only(model), recorder:
+    with forward_only(model), recorder, EverySelected(recorder.numberless):
         model(ids)
     if seen is not None:
         seen(recorder.steps, _END)
-    return [*steps, _END], recorder.calls
+    return [*steps, _END], recorder.cost
 
 
-_END = _Step("the end", ())
+_END = Step("the end", ())
 
 
 def _within(value: Any, kept: list[int]) -> Any:
     """A constant without its value, when there are too many."""
-    if isinstance(value, _Constant) and value.value is not None:
+    if isinstance(value, Constant) and value.value is not None:
         kept[0] += value.value.nbytes
         if kept[0] > _KEPT:
-            return _Constant(None, value.version, value.made)
+            return Constant(None, value.version, value.made)
     return value
 
 
@@ -330,84 +301,9 @@ def _runs(model: nn.Module, length: int) -> bool:
     return True
 
 
-def _same(model: nn.Module, length: int, reference: _Reference) -> bool:
+def _same(model: nn.Module, length: int, reference: Reference) -> bool:
     try:
         _run(model, length, lambda i, step: reference.compare(length, i, step))
-    except Exception:  # `_Other`, or it fails where others do not
+    except Exception:  # `Other`, or it fails where others do not
         return False
     return True
-
-
-# --- two lengths, and a third ------------------------------------------------------------------
-
-
-class _Reference:
-    """The path of one usual length, and of the longest where that is the same."""
-
-    def __init__(
-        self, low: int, lows: list[_Step], high: int = 0, highs: list[_Step] | None = None
-    ) -> None:
-        self.low, self.high = low, high
-        self.lows, self.highs = lows, highs
-
-    def compare(self, length: int, index: int, step: _Step) -> None:
-        """
-        Raises:
-            _Other: this step is another one.
-        """
-        if index >= len(self.lows):
-            raise _Other
-        steps = (self.lows[index], self.highs[index] if self.highs else None)
-        if not self._equal(length, (*steps, step), {}):
-            raise _Other
-
-    def _equal(self, length: int, steps: tuple[Any, Any, Any], known: dict[Any, bool]) -> bool:
-        low, high, step = steps
-        key = (id(low), id(high), id(step))
-        if key not in known:
-            known[key] = False  # no step is made of itself
-            highs = high.given if high is not None else (None,) * len(low.given)
-            known[key] = (
-                low.target == step.target
-                and len(low.given) == len(step.given) == len(highs)
-                and all(
-                    self._leaf(length, leaves, known)
-                    for leaves in zip(low.given, highs, step.given, strict=True)
-                )
-            )
-        return known[key]
-
-    def _leaf(self, length: int, leaves: tuple[Any, Any, Any], known: dict[Any, bool]) -> bool:
-        low, high, value = leaves
-        if type(low) is not type(value):
-            return False
-        if isinstance(value, _Constant):
-            made = (low.made, high.made if high is not None else None, value.made)
-            alike = low.made and value.made and (high is None or high.made)
-            if alike and self._equal(length, made, known):
-                return True
-            return _begins(value, low) and (high is None or _begins(high, value))
-        if isinstance(value, torch.Tensor):
-            return value is low
-        if isinstance(value, int) and not isinstance(value, bool):
-            if high is None:
-                return True
-            return (value - low) * (self.high - self.low) == (high - low) * (length - self.low)
-        return bool(value == low) or value != value
-
-
-def _begins(longer: _Constant, shorter: _Constant) -> bool:
-    """Or the other way round, along any axis."""
-    one, other = longer.value, shorter.value
-    if one is None or other is None or one.dim() != other.dim() or one.dtype != other.dtype:
-        return False
-    if one is other:
-        return True
-    if (one._version, other._version) != (longer.version, shorter.version):
-        return False
-    for axis in range(one.dim()):
-        size = min(one.shape[axis], other.shape[axis])
-        one, other = one.narrow(axis, 0, size), other.narrow(axis, 0, size)
-    if one.is_floating_point() or one.is_complex():
-        return torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
-    return torch.equal(one, other)

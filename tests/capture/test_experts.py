@@ -106,3 +106,83 @@ def test_the_report_says_what_it_costs() -> None:
     assert [d.module for d in found] == ["blocks.0.mlp", "blocks.1.mlp"]
     assert all(d.location and "index_add_" in d.location.source for d in found)
     assert "3 selections" in str(found[0].reason)
+
+
+class SlotRows(Routed):
+    """minimind: a row for each slot, and masks written out twice."""
+
+    def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        rows, flat = x.repeat_interleave(weights.shape[-1], dim=0), chosen.view(-1)
+        y = torch.empty_like(rows)
+        for i, expert in enumerate(self.experts):
+            y[flat == i] = expert(rows[flat == i])
+        return (y.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(1)
+
+
+class OtherSlots(SlotRows):
+    """What one expert gives goes where another one was chosen."""
+
+    def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        rows, flat = x.repeat_interleave(weights.shape[-1], dim=0), chosen.flatten().clone()
+        y = torch.zeros_like(rows)
+        for i, expert in enumerate(self.experts):
+            found = rows[flat == i]
+            flat[:] = flat.flip(0)
+            y[flat == i] = expert(found)  # HERE
+        return (y.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(1)
+
+
+class UniqueStyle(Routed):
+    """A loop over the experts that were chosen, as `torch.unique` gives them."""
+
+    def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for number in torch.unique(chosen):
+            mask = chosen == int(number.item())
+            rows = mask.any(dim=-1).nonzero().squeeze(-1)
+            slot = mask[rows].int().argmax(dim=-1, keepdim=True)
+            share = weights.index_select(0, rows).gather(-1, slot)
+            y.index_add_(0, rows, self.experts[int(number)](x.index_select(0, rows)) * share)
+        return y
+
+
+class HowManyUnique(UniqueStyle):
+    """What a token gets depends on how many experts the others chose."""
+
+    def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        return super().mix(x, weights, chosen) / chosen.unique().numel()  # HERE
+
+
+@pytest.mark.parametrize("style", [SlotRows, UniqueStyle])
+def test_more_ways_to_find_the_rows_of_an_expert(style: type[Routed]) -> None:
+    torch.manual_seed(3)
+    model = decoder(style, layers=1).double().eval()
+    packed = PackedModel(
+        lower_for_serving(capture(model), None).serving, dict(model.named_parameters())
+    )
+    for length in (1, 5, 37, LIMIT - 1):
+        ids = torch.randint(0, VOCAB, (length,))
+        with torch.no_grad():
+            assert (packed([ids])[0] - model(ids[None])[0]).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("style", [OtherSlots, HowManyUnique])
+def test_other_rows_or_their_number_are_refused(style: type[Routed]) -> None:
+    with pytest.raises(PortError) as caught:
+        capture(decoder(style, layers=1).eval())
+    location = caught.value.reasons[0].location
+    assert location is not None and "# HERE" in location.source
+
+
+class Taken(Routed):
+    def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        ends = chosen.flatten().bincount().cpu().numpy().cumsum(0)  # HERE
+        return x * int(ends[-1])
+
+
+def test_numbers_taken_out_of_torch_are_refused_at_their_line() -> None:
+    with pytest.raises(PortError) as caught:
+        capture(decoder(Taken, layers=1).eval())
+    reason = caught.value.reasons[0]
+    assert reason.location is not None and "# HERE" in reason.location.source
+    assert "torch.where" in reason.hint

@@ -43,6 +43,61 @@ def test_hstack_is_cat(shape: tuple[int, ...]) -> None:
     assert gm(*parts).equal(torch.hstack(parts))
 
 
+def _head(q: torch.Tensor, pair: tuple[torch.Tensor, torch.Tensor], scale: float) -> object:
+    scores = (q @ pair[0].transpose(-1, -2) * scale).softmax(-1)
+    return scores @ pair[1], {"largest": scores.max(-1).values}
+
+
+@pytest.mark.parametrize(
+    ("in_dims", "out_dims"), [((1, (1, 1), None), (1, 0)), ((0, (0, None), None), (-1, 1))]
+)
+def test_vmap_is_a_loop(in_dims: object, out_dims: object) -> None:
+    q, k, v = torch.randn(3, 2, 3, 5, 4).unbind()
+    v = v if in_dims[1][1] is not None else v[0]
+    mapped = torch.vmap(_head, in_dims, out_dims)
+    expected, largest = mapped(q, (k, v), 0.5)
+    with rephrased():
+        gm = make_fx(lambda q, k, v: mapped(q, (k, v), 0.5), pre_dispatch=True)(q, k, v)
+    assert gm.graph.find_nodes(op="call_function", target=torch.ops.aten.stack.default)
+    torch.testing.assert_close(gm(q, k, v), (expected, largest))
+
+
+def test_vmap_over_numbers_stays_one_operation() -> None:
+    rows = torch.arange(5)
+    with rephrased():
+        mask = torch.vmap(torch.vmap(lambda q, k: k <= q, (None, 0)), (0, None))(rows, rows)
+        gm = make_fx(lambda x: torch.vmap(torch.sin)(x), pre_dispatch=True)(rows.float())
+    assert len(gm.graph.find_nodes(op="call_function", target=torch.ops.aten.sin.default)) == 1
+    assert mask.equal(torch.ones(5, 5, dtype=torch.bool).tril())
+
+
+class ByHead(nn.Module):
+    """Attention head by head, as functions of one head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.qkv = nn.Embedding(31, 64), nn.Linear(64, 192)
+        self.head = nn.Linear(64, 31)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        batch, length = ids.shape
+        x = self.embed(ids)
+        q, k, v = self.qkv(x).view(batch, length, 3, 2, 32).permute(2, 0, 3, 1, 4)
+        allowed = torch.ones(length, length, dtype=torch.bool).tril()
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            scores = (q @ k.transpose(-1, -2) / 32**0.5).masked_fill(~allowed, -torch.inf)
+            return scores.softmax(-1) @ v
+
+        y = torch.vmap(attend, in_dims=1, out_dims=2)(q, k, v)
+        return self.head(x + y.reshape(batch, length, 64))
+
+
+def test_a_model_that_maps_over_heads() -> None:
+    torch.manual_seed(0)
+    assert len(fxport.port(ByHead().eval()).serving.attention) == 2
+
+
 @pytest.mark.parametrize("wrap", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
 def test_a_weight_normed_model(wrap: Callable[[nn.Module], nn.Module]) -> None:
     torch.manual_seed(0)

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fxport.api import _walked
+from fxport.capture import lengths
 from fxport.capture import walk as walking
 from fxport.capture.clone import clone_for_capture
 from fxport.capture.lengths import trace_at_lengths
+from fxport.capture.questions import ask
 from fxport.capture.symbolic import trace_symbolically
 from fxport.capture.walk import walk
 from fxport.errors import PortError, ReasonCode
@@ -124,6 +126,27 @@ def test_with_fewer_lengths_a_threshold_is_still_found(monkeypatch):
         assert not walked.every and bool(walked.others) is bool(named)
 
 
+class Chosen(Scaled):
+    """Only some tokens are scaled: the walk takes every one."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits = Tiny.forward(self, ids)
+        mask = ids > 3
+        if mask.any():
+            logits[mask] = logits[mask] * self.number(int(ids.shape[1]))
+        return logits
+
+
+def test_a_forward_that_chooses_tokens_is_walked():
+    threshold, sides = SIDES["a fraction of the limit"]
+    walked = walk(clone_for_capture(Chosen(threshold)), 37, 4096, ())
+    assert walked is not None and walked.longest == LONGEST
+    assert set(walked.others) >= sides
+    model = clone_for_capture(Chosen(lambda n: 2.0))
+    walked = walk(model, 37, 4096, ())
+    assert walked is not None and walked.every and lengths._longest(model, 37) == LONGEST
+
+
 # --- the whole way -----------------------------------------------------------------------------
 
 
@@ -161,6 +184,36 @@ def test_what_is_asked_of_batch_and_length_together_is_refused_at_its_line():
     reason = caught.value.reasons[0]
     assert reason.code is ReasonCode.DEPENDS_ON_LENGTH
     assert reason.location is not None and "# HERE" in reason.location.source
+
+
+class OneRow(Tiny):
+    """Another result for one row alone, by the plain number."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits, part = super().forward(ids), int(ids.shape[1]) / LONGEST
+        return logits * 2 if ids.shape[0] == 1 and part > 0.7 else logits  # HERE
+
+
+def test_what_the_walk_finds_is_looked_at_with_one_row():
+    with pytest.raises(PortError) as caught:
+        trace_at_lengths(clone_for_capture(OneRow()))
+    location = caught.value.reasons[0].location
+    assert location is not None and "# HERE" in location.source
+
+
+class Itself(Tiny):
+    """The length against a number that was made of it: other lengths ask the same."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        length = ids.shape[1]
+        return super().forward(ids) * (1.0 if 2 * length > 2 * int(length) - 1 else 2.0)
+
+
+def test_a_number_made_of_the_length_is_not_chased(monkeypatch):
+    asked = []
+    monkeypatch.setattr(lengths, "ask", lambda m, n, *b: asked.append(n) or ask(m, n, *b))
+    trace_at_lengths(clone_for_capture(Itself()))
+    assert sorted(asked) == [37, 37, LONGEST]  # with one row, with two, and at the limit
 
 
 class Written(Tiny):

@@ -1,0 +1,83 @@
+"""Answers what forward asks about the tokens where tensors have shapes and no numbers.
+
+    x[mask]            every row
+    torch.where(mask)  the numbers of all elements
+    if mask.any():     yes
+    if count == 0:     no
+
+One path of all that forward may take; what the other paths do, `fxport.capture.skips` proves.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["EverySelected"]
+
+_ROWS = (torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere)
+_EQUALS = (Tensor.__eq__, Tensor.eq, torch.eq)
+
+
+class EverySelected(TorchFunctionMode):
+    """While active, every token is selected by every mask that has no numbers.
+
+    Args:
+        numberless: whether a tensor has no numbers.
+
+    Attributes:
+        answered: whether anything was asked.
+    """
+
+    def __init__(self, numberless: Callable[[Tensor], bool]) -> None:
+        super().__init__()
+        self.answered = False
+        self._numberless = numberless
+        # Results of a comparison with zero, kept so that their identities are not given away.
+        self._zeros: dict[int, Tensor] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if args and isinstance(args[0], Tensor):
+            if func is torch.where and len(args) == 1 and self._is_mask(args[0]):
+                return self._rows(args[0])
+            if func in _ROWS and self._numberless(args[0]):
+                rows = self._rows(args[0])
+                return rows if kwargs.get("as_tuple") else torch.stack(rows, dim=-1)
+            if func is Tensor.__bool__ and args[0].numel() == 1 and self._numberless(args[0]):
+                return self._yes(args[0])
+            if func in (Tensor.__getitem__, Tensor.__setitem__):
+                args = (args[0], self._by_rows(args[1]), *args[2:])
+        result = func(*args, **kwargs)
+        if func in _EQUALS and type(args[1]) is int and args[1] == 0:
+            self._zeros[id(result)] = result
+        return result
+
+    def _is_mask(self, value: Any) -> bool:
+        is_mask = isinstance(value, Tensor) and value.dtype == torch.bool and value.dim() > 0
+        return is_mask and self._numberless(value)
+
+    def _yes(self, value: Tensor) -> bool:
+        self.answered = True
+        return id(value) not in self._zeros
+
+    def _rows(self, mask: Tensor) -> tuple[Tensor, ...]:
+        self.answered = True
+        sizes, rank = tuple(mask.shape), mask.dim()
+        counted = [torch.arange(size, device=mask.device) for size in sizes]
+        placed = [c.view([-1 if i == a else 1 for i in range(rank)]) for a, c in enumerate(counted)]
+        return tuple(c.expand(sizes).reshape(-1) for c in placed)
+
+    def _by_rows(self, index: Any) -> Any:
+        items = index if isinstance(index, tuple) else (index,)
+        if not any(map(self._is_mask, items)):
+            return index
+        parts = (self._rows(item) if self._is_mask(item) else (item,) for item in items)
+        return tuple(itertools.chain.from_iterable(parts))
