@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import sympy
 import torch
@@ -36,28 +37,35 @@ _MOST = 4
 
 @contextmanager
 def user_questions() -> Iterator[list[sympy.Basic]]:
-    """What the user's own lines ask about sizes, as they ask it."""
+    """What the user's own lines ask about sizes, as they ask it.
+
+    Of a size that is taken as a plain number nobody sees what is asked: whether it is 1, say.
+    """
     found: list[sympy.Basic] = []
-    of_bool, of_int = torch.SymBool.__bool__, torch.SymInt.__bool__
+    asking: dict[tuple[Any, str], Callable[[Any], sympy.Basic]] = {
+        (torch.SymBool, "__bool__"): lambda asked: asked,
+        (torch.SymInt, "__bool__"): lambda size: sympy.Ne(size, 0),
+        (torch.SymInt, "__int__"): lambda size: sympy.Eq(size, 1),
+        (torch.SymInt, "__index__"): lambda size: sympy.Eq(size, 1),
+    }
+    own = {(cls, name): getattr(cls, name) for cls, name in asking}
 
-    def note(expression: sympy.Basic) -> None:
-        file = sys._getframe(2).f_code.co_filename
-        if file.startswith("<") or not is_library(file):  # a model may be typed in
-            found.append(expression)
+    def noting(key: tuple[Any, str]) -> Callable[[Any], Any]:
+        def asked(value: Any) -> Any:
+            file = sys._getframe(1).f_code.co_filename
+            if file.startswith("<") or not is_library(file):  # a model may be typed in
+                found.append(asking[key](value.node.expr))
+            return own[key](value)
 
-    def truth(value: torch.SymBool) -> bool:
-        note(value.node.expr)
-        return of_bool(value)
+        return asked
 
-    def nonzero(value: torch.SymInt) -> bool:
-        note(sympy.Ne(value.node.expr, 0))
-        return of_int(value)
-
-    torch.SymBool.__bool__, torch.SymInt.__bool__ = truth, nonzero  # type: ignore[method-assign]
     try:
+        for cls, name in asking:
+            setattr(cls, name, noting((cls, name)))
         yield found
     finally:
-        torch.SymBool.__bool__, torch.SymInt.__bool__ = of_bool, of_int  # type: ignore[method-assign]
+        for (cls, name), method in own.items():
+            setattr(cls, name, method)
 
 
 def asked_about_rows(model: nn.Module, length: int) -> tuple[list[sympy.Basic], sympy.Symbol]:
