@@ -24,8 +24,7 @@ from torch._ops import OpOverload
 
 import fxport.ops.attention  # noqa: F401  (registers the op)
 from fxport.capture.arguments import arguments
-from fxport.capture.location import module_of, user_location
-from fxport.errors import Reason, ReasonCode
+from fxport.errors import ReasonCode
 from fxport.ops.params import AttentionParams
 from fxport.passes.attention_bias import emit_check, emit_dense, emit_row_scales, restore_nan
 from fxport.passes.attention_checks import check_grad_mode
@@ -35,15 +34,22 @@ from fxport.passes.attention_flex import (
     FlexCall,
     erase_calls,
     flex_calls,
-    is_flex,
     put_back,
     write_out,
 )
 from fxport.passes.attention_frame import Frame, frame_of
-from fxport.passes.attention_layout import Size, axes_of, product
+from fxport.passes.attention_layout import product
 from fxport.passes.attention_masks import MaskPlan, plan_masks
 from fxport.passes.attention_match import match_softmax
 from fxport.passes.attention_quotient import power_of
+from fxport.passes.attention_records import (
+    MASK,
+    WRITTEN_AS,
+    mask_decisions,
+    rewritten,
+    site_of,
+    stays,
+)
 from fxport.passes.attention_repeats import spell_out_repeats
 from fxport.passes.attention_respelled import Respelled
 from fxport.passes.attention_sdpa import is_sdpa, match_sdpa
@@ -57,16 +63,11 @@ from fxport.passes.attention_views import moved_input, trace
 from fxport.passes.graph_facts import GraphFacts, erase_dead, erase_if_unused
 from fxport.passes.inplace import without_inplace
 from fxport.passes.masks import Prover
-from fxport.report import Decision, Outcome
+from fxport.report import Decision
 
 __all__ = ["MASK", "AttentionResult", "AttentionSite", "rewrite_attention"]
 
 aten = torch.ops.aten
-
-_PASS = "attention"
-_WRITTEN_AS = "fxport_written_as"  # in the meta of a softmax: the call that it stands for
-# Subject of the decision that follows a site whose constant mask stays dense.
-MASK = "mask"
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def rewrite_attention(
     starts = _starts(gm.graph)
     softmaxes = [s for s in starts if isinstance(s, Softmax)]
     for node, left in unread_exponentials(facts, softmaxes):
-        decisions.append(_left(node, left.reason(node)))
+        decisions.append(stays(node, left.reason(node)))
     respelled = respell_uses(gm, facts, softmaxes)
     sites: dict[fx.Node, AttentionSite] = {}
     said: dict[fx.Node, list[Decision]] = {}
@@ -120,12 +121,12 @@ def rewrite_attention(
                 match = _match(facts, start)
                 site, more = _rewrite(gm, facts, prover, match, check_scores, assume_spread)
             except Left as left:
-                said[node] = [_left(node, left.reason(node))]
+                said[node] = [stays(node, left.reason(node))]
                 if left.code is ReasonCode.WEIGHTS_USED_ELSEWHERE:
                     again.append(start)
                 continue
             sites[node] = site
-            said[node] = [_rewritten(node, site), *more]
+            said[node] = [rewritten(node, site), *more]
         # One attention may have been what used the scores of another.
         pending = again if len(again) < len(pending) else []
     _put_back(gm, respelled, starts, flex, sites)
@@ -171,9 +172,9 @@ def _write_out_flex(gm: fx.GraphModule, decisions: list[Decision]) -> dict[fx.No
         try:
             call = write_out(gm, node)
         except Left as left:
-            decisions.append(_left(node, left.reason(node)))
+            decisions.append(stays(node, left.reason(node)))
             continue
-        call.softmax.meta[_WRITTEN_AS] = "flex_attention"
+        call.softmax.meta[WRITTEN_AS] = "flex_attention"
         found[call.softmax] = call
     return found
 
@@ -215,7 +216,7 @@ def _rewrite(
     match.output.replace_all_uses_with(replacement)
     _loosen_views(replacement)
     erase_if_unused(gm, [match.output])
-    return site, _mask_decisions(match, plan, site)
+    return site, mask_decisions(match, plan, site)
 
 
 def _loosen_views(value: fx.Node) -> None:
@@ -292,7 +293,7 @@ def _emit(
     out = emitter.relayout(out, frame.out, wanted)
     if out.meta["val"].dtype != match.output.meta["val"].dtype:
         out = emitter.call(aten.to.dtype, out, match.output.meta["val"].dtype)
-    site = _site(match, frame, plan, params, dense.bias is not None)
+    site = site_of(match, frame, plan, params, dense.bias is not None)
     return call, out, replace(site, checked=check_scores and plan.above is not None)
 
 
@@ -352,62 +353,3 @@ def _seed(emitter: Emitter, q: fx.Node) -> fx.Node:
     return emitter.call(
         aten.randint.low, 0, 2**62, [1], dtype=torch.int64, device=q.meta["val"].device
     )
-
-
-# -- records ---------------------------------------------------------------------------------------
-
-
-def _site(
-    match: Match, frame: Frame, plan: MaskPlan, params: AttentionParams, dense: bool
-) -> AttentionSite:
-    heads = [match.head, *(term.head for term in match.terms)]
-    return AttentionSite(
-        module=module_of(match.start),
-        location=user_location(match.start),
-        params=params,
-        mask=str(plan.band),
-        bias=plan.origin if dense else "",
-        heads=_count(product(frame.heads)),
-        kv_heads=_count(product(frame.kv_heads)),
-        head_dim=sum(_count(product(axes_of(h))) for h in heads),
-        value_dim=_count(product(frame.value)),
-        sinks=match.sinks is not None,
-        alibi=plan.slopes is not None,
-        relied_on=tuple(sorted({*plan.relied_on, *match.relied_on})),
-        above=plan.above,
-        spread=plan.spread,
-    )
-
-
-def _count(size: Size) -> int:
-    return size if isinstance(size, int) else -1
-
-
-def _rewritten(node: fx.Node, site: AttentionSite) -> Decision:
-    return Decision(_PASS, Outcome.REWRITTEN, _subject(node), str(site), site.module, site.location)
-
-
-def _left(node: fx.Node, reason: Reason) -> Decision:
-    where = user_location(node)
-    return Decision(_PASS, Outcome.LEFT, _subject(node), "", module_of(node), where, reason)
-
-
-def _subject(node: fx.Node) -> str:
-    if is_flex(node):
-        return "flex_attention"
-    default = "scaled_dot_product_attention" if is_sdpa(node) else "softmax"
-    return str(node.meta.get(_WRITTEN_AS, default))
-
-
-def _mask_decisions(match: Match, plan: MaskPlan, site: AttentionSite) -> list[Decision]:
-    """A constant mask that stays dense is reported: it needs memory in T * T."""
-    if not plan.unproven:
-        return []
-    node = plan.dense[-1].node
-    reason = Reason(
-        ReasonCode.MASK_NOT_PROVEN,
-        f"the mask stays a dense tensor: {plan.unproven}",
-        user_location(node) or site.location,
-        "write it so that it depends on positions and constants only",
-    )
-    return [Decision(_PASS, Outcome.LEFT, MASK, "", site.module, site.location, reason)]
