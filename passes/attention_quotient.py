@@ -27,6 +27,7 @@ __all__ = [
     "divides_rows",
     "division_of",
     "filled_with",
+    "is_zero",
     "kept_by",
     "power_of",
     "reduction_of",
@@ -64,9 +65,9 @@ def kept_by(node: fx.Node, of: fx.Node | None = None) -> Kept | None:
         if number(given["value"]) == 0 and isinstance(given["mask"], fx.Node):
             return _kept(node, of, node.args[0], MaskKind.FILL, given["mask"], False)
     elif packet is aten.where and len(node.args) == 3:
-        if _is_zero(node.args[2]):
+        if is_zero(node.args[2]):
             return _kept(node, of, node.args[1], MaskKind.FILL, node.args[0], True)
-        if _is_zero(node.args[1]):
+        if is_zero(node.args[1]):
             return _kept(node, of, node.args[2], MaskKind.FILL, node.args[0], False)
     elif packet is aten.mul:
         for before, mask in (node.args[:2], node.args[1::-1]):
@@ -87,7 +88,8 @@ def _kept(
     return Kept(node, before, kind, mask, inverted)
 
 
-def _is_zero(value: object) -> bool:
+def is_zero(value: object) -> bool:
+    """Whether a value is the number 0, or a freshly made tensor of zeros."""
     if not isinstance(value, fx.Node):
         return number(value) == 0
     return filled_with(value) == 0

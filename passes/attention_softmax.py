@@ -7,6 +7,7 @@ e = exp2(x); e / sum(e)   e * sum(e).reciprocal()               e / sum(e).clamp
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,11 +23,14 @@ from fxport.passes.attention_quotient import (
     denominator_of,
     divides_rows,
     division_of,
+    filled_with,
+    is_zero,
     kept_by,
     power_of,
     reduction_of,
 )
-from fxport.passes.attention_views import overload_packet
+from fxport.passes.attention_site import MaskKind
+from fxport.passes.attention_views import number, overload_packet
 
 __all__ = ["Softmax", "is_softmax_call", "softmaxes", "subtracted_maximum"]
 
@@ -36,6 +40,7 @@ _CALLS = {aten.softmax, aten._softmax, aten.special_softmax, aten._safe_softmax}
 _LOGS = {aten.log_softmax, aten._log_softmax, aten.special_log_softmax}
 _MAXIMA = {aten.amax, aten.max}
 _CLAMPS = {aten.clamp, aten.clamp_min}
+_NOT = {aten.logical_not, aten.bitwise_not}
 _QUOTIENTS = {aten.div, aten.true_divide, aten.mul}
 
 
@@ -135,7 +140,9 @@ def _quotient(node: fx.Node) -> Softmax | None:
             return None
         scores, more = found
         nodes, sink = (*more, *nodes), 0.0
-    quiet = under.sink is not None
+    # A row without a key has sums of 0, which the bound makes zeros of.
+    zeroed = bool(under.bound) and any(map(_or_zero, subtracted_maximum(scores)))
+    quiet = under.sink is not None or zeroed
     if weights is top:
         if not under.in_place:
             return None
@@ -181,14 +188,32 @@ def _bound_is_idle(scores: fx.Node, under: Denominator, kept: Kept | None) -> bo
         return True
     reductions = [n for n in subtracted_maximum(scores) if overload_packet(n) in _MAXIMA]
     plain = not any(overload_packet(n) in _CLAMPS for n in subtracted_maximum(scores))
-    if under.bound >= 1 or kept is not None or len(reductions) != 1 or not plain:
+    if under.bound >= 1 or len(reductions) != 1 or not plain:
         return False
+    if kept is not None and not _masked_before(scores, kept):
+        return False  # the largest exponential may be what is set to 0
     along = arguments(reductions[0]).get("dim")
     dims = [along] if isinstance(along, int) else list(along or ())
     rank = len(shape_of(scores))
     if arguments(scores).get("alpha", 1) != 1:
         return False
     return [d % rank for d in dims] == [under.dim]
+
+
+def _masked_before(shifted: fx.Node, kept: Kept) -> bool:
+    """Whether the scores are -inf already where their exponentials are set to 0."""
+    scores = shifted.args[0]
+    if not isinstance(scores, fx.Node) or kept.kind is not MaskKind.FILL:
+        return False
+    if overload_packet(scores) is aten.masked_fill:
+        mask, value, inverted = *scores.args[1:3], False
+    elif overload_packet(scores) is aten.where and len(scores.args) == 3:
+        mask, _, value = scores.args
+        inverted = True
+    else:
+        return False
+    low = filled_with(value) if isinstance(value, fx.Node) else number(value)
+    return mask is kept.mask and inverted == kept.inverted and low == -math.inf
 
 
 def _maximum_given_back(
@@ -217,6 +242,11 @@ def subtracted_maximum(scores: fx.Node) -> tuple[fx.Node, ...]:
     found: list[fx.Node] = []
     node: object = scores.args[1]
     while isinstance(node, fx.Node) and node is not scores.args[0]:
+        bounded = _or_zero(node)
+        if bounded is not None:
+            node, inner = bounded
+            found.extend(inner)
+            continue
         first = node.target is operator.getitem and node.args[1] == 0
         if not first and overload_packet(node) not in known:
             return ()
@@ -224,6 +254,29 @@ def subtracted_maximum(scores: fx.Node) -> tuple[fx.Node, ...]:
         node = node.args[0]
     kept = [n for n in found if _keeps_dimension(n)]
     return tuple(found) if kept else ()
+
+
+def _or_zero(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]] | None:
+    """(m, the nodes) of ``where(isfinite(m), m, 0)`` or ``masked_fill(m, isinf(m), 0)``."""
+    packet = overload_packet(node)
+    if packet is aten.where and len(node.args) == 3:
+        asked, maximum, other = node.args
+        negated = False
+    elif packet is aten.masked_fill:
+        maximum, asked, other = node.args
+        negated = True
+    else:
+        return None
+    if not isinstance(asked, fx.Node) or not isinstance(maximum, fx.Node) or not is_zero(other):
+        return None
+    nodes = [node, asked, *([other] if isinstance(other, fx.Node) else [])]
+    while overload_packet(asked) in _NOT and isinstance(asked.args[0], fx.Node):
+        asked, negated = asked.args[0], not negated
+        nodes.append(asked)
+    wanted = aten.isinf if negated else aten.isfinite
+    if overload_packet(asked) is not wanted or asked.args[0] is not maximum:
+        return None
+    return maximum, tuple(nodes)
 
 
 def _keeps_dimension(node: fx.Node) -> bool:

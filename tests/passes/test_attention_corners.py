@@ -123,6 +123,24 @@ def test_rows_that_see_nothing_by_a_constant_mask(low: str) -> None:
     compare(module, found.graph, [example(3, 11)], 1e-6)
 
 
+def test_rows_that_see_nothing_written_out_are_zeros() -> None:
+    """Their sum is 0, and so is what a bound makes of it; a softmax would give NaN."""
+
+    def function(qkv: Tensor) -> Tensor:
+        q, k, v = heads_first(qkv)
+        masked = causal_bool(q.size(2)).logical_not() | (torch.arange(q.size(2)) == 0)
+        s = (q @ k.mT).masked_fill(masked, INF)
+        m = s.amax(-1, keepdim=True)
+        e = torch.exp(s - torch.where(torch.isfinite(m), m, 0.0))
+        return finish(e / e.sum(-1, keepdim=True).clamp(min=1e-30), v)
+
+    module = Site(function)
+    found = rewrite(trace_training(module, [example(2, 9)], {0: (1, 2)}))
+    assert found.count == 1
+    compare(module, found.graph, [example(3, 11)], 1e-12)
+    assert not bool(module(example(3, 11))[:, 0].any())
+
+
 @pytest.mark.parametrize("dynamic", [False, True], ids=["plain", "symbolic"])
 @pytest.mark.parametrize("low", [*LOW, "inf"])
 @pytest.mark.parametrize("mask", MASKS, ids=lambda m: m.__name__)

@@ -83,3 +83,21 @@ def negated_after_a_floor(qkv: Tensor) -> Tensor:
     q, k, v = heads_first(qkv)
     s = (q @ k.transpose(-1, -2)).clamp(min=-1e9)
     return finish((-s).masked_fill(~causal_bool(q.size(2)), INF).softmax(-1), v)
+
+
+@tricky(UNREAD)
+def bound_beside_more_masking_afterwards(qkv: Tensor) -> Tensor:
+    """The largest exponential may be masked: the second mask is not the first."""
+    s, v = causal_scores(qkv)
+    e = torch.exp(s - s.amax(-1, keepdim=True))
+    e = e.masked_fill(~causal_bool(s.size(-1)).tril(-1), 0.0)
+    return finish(e / e.sum(-1, keepdim=True).clamp(min=0.9), v)
+
+
+@tricky(UNREAD)
+def maximum_but_one_where_infinite(qkv: Tensor) -> Tensor:
+    """Not read: another number than 0 may stand for more than a row without keys."""
+    s, v = causal_scores(qkv)
+    m = s.amax(-1, keepdim=True)
+    e = torch.exp(s - torch.where(torch.isfinite(m), m, torch.ones_like(m)))
+    return finish(e / e.sum(-1, keepdim=True).clamp(min=1e-9), v)
