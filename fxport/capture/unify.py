@@ -6,7 +6,8 @@
 
 Nodes that depend on the tokens must correspond one to one; numbers that differ must be
 expressions in B and T. What does not depend on the tokens may differ in structure: it is
-evaluated, and must be equal in all, or the beginning of one table of the longest length L.
+evaluated, and must be equal in all, or the beginning of one table of the longest length L, or
+its end (``bias[:, :, :, -T:]``).
 Every emitted shape is checked against every sample.
 """
 
@@ -218,14 +219,17 @@ class _Unifier:
             raise NeedsTable(len(grows))
         values = [self._one_row(value, repeats, nodes) for value in values]
         whole = values[-1]
-        for value in values:
-            if not _begins_with(whole, value):
+        starts: dict[int, sympy.Expr] = dict.fromkeys(grows, sympy.Integer(0))
+        if not all(_begins_with(whole, value) for value in values):
+            ending = next((a for a in grows if all(_ends_with(whole, v, a) for v in values)), None)
+            if ending is None:
                 raise PortError([self._refusal(nodes[0], "a constant", longer=bool(grows))])
+            starts[ending] = whole.shape[ending] - sizes[ending]
         table = self.emitter.table(whole, nodes)
-        for axis in grows:
-            end = self.emitter.size(sizes[axis])
+        for axis, start in starts.items():
+            ends = [self.emitter.size(size) for size in (start, start + sizes[axis])]
             table = self.emitter.call(
-                aten.slice.Tensor, (table, axis, 0, end), {}, nodes, check=False
+                aten.slice.Tensor, (table, axis, *ends), {}, nodes, check=False
             )
         if repeats:
             shape = [self.emitter.size(size) for size in sizes]
@@ -261,6 +265,14 @@ def _begins_with(whole: torch.Tensor, part: torch.Tensor) -> bool:
             return False
         whole = whole.narrow(axis, 0, size)
     return _equal(whole, part)
+
+
+def _ends_with(whole: torch.Tensor, part: torch.Tensor, axis: int) -> bool:
+    """Whether `part` is the end of `whole` along one axis, and its beginning along the others."""
+    if whole.dim() != part.dim() or part.shape[axis] > whole.shape[axis]:
+        return False
+    size = part.shape[axis]
+    return _begins_with(whole.narrow(axis, whole.shape[axis] - size, size), part)
 
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -9,11 +10,15 @@ import torch
 from torch import Tensor, fx, nn
 
 import fxport
+from fxport.capture.clone import clone_for_capture
+from fxport.capture.emitter import Unified
 from fxport.capture.export import Captured, capture
 from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.lengths import _longest
 from fxport.capture.memory import Memory
 from fxport.capture.questions import ask
+from fxport.capture.sample import take_sample
+from fxport.capture.unify import unify
 from fxport.errors import PortError, ReasonCode
 from fxport.passes.serving import lower_for_serving
 from tests.zoo import awkward
@@ -76,6 +81,56 @@ def test_a_model_that_was_called_gives_the_same_graph_and_keeps_its_state():
         [n.target for n in c.graph.graph.nodes if n.op == "call_function"] for c in (fresh, called)
     ]
     assert targets[0] == targets[1]
+
+
+class PartOfARow(awkward.Attention):
+    """ALiBi for each key, from a row that the first call makes."""
+
+    def __init__(self, first: Callable[[int], int]) -> None:
+        super().__init__(None, awkward.CausalMask())
+        self.first, self.row = first, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.row is None:
+            slopes = torch.tensor([2.0**-h for h in range(awkward.HEADS)])
+            self.row = slopes[:, None, None] * torch.arange(1 - LIMIT, 1)
+        length, start = x.shape[1], self.first(x.shape[1])
+        q, k, v = self.qkv(x).unflatten(2, (3, awkward.HEADS, -1)).permute(2, 0, 3, 1, 4)
+        scores = q @ k.mT + self.row[:, :, start : start + length]
+        scores = scores.masked_fill(~self.mask(length), float("-inf"))
+        return self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def unified(first: Callable[[int], int]) -> tuple[nn.Module, Unified]:
+    torch.manual_seed(3)
+    model = Decoder().eval()
+    for block in model.blocks:
+        block.attention = PartOfARow(first)
+    model.eval()
+    clone = clone_for_capture(model)
+    *samples, longest = (take_sample(clone, b, n) for b, n in ((2, 37), (3, 53), (4, 41), (2, 96)))
+    return model, unify(samples, longest)
+
+
+def test_a_table_is_read_from_its_end():
+    model, found = unified(lambda length: LIMIT - length)
+    for rows, length in ((1, 2), (2, 23), (3, LIMIT)):
+        ids = torch.randint(VOCAB, (rows, length))
+        values = [
+            model.get_parameter(given.name) if given.kind is InputKind.PARAMETER else given.value
+            for given in map(graph_input, found.graph.graph.find_nodes(op="placeholder"))
+        ]
+        values = [ids if value is None else value for value in values]
+        with torch.no_grad():
+            torch.testing.assert_close(fx.Interpreter(found.graph).run(*values), model(ids))
+
+
+def test_a_table_that_is_read_from_its_middle_is_refused():
+    with pytest.raises(PortError) as caught:
+        unified(lambda length: (LIMIT - length) // 2)
+    reason = caught.value.reasons[0]
+    assert reason.code is ReasonCode.DEPENDS_ON_LENGTH
+    assert reason.location is not None and "self.row[" in reason.location.source
 
 
 def refused(model: nn.Module) -> tuple[ReasonCode, str]:
