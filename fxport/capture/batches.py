@@ -18,13 +18,14 @@ import sympy
 import torch
 from torch import nn
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from fxport.capture.emitter import symbolic_tokens
 from fxport.capture.location import is_library
 from fxport.capture.questions import forward_only
 from fxport.capture.sample import device_of, take_sample
+from fxport.capture.selected import EverySelected
 from fxport.capture.unify import NeedsTable, unify
 from fxport.errors import PortError, Reason, ReasonCode
 
@@ -79,6 +80,7 @@ def asked_about_rows(model: nn.Module, length: int) -> tuple[list[sympy.Basic], 
         forward_only(model),
         mode,
         enable_python_dispatcher(),
+        EverySelected(is_fake),
         contextlib.suppress(Exception),
     ):
         model(fake)
