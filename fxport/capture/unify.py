@@ -31,6 +31,8 @@ __all__ = ["NeedsTable", "unify"]
 
 aten = torch.ops.aten
 
+_NAMED = 6  # of the inputs that differ, in a reason
+
 
 class NeedsTable(Exception):
     """A constant differs between lengths: a sample of the longest length is needed.
@@ -247,13 +249,14 @@ class _Unifier:
         return value
 
     def _refusal(self, node: fx.Node, what: str, *, longer: bool = False) -> Reason:
-        lengths = ", ".join(str(s.length) for s in self.samples)
+        sizes = list(dict.fromkeys(f"{s.batch} x {s.length}" for s in self.samples))
+        inputs = ", ".join(sizes if len(sizes) <= _NAMED else [*sizes[: _NAMED - 1], "..."])
         so = "is not the beginning of what longer sequences use" if longer else "differs"
         return Reason(
             ReasonCode.DEPENDS_ON_LENGTH,
-            f"{what} {so} between sequences of {lengths} tokens",
+            f"{what} {so} between inputs of {inputs} tokens (rows x length)",
             user_location(node),
-            "what is computed for a token must not depend on the number of tokens",
+            "what is computed for a token must not depend on the number of tokens or rows",
         )
 
 
