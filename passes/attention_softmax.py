@@ -283,5 +283,8 @@ def _keeps_dimension(node: fx.Node) -> bool:
     packet = overload_packet(node)
     if node.target is operator.getitem or packet is aten.unsqueeze:
         return True
-    whole = not shape_of(node)
-    return packet in _MAXIMA and (whole or bool(arguments(node).get("keepdim")))
+    if packet not in _MAXIMA:
+        return False
+    given = arguments(node)
+    of_all = given.get("dim") in (None, [], ())
+    return of_all or bool(given["keepdim"])
