@@ -106,6 +106,7 @@ def _cases() -> Iterator[tuple[str, Callable[[], object]]]:
         "sinks": {"sinks": torch.zeros(2)},
         "alibi": {"alibi_slopes": torch.zeros(2)},
         "bias": {"bias": torch.zeros(1, 2, length, length, dtype=half)},
+        "shared bias": {"bias": torch.zeros(1, 1, length, length, dtype=half)},
         "fp32 bias": {"bias": torch.zeros(1, 2, length, length)},
         "bool": {"bias": torch.ones(1, 1, length, length, dtype=torch.bool)},
         "padding": {"bias": torch.zeros(1, 1, 1, length)},

@@ -38,7 +38,7 @@ else:
 
     def test_compiles_for_hopper() -> None:
         """The interpreter accepts code that the compiler does not, and knows no limits."""
-        cases = ("bf16 causal 128", "bf16 everything 64")
+        cases = ("bf16 causal 128", "bf16 everything 64", "bf16 shared bias 64")
         chosen = [word for case in cases for word in ("--case", case)]
         done = _run("fxport.tools.triton_resources", *chosen)
         table = done.stdout.splitlines()
