@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -27,6 +28,7 @@ __all__ = [
     "divides_rows",
     "division_of",
     "filled_with",
+    "fills_of",
     "is_zero",
     "kept_by",
     "power_of",
@@ -60,21 +62,27 @@ def kept_by(node: fx.Node, of: fx.Node | None = None) -> Kept | None:
         of: what e must be; without it, exponentials.
     """
     packet = overload_packet(node)
-    if packet is aten.masked_fill:
-        given = arguments(node)
-        if number(given["value"]) == 0 and isinstance(given["mask"], fx.Node):
-            return _kept(node, of, node.args[0], MaskKind.FILL, given["mask"], False)
-    elif packet is aten.where and len(node.args) == 3:
-        if is_zero(node.args[2]):
-            return _kept(node, of, node.args[1], MaskKind.FILL, node.args[0], True)
-        if is_zero(node.args[1]):
-            return _kept(node, of, node.args[2], MaskKind.FILL, node.args[0], False)
-    elif packet is aten.mul:
+    for before, mask, value, inverted in fills_of(node):
+        if number(value) == 0 if packet is aten.masked_fill else is_zero(value):
+            return _kept(node, of, before, MaskKind.FILL, mask, inverted)
+    if packet is aten.mul:
         for before, mask in (node.args[:2], node.args[1::-1]):
             found = _kept(node, of, before, MaskKind.KEEP, mask, False)
             if found is not None:
                 return found
     return None
+
+
+def fills_of(node: fx.Node) -> tuple[tuple[Any, Any, Any, bool], ...]:
+    """Readings of a fill, the usual first: what is kept, mask, fill, whether the mask keeps."""
+    packet = overload_packet(node)
+    if packet is aten.masked_fill:
+        given = arguments(node)
+        return ((given["self"], given["mask"], given["value"], False),)
+    if packet is aten.where and len(node.args) == 3:
+        mask, one, other = node.args
+        return ((one, mask, other, True), (other, mask, one, False))
+    return ()
 
 
 def _kept(

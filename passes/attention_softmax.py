@@ -24,6 +24,7 @@ from fxport.passes.attention_quotient import (
     divides_rows,
     division_of,
     filled_with,
+    fills_of,
     is_zero,
     kept_by,
     power_of,
@@ -205,15 +206,11 @@ def _masked_before(shifted: fx.Node, kept: Kept) -> bool:
     scores = shifted.args[0]
     if not isinstance(scores, fx.Node) or kept.kind is not MaskKind.FILL:
         return False
-    if overload_packet(scores) is aten.masked_fill:
-        mask, value, inverted = *scores.args[1:3], False
-    elif overload_packet(scores) is aten.where and len(scores.args) == 3:
-        mask, _, value = scores.args
-        inverted = True
-    else:
-        return False
-    low = filled_with(value) if isinstance(value, fx.Node) else number(value)
-    return mask is kept.mask and inverted == kept.inverted and low == -math.inf
+    for _, mask, value, inverted in fills_of(scores)[:1]:
+        low = filled_with(value) if isinstance(value, fx.Node) else number(value)
+        if mask is kept.mask and inverted == kept.inverted and low == -math.inf:
+            return True
+    return False
 
 
 def _maximum_given_back(
@@ -258,25 +255,18 @@ def subtracted_maximum(scores: fx.Node) -> tuple[fx.Node, ...]:
 
 def _or_zero(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]] | None:
     """(m, the nodes) of ``where(isfinite(m), m, 0)`` or ``masked_fill(m, isinf(m), 0)``."""
-    packet = overload_packet(node)
-    if packet is aten.where and len(node.args) == 3:
-        asked, maximum, other = node.args
-        negated = False
-    elif packet is aten.masked_fill:
-        maximum, asked, other = node.args
-        negated = True
-    else:
-        return None
-    if not isinstance(asked, fx.Node) or not isinstance(maximum, fx.Node) or not is_zero(other):
-        return None
-    nodes = [node, asked, *([other] if isinstance(other, fx.Node) else [])]
-    while overload_packet(asked) in _NOT and isinstance(asked.args[0], fx.Node):
-        asked, negated = asked.args[0], not negated
-        nodes.append(asked)
-    wanted = aten.isinf if negated else aten.isfinite
-    if overload_packet(asked) is not wanted or asked.args[0] is not maximum:
-        return None
-    return maximum, tuple(nodes)
+    for maximum, asked, other, keeps in fills_of(node)[:1]:
+        if not isinstance(asked, fx.Node) or not is_zero(other):
+            continue
+        nodes = [node, asked, *([other] if isinstance(other, fx.Node) else [])]
+        while overload_packet(asked) in _NOT and isinstance(asked.args[0], fx.Node):
+            asked, keeps = asked.args[0], not keeps
+            nodes.append(asked)
+        wanted = aten.isfinite if keeps else aten.isinf
+        if overload_packet(asked) is wanted and maximum is asked.args[0]:
+            assert isinstance(maximum, fx.Node)
+            return maximum, tuple(nodes)
+    return None
 
 
 def _keeps_dimension(node: fx.Node) -> bool:

@@ -141,27 +141,19 @@ LARGE = (
         sinks=True,
         alibi_slopes=True,
     ),
-    Case(
-        "large-everything-256",
-        rows=389,
-        columns=520,
-        size=256,
-        params=_FULL,
-        bias_shape=(2, 6, 389, 520),
-        bias_dtype=torch.float32,
-        sinks=True,
-        alibi_slopes=True,
-    ),
-    Case(
-        "large-everything-tiles",
-        rows=389,
-        columns=520,
-        size=128,
-        params=_FULL,
-        bias_shape=(2, 6, 389, 520),
-        bias_dtype=torch.float32,
-        sinks=True,
-        alibi_slopes=True,
+    *(
+        Case(
+            f"large-everything-{name}",
+            rows=389,
+            columns=520,
+            size=size,
+            params=_FULL,
+            bias_shape=(2, 6, 389, 520),
+            bias_dtype=torch.float32,
+            sinks=True,
+            alibi_slopes=True,
+        )
+        for name, size in (("256", 256), ("tiles", 128))
     ),
     Case(
         "large-everything-128",
