@@ -17,15 +17,14 @@ from typing import Any
 import sympy
 import torch
 from torch import nn
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from fxport.capture.emitter import symbolic_tokens
 from fxport.capture.location import is_library
-from fxport.capture.questions import forward_only
+from fxport.capture.questions import answer, by_shapes, near
 from fxport.capture.sample import device_of, take_sample
-from fxport.capture.selected import EverySelected
+from fxport.capture.trace import quiet
 from fxport.capture.unify import NeedsTable, unify
 from fxport.errors import PortError, Reason, ReasonCode
 
@@ -75,14 +74,7 @@ def asked_about_rows(model: nn.Module, length: int) -> tuple[list[sympy.Basic], 
     ids = torch.zeros(_ROWS, length, dtype=torch.long, device=device_of(model))
     rows, _, fake = symbolic_tokens(mode, ids, [DimDynamic.DYNAMIC, DimDynamic.STATIC])
     # Where forward fails, the samples say why.
-    with (
-        user_questions() as found,
-        forward_only(model),
-        mode,
-        enable_python_dispatcher(),
-        EverySelected(is_fake),
-        contextlib.suppress(Exception),
-    ):
+    with user_questions() as found, by_shapes(model, mode), contextlib.suppress(Exception):
         model(fake)
     return found, rows
 
@@ -101,7 +93,8 @@ def require_every_batch(
     Raises:
         PortError: it asks, and computes something else.
     """
-    others = _answered_otherwise(questions, rows)
+    with quiet():
+        others = _answered_otherwise(questions, rows)
     if not others:
         return
     tried = ", ".join(map(str, others))
@@ -129,10 +122,9 @@ def _answered_otherwise(questions: list[sympy.Basic], rows: sympy.Symbol) -> lis
     for question in dict.fromkeys(questions):
         if question.free_symbols != {rows}:
             continue
-        named = {int(n) for n in question.atoms(sympy.Number) if n.is_finite}
-        near = {n for number in named for n in range(number - 1, number + 2) if n > 0}
-        here = question.subs({rows: _ROWS})
-        others = [n for n in sorted({*_EACH, *near}) if question.subs({rows: n}) != here]
+        here = answer(question, rows, _ROWS)
+        sizes = sorted({*_EACH, *near(question)})
+        others = [n for n in sizes if answer(question, rows, n) != here]
         if not set(found) & set(others):
             found += others[:1]
     return found[:_MOST]

@@ -14,16 +14,14 @@ from dataclasses import dataclass
 import sympy
 import torch
 from torch import nn
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxport.capture.batches import asked_about_rows, require_every_batch
 from fxport.capture.causal_calls import masks_at_every_length
 from fxport.capture.location import forward_line
-from fxport.capture.questions import Asked, ask, first_change, forward_only, numbers_in
+from fxport.capture.questions import Asked, ask, by_shapes, first_change, numbers_in
 from fxport.capture.recurrence import refuse_recurrence
 from fxport.capture.sample import Sample, device_of, take_sample
-from fxport.capture.selected import EverySelected
 from fxport.capture.trace import token_argument
 from fxport.capture.traced import Traced
 from fxport.capture.unify import NeedsTable, Unified, unify
@@ -228,7 +226,7 @@ def _runs(model: nn.Module, length: int) -> bool:
     """Whether forward accepts this many tokens, by shapes alone."""
     ids = torch.zeros(1, length, dtype=torch.long, device=device_of(model))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with forward_only(model), mode, enable_python_dispatcher(), EverySelected(is_fake):
+    with by_shapes(model, mode):
         try:
             model(mode.from_tensor(ids))
         except Exception:  # an assertion, an index, a shape: the model does not take it

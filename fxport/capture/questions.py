@@ -32,7 +32,16 @@ from fxport.capture.selected import EverySelected
 from fxport.capture.state import State
 from fxport.capture.trace import as_traced, quiet
 
-__all__ = ["Asked", "ask", "first_change", "forward_only", "numbers_in"]
+__all__ = [
+    "Asked",
+    "answer",
+    "ask",
+    "by_shapes",
+    "first_change",
+    "forward_only",
+    "near",
+    "numbers_in",
+]
 
 # A question that is no comparison of straight lines is asked at each length up to here.
 _EACH = 1024
@@ -69,15 +78,8 @@ def ask(model: nn.Module, hint: int, batch: int = 1) -> Asked:
     _, length, fake = symbolic_tokens(mode, ids, [DimDynamic.STATIC, DimDynamic.DYNAMIC])
     shapes.sizes = {length: hint}
     counted = True
-    selected = EverySelected(is_fake)
     # The sample at this length says what is wrong, if anything is.
-    with (
-        forward_only(model),
-        mode,
-        enable_python_dispatcher(),
-        selected,
-        contextlib.suppress(Exception),
-    ):
+    with by_shapes(model, mode) as selected, contextlib.suppress(Exception):
         model(fake)
         counted = selected.answered  # else it came to its end: what it asked later was seen, too
     sides: set[int] = set()
@@ -117,13 +119,13 @@ def _flips(question: sympy.Rel, length: sympy.Symbol) -> set[int]:
 
     Those near the numbers that the question names, and the first few.
     """
-    near = set(_near(question))
+    ends = set(near(question))
     pairs = _changes(question, length, _FAR)
-    return {n for i, pair in enumerate(pairs) for n in pair if i < _FIRST or near.issuperset(pair)}
+    return {n for i, pair in enumerate(pairs) for n in pair if i < _FIRST or ends.issuperset(pair)}
 
 
-def _near(question: sympy.Basic) -> list[int]:
-    """Lengths on both sides of every number that a question names."""
+def near(question: sympy.Basic) -> list[int]:
+    """Sizes from 2 on, on both sides of every number that a question names."""
     numbers = {int(n) for n in question.atoms(sympy.Number) if n.is_finite}
     return sorted({n for number in numbers for n in range(number - 1, number + 3) if n > 1})
 
@@ -153,11 +155,11 @@ def _changes(question: sympy.Basic, length: sympy.Symbol, longest: int) -> list[
     if isinstance(question, sympy.Rel) and (meeting := _meeting(question, length)) is not None:
         return sorted(_among(question, length, range(max(meeting - 1, 2), meeting + 3)))
     found = set(_among(question, length, range(2, min(longest, _EACH) + 1)))
-    found.update(_among(question, length, [n for n in _near(question) if n <= longest]))
+    found.update(_among(question, length, [n for n in near(question) if n <= longest]))
     low = _EACH
     while low < longest:
         high = min(low + low // 8, longest)
-        if _answer(question, length, low) != _answer(question, length, high):
+        if answer(question, length, low) != answer(question, length, high):
             found.add(_between(question, length, low, high))
         low = high
     return sorted(found)
@@ -165,10 +167,10 @@ def _changes(question: sympy.Basic, length: sympy.Symbol, longest: int) -> list[
 
 def _between(question: sympy.Basic, length: sympy.Symbol, low: int, high: int) -> tuple[int, int]:
     """Neighbours with different answers between two lengths that have different ones."""
-    first = _answer(question, length, low)
+    first = answer(question, length, low)
     while high - low > 1:
         middle = (low + high) // 2
-        same = _answer(question, length, middle) == first
+        same = answer(question, length, middle) == first
         low, high = (middle, high) if same else (low, middle)
     return low, high
 
@@ -184,17 +186,20 @@ def _meeting(question: sympy.Rel, length: sympy.Symbol) -> int | None:
 def _among(
     question: sympy.Basic, length: sympy.Symbol, lengths: Iterable[int]
 ) -> Iterator[tuple[int, int]]:
-    answers = ((n, _answer(question, length, n)) for n in lengths)
+    answers = ((n, answer(question, length, n)) for n in lengths)
     for (one, a), (other, b) in itertools.pairwise(answers):
         if other == one + 1 and a != b:
             yield one, other
 
 
-def _answer(question: sympy.Basic, length: sympy.Symbol, number: int) -> object:
-    """In plain numbers: sympy's own substitution takes fifty times as long."""
+def answer(question: sympy.Basic, size: sympy.Symbol, number: int) -> object:
+    """What a question says where `size` is `number`.
+
+    In plain numbers: sympy's own substitution takes fifty times as long.
+    """
     try:
-        return sympy_interp(PythonReferenceAnalysis, {length: number}, question)
-    except ZeroDivisionError:  # nobody could ask this of such a length
+        return sympy_interp(PythonReferenceAnalysis, {size: number}, question)
+    except ZeroDivisionError:  # nobody could ask this of such a size
         return None
 
 
@@ -207,6 +212,14 @@ def forward_only(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         state.restore()
+
+
+@contextmanager
+def by_shapes(model: nn.Module, mode: FakeTensorMode) -> Iterator[EverySelected]:
+    """Runs on tensors of `mode`, which have shapes and no numbers; yields what answers for them."""
+    selected = EverySelected(is_fake)
+    with forward_only(model), mode, enable_python_dispatcher(), selected:
+        yield selected
 
 
 # --- plain numbers ---------------------------------------------------------------------------
