@@ -28,7 +28,7 @@ from fxport.capture.trace import quiet
 from fxport.capture.unify import NeedsTable, unify
 from fxport.errors import PortError, Reason, ReasonCode
 
-__all__ = ["asked_about_rows", "require_every_batch", "user_questions"]
+__all__ = ["asked_about", "require_every_batch", "user_questions"]
 
 _ROWS = 2
 _EACH = range(1, 17)  # numbers of rows that every question is asked about
@@ -68,15 +68,20 @@ def user_questions() -> Iterator[list[sympy.Basic]]:
             setattr(cls, name, method)
 
 
-def asked_about_rows(model: nn.Module, length: int) -> tuple[list[sympy.Basic], sympy.Symbol]:
-    """What forward asks about the number of rows, by shapes alone, and the symbol of it."""
+def asked_about(model: nn.Module, length: int, axis: int) -> tuple[list[sympy.Basic], sympy.Symbol]:
+    """What forward asks about the number of rows (`axis` 0) or their length (1), and its symbol.
+
+    By shapes alone, with two rows of `length` tokens.
+    """
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     ids = torch.zeros(_ROWS, length, dtype=torch.long, device=device_of(model))
-    rows, _, fake = symbolic_tokens(mode, ids, [DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    dynamic = [DimDynamic.STATIC, DimDynamic.STATIC]
+    dynamic[axis] = DimDynamic.DYNAMIC
+    *sizes, fake = symbolic_tokens(mode, ids, dynamic)
     # Where forward fails, the samples say why.
     with user_questions() as found, by_shapes(model, mode), contextlib.suppress(Exception):
         model(fake)
-    return found, rows
+    return found, sizes[axis]
 
 
 def require_every_batch(

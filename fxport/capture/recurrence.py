@@ -85,13 +85,17 @@ def _loop(first: Sample, second: Sample) -> list[Reason]:
     remembers = first.changed or writes_to_state(first)
     if remembers or len(first.varying) == len(second.varying):
         return []
-    pairs = zip(first.varying, second.varying, strict=False)
-    at = next((one for one, other in pairs if one.target != other.target), first.varying[-1])
+    fewer, more = sorted((first, second), key=lambda sample: len(sample.varying))
+    pairs = zip(more.varying, fewer.varying, strict=False)
+    at = next((one for one, other in pairs if one.target != other.target), more.varying[-1])
+    added = len(more.varying) - len(fewer.varying)
+    a_loop = added >= abs(second.length - first.length)
+    like = "a loop over the tokens" if a_loop else "one with a path for some lengths"
     return [
         Reason(
             ReasonCode.DEPENDS_ON_LENGTH,
             f"forward runs {len(first.varying)} operations for {first.length} tokens and "
-            f"{len(second.varying)} for {second.length}, as a loop over the tokens does",
+            f"{len(second.varying)} for {second.length}, as {like} does",
             user_location(at),
             _HINT,
         )

@@ -30,6 +30,7 @@ class Traced:
         doubtful: lengths at which forward may take another path that nobody has seen, since it
             takes the length as a plain number.
         walked: what was seen of the lengths then; None where that was not needed or not possible.
+        one_token: whether the graph was shown to hold for one token, too.
     """
 
     graph: fx.GraphModule
@@ -44,3 +45,4 @@ class Traced:
     unkept: tuple[str, ...] = ()
     doubtful: tuple[int, ...] = ()
     walked: Walked | None = None
+    one_token: bool = False

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from fxport.errors import FxportError, PortError
 from fxport.parallel.context import ParallelContext
 from fxport.parallel.dropout import EvalOnly
+from fxport.parallel.lengths import limit_lengths
 from fxport.parallel.plan import Plan
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ def _divided(prepared: Prepared, ctx: ParallelContext) -> fx.GraphModule:
     if found:
         raise FxportError("the division is wrong, nothing was emitted:\n" + "\n".join(found))
     checkpoint_again(module, divided.plan)
+    limit_lengths(module, prepared.captured)
     module.plan = divided.plan  # type: ignore[assignment]  # no tensor, no module
     return module
 
