@@ -46,7 +46,7 @@ class Captured:
         output: which output of the model the logits are, in words.
         way: how it was captured, in words.
         unkept: inputs that forward writes to and the logits do not depend on: caches.
-        doubtful, walked, one_token: see `Traced`.
+        doubtful, walked, unseen, one_token: see `Traced`.
         experts: the implementation of experts that was captured as a loop instead, or "".
         untrainable: why the graph has another gradient than the model.
     """
@@ -66,6 +66,7 @@ class Captured:
     unkept: tuple[str, ...] = ()
     doubtful: tuple[int, ...] = ()
     walked: Walked | None = None
+    unseen: str = ""
     one_token: bool = False
     experts: str = ""
     untrainable: tuple[Reason, ...] = ()
@@ -120,6 +121,7 @@ def capture(
         unkept=traced.unkept,
         doubtful=traced.doubtful,
         walked=traced.walked,
+        unseen=traced.unseen,
         one_token=traced.one_token,
         experts=experts,
         untrainable=tuple(untrainable),

@@ -90,6 +90,7 @@ def trace_at_lengths(model: nn.Module, *, every_pair: bool = True) -> Traced:
         unkept=samples[0].unkept,
         doubtful=found.doubtful,
         walked=found.walked,
+        unseen=found.unseen,
         one_token=one_token,
     )
 
@@ -155,7 +156,7 @@ class _Lengths:
         samples: the usual lengths, and both sides of every number that forward compares T with.
         together: B and T on both sides of what forward asks about the two of them.
         limit: the longest for which they say anything.
-        doubtful, walked: see `Traced`.
+        doubtful, walked, unseen: see `Traced`.
     """
 
     samples: tuple[int, ...]
@@ -163,6 +164,7 @@ class _Lengths:
     limit: int | None
     doubtful: tuple[int, ...]
     walked: Walked | None
+    unseen: str
 
 
 def _lengths(model: nn.Module, limit: int | None) -> _Lengths:
@@ -205,7 +207,15 @@ def _lengths(model: nn.Module, limit: int | None) -> _Lengths:
     samples = dict.fromkeys([*allowed, *sorted({*sides, *others})])
     # The walk has one row: what it found may hold for one row alone.
     together = (*_together(model, allowed[0], one, longest), *((1, n) for n in others if n > 2))
-    return _Lengths(tuple(samples), together, limit, tuple(sorted(doubtful)), walked)
+    unseen = _unseen(walked) if counted or pending else ""
+    return _Lengths(tuple(samples), together, limit, tuple(sorted(doubtful)), walked, unseen)
+
+
+def _unseen(walked: Walked | None) -> str:
+    if walked is not None and walked.every:
+        return ""
+    seen = f": {walked.in_words()}" if walked is not None else ""
+    return f"forward takes the length as a plain number, and not every length was looked at{seen}"
 
 
 def _chased(asked: Asked, hint: int) -> frozenset[int]:

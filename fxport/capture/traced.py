@@ -30,6 +30,7 @@ class Traced:
         doubtful: lengths at which forward may take another path that nobody has seen, since it
             takes the length as a plain number.
         walked: what was seen of the lengths then; None where that was not needed or not possible.
+        unseen: what that leaves open, in words; "" where nothing.
         one_token: whether the graph was shown to hold for one token, too.
     """
 
@@ -45,4 +46,5 @@ class Traced:
     unkept: tuple[str, ...] = ()
     doubtful: tuple[int, ...] = ()
     walked: Walked | None = None
+    unseen: str = ""
     one_token: bool = False

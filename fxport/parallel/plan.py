@@ -76,12 +76,17 @@ class Replicated:
 
 @dataclass(frozen=True)
 class Plan:
-    """The division of a model over `world_size` ranks; ``print`` shows it as a table."""
+    """The division of a model over `world_size` ranks; ``print`` shows it as a table.
+
+    Attributes:
+        unseen: what was not shown about the lengths of sequences, in words; "" where all was.
+    """
 
     world_size: int
     parameters: tuple[ParameterShard, ...]
     collectives: tuple[CollectiveRecord, ...]
     replicated: tuple[Replicated, ...]
+    unseen: str = ""
     _draw: Callable[[], GraphDiff] | None = field(default=None, repr=False, compare=False)
 
     def diff(self) -> GraphDiff:
@@ -125,7 +130,7 @@ class Plan:
         if self.replicated:
             rows = [(r.what, r.reason) for r in self.replicated]
             parts.append(tabulate(rows, ["replicated", "reason"]))
-        return "\n\n".join(parts)
+        return "\n\n".join([*parts, *([f"not shown: {self.unseen}"] if self.unseen else [])])
 
 
 def _size(shape: tuple[int, ...]) -> str:

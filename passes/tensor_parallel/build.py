@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx, nn
@@ -139,6 +139,7 @@ def divide(prepared: Prepared, context: ParallelContext) -> Divided:
         key_dropout(found)
         shapes = {n: tuple(p.shape) for n, p in prepared.captured.parameters.items()}
         plan = plan_of(shapes, [(found, solution)], whole, prepared.left)
+        plan = replace(plan, unseen=prepared.captured.unseen)
         return Divided(prepared, found, plan)
     raise FxportError("no division of this model can be emitted")
 

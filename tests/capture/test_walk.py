@@ -19,6 +19,7 @@ from fxport.capture.questions import ask
 from fxport.capture.symbolic import trace_symbolically
 from fxport.capture.walk import walk
 from fxport.errors import PortError, ReasonCode
+from fxport.parallel.api import plan
 from fxport.report import Outcome
 from tests.zoo.called import Tiny
 
@@ -124,6 +125,13 @@ def test_with_fewer_lengths_a_threshold_is_still_found(monkeypatch):
     for named in ((), (71,)):
         walked = walk(clone_for_capture(Scaled(window[0])), 37, 4096, named)
         assert not walked.every and bool(walked.others) is bool(named)
+
+
+def test_a_plan_says_that_lengths_were_left_out(monkeypatch):
+    monkeypatch.setattr(walking, "_MOST_STEPS", 0)
+    monkeypatch.setattr(walking, "_FEWEST", 5)
+    found = plan(Scaled(lambda length: 2.0), 2)
+    assert "not every length was looked at" in found.unseen and found.unseen in str(found)
 
 
 class Chosen(Scaled):
