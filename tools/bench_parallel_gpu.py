@@ -5,13 +5,15 @@
 
 Correctness: a Llama of 4 layers and a GPT of 4 layers, attention by hand, in float64 and float32;
 loss and every gradient of the divided model on all ranks against the undivided model on rank 0's
-GPU, with the loss on gathered logits, with `fxport.parallel.TokenLoss`, and with that compiled.
+GPU, with the loss on gathered logits, with `fxport.parallel.TokenLoss`, and with that compiled,
+without and with CUDA graphs.
 Speed: forward and backward in bf16 of a Llama or, ``gpt``, of the 350M GPT of
 `bench_training_gpu`, the same tokens:
 
 * alone: the undivided model on one GPU; divided: over all, its logits gathered;
 * divided-loss: with `TokenLoss`, which leaves them divided;
-* each with ``-compiled``: through torch.compile with `vllm_generic`;
+* each with ``-compiled``: through torch.compile with `vllm_generic`; with ``-graphs``: also with
+  ``mode="reduce-overhead"``, which launches a step's kernels and collectives as CUDA graphs;
 * divided-loss-overlapped: also Inductor's reordering of collectives.
 """
 
@@ -42,10 +44,12 @@ __all__ = ["main"]
 VARIANTS = (
     "alone",
     "alone-compiled",
+    "alone-graphs",
     "divided",
     "divided-compiled",
     "divided-loss",
     "divided-loss-compiled",
+    "divided-loss-graphs",
     "divided-loss-overlapped",
 )
 _GPT = {"gpt-tiny": 4, "gpt": 24}  # layers
@@ -88,10 +92,11 @@ class _Gathered(nn.Module):
         return F.cross_entropy(logits, targets.flatten())
 
 
-def _compiled(module: fx.GraphModule) -> nn.Module:
+def _compiled(loss: nn.Module, graphs: bool) -> nn.Module:
     from fxport.backends.dynamo import vllm_generic
 
-    compiled = torch.compile(TokenLoss(module), backend=vllm_generic, dynamic=False)
+    mode = "reduce-overhead" if graphs else None
+    compiled = torch.compile(loss, backend=vllm_generic, mode=mode, dynamic=False)
     assert isinstance(compiled, nn.Module)
     return compiled
 
@@ -101,8 +106,10 @@ _Say: TypeAlias = Callable[[str], None]
 _WRAPS: dict[str, Callable[[fx.GraphModule], nn.Module]] = {
     "gathered logits": _Gathered,
     "divided logits": TokenLoss,
-    "divided logits, compiled": _compiled,
+    "divided logits, compiled": lambda m: _compiled(TokenLoss(m), False),
+    "divided logits, CUDA graphs": lambda m: _compiled(TokenLoss(m), True),
 }
+_RUNS = 4  # Inductor runs a graph before it records it, and records before it replays
 
 
 def _batch(size: str, batch: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -130,7 +137,11 @@ def compare(
     model = _model(size, 256, dtype, device)
     module = fxport.parallelize(model, fxport.ParallelContext.from_distributed()).to(device)
     batch = _batch(size, 3, 129, device)
-    expected, found = _step(_Gathered(model), batch), _step(wrap(module), batch)
+    expected = _step(_Gathered(model), batch)
+    loss = wrap(module)
+    for _ in range(_RUNS):
+        module.zero_grad()
+        found = _step(loss, batch)
     errors = []
     for shard in module.plan.parameters:  # type: ignore[union-attr]
         whole = model.get_parameter(shard.name).grad
@@ -161,21 +172,19 @@ def _milliseconds(step: Callable[[], object], count: int = 12) -> tuple[float, f
     return median, upper - lower
 
 
-def _timed(variant: str, model: nn.Module, batch: tuple[Tensor, Tensor]) -> list[object]:
+def _timed(
+    variant: str, model: nn.Module, divided: fx.GraphModule, batch: tuple[Tensor, Tensor]
+) -> list[object]:
     """Name, time, median, loss, peak, seconds of the first step."""
     kind, *how = variant.split("-")
-    context = fxport.ParallelContext.from_distributed()
-    loss: nn.Module
-    if kind == "alone":
-        loss = _Gathered(model)
-    else:
-        module = fxport.parallelize(model, context).to(batch[0].device)
-        loss = TokenLoss(module) if "loss" in how else _Gathered(module)
-    if "compiled" in how or "overlapped" in how:
+    loss: nn.Module = _Gathered(model if kind == "alone" else divided)
+    if "loss" in how:
+        loss = TokenLoss(divided)
+    if not {"compiled", "overlapped", "graphs"}.isdisjoint(how):
         torch._dynamo.reset()
         torch._inductor.config.reorder_for_compute_comm_overlap = "overlapped" in how
         torch._inductor.config.reorder_for_compute_comm_overlap_passes = list(_OVERLAP)
-        loss = torch.compile(loss, backend="vllm_generic", dynamic=False)  # type: ignore[assignment]
+        loss = _compiled(loss, "graphs" in how)
 
     def step() -> Tensor:
         found = _step(loss, batch)
@@ -185,10 +194,11 @@ def _timed(variant: str, model: nn.Module, batch: tuple[Tensor, Tensor]) -> list
 
     dist.barrier()
     start = time.perf_counter()
-    value = step().item()
+    step().item()
     first = time.perf_counter() - start
     torch.cuda.reset_peak_memory_stats()
     median, spread = _milliseconds(step)
+    value = step().item()  # the last: with graphs, of a replay
     peak = torch.cuda.max_memory_allocated() / 2**30
     time_ms = f"{median:.1f} (+-{spread / 2:.1f})"
     return [variant, time_ms, median, f"{value:.4f}", f"{peak:.1f}", f"{first:.0f}"]
@@ -207,11 +217,12 @@ def _speeds(size: str, batch: int, length: int, variants: list[str], say: _Say) 
     device = torch.device("cuda", torch.cuda.current_device())
     ids = _batch(size, batch, length, device)
     model = _model(size, length, torch.bfloat16, device)
+    context = fxport.ParallelContext.from_distributed()
+    divided = fxport.parallelize(model, context).to(device)
     rows: list[list[object]] = []
     for variant in variants:
-        rows.append(_timed(variant, model, ids))
+        rows.append(_timed(variant, model, divided, ids))
         say(f"{rows[-1]}")  # what has been measured survives a cut
-        model.zero_grad()
         gc.collect()
         torch.cuda.empty_cache()
     alone = rows[0][2]
@@ -245,7 +256,7 @@ def main(sizes: str, batch: int, length: int, variants: str, check: bool) -> Non
     say(f"all-reduce of 256 MiB: {_all_reduce_gbs(device):.0f} GB/s (bus)")
     ranks = dist.get_world_size()
     say(f"{ranks} x {torch.cuda.get_device_name()}, torch {torch.__version__}")
-    for size in sizes.split(","):
+    for size in filter(None, sizes.split(",")):
         _speeds(size, batch, length, variants.split(","), say)
     dist.destroy_process_group()
 

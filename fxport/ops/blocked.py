@@ -239,10 +239,17 @@ def _normaliser(
     A large lse does not determine the weights: in a row whose scores are all ``finfo.min`` they are
     1 / n each, but lse has rounded log(n) away. Such rows' maximum and sum are computed again.
     """
-    if not bool((lse.abs().masked_fill(lse == -torch.inf, 0) > _LARGE_LSE).any()):
+    if not _may_be_large(lse):
         return lse.masked_fill(lse == -torch.inf, torch.inf), 1.0  # rows that see nothing: p = 0
     running = _Running.start(tiles, query, rows, sinks)
     for columns in tiles.column_blocks(rows):
         running.add(tiles.scores(query, rows, columns).values)
     base = running.top.masked_fill(running.top == -torch.inf, torch.inf)
     return base, 1.0 / running.total.clamp(min=1)
+
+
+def _may_be_large(lse: Tensor) -> bool:
+    """Whether some lse has rounded much away; a CUDA graph cannot ask, and serves any values."""
+    if lse.is_cuda and torch.cuda.is_current_stream_capturing():
+        return True
+    return bool((lse.abs().masked_fill(lse == -torch.inf, 0) > _LARGE_LSE).any())

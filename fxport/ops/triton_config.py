@@ -37,7 +37,7 @@ HALF: dict[str, dict[int, Blocks]] = {
     },
     "forward_bias": {
         64: Blocks(128, 64, 8, 3),
-        128: Blocks(128, 64, 8, 3),
+        128: Blocks(128, 64, 4, 2),
         256: Blocks(128, 32, 8, 2),
     },
     "forward_wide_bias": {

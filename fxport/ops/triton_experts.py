@@ -171,7 +171,7 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def _outer_blocks(dtype: torch.dtype) -> _Blocks:
-    return _Blocks(32, 64, 64, 4, 3) if dtype == torch.float32 else _Blocks(64, 128, 128, 8, 3)
+    return _Blocks(32, 64, 64, 4, 3) if dtype == torch.float32 else _Blocks(64, 128, 256, 8, 4)
 
 
 @triton.jit
@@ -189,9 +189,12 @@ def outer_kernel(
     start = tl.load(ends + own - 1, mask=own > 0, other=0)
     end = tl.load(ends + own)
     sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    place = start + tl.arange(0, BLOCK_M)
+    following = tl.load(order + place, mask=place < end, other=0)
     for at in range(start, end, BLOCK_M):
         place = at + tl.arange(0, BLOCK_M)
-        row = tl.load(order + place, mask=place < end, other=0).to(tl.int64)
+        row = following.to(tl.int64)  # known a step early, so that only the tiles are waited for
+        following = tl.load(order + place + BLOCK_M, mask=place + BLOCK_M < end, other=0)
         left = grad + row[None, :] * grad_row + out[:, None] * grad_out
         right = x + row[:, None] * x_row + inner[None, :] * x_in
         a = tl.load(left, mask=(out < N)[:, None] & (place < end)[None, :], other=0.0)

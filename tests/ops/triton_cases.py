@@ -72,6 +72,14 @@ LARGE = (
         bias_shape=(1, 6, 389, 517),
         bias_dtype=torch.float32,
     ),
+    Case(
+        "large-bool-128",
+        rows=389,
+        columns=528,
+        size=128,
+        bias_shape=(1, 6, 389, 528),
+        bias_dtype=torch.bool,
+    ),
     *(
         Case(
             f"large-bias-tiles-{size}-{served}-{dtype}",
