@@ -28,7 +28,7 @@ from fxport.capture.trace import quiet
 from fxport.capture.unify import NeedsTable, unify
 from fxport.errors import PortError, Reason, ReasonCode
 
-__all__ = ["asked_about", "require_every_batch", "user_questions"]
+__all__ = ["asked_about_rows", "require_every_batch", "user_questions"]
 
 _ROWS = 2
 _EACH = range(1, 17)  # numbers of rows that every question is asked about
@@ -68,20 +68,15 @@ def user_questions() -> Iterator[list[sympy.Basic]]:
             setattr(cls, name, method)
 
 
-def asked_about(model: nn.Module, length: int, axis: int) -> tuple[list[sympy.Basic], sympy.Symbol]:
-    """What forward asks about the number of rows (`axis` 0) or their length (1), and its symbol.
-
-    By shapes alone, with two rows of `length` tokens.
-    """
+def asked_about_rows(model: nn.Module, length: int) -> tuple[list[sympy.Basic], sympy.Symbol]:
+    """What forward asks about the number of rows, by shapes alone, and the symbol of it."""
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     ids = torch.zeros(_ROWS, length, dtype=torch.long, device=device_of(model))
-    dynamic = [DimDynamic.STATIC, DimDynamic.STATIC]
-    dynamic[axis] = DimDynamic.DYNAMIC
-    *sizes, fake = symbolic_tokens(mode, ids, dynamic)
+    rows, _, fake = symbolic_tokens(mode, ids, [DimDynamic.DYNAMIC, DimDynamic.STATIC])
     # Where forward fails, the samples say why.
     with user_questions() as found, by_shapes(model, mode), contextlib.suppress(Exception):
         model(fake)
-    return found, sizes[axis]
+    return found, rows
 
 
 def require_every_batch(

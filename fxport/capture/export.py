@@ -37,7 +37,7 @@ class Captured:
         tokens: name of that placeholder.
         batch, length: the symbols of B and T in ``meta["val"]`` shapes.
         shortest: the smallest T (at least 2) for which the graph is valid; a model that takes one
-            path for every length has 2 here; for length 1 see `one_token`.
+            path for every length has 2 here, and length 1 is checked with numbers.
         limit: the largest T for which the graph is valid, None when nothing bounds it.
         parameters: qualified name -> the own parameter of the model (tied: under the first name).
         length_line: the user's line that asked about the length, else where forward begins.
@@ -46,7 +46,7 @@ class Captured:
         output: which output of the model the logits are, in words.
         way: how it was captured, in words.
         unkept: inputs that forward writes to and the logits do not depend on: caches.
-        doubtful, walked, unseen, one_token: see `Traced`.
+        doubtful, walked, unseen: see `Traced`.
         experts: the implementation of experts that was captured as a loop instead, or "".
         untrainable: why the graph has another gradient than the model.
     """
@@ -67,7 +67,6 @@ class Captured:
     doubtful: tuple[int, ...] = ()
     walked: Walked | None = None
     unseen: str = ""
-    one_token: bool = False
     experts: str = ""
     untrainable: tuple[Reason, ...] = ()
 
@@ -122,7 +121,6 @@ def capture(
         doubtful=traced.doubtful,
         walked=traced.walked,
         unseen=traced.unseen,
-        one_token=traced.one_token,
         experts=experts,
         untrainable=tuple(untrainable),
     )

@@ -16,10 +16,9 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fxport.capture.batches import asked_about, require_every_batch
+from fxport.capture.batches import asked_about_rows, require_every_batch
 from fxport.capture.causal_calls import masks_at_every_length
 from fxport.capture.location import forward_line
-from fxport.capture.one_token import takes_one_token
 from fxport.capture.questions import Asked, ask, by_shapes, first_change, numbers_in
 from fxport.capture.recurrence import refuse_recurrence
 from fxport.capture.sample import Sample, device_of, take_sample
@@ -72,11 +71,9 @@ def trace_at_lengths(model: nn.Module, *, every_pair: bool = True) -> Traced:
         unified, longest = _unified(model, samples, history, limit)
     except PortError as error:
         raise PortError(writes_to_state(fresh) or error.reasons) from error
-    one_token = False
     if every_pair:
-        require_every_batch(model, *asked_about(model, fresh.length, 0), fresh.length)
-        asked = asked_about(model, fresh.length, 1)
-        one_token = takes_one_token(model, *asked, unified.graph)
+        questions, rows = asked_about_rows(model, fresh.length)
+        require_every_batch(model, questions, rows, fresh.length)
     return Traced(
         graph=unified.graph,
         tokens=unified.tokens,
@@ -91,7 +88,6 @@ def trace_at_lengths(model: nn.Module, *, every_pair: bool = True) -> Traced:
         doubtful=found.doubtful,
         walked=found.walked,
         unseen=found.unseen,
-        one_token=one_token,
     )
 
 

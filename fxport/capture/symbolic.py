@@ -18,7 +18,6 @@ from fxport.capture.clone import watch_attributes
 from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.location import forward_line, is_library, location_at
 from fxport.capture.logits import keep_logits
-from fxport.capture.one_token import takes_one_token
 from fxport.capture.questions import first_change
 from fxport.capture.sample import device_of, take_sample
 from fxport.capture.skips import general_path
@@ -70,10 +69,8 @@ def trace_symbolically(model: nn.Module, *, every_pair: bool = True) -> Traced:
     )
     batch, length = (s.node.expr for s in tokens.meta["val"].shape)
     shortest, limit = _range(exported, batch, length, model)
-    one_token = False
     if every_pair:
         require_every_batch(model, questions, batch, hint)
-        one_token = takes_one_token(model, questions, length, graph)
     return Traced(
         graph=graph,
         tokens=tokens,
@@ -85,7 +82,6 @@ def trace_symbolically(model: nn.Module, *, every_pair: bool = True) -> Traced:
         output=output,
         way="torch.export with a symbolic length",
         unkept=unkept,
-        one_token=one_token,
     )
 
 

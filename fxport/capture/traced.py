@@ -31,7 +31,6 @@ class Traced:
             takes the length as a plain number.
         walked: what was seen of the lengths then; None where that was not needed or not possible.
         unseen: what that leaves open, in words; "" where nothing.
-        one_token: whether the graph was shown to hold for one token, too.
     """
 
     graph: fx.GraphModule
@@ -47,4 +46,3 @@ class Traced:
     doubtful: tuple[int, ...] = ()
     walked: Walked | None = None
     unseen: str = ""
-    one_token: bool = False

@@ -18,25 +18,20 @@ _NAME = "fxport_lengths"
 
 
 class KnownLengths(nn.Module):
-    """Raises for token ids ``[B, T]`` whose length is outside of `shortest` to `longest`."""
+    """Raises for token ids ``[B, T]`` that are longer than `longest`."""
 
-    def __init__(self, shortest: int, longest: int | None, where: str) -> None:
+    def __init__(self, longest: int, where: str) -> None:
         super().__init__()
-        self.shortest, self.longest, self.where = shortest, longest, where
+        self.longest, self.where = longest, where
 
     def forward(self, tokens: Tensor) -> Tensor:
         """The same ids.
 
         Raises:
-            FxportError: the length is outside.
+            FxportError: they are longer.
         """
         length = tokens.shape[1]
-        if length < self.shortest:
-            raise FxportError(
-                f"{length} tokens: this model takes another path for so few ({self.where}), which "
-                f"the divided one does not have; give it at least {self.shortest}"
-            )
-        if self.longest is not None and length > self.longest:
+        if length > self.longest:
             raise FxportError(
                 f"{length} tokens: this model was captured for at most {self.longest}, "
                 f"what it does beyond was not looked at ({self.where})"
@@ -49,12 +44,11 @@ def limit_lengths(module: fx.GraphModule, captured: Captured) -> None:
     longest = captured.limit
     if longest is None and captured.walked is not None:  # what it asks beyond, nobody saw
         longest = captured.walked.longest
-    shortest = 1 if captured.one_token else captured.shortest
-    if shortest == 1 and longest is None:
+    if longest is None:
         return
     (tokens,) = module.graph.find_nodes(op="placeholder")
     where = str(captured.length_line or "")
-    module.add_submodule(_NAME, KnownLengths(shortest, longest, where))
+    module.add_submodule(_NAME, KnownLengths(longest, where))
     with module.graph.inserting_after(tokens):
         known = module.graph.call_module(_NAME, (tokens,))
     known.meta = dict(tokens.meta)

@@ -25,7 +25,6 @@ class _Model(nn.Module):
         self.embed = nn.Embedding(_VOCAB, _WIDTH)
         self.qkv = nn.ModuleList(nn.Linear(_WIDTH, 3 * _WIDTH) for _ in range(4))
         self.out = nn.ModuleList(nn.Linear(_WIDTH, _WIDTH) for _ in range(4))
-        self.other = nn.Linear(_WIDTH, _WIDTH)
         self.head = nn.Linear(_WIDTH, _VOCAB)
         self.around = around
 
@@ -50,15 +49,6 @@ def _plain(model: _Model, layer: int, x: Tensor) -> Tensor:
     return model.attention(layer, x)
 
 
-def _shortcut(model: _Model, layer: int, x: Tensor) -> Tensor:
-    return x + model.other(x) if x.shape[1] == 1 else model.attention(layer, x)
-
-
-def _detached(model: _Model, layer: int, x: Tensor) -> Tensor:
-    y = model.attention(layer, x)
-    return y.detach() if x.shape[1] < 2 else y
-
-
 def _mask_for_more(model: _Model, layer: int, x: Tensor) -> Tensor:
     return model.attention(layer, x, masked=x.shape[1] > 1)
 
@@ -78,8 +68,6 @@ def _refused_beyond(model: _Model, layer: int, x: Tensor) -> Tensor:
 def _divided(around: Callable[..., Tensor]) -> tuple[_Model, list[fx.GraphModule], ParallelContext]:
     torch.manual_seed(0)
     model = _Model(around).double().eval()
-    nn.init.zeros_(model.other.weight)  # as many a model starts
-    nn.init.zeros_(model.other.bias)
     contexts = ParallelContext.simulated(2)
     return model, parallelize_all(model, contexts), contexts[0]
 
@@ -106,15 +94,6 @@ def _require_equal(
     for part, rows in zip(norms, modules[0].plan.shard("embed.weight").indices, strict=True):
         index = slice(None) if rows[0] is None else list(rows[0])
         torch.testing.assert_close(part, full[index])
-
-
-@pytest.mark.parametrize("around", [_shortcut, _detached])
-def test_another_path_for_one_token_is_not_taken_silently(around: Callable[..., Tensor]) -> None:
-    model, modules, context = _divided(around)
-    _require_equal(model, modules, context, 7)
-    _require_equal(model, modules, context, 2)
-    with pytest.raises(FxportError, match=r"1 tokens: .*at least 2"):
-        modules[0](torch.zeros(3, 1, dtype=torch.long))
 
 
 @pytest.mark.parametrize("around", [_plain, _mask_for_more])
