@@ -64,6 +64,7 @@ def parallelize_all(model: nn.Module, contexts: Sequence[ParallelContext]) -> li
         As `parallelize`.
     """
     from fxport.capture.clone import uncompiled
+    from fxport.parallel.ones import require_ones
     from fxport.passes.tensor_parallel.build import prepare
     from fxport.passes.tensor_parallel.checkpoints import require_plain_checkpoints
 
@@ -73,8 +74,10 @@ def parallelize_all(model: nn.Module, contexts: Sequence[ParallelContext]) -> li
         raise PortError(prepared.captured.untrainable)
     require_plain_checkpoints(prepared.graph.graph)
     differs = _training_differs(model, prepared)
+    evaluating = prepared if differs is None else _evaluating(model, prepared)
+    require_ones(model, evaluating)
     if model.training and differs is not None:
-        _require_dropout_only(model, prepared, differs)
+        _require_dropout_only(prepared, evaluating, differs)
     modules = [_divided(prepared, ctx) for ctx in contexts]
     for module in modules:
         if not model.training and differs is not None:
@@ -127,16 +130,17 @@ def _training_differs(model: nn.Module, prepared: Prepared) -> str | None:
 
 
 def _evaluating(model: nn.Module, prepared: Prepared) -> Prepared:
+    """As `prepared`, with every module in eval mode."""
     from fxport.passes.tensor_parallel.build import prepare
 
     return prepare(model) if any(m.training for m in model.modules()) else prepared
 
 
-def _require_dropout_only(model: nn.Module, training: Prepared, differs: str) -> None:
+def _require_dropout_only(training: Prepared, evaluating: Prepared, differs: str) -> None:
     """The module can be put into eval mode later: all but dropout must be alike there."""
     from fxport.passes.tensor_parallel.computations import computations
 
-    graphs = training.graph.graph, _evaluating(model, training).graph.graph
+    graphs = training.graph.graph, evaluating.graph.graph
     one, other = (computations(graph, random=False) for graph in graphs)
     if one != other:
         raise FxportError(
