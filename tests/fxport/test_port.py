@@ -179,6 +179,17 @@ def test_a_model_with_another_path_for_one_token_is_caught():
 # --- refusals ---------------------------------------------------------------------------------
 
 
+def test_logits_that_are_scaled_by_position_are_refused_at_their_line():
+    class Late(Llama):
+        def forward(self, tokens):
+            return super().forward(tokens) * torch.arange(1, 1 + tokens.shape[1])[:, None]
+
+    with pytest.raises(PortError, match="depend on the position") as caught:
+        fxport.port(Late())
+    location = caught.value.reasons[0].location
+    assert location is not None and "torch.arange(1" in location.source
+
+
 def test_a_bidirectional_model_is_refused_at_its_line():
     class Encoder(GPT):
         pass
