@@ -109,19 +109,23 @@ def _training_differs(model: nn.Module, prepared: Prepared) -> str | None:
     from torch._subclasses.fake_tensor import DataDependentOutputException
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-    from fxport.parallel.modes import CHECKPOINTS_DIFFER, in_training_mode, training_differs
+    from fxport.parallel.modes import CHECKPOINTS_DIFFER, in_training_mode, names_the_mode
+    from fxport.parallel.modes import training_differs as differs_at_one_length
     from fxport.passes.tensor_parallel.build import prepare
     from fxport.passes.tensor_parallel.computations import computations
 
     training = in_training_mode(model)
     try:
-        return training_differs(training)
+        differs = differs_at_one_length(training)
+        if differs is not None or not names_the_mode(model):
+            return differs
     except (DataDependentOutputException, GuardOnDataDependentSymNode):  # experts on their tokens
-        try:
-            other = prepared if model.training else prepare(training, own_modes=True)
-        except PortError as error:  # layers dropped by chance, say
-            return f"it cannot be captured ({error.reasons[0].message})"
-        graphs = other.graph.graph, _evaluating(model, prepared).graph.graph
+        pass
+    try:
+        other = prepared if model.training else prepare(training, own_modes=True)
+    except PortError as error:  # layers dropped by chance, say
+        return f"it cannot be captured ({error.reasons[0].message})"
+    graphs = other.graph.graph, _evaluating(model, prepared).graph.graph
     found = [computations(graph) for graph in graphs]
     if found[0] == found[1]:
         return None
