@@ -301,7 +301,7 @@ def _self_check(model: nn.Module, serving: ServingGraph, captured: Captured) -> 
     Where forward may take another path at some length, on both sides of it.
     """
     from fxport.backends.torch import PackedModel, check_against
-    from fxport.capture.clone import clone_to_run
+    from fxport.capture.clone import clone_to_run, spread_constants
     from fxport.original import logits_function
 
     parameters = captured.parameters
@@ -318,10 +318,11 @@ def _self_check(model: nn.Module, serving: ServingGraph, captured: Captured) -> 
     ):
         left_out.append(lengths.pop())
     clone = clone_to_run(model)
+    spread_constants(clone)
     worst = check_against(
         model,
         logits_function(clone, serving.vocab_size),
-        PackedModel(serving, parameters),
+        PackedModel(serving, {**parameters, **dict(clone.named_parameters())}),
         lengths,
         serving.known_ids,
         serving.dtype,

@@ -134,8 +134,13 @@ class Splitter:
         Args:
             inputs: (placeholder name, node it stands for); the token ids only if needed.
             length: the input and its dimension that hold N.
+
+        Raises:
+            PortError: the output depends on positions, and they are no input.
         """
-        needed = self._needed(output, {node for _, node in inputs})
+        given = {node for _, node in inputs}
+        needed = self._needed(output, given)
+        self._require_known(needed, given)
         kept = [(n, i) for n, i in inputs if i is not self.tokens or i in needed]
         graph = fx.Graph()
         copied: dict[fx.Node, Any] = {node: graph.placeholder(name) for name, node in kept}
@@ -165,6 +170,23 @@ class Splitter:
                 if node not in stop or node is output:
                     pending.extend(node.all_input_nodes)
         return found
+
+    def _require_known(self, needed: set[fx.Node], given: set[fx.Node]) -> None:
+        for node in self.gm.graph.find_nodes(op="placeholder"):
+            if node in needed - given and "input" not in node.meta:
+                after = {node}
+                for other in self.gm.graph.nodes:  # what was put in for positions has no line
+                    if other in needed and after & set(other.all_input_nodes):
+                        after.add(other)
+                lines = (user_location(n) for n in self.gm.graph.nodes if n in after)
+                reason = Reason(
+                    ReasonCode.UNSUPPORTED_FEATURE,
+                    "the logits depend on the position of a token otherwise than through its "
+                    "last hidden state, and vLLM makes them of that alone",
+                    next((line for line in lines if line is not None), None),
+                    "let positions enter before the projection to the vocabulary",
+                )
+                raise PortError([reason])
 
     def _weights(
         self, graph: fx.Graph, needed: set[fx.Node], copied: dict[fx.Node, Any]

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -28,20 +29,34 @@ from fxport.capture.trace import quiet
 from fxport.capture.unify import NeedsTable, unify
 from fxport.errors import PortError, Reason, ReasonCode
 
-__all__ = ["asked_about_rows", "require_every_batch", "user_questions"]
+__all__ = ["Question", "asked_about", "asked_about_rows", "require_every_batch", "user_questions"]
 
 _ROWS = 2
 _EACH = range(1, 17)  # numbers of rows that every question is asked about
 _MOST = 4
 
 
+@dataclass(frozen=True)
+class Question:
+    """What a line of the user's asks about sizes."""
+
+    asked: sympy.Basic
+    line: tuple[str, int, str]  # file, number, function
+
+    def otherwise(self, size: sympy.Symbol, one: int, other: int) -> bool:
+        """Whether two sizes get different answers, as far as it is about this size alone."""
+        if self.asked.free_symbols != {size}:
+            return False
+        return answer(self.asked, size, one) != answer(self.asked, size, other)
+
+
 @contextmanager
-def user_questions() -> Iterator[list[sympy.Basic]]:
+def user_questions() -> Iterator[list[Question]]:
     """What the user's own lines ask about sizes, as they ask it.
 
     Of a size that is taken as a plain number nobody sees what is asked: whether it is 1, say.
     """
-    found: list[sympy.Basic] = []
+    found: list[Question] = []
     asking: dict[tuple[Any, str], Callable[[Any], sympy.Basic]] = {
         (torch.SymBool, "__bool__"): lambda asked: asked,
         (torch.SymInt, "__bool__"): lambda size: sympy.Ne(size, 0),
@@ -52,9 +67,11 @@ def user_questions() -> Iterator[list[sympy.Basic]]:
 
     def noting(key: tuple[Any, str]) -> Callable[[Any], Any]:
         def asked(value: Any) -> Any:
-            file = sys._getframe(1).f_code.co_filename
+            frame = sys._getframe(1)
+            file = frame.f_code.co_filename
             if file.startswith("<") or not is_library(file):  # a model may be typed in
-                found.append(asking[key](value.node.expr))
+                line = file, frame.f_lineno, frame.f_code.co_name
+                found.append(Question(asking[key](value.node.expr), line))
             return own[key](value)
 
         return asked
@@ -68,19 +85,27 @@ def user_questions() -> Iterator[list[sympy.Basic]]:
             setattr(cls, name, method)
 
 
-def asked_about_rows(model: nn.Module, length: int) -> tuple[list[sympy.Basic], sympy.Symbol]:
+def asked_about_rows(model: nn.Module, length: int) -> tuple[list[Question], sympy.Symbol]:
     """What forward asks about the number of rows, by shapes alone, and the symbol of it."""
+    questions, rows, _ = asked_about(model, length, [DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    return questions, rows
+
+
+def asked_about(
+    model: nn.Module, length: int, sizes: Sequence[DimDynamic]
+) -> tuple[list[Question], sympy.Symbol, sympy.Symbol]:
+    """What forward asks about rows and tokens, by shapes alone, and the symbols of both."""
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     ids = torch.zeros(_ROWS, length, dtype=torch.long, device=device_of(model))
-    rows, _, fake = symbolic_tokens(mode, ids, [DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    rows, tokens, fake = symbolic_tokens(mode, ids, list(sizes))
     # Where forward fails, the samples say why.
     with user_questions() as found, by_shapes(model, mode), contextlib.suppress(Exception):
         model(fake)
-    return found, rows
+    return found, rows, tokens
 
 
 def require_every_batch(
-    model: nn.Module, questions: list[sympy.Basic], rows: sympy.Symbol, length: int
+    model: nn.Module, questions: list[Question], rows: sympy.Symbol, length: int
 ) -> None:
     """Shows that `model` computes a row alike, however many there are.
 
@@ -116,10 +141,10 @@ def _refusal(found: Reason | None, tried: str) -> Reason:
     )
 
 
-def _answered_otherwise(questions: list[sympy.Basic], rows: sympy.Symbol) -> list[int]:
+def _answered_otherwise(questions: list[Question], rows: sympy.Symbol) -> list[int]:
     """Numbers of rows for which a question has another answer than for two."""
     found: list[int] = []
-    for question in dict.fromkeys(questions):
+    for question in dict.fromkeys(q.asked for q in questions):
         if question.free_symbols != {rows}:
             continue
         here = answer(question, rows, _ROWS)

@@ -18,6 +18,7 @@ __all__ = [
     "clone_to_run",
     "convert",
     "off_meta",
+    "spread_constants",
     "uncompiled",
     "watch_attributes",
 ]
@@ -87,6 +88,29 @@ def convert(model: nn.Module, dtype: torch.dtype, *, buffers: bool) -> None:
         for name, buffer in module._buffers.items():
             if buffers and buffer is not None and buffer.is_floating_point():
                 module._buffers[name] = buffer.to(dtype)
+
+
+def spread_constants(model: nn.Module) -> None:
+    """Gives a clone numbers of their own in place of parameters that hold one number only.
+
+    A layer that begins as zeros hides whatever is computed before it from a comparison.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def spread(parameter: nn.Parameter) -> torch.Tensor | None:
+        if not _is_constant(parameter):
+            return None
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+        return parameter.detach() + 0.1 * noise.to(parameter)
+
+    _replace_parameters(model, spread)
+
+
+def _is_constant(value: torch.Tensor) -> bool:
+    if not value.is_floating_point() or not value.numel():
+        return False
+    flat = value.detach().flatten()
+    return bool(flat[-1] == flat[0]) and bool((flat == flat[0]).all())
 
 
 def off_meta(model: nn.Module) -> None:

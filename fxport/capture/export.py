@@ -24,7 +24,7 @@ from fxport.capture.traced import Traced
 from fxport.capture.walk import Walked
 from fxport.errors import Location, PortError, Reason
 
-__all__ = ["Captured", "capture"]
+__all__ = ["Captured", "capture", "ready"]
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,7 @@ def capture(
         for module, original in zip(clone.modules(), model.modules(), strict=True):
             module.training = original.training
     parameters = dict(clone.named_parameters(remove_duplicate=True))
-    off_meta(clone)
-    without_cache(clone)
-    plain_outputs(clone)
-    experts = experts_by_row(clone)
+    experts = ready(clone)
     if dtype is not None:
         convert(clone, dtype, buffers=convert_buffers)
         parameters = dict(clone.named_parameters(remove_duplicate=True))
@@ -124,6 +121,14 @@ def capture(
         experts=experts,
         untrainable=tuple(untrainable),
     )
+
+
+def ready(clone: nn.Module) -> str:
+    """Lets a clone be traced; which implementation of experts was replaced for that, or ""."""
+    off_meta(clone)
+    without_cache(clone)
+    plain_outputs(clone)
+    return experts_by_row(clone)
 
 
 def _trace(clone: nn.Module, *, every_pair: bool) -> Traced:

@@ -255,7 +255,7 @@ class _Unifier:
         return Reason(
             ReasonCode.DEPENDS_ON_LENGTH,
             f"{what} {so} between inputs of {inputs} tokens (rows x length)",
-            user_location(node),
+            next((at for n in (node, *node.users) if (at := user_location(n))), None),
             "what is computed for a token must not depend on the number of tokens or rows",
         )
 

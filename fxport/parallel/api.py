@@ -65,6 +65,7 @@ def parallelize_all(model: nn.Module, contexts: Sequence[ParallelContext]) -> li
         As `parallelize`.
     """
     from fxport.capture.clone import uncompiled
+    from fxport.parallel.ones import require_ones
     from fxport.passes.tensor_parallel.build import prepare
     from fxport.passes.tensor_parallel.checkpoints import require_plain_checkpoints
 
@@ -74,8 +75,10 @@ def parallelize_all(model: nn.Module, contexts: Sequence[ParallelContext]) -> li
         raise PortError(prepared.captured.untrainable)
     require_plain_checkpoints(prepared.graph.graph)
     differs = _training_differs(model, prepared)
+    evaluating = prepared if differs is None else _evaluating(model, prepared)
+    require_ones(model, evaluating)
     if model.training and differs is not None:
-        _require_dropout_only(model, prepared, differs)
+        _require_dropout_only(prepared, evaluating, differs)
     modules = [_divided(prepared, ctx) for ctx in contexts]
     for module in modules:
         if not model.training and differs is not None:
@@ -108,19 +111,23 @@ def _training_differs(model: nn.Module, prepared: Prepared) -> str | None:
     from torch._subclasses.fake_tensor import DataDependentOutputException
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-    from fxport.parallel.modes import CHECKPOINTS_DIFFER, in_training_mode, training_differs
+    from fxport.parallel.modes import CHECKPOINTS_DIFFER, in_training_mode, names_the_mode
+    from fxport.parallel.modes import training_differs as differs_at_one_length
     from fxport.passes.tensor_parallel.build import prepare
     from fxport.passes.tensor_parallel.computations import computations
 
     training = in_training_mode(model)
     try:
-        return training_differs(training)
+        differs = differs_at_one_length(training)
+        if differs is not None or not names_the_mode(model):
+            return differs
     except (DataDependentOutputException, GuardOnDataDependentSymNode):  # experts on their tokens
-        try:
-            other = prepared if model.training else prepare(training, own_modes=True)
-        except PortError as error:  # layers dropped by chance, say
-            return f"it cannot be captured ({error.reasons[0].message})"
-        graphs = other.graph.graph, _evaluating(model, prepared).graph.graph
+        pass
+    try:
+        other = prepared if model.training else prepare(training, own_modes=True)
+    except PortError as error:  # layers dropped by chance, say
+        return f"it cannot be captured ({error.reasons[0].message})"
+    graphs = other.graph.graph, _evaluating(model, prepared).graph.graph
     found = [computations(graph) for graph in graphs]
     if found[0] == found[1]:
         return None
@@ -129,16 +136,17 @@ def _training_differs(model: nn.Module, prepared: Prepared) -> str | None:
 
 
 def _evaluating(model: nn.Module, prepared: Prepared) -> Prepared:
+    """As `prepared`, with every module in eval mode."""
     from fxport.passes.tensor_parallel.build import prepare
 
     return prepare(model) if any(m.training for m in model.modules()) else prepared
 
 
-def _require_dropout_only(model: nn.Module, training: Prepared, differs: str) -> None:
+def _require_dropout_only(training: Prepared, evaluating: Prepared, differs: str) -> None:
     """The module can be put into eval mode later: all but dropout must be alike there."""
     from fxport.passes.tensor_parallel.computations import computations
 
-    graphs = training.graph.graph, _evaluating(model, training).graph.graph
+    graphs = training.graph.graph, evaluating.graph.graph
     one, other = (computations(graph, random=False) for graph in graphs)
     if one != other:
         raise FxportError(

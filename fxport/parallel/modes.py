@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 from collections.abc import Hashable
 from typing import Any
 
@@ -14,10 +16,11 @@ from torch.utils._pytree import tree_leaves
 
 from fxport.capture.checkpoints import under_checkpoint
 from fxport.capture.clone import clone_for_capture, off_meta
+from fxport.capture.location import is_library
 from fxport.capture.state import State
 from fxport.passes.tensor_parallel.computations import value_of
 
-__all__ = ["CHECKPOINTS_DIFFER", "in_training_mode", "training_differs"]
+__all__ = ["CHECKPOINTS_DIFFER", "in_training_mode", "names_the_mode", "training_differs"]
 
 _BATCH, _LENGTH = 2, 5
 CHECKPOINTS_DIFFER = "the model keeps other activations (torch.utils.checkpoint)"
@@ -28,10 +31,30 @@ def in_training_mode(model: nn.Module) -> nn.Module:
     return model if model.training else clone_for_capture(model).train()
 
 
+def names_the_mode(model: nn.Module) -> bool:
+    """Whether a file in which a class of the model is written reads `training`."""
+    classes = {cls for module in model.modules() for cls in type(module).__mro__}
+    return any(map(_reads_the_mode, {cls.__module__: cls for cls in classes}.values()))
+
+
+def _reads_the_mode(cls: type) -> bool:
+    try:
+        file = inspect.getsourcefile(cls)
+        if file is not None and is_library(file) and not file.startswith("<"):
+            return False
+        tree = ast.parse("".join(inspect.findsource(cls)[0]))
+    except (OSError, TypeError, SyntaxError):  # typed in, or compiled: nobody can say
+        return cls.__module__ != "builtins"
+    return any(
+        getattr(node, "attr", None) == "training" or getattr(node, "value", None) == "training"
+        for node in ast.walk(tree)
+    )
+
+
 def training_differs(model: nn.Module) -> str | None:
     """What runs in training mode and not in eval mode, in words; None when nothing does.
 
-    Compares the operations of both, by shapes alone.
+    Compares the operations of both, by shapes alone, at one length.
 
     Raises:
         GuardOnDataDependentSymNode, DataDependentOutputException: shapes are not enough.

@@ -164,11 +164,30 @@ def test_a_model_with_another_path_for_one_token_is_caught():
             out = super().forward(tokens)
             return out * 1.5 if tokens.shape[1] == 1 else out
 
-    with pytest.raises(PortError, match="at length 1"):
+    with pytest.raises(PortError, match="at length 1") as caught:
         fxport.port(Odd())
+    location = caught.value.reasons[0].location
+    assert location is not None and location.source.startswith("return out * 1.5 if")
+    with pytest.raises(PortError, match="at length 1"):  # where rounding is as large as this
+        fxport.port(Odd().bfloat16())
+    unlearned = Odd()
+    torch.nn.init.zeros_(unlearned.output.weight)  # and all logits are 0
+    with pytest.raises(PortError, match="at length 1"):
+        fxport.port(unlearned)
 
 
 # --- refusals ---------------------------------------------------------------------------------
+
+
+def test_logits_that_are_scaled_by_position_are_refused_at_their_line():
+    class Late(Llama):
+        def forward(self, tokens):
+            return super().forward(tokens) * torch.arange(1, 1 + tokens.shape[1])[:, None]
+
+    with pytest.raises(PortError, match="depend on the position") as caught:
+        fxport.port(Late())
+    location = caught.value.reasons[0].location
+    assert location is not None and "torch.arange(1" in location.source
 
 
 def test_a_bidirectional_model_is_refused_at_its_line():

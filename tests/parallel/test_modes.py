@@ -81,6 +81,31 @@ def test_layers_dropped_by_chance_are_divided_in_eval_mode_alone():
         fxport.parallelize(model.train(), fxport.ParallelContext(0, 1))
 
 
+class LongOnly(Noisy):
+    """Another path in one of the modes, for sequences of more than 20 tokens."""
+
+    def __init__(self, mode: bool) -> None:
+        super().__init__(0.0)
+        self.mode = mode
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = super().forward(ids)
+        return x * 2 if ids.shape[1] > 20 and self.training is self.mode else x
+
+
+def test_modes_are_compared_at_every_length():
+    for mode in (True, False):
+        for training in (True, False):
+            model = LongOnly(mode).train(training)
+            if training is mode or training:
+                with pytest.raises(fxport.PortError, match="differs between"):
+                    fxport.parallelize(model, fxport.ParallelContext(0, 1))
+                continue
+            module = fxport.parallelize(model, fxport.ParallelContext(0, 1))
+            with pytest.raises(fxport.FxportError, match=r"cannot be captured .* in training mode"):
+                module.train()
+
+
 def test_batch_statistics_are_seen():
     """One operation for both modes: what it does, a flag says."""
     norm = nn.BatchNorm1d(24)
