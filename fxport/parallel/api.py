@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 from fxport.errors import FxportError, PortError
 from fxport.parallel.context import ParallelContext
 from fxport.parallel.dropout import EvalOnly
-from fxport.parallel.lengths import limit_lengths
 from fxport.parallel.plan import Plan
+from fxport.parallel.sizes import Smallest, limit_sizes
 
 if TYPE_CHECKING:
     from fxport.passes.tensor_parallel.build import Prepared
@@ -44,6 +44,9 @@ def parallelize(model: nn.Module, ctx: ParallelContext) -> fx.GraphModule:
     keeps the same elements for any number of ranks; its seed comes from torch's default generator
     on the CPU. What forward runs under `torch.utils.checkpoint` is computed again in backward.
 
+    It raises `FxportError` for sizes of ``[B, T]`` that its graph was not shown to hold for: one
+    row or one token where forward treats them otherwise, more tokens than were looked at.
+
     Beside FSDP2 or DDP, wrap the result as a whole: ``fully_shard(module, mesh=mesh["data"])``.
 
     Raises:
@@ -65,7 +68,7 @@ def parallelize_all(model: nn.Module, contexts: Sequence[ParallelContext]) -> li
         As `parallelize`.
     """
     from fxport.capture.clone import uncompiled
-    from fxport.parallel.ones import require_ones
+    from fxport.parallel.ones import smallest_sizes
     from fxport.passes.tensor_parallel.build import prepare
     from fxport.passes.tensor_parallel.checkpoints import require_plain_checkpoints
 
@@ -76,10 +79,10 @@ def parallelize_all(model: nn.Module, contexts: Sequence[ParallelContext]) -> li
     require_plain_checkpoints(prepared.graph.graph)
     differs = _training_differs(model, prepared)
     evaluating = prepared if differs is None else _evaluating(model, prepared)
-    require_ones(model, evaluating)
+    smallest = smallest_sizes(model, evaluating)
     if model.training and differs is not None:
         _require_dropout_only(prepared, evaluating, differs)
-    modules = [_divided(prepared, ctx) for ctx in contexts]
+    modules = [_divided(prepared, ctx, smallest) for ctx in contexts]
     for module in modules:
         if not model.training and differs is not None:
             module.add_module("eval_only", EvalOnly(differs))
@@ -87,7 +90,7 @@ def parallelize_all(model: nn.Module, contexts: Sequence[ParallelContext]) -> li
     return modules
 
 
-def _divided(prepared: Prepared, ctx: ParallelContext) -> fx.GraphModule:
+def _divided(prepared: Prepared, ctx: ParallelContext, smallest: Smallest) -> fx.GraphModule:
     """One rank's module, looked at by the checker."""
     from fxport.passes.tensor_parallel.build import divide, rank_module
     from fxport.passes.tensor_parallel.checker import check
@@ -101,7 +104,7 @@ def _divided(prepared: Prepared, ctx: ParallelContext) -> fx.GraphModule:
     if found:
         raise FxportError("the division is wrong, nothing was emitted:\n" + "\n".join(found))
     checkpoint_again(module, divided.plan)
-    limit_lengths(module, prepared.captured)
+    limit_sizes(module, prepared.captured, smallest)
     module.plan = divided.plan  # type: ignore[assignment]  # no tensor, no module
     return module
 

@@ -1,6 +1,6 @@
 """One token, and one row: what the graph of all other sizes says of them is compared with forward.
 
-if x.shape[1] == 1: return self.step(x)   ->  refused, or the same numbers and gradients
+if x.shape[1] == 1: return self.step(x)   ->  the same numbers and gradients, or two are needed
 
 Torch takes a size that may vary for two or more. What code asks about `int(T)`, and what the
 library does with a 1 by itself (`squeeze`), nobody sees: numbers tell.
@@ -23,12 +23,13 @@ from fxport.capture.location import forward_line
 from fxport.capture.one import line_about_one
 from fxport.capture.outputs import plain
 from fxport.capture.sample import device_of
-from fxport.errors import Location, PortError, Reason, ReasonCode
+from fxport.errors import Location, Reason, ReasonCode
+from fxport.parallel.sizes import Smallest
 
 if TYPE_CHECKING:
     from fxport.passes.tensor_parallel.build import Prepared
 
-__all__ = ["require_ones"]
+__all__ = ["smallest_sizes"]
 
 _ROWS, _TOKENS = 2, (5, 8, 37, 3, 2)
 # Relative to what rounding gives at sizes that are proven; and what is rounding in any case.
@@ -36,55 +37,60 @@ _ROUNDING, _EPSILONS = 16.0, 64.0
 _DRAWS = 3
 
 
-def require_ones(model: nn.Module, prepared: Prepared) -> None:
-    """Shows that the graph is `model` for one token and for one row, too.
+def smallest_sizes(model: nn.Module, prepared: Prepared) -> Smallest:
+    """Whether the graph is shown to be `model` for one token and for one row, too.
 
     Args:
         model: in any mode; a copy in eval mode is run.
         prepared: of `model` in eval mode.
-
-    Raises:
-        PortError: it computes something else there.
     """
     if any(p.is_meta for p in prepared.captured.parameters.values()):
-        _without_numbers(model, prepared.captured)
-        return
+        return _without_numbers(model, prepared.captured)
     both = _Both(model, prepared)
     found = ((n, both.compare(_ROWS, n)) for n in _TOKENS)
     tokens, usual = next((pair for pair in found if pair[1] is not None), (0, None))
     if usual is None:
-        raise PortError([Reason(ReasonCode.SELF_CHECK, "forward fails on random token ids")])
+        return _not_compared("forward fails on random token ids", forward_line(model))
     bound = max(_ROUNDING * usual.error, _EPSILONS * torch.finfo(usual.dtype).eps)
-    for size in ((_ROWS, 1), (1, 1), (1, tokens)):
+
+    def differs(rows: int, length: int) -> bool:
         # Rounding may choose other experts; another path differs for all tokens.
-        drawn = (both.compare(*size, seed) for seed in range(_DRAWS))
-        if not any(c is None or both.same(c, usual, bound) for c in drawn):
-            line = line_about_one(model, prepared.captured.graph) or forward_line(model)
-            raise PortError([_refusal(size, line)])
+        drawn = (both.compare(rows, length, seed) for seed in range(_DRAWS))
+        return not any(c is None or both.same(c, usual, bound) for c in drawn)
+
+    one_row = differs(1, tokens)
+    one_token = differs(_ROWS, 1) or (not one_row and differs(1, 1))
+    if not one_row and not one_token:
+        return Smallest(1, 1)
+    line = line_about_one(model, prepared.captured.graph) or forward_line(model)
+    return Smallest(1 + one_row, 1 + one_token, _reason(one_row, one_token, line))
 
 
-def _refusal(size: tuple[int, int], line: Location | None) -> Reason:
+def _reason(one_row: bool, one_token: bool, line: Location | None) -> Reason:
+    what = " and ".join(["one row"] * one_row + ["one token"] * one_token)
     return Reason(
-        ReasonCode.DEPENDS_ON_BATCH if size[1] > 1 else ReasonCode.DEPENDS_ON_LENGTH,
-        f"forward gives other numbers or gradients for {size[0]} x {size[1]} tokens "
-        "(rows x length) than its graph of all other sizes",
+        ReasonCode.DEPENDS_ON_LENGTH if one_token else ReasonCode.DEPENDS_ON_BATCH,
+        f"forward gives other numbers or gradients for {what} than its graph of all other sizes",
         line,
         "what is computed for a token must not depend on the number of tokens or rows",
     )
 
 
-def _without_numbers(model: nn.Module, captured: Captured) -> None:
+def _without_numbers(model: nn.Module, captured: Captured) -> Smallest:
     """For parameters on the meta device."""
     line = line_about_one(model, captured.graph)
-    if line is not None:
-        reason = Reason(
-            ReasonCode.SELF_CHECK,
-            "forward may take another path for one token or one row here, and parameters on the "
-            "meta device cannot be compared with numbers",
-            line,
-            "give the parameters numbers first",
-        )
-        raise PortError([reason])
+    if line is None:
+        return Smallest(1, 1)
+    return _not_compared("parameters on the meta device have no numbers", line)
+
+
+def _not_compared(why: str, line: Location | None) -> Smallest:
+    reason = Reason(
+        ReasonCode.SELF_CHECK,
+        f"forward may take another path for one token or one row, and was not compared: {why}",
+        line,
+    )
+    return Smallest(2, 2, reason)
 
 
 class _Compared:

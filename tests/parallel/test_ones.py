@@ -1,4 +1,4 @@
-"""One token and one row are computed as all others are, or the model is refused."""
+"""One token and one row are computed as all others are, or not taken."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import fxport
-from fxport.errors import PortError
+from fxport.errors import FxportError
 from fxport.parallel.api import parallelize_all
 from fxport.parallel.context import ParallelContext
+from fxport.parallel.sizes import KnownSizes, Smallest
 from tests.parallel.simulation import randomised
 
 Change = Callable[[nn.Module, Tensor], Tensor]
@@ -55,15 +56,32 @@ def _one_row_fewer(step: nn.Module, x: Tensor) -> Tensor:
     return x * x.squeeze(0).dim()
 
 
-REFUSED = [_other_layer, _as_a_number, _without_gradient, _one_axis_fewer, _one_row_fewer]
+TOKENS, ROWS = [_other_layer, _as_a_number, _without_gradient, _one_axis_fewer], [_one_row_fewer]
 
 
-@pytest.mark.parametrize("change", REFUSED)
-def test_what_differs_for_one_is_refused(change: Change) -> None:
-    with pytest.raises(PortError) as refused:
-        parallelize_all(Changed(change), ParallelContext.simulated(2))
-    (reason,) = refused.value.reasons
-    assert reason.location is not None
+def _smallest(model: nn.Module) -> Smallest:
+    found = fxport.parallelize(model, ParallelContext(0, 2)).get_submodule("fxport_sizes")
+    assert isinstance(found, KnownSizes)
+    return found.smallest
+
+
+@pytest.mark.parametrize("change", TOKENS + ROWS)
+def test_what_differs_for_one_is_not_taken(change: Change) -> None:
+    model = randomised(Changed(change))
+    ranks = parallelize_all(model, contexts := ParallelContext.simulated(2))
+    one = (1, 5) if change in ROWS else (2, 1)
+    with pytest.raises(FxportError, match=r"at least \d x \d: .*numbers or gradients for one"):
+        ranks[0](torch.zeros(*one, dtype=torch.long))
+    for rows, tokens in ((3, 5), (2, 5), (5, 2)):
+        ids = torch.randint(0, _VOCAB, (rows, tokens))
+        for found in contexts[0].group.run(lambda rank, ids=ids: ranks[rank](ids)):
+            torch.testing.assert_close(found, model(ids))
+
+
+@pytest.mark.parametrize("change", TOKENS + ROWS)
+def test_the_line_that_asks_is_named(change: Change) -> None:
+    reason = _smallest(Changed(change)).reason
+    assert reason is not None and reason.location is not None
     # Nobody asks by a squeeze; then forward as a whole is named.
     assert reason.location.function in (change.__name__, "forward")
     assert change in (_one_axis_fewer, _one_row_fewer) or reason.location.function != "forward"
@@ -72,18 +90,18 @@ def test_what_differs_for_one_is_refused(change: Change) -> None:
 def test_zeros_do_not_hide_it() -> None:
     model = Changed(_other_layer)
     nn.init.zeros_(model.head.weight)
-    with pytest.raises(PortError):
-        parallelize_all(model, ParallelContext.simulated(2))
+    assert _smallest(model).tokens == 2
 
 
 def test_without_numbers_nobody_may_ask() -> None:
     with torch.device("meta"):
         asks, same = Changed(_other_layer), Changed(lambda step, x: x)
-    with pytest.raises(PortError, match="meta device") as refused:
-        fxport.parallelize(asks, ParallelContext(0, 2))
-    location = refused.value.reasons[0].location
-    assert location is not None and location.function == "_other_layer"
-    fxport.parallelize(same, ParallelContext(0, 2))
+    found = _smallest(asks)
+    assert found.tokens == found.rows == 2 and found.reason is not None
+    assert "meta device" in found.reason.message
+    assert found.reason.location is not None
+    assert found.reason.location.function == "_other_layer"
+    assert not hasattr(fxport.parallelize(same, ParallelContext(0, 2)), "fxport_sizes")
 
 
 def _nothing_to_add(step: nn.Module, x: Tensor) -> Tensor:

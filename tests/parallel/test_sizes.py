@@ -101,7 +101,7 @@ def test_one_token_is_taken_where_it_is_computed_alike(around: Callable[..., Ten
     model, modules, context = _divided(around)
     for length in (1, 2, 7, 60):
         _require_equal(model, modules, context, length)
-    assert not hasattr(modules[0], "fxport_lengths")
+    assert not hasattr(modules[0], "fxport_sizes")
 
 
 def test_beyond_what_was_captured_it_raises() -> None:
