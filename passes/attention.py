@@ -58,8 +58,9 @@ from fxport.passes.attention_site import AttentionSite, Left, Match
 from fxport.passes.attention_softmax import Softmax, is_softmax_call, softmaxes
 from fxport.passes.attention_spread import respell_uses
 from fxport.passes.attention_terms import emit_terms, join_terms
+from fxport.passes.attention_trace import trace
 from fxport.passes.attention_unread import unread_exponentials
-from fxport.passes.attention_views import moved_input, trace
+from fxport.passes.attention_views import moved_input
 from fxport.passes.graph_facts import GraphFacts, erase_dead, erase_if_unused
 from fxport.passes.inplace import without_inplace
 from fxport.passes.masks import Prover
@@ -158,7 +159,7 @@ def _put_back(
 def _match(facts: GraphFacts, start: Softmax | fx.Node) -> Match:
     if isinstance(start, Softmax):
         return match_softmax(facts, start)
-    return match_sdpa(facts, start)
+    return join_terms(facts, match_sdpa(facts, start))
 
 
 def _reported_at(start: Softmax | fx.Node) -> fx.Node:
@@ -201,7 +202,6 @@ def _rewrite(
     moves = [*match.q[1:], *match.k[1:], *match.v[1:]]
     moves += trace(match.sinks[0])[1:] if isinstance(match.sinks, tuple) else ()
     check_grad_mode(facts, [step.node for step in moves], match.output)
-    match = join_terms(facts, match)
     frame = frame_of(match)
     plan = plan_masks(prover, facts, match, frame, assume_spread=assume_spread)
     traced = [s.node for trace in (match.q, match.k, match.v) for s in trace]

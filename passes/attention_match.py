@@ -7,8 +7,11 @@ Which axis is the key axis, which the head size, follows from what is contracted
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeAlias
 
 import torch
 from torch import fx
@@ -17,14 +20,16 @@ from fxport.capture.arguments import shape_of
 from fxport.errors import ReasonCode
 from fxport.passes.attention_checks import check_closed, check_grad_mode, check_rounding
 from fxport.passes.attention_factors import is_gate, is_truth, with_value_scales
-from fxport.passes.attention_frame import query_axes
+from fxport.passes.attention_frame import frame_of, query_axes
 from fxport.passes.attention_layout import Axis, Dims, LayoutError, axes_of, resolve, resolve_all
 from fxport.passes.attention_paths import Walk, obstacles, paths, product_behind, walk
 from fxport.passes.attention_products import Contraction, as_product, contract
 from fxport.passes.attention_scores import Scores
-from fxport.passes.attention_site import Left, MaskKind, MaskStep, Match
+from fxport.passes.attention_site import Left, MaskKind, MaskStep, Match, Torn
 from fxport.passes.attention_softmax import Softmax, subtracted_maximum
-from fxport.passes.attention_views import Step, overload_packet, trace
+from fxport.passes.attention_terms import join_terms
+from fxport.passes.attention_trace import Step, as_it_is, trace
+from fxport.passes.attention_views import overload_packet
 from fxport.passes.attention_weights import Forward, to_values
 from fxport.passes.graph_facts import GraphFacts, Source
 
@@ -32,6 +37,7 @@ __all__ = ["match_softmax"]
 
 aten = torch.ops.aten
 
+_Look: TypeAlias = Callable[[fx.Node], tuple[Step, ...]]
 _MAX_PATHS = 8  # sums of several products: more than two have not been seen
 
 
@@ -41,18 +47,46 @@ def match_softmax(facts: GraphFacts, softmax: Softmax) -> Match:
     Raises:
         Left: there is none, or it cannot be expressed.
     """
+    ways = list(itertools.islice(paths(softmax.scores), _MAX_PATHS))
+    if not ways:
+        raise _no_product(facts, softmax.scores)
     reasons: list[Left] = []
-    for count, path in enumerate(paths(softmax.scores)):
-        if count == _MAX_PATHS:
-            break
+    found: list[Match] = []
+    for path in ways:
         try:
-            return _match_path(facts, softmax, path)
+            found.append(_match_joined(facts, softmax, path))
         except Left as left:
             reasons.append(left)
-    if not reasons:
-        raise _no_product(facts, softmax.scores)
+    if found:
+        return _widest(found)
     serious = [r for r in reasons if r.code is not ReasonCode.NOT_ATTENTION]
     raise (serious or reasons)[0]
+
+
+def _match_joined(facts: GraphFacts, softmax: Softmax, path: list[fx.Node]) -> Match:
+    try:
+        match = _match_path(facts, softmax, path, trace)
+    except Torn:  # no axes are both what repeated keys are made of and what the weights become
+        match = _match_path(facts, softmax, path, as_it_is)
+    return join_terms(facts, match)
+
+
+def _widest(found: list[Match]) -> Match:
+    """Of several products the one that most others are added to, without keys for every query."""
+    if len(found) == 1:
+        return found[0]
+    query = _queries_at(max(found, key=lambda match: len(query_axes(match))))
+    fits = [match for match in found if _queries_at(match) == query]
+    return max(fits, key=lambda match: len(match.terms))
+
+
+def _queries_at(match: Match) -> int | None:
+    """Which dimension of the scores the queries are in."""
+    try:
+        (query,) = frame_of(match).query
+    except Left:
+        return None
+    return next(i for i, dim in enumerate(match.scores) if query in axes_of([dim]))
 
 
 def _no_product(facts: GraphFacts, scores: fx.Node) -> Left:
@@ -88,10 +122,10 @@ def _of_data(facts: GraphFacts, node: fx.Node) -> bool:
     return all(Source.DATA in facts.source(n) for n in (product.left, product.right))
 
 
-def _match_path(facts: GraphFacts, softmax: Softmax, path: list[fx.Node]) -> Match:
+def _match_path(facts: GraphFacts, softmax: Softmax, path: list[fx.Node], look: _Look) -> Match:
     scored = as_product(path[0])
     assert scored is not None
-    left, right = trace(scored.left), trace(scored.right)
+    left, right = look(scored.left), look(scored.right)
     try:
         contraction = contract(scored.labels, left[-1].dims, right[-1].dims)
     except LayoutError:

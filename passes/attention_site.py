@@ -11,9 +11,9 @@ from fxport.capture.location import user_location
 from fxport.errors import Location, Reason, ReasonCode
 from fxport.ops.params import AttentionParams
 from fxport.passes.attention_layout import Dim, Dims
-from fxport.passes.attention_views import Step
+from fxport.passes.attention_trace import Step
 
-__all__ = ["AttentionSite", "Left", "MaskKind", "MaskStep", "Match", "RowScale", "Term"]
+__all__ = ["AttentionSite", "Left", "MaskKind", "MaskStep", "Match", "RowScale", "Term", "Torn"]
 
 
 class Left(Exception):
@@ -29,6 +29,13 @@ class Left(Exception):
         """The reason, at the node in the way or else at the softmax."""
         place = user_location(self.node) if self.node is not None else None
         return Reason(self.code, self.message, place or user_location(start), self.hint)
+
+
+class Torn(Left):
+    """Scores or weights are reshaped across the axes that their operands show."""
+
+    def __init__(self, message: str, node: fx.Node) -> None:
+        super().__init__(ReasonCode.UNSUPPORTED_FEATURE, message, node)
 
 
 class MaskKind(enum.Enum):
