@@ -41,6 +41,7 @@ from fxport.passes.attention_frame import Frame, frame_of
 from fxport.passes.attention_layout import product
 from fxport.passes.attention_masks import MaskPlan, plan_masks
 from fxport.passes.attention_match import match_softmax
+from fxport.passes.attention_ones import sums_apart
 from fxport.passes.attention_quotient import power_of
 from fxport.passes.attention_records import (
     MASK,
@@ -106,11 +107,12 @@ def rewrite_attention(
     spell_out_repeats(gm)
     facts = GraphFacts(gm)
     prover = Prover(facts)
+    respelled = sums_apart(gm, facts)
     starts = _starts(gm.graph)
     softmaxes = [s for s in starts if isinstance(s, Softmax)]
     for node, left in unread_exponentials(facts, softmaxes):
         decisions.append(stays(node, left.reason(node)))
-    respelled = respell_uses(gm, facts, softmaxes)
+    respelled += respell_uses(gm, facts, softmaxes)
     sites: dict[fx.Node, AttentionSite] = {}
     said: dict[fx.Node, list[Decision]] = {}
     pending = starts

@@ -26,7 +26,7 @@ from fxport.passes.attention_paths import Walk, obstacles, paths, product_behind
 from fxport.passes.attention_products import Contraction, as_product, contract
 from fxport.passes.attention_scores import Scores
 from fxport.passes.attention_site import Left, MaskKind, MaskStep, Match, Torn
-from fxport.passes.attention_softmax import Softmax, subtracted_maximum
+from fxport.passes.attention_softmax import PlacedSink, Softmax, subtracted_maximum
 from fxport.passes.attention_terms import join_terms
 from fxport.passes.attention_trace import Step, as_it_is, trace
 from fxport.passes.attention_views import overload_packet
@@ -190,7 +190,7 @@ def _match_path(facts: GraphFacts, softmax: Softmax, path: list[fx.Node], look: 
 def _apply_kept(facts: GraphFacts, scores: Scores, softmax: Softmax, dims: Dims) -> None:
     """What is done to the exponentials before they are divided."""
     if softmax.sink is not None:
-        scores.add_sink(softmax.start, softmax.sink)
+        scores.add_sink(softmax.start, _sink(softmax.sink, dims))
     kept = softmax.kept
     if kept is None:
         return
@@ -209,6 +209,13 @@ def _apply_kept(facts: GraphFacts, scores: Scores, softmax: Softmax, dims: Dims)
     if open_ and (is_truth(kept.mask) or is_gate(kept.mask)):
         step = replace(step, logarithm=True)
     scores.steps.append(step)
+
+
+def _sink(sink: PlacedSink, dims: Dims) -> float | tuple[fx.Node, Dims]:
+    if isinstance(sink, float):
+        return sink
+    column, places = sink
+    return column, tuple(() if place is None else dims[place] for place in places)
 
 
 def _score_dims(walked: Walk) -> Dims:

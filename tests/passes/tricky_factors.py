@@ -70,8 +70,9 @@ def cosines_by_one_call(qkv: Tensor) -> Tensor:
     return finish(causal(s * 4).softmax(-1), v)
 
 
-@tricky("unsupported-feature", among=DIRECT)
-def learned_number_in_the_sum(qkv: Tensor) -> Tensor:
+@tricky(among=DIRECT)
+def number_from_the_data_in_the_sum(qkv: Tensor) -> Tensor:
+    """One for each head; found since sinks are, whatever makes them."""
     q, k, v = heads_first(qkv)
     s, sink = causal(q @ k.mT), qkv[2, 0, 0, :, 0].view(-1, 1, 1)
     total = torch.logaddexp(torch.logsumexp(s, -1, keepdim=True), sink)
