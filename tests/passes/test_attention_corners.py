@@ -308,3 +308,34 @@ def test_sinks_say_which_axis_is_the_heads() -> None:
     found = rewrite(trace_directly(module, data))
     assert [site.sinks for site in found.result.sites] == [True]
     compare(module, found.graph, data)
+
+
+@pytest.mark.parametrize("added", [False, True], ids=["filled", "added"])
+def test_a_buffer_that_scales_masked_scores_may_change(added: bool) -> None:
+    """Only a fill is known to be as good after it; what is added would hold the old number."""
+
+    def function(x: Tensor, scale: Tensor) -> Tensor:
+        q, k, v = x.transpose(2, 3).unbind(0)
+        s = (q @ k.mT).masked_fill(~torch.ones(7, 7, dtype=torch.bool).tril(), INF)
+        s = s + torch.arange(7.0, dtype=s.dtype).sin() if added else s
+        return (s / scale).softmax(-1) @ v
+
+    module = Site(function, buffers=[torch.tensor(2.0, dtype=torch.float64)])
+    data = torch.randn(3, 2, 7, 4, 6, dtype=torch.float64)
+    rewritten = rewrite(trace_directly(module, [data]))
+    assert rewritten.count == (not added), rewritten.result.decisions
+    module.b0.mul_(3)
+    compare(module, rewritten.graph, [data])
+
+
+def test_a_buffer_that_turns_masks_over_is_left() -> None:
+    def function(x: Tensor, scale: Tensor) -> Tensor:
+        q, k, v = x.transpose(2, 3).unbind(0)
+        s = (q @ k.mT).masked_fill(~torch.ones(7, 7, dtype=torch.bool).tril(), -1e9)
+        return (s * scale).softmax(-1) @ v
+
+    module = Site(function, buffers=[torch.tensor(-0.5, dtype=torch.float64)])
+    data = torch.randn(3, 2, 7, 4, 6, dtype=torch.float64)
+    rewritten = rewrite(trace_directly(module, [data]))
+    assert rewritten.count == 0 and rewritten.left() == ["order-of-operations"]
+    compare(module, rewritten.graph, [data])

@@ -89,6 +89,13 @@ def ones_for_some_keys(qkv: Tensor) -> Tensor:
     return merged((torch.exp(s) @ v) / (torch.exp(s) @ ones))
 
 
+@tricky("unsupported-feature", among=DIRECT)
+def summed_with_a_factor_for_each_key(qkv: Tensor) -> Tensor:
+    s, v = causal_scores(qkv)
+    e = torch.exp(s)
+    return merged((e @ v) / (e @ v[..., :1].exp()))
+
+
 @tricky("order-of-operations", among=DIRECT)
 def divided_by_the_data_after_the_mask(qkv: Tensor) -> Tensor:
     """It might be negative."""
