@@ -28,6 +28,7 @@ from fxport.errors import ReasonCode
 from fxport.ops.params import AttentionParams
 from fxport.passes.attention_bias import emit_check, emit_dense, emit_row_scales, restore_nan
 from fxport.passes.attention_checks import check_grad_mode
+from fxport.passes.attention_cosines import write_out_cosines
 from fxport.passes.attention_emit import Emitter
 from fxport.passes.attention_factors import emit_key_scales
 from fxport.passes.attention_flex import (
@@ -105,6 +106,7 @@ def rewrite_attention(
     flex = _write_out_flex(gm, decisions)
     erase_dead(gm)
     spell_out_repeats(gm)
+    write_out_cosines(gm)
     facts = GraphFacts(gm)
     prover = Prover(facts)
     respelled = sums_apart(gm, facts)

@@ -16,7 +16,6 @@ from typing import TypeAlias
 import torch
 from torch import fx
 
-from fxport.capture.arguments import shape_of
 from fxport.errors import ReasonCode
 from fxport.passes.attention_checks import check_closed, check_grad_mode, check_rounding
 from fxport.passes.attention_factors import is_gate, is_truth, with_value_scales
@@ -29,7 +28,6 @@ from fxport.passes.attention_site import Left, MaskKind, MaskStep, Match, Torn
 from fxport.passes.attention_softmax import PlacedSink, Softmax, subtracted_maximum
 from fxport.passes.attention_terms import join_terms
 from fxport.passes.attention_trace import Step, as_it_is, trace
-from fxport.passes.attention_views import overload_packet
 from fxport.passes.attention_weights import Forward, to_values
 from fxport.passes.graph_facts import GraphFacts, Source
 
@@ -92,13 +90,6 @@ def _queries_at(match: Match) -> int | None:
 def _no_product(facts: GraphFacts, scores: fx.Node) -> Left:
     """Why no way of known operations leads from a product to the scores."""
     for obstacle in obstacles(scores):
-        if overload_packet(obstacle) is aten.cosine_similarity and _compares_pairs(obstacle):
-            return Left(
-                ReasonCode.UNSUPPORTED_FEATURE,
-                f"`{obstacle.target}` makes the scores, which is no product of q and k yet",
-                obstacle,
-                "F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT",
-            )
         if any(_of_data(facts, n) for n in product_behind(obstacle)):
             return Left(
                 ReasonCode.UNSUPPORTED_FEATURE,
@@ -108,12 +99,6 @@ def _no_product(facts: GraphFacts, scores: fx.Node) -> Left:
     return Left(
         ReasonCode.NOT_ATTENTION, "this softmax is not over a product of two tensors", scores
     )
-
-
-def _compares_pairs(cosines: fx.Node) -> bool:
-    """Whether its inputs are spread over each other: every query with every key."""
-    shapes = [shape_of(n) for n in cosines.all_input_nodes]
-    return len(shapes) == 2 and shapes[0] != shapes[1]
 
 
 def _of_data(facts: GraphFacts, node: fx.Node) -> bool:

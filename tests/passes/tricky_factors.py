@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from spellings_base import finish, heads_first
 from spellings_factors import gate
 from spellings_spread import causal
@@ -61,13 +60,6 @@ def weights_gated_by_the_pair(qkv: Tensor) -> Tensor:
     q, k, v = heads_first(qkv)
     w = causal(q @ k.mT).softmax(-1)
     return finish(w * torch.sigmoid(v @ k.mT), v)
-
-
-@tricky("unsupported-feature", among=DIRECT)
-def cosines_by_one_call(qkv: Tensor) -> Tensor:
-    q, k, v = heads_first(qkv)
-    s = F.cosine_similarity(q[:, :, :, None], k[:, :, None], dim=-1)
-    return finish(causal(s * 4).softmax(-1), v)
 
 
 @tricky(among=DIRECT)
