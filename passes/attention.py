@@ -63,6 +63,7 @@ from fxport.passes.attention_terms import emit_terms, join_terms
 from fxport.passes.attention_trace import trace
 from fxport.passes.attention_unread import unread_exponentials
 from fxport.passes.attention_views import moved_input
+from fxport.passes.attention_vmapped import vmapped_softmaxes
 from fxport.passes.graph_facts import GraphFacts, erase_dead, erase_if_unused
 from fxport.passes.inplace import without_inplace
 from fxport.passes.masks import Prover
@@ -99,10 +100,10 @@ def rewrite_attention(
         assume_spread: where a mask adds a number such as -1e4, take it for what it is meant to
             be; the site says how far scores may differ for that. Otherwise it is a bias.
     """
+    decisions = [stays(node, left.reason(node)) for node, left in vmapped_softmaxes(gm.graph)]
     if not any(map(_may_start, gm.graph.nodes)) and not flex_calls(gm.graph):
-        return AttentionResult((), ())
+        return AttentionResult((), tuple(decisions))
     without_inplace(gm)
-    decisions: list[Decision] = []
     flex = _write_out_flex(gm, decisions)
     erase_dead(gm)
     spell_out_repeats(gm)

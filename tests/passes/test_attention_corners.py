@@ -339,3 +339,21 @@ def test_a_buffer_that_turns_masks_over_is_left() -> None:
     rewritten = rewrite(trace_directly(module, [data]))
     assert rewritten.count == 0 and rewritten.left() == ["order-of-operations"]
     compare(module, rewritten.graph, [data])
+
+
+def test_attention_under_vmap_is_reported() -> None:
+    """It stays as it is, and so do those beside it that are found."""
+
+    def single(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT).softmax(-1) @ v
+
+    def function(x: Tensor) -> Tensor:
+        q, k, v = heads_first(x)
+        return torch.vmap(single)(q, k, single(q, k, v))
+
+    module = Site(function)
+    rewritten = rewrite(trace_training(module, [example(2, 7)]))
+    assert rewritten.count == 1
+    (reason,) = [d.reason for d in rewritten.result.decisions if d.reason is not None]
+    assert "inside torch.vmap" in reason.message and reason.location is not None
+    compare(module, rewritten.graph, [example(2, 7)])
