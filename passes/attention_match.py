@@ -24,8 +24,8 @@ from fxport.passes.attention_layout import Axis, Dims, LayoutError, axes_of, res
 from fxport.passes.attention_paths import Walk, obstacles, paths, product_behind, walk
 from fxport.passes.attention_products import Contraction, as_product, contract
 from fxport.passes.attention_scores import Scores
-from fxport.passes.attention_site import Left, MaskKind, MaskStep, Match, Torn
-from fxport.passes.attention_softmax import PlacedSink, Softmax, subtracted_maximum
+from fxport.passes.attention_site import Left, MaskKind, MaskStep, Match, Shift, Torn
+from fxport.passes.attention_softmax import PlacedSink, Softmax, subtracted_maximum, subtracts_whole
 from fxport.passes.attention_terms import join_terms
 from fxport.passes.attention_trace import Step, as_it_is, trace
 from fxport.passes.attention_weights import Forward, to_values
@@ -166,6 +166,7 @@ def _match_path(facts: GraphFacts, softmax: Softmax, path: list[fx.Node], look: 
         again=again,
         without_nan=forward.without_nan,
         out_scales=forward.out_scales,
+        shift=Shift.WHOLE if any(map(subtracts_whole, path)) else softmax.shift,
         relied_on=facts.buffers(scores.read),
     )
     _check_unmixed(facts, match, path[0])

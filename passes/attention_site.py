@@ -13,7 +13,17 @@ from fxport.ops.params import AttentionParams
 from fxport.passes.attention_layout import Dim, Dims
 from fxport.passes.attention_trace import Step
 
-__all__ = ["AttentionSite", "Left", "MaskKind", "MaskStep", "Match", "RowScale", "Term", "Torn"]
+__all__ = [
+    "AttentionSite",
+    "Left",
+    "MaskKind",
+    "MaskStep",
+    "Match",
+    "RowScale",
+    "Shift",
+    "Term",
+    "Torn",
+]
 
 
 class Left(Exception):
@@ -45,6 +55,14 @@ class MaskKind(enum.Enum):
     KEEP = "keep"  # weight * tensor, before the weights are divided by their sum
     FLOOR = "floor"  # max(score, number)
     CAUSAL = "causal"  # column j forbidden in row i for j > i, said by a flag
+
+
+class Shift(enum.Enum):
+    """What is subtracted before exponentials: decides what a row gives that has no key at all."""
+
+    ROW = "row"  # the maximum of the row, as a softmax does
+    NONE = "none"  # nothing: exp(-1e9) and their sum are 0
+    WHOLE = "whole"  # the maximum of all scores, which then depends on all rows
 
 
 @dataclass(frozen=True)
@@ -113,6 +131,7 @@ class Match:
         without_nan: weights that are NaN are replaced by 0.
         out_scales: factors that go onto the output.
         relied_on: buffers whose value was read.
+        shift: of the exponentials.
         terms: what is added to ``scale * q.k`` before everything else.
     """
 
@@ -141,6 +160,7 @@ class Match:
     without_nan: bool = False
     out_scales: tuple[RowScale, ...] = ()
     relied_on: tuple[str, ...] = ()
+    shift: Shift = Shift.ROW
     terms: tuple[Term, ...] = ()
 
 

@@ -31,10 +31,17 @@ from fxport.passes.attention_quotient import (
     kept_by,
     power_of,
 )
-from fxport.passes.attention_site import MaskKind
-from fxport.passes.attention_views import number, overload_packet
+from fxport.passes.attention_site import MaskKind, Shift
+from fxport.passes.attention_views import SCALES, is_cast, number, overload_packet
 
-__all__ = ["PlacedSink", "Softmax", "is_softmax_call", "softmaxes", "subtracted_maximum"]
+__all__ = [
+    "PlacedSink",
+    "Softmax",
+    "is_softmax_call",
+    "softmaxes",
+    "subtracted_maximum",
+    "subtracts_whole",
+]
 
 aten = torch.ops.aten
 
@@ -66,6 +73,7 @@ class Softmax:
         sink: a number that stands beside every row's scores without a value of its own, or a tensor
             of them and the dimensions of the scores that its own are, None for size 1.
         factor: on the scores: the exponentials may have another base than e.
+        shift: of the scores.
     """
 
     start: fx.Node
@@ -78,6 +86,7 @@ class Softmax:
     kept: Kept | None = None
     sink: PlacedSink | None = None
     factor: float = 1.0
+    shift: Shift = Shift.ROW
 
 
 def is_softmax_call(node: fx.Node) -> bool:
@@ -123,7 +132,8 @@ def _less_its_logsumexp(node: fx.Node, shifted: fx.Node) -> Softmax | None:
         return None
     nodes = (*found.nodes, shifted, node)
     sink = _placed(found)
-    return Softmax(node, scores, node, found.dim, nodes, sink=sink)
+    # Beside a sum's logarithm of -1e9 there is no room for what is left of it.
+    return Softmax(node, scores, node, found.dim, nodes, sink=sink, shift=Shift.NONE)
 
 
 def _quotient(node: fx.Node) -> Softmax | None:
@@ -151,14 +161,16 @@ def _quotient(node: fx.Node) -> Softmax | None:
     # A row without a key has sums of 0, which the bound makes zeros of.
     zeroed = bool(under.bound) and any(map(_or_zero, subtracted_maximum(scores)))
     quiet = _beside_sink(under) or zeroed
+    whole = _whole_softmax(source) is not None
+    shift = Shift.ROW if whole or _is_shifted(scores, under.dim) else Shift.NONE
     if weights is top:
         if not under.in_place:
             return None
         nodes = (*nodes, node)
-        return Softmax(node, scores, node, under.dim, nodes, quiet, None, kept, sink, factor)
+        return Softmax(node, scores, node, under.dim, nodes, quiet, None, kept, sink, factor, shift)
     if not divides_rows(top, under):
         return None
-    return Softmax(node, scores, weights, under.dim, nodes, quiet, node, kept, sink, factor)
+    return Softmax(node, scores, weights, under.dim, nodes, quiet, node, kept, sink, factor, shift)
 
 
 def _exponent(
@@ -194,18 +206,31 @@ def _bound_is_idle(scores: fx.Node, under: Denominator, kept: Kept | None) -> bo
     """Where the largest exponential is 1 their sum is never below that (or it is NaN)."""
     if not under.bound:
         return True
-    reductions = [n for n in subtracted_maximum(scores) if overload_packet(n) in _MAXIMA]
     plain = not any(overload_packet(n) in _CLAMPS for n in subtracted_maximum(scores))
-    if under.bound >= 1 or len(reductions) != 1 or not plain:
+    if under.bound >= 1 or not plain:
         return False
     if kept is not None and not _masked_before(scores, kept):
         return False  # the largest exponential may be what is set to 0
-    along = arguments(reductions[0]).get("dim")
+    return arguments(scores).get("alpha", 1) == 1 and _subtracts(scores, under.dim)
+
+
+def _subtracts(scores: fx.Node, dim: int) -> bool:
+    """Whether these are ``x - amax(x, dim)``."""
+    reductions = [n for n in subtracted_maximum(scores) if overload_packet(n) in _MAXIMA]
+    along = arguments(reductions[0]).get("dim") if len(reductions) == 1 else None
     dims = [along] if isinstance(along, int) else list(along or ())
-    rank = len(shape_of(scores))
-    if arguments(scores).get("alpha", 1) != 1:
-        return False
-    return [d % rank for d in dims] == [under.dim]
+    return [d % len(shape_of(scores)) for d in dims] == [dim]
+
+
+def _is_shifted(scores: fx.Node, dim: int) -> bool:
+    """The same, up to a number and the precision."""
+    while not _subtracts(scores, dim):
+        scaled = overload_packet(scores) in SCALES and number(scores.args[1]) is not None
+        before = scores.args[0] if scaled or is_cast(scores) else None
+        if not isinstance(before, fx.Node):
+            return False
+        scores = before
+    return True
 
 
 def _masked_before(shifted: fx.Node, kept: Kept) -> bool:
@@ -289,3 +314,9 @@ def _keeps_dimension(node: fx.Node) -> bool:
     given = arguments(node)
     of_all = given.get("dim") in (None, [], ())
     return of_all or bool(given["keepdim"])
+
+
+def subtracts_whole(scores: fx.Node) -> bool:
+    """Whether these are ``x - x.max()``, the maximum of all scores."""
+    reductions = [n for n in subtracted_maximum(scores) if overload_packet(n) in _MAXIMA]
+    return any(arguments(n).get("dim") in (None, [], ()) for n in reductions)
