@@ -28,6 +28,7 @@ from fxport.errors import ReasonCode
 from fxport.ops.params import AttentionParams
 from fxport.passes.attention_bias import emit_check, emit_dense, emit_row_scales, restore_nan
 from fxport.passes.attention_checks import check_grad_mode
+from fxport.passes.attention_cosines import write_out_cosines
 from fxport.passes.attention_emit import Emitter
 from fxport.passes.attention_factors import emit_key_scales
 from fxport.passes.attention_flex import (
@@ -41,6 +42,7 @@ from fxport.passes.attention_frame import Frame, frame_of
 from fxport.passes.attention_layout import product
 from fxport.passes.attention_masks import MaskPlan, plan_masks
 from fxport.passes.attention_match import match_softmax
+from fxport.passes.attention_ones import sums_apart
 from fxport.passes.attention_quotient import power_of
 from fxport.passes.attention_records import (
     MASK,
@@ -58,8 +60,10 @@ from fxport.passes.attention_site import AttentionSite, Left, Match
 from fxport.passes.attention_softmax import Softmax, is_softmax_call, softmaxes
 from fxport.passes.attention_spread import respell_uses
 from fxport.passes.attention_terms import emit_terms, join_terms
+from fxport.passes.attention_trace import trace
 from fxport.passes.attention_unread import unread_exponentials
-from fxport.passes.attention_views import moved_input, trace
+from fxport.passes.attention_views import moved_input
+from fxport.passes.attention_vmapped import vmapped_softmaxes
 from fxport.passes.graph_facts import GraphFacts, erase_dead, erase_if_unused
 from fxport.passes.inplace import without_inplace
 from fxport.passes.masks import Prover
@@ -96,20 +100,22 @@ def rewrite_attention(
         assume_spread: where a mask adds a number such as -1e4, take it for what it is meant to
             be; the site says how far scores may differ for that. Otherwise it is a bias.
     """
+    decisions = [stays(node, left.reason(node)) for node, left in vmapped_softmaxes(gm.graph)]
     if not any(map(_may_start, gm.graph.nodes)) and not flex_calls(gm.graph):
-        return AttentionResult((), ())
+        return AttentionResult((), tuple(decisions))
     without_inplace(gm)
-    decisions: list[Decision] = []
     flex = _write_out_flex(gm, decisions)
     erase_dead(gm)
     spell_out_repeats(gm)
+    write_out_cosines(gm)
     facts = GraphFacts(gm)
     prover = Prover(facts)
+    respelled = sums_apart(gm, facts)
     starts = _starts(gm.graph)
     softmaxes = [s for s in starts if isinstance(s, Softmax)]
     for node, left in unread_exponentials(facts, softmaxes):
         decisions.append(stays(node, left.reason(node)))
-    respelled = respell_uses(gm, facts, softmaxes)
+    respelled += respell_uses(gm, facts, softmaxes)
     sites: dict[fx.Node, AttentionSite] = {}
     said: dict[fx.Node, list[Decision]] = {}
     pending = starts
@@ -158,7 +164,7 @@ def _put_back(
 def _match(facts: GraphFacts, start: Softmax | fx.Node) -> Match:
     if isinstance(start, Softmax):
         return match_softmax(facts, start)
-    return match_sdpa(facts, start)
+    return join_terms(facts, match_sdpa(facts, start))
 
 
 def _reported_at(start: Softmax | fx.Node) -> fx.Node:
@@ -201,7 +207,6 @@ def _rewrite(
     moves = [*match.q[1:], *match.k[1:], *match.v[1:]]
     moves += trace(match.sinks[0])[1:] if isinstance(match.sinks, tuple) else ()
     check_grad_mode(facts, [step.node for step in moves], match.output)
-    match = join_terms(facts, match)
     frame = frame_of(match)
     plan = plan_masks(prover, facts, match, frame, assume_spread=assume_spread)
     traced = [s.node for trace in (match.q, match.k, match.v) for s in trace]

@@ -6,9 +6,8 @@ from collections.abc import Iterable
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 
-from fxport.capture.memory import is_mutation
+from fxport.capture.memory import is_written_through
 from fxport.errors import ReasonCode
 from fxport.passes.attention_products import as_product
 from fxport.passes.attention_site import Left
@@ -40,7 +39,7 @@ def check_closed(interior: tuple[fx.Node, ...], output: fx.Node) -> None:
         for user in node.users:
             if user in inside or only_checks(user) or lends_shape_only(node, user):
                 continue
-            written = _writes(user)
+            written = is_written_through(user)
             raise Left(
                 ReasonCode.MUTATED_IN_PLACE if written else ReasonCode.WEIGHTS_USED_ELSEWHERE,
                 "the scores are changed in place in between"
@@ -49,16 +48,6 @@ def check_closed(interior: tuple[fx.Node, ...], output: fx.Node) -> None:
                 user if user.op != "output" else node,
                 "use the out-of-place operation" if written else "",
             )
-
-
-def _writes(node: fx.Node) -> bool:
-    """Whether a value is written into by this use of it, or through a view that this is."""
-    if is_mutation(node):
-        return True
-    views = isinstance(node.target, OpOverload) and any(
-        r.alias_info is not None for r in node.target._schema.returns
-    )
-    return views and any(_writes(user) for user in node.users)
 
 
 def check_rounding(interior: tuple[fx.Node, ...], output: fx.Node) -> None:

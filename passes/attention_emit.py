@@ -14,9 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from fxport.capture.arguments import shape_of
 from fxport.errors import ReasonCode
 from fxport.passes.attention_frame import Axes, Recipe
-from fxport.passes.attention_layout import Dims, Size, product, resolve, resolve_all
+from fxport.passes.attention_layout import Axis, Dims, Size, product, resolve, resolve_all
 from fxport.passes.attention_site import Left
-from fxport.passes.attention_views import Step
+from fxport.passes.attention_trace import Step
 
 __all__ = ["Emitter"]
 
@@ -126,12 +126,22 @@ class Emitter:
                 continue
             cast = step.node.meta["val"].dtype != dtype
             choices.append((cast, self._cost(dims, wanted), index))
-        _, _, index = min(choices)
-        step = trace[index]
-        node = step.node
+        step = trace[min(choices)[2] if choices else 0]
+        node, have = step.node, _axes(step.dims)
+        if not choices:
+            node, have = self._once(step, needed)
         if node.meta["val"].dtype != dtype:
             node = self.call(aten.to.dtype, node, dtype)
-        return self.relayout(node, _axes(step.dims), wanted), step.factor
+        return self.relayout(node, have, wanted), step.factor
+
+    def _once(self, step: Step, needed: Sequence[Axis]) -> tuple[fx.Node, list[Axes]]:
+        """A value that was computed from repeated ones, without the copies."""
+        flat = [f for dim in resolve_all(step.dims) for f in dim]
+        node = self.call(aten.reshape.default, step.node, self.sizes([f.axis.size for f in flat]))
+        gone = [i for i, f in enumerate(flat) if f.repeated and f.axis not in needed]
+        for index in reversed(gone):
+            node = self.call(aten.select.int, node, index, 0)
+        return node, [(f.axis,) for i, f in enumerate(flat) if i not in gone]
 
     @staticmethod
     def _cost(dims: Dims, wanted: Sequence[Axes]) -> int:

@@ -19,18 +19,12 @@ from fxport.capture.arguments import arguments, shape_of
 from fxport.errors import ReasonCode
 from fxport.passes.attention_emit import Emitter
 from fxport.passes.attention_frame import Frame, query_axes
-from fxport.passes.attention_layout import LayoutError, axes_of, conform, is_one
+from fxport.passes.attention_layout import Axis, Dims, LayoutError, axes_of, conform, is_one
 from fxport.passes.attention_products import as_product
 from fxport.passes.attention_quotient import power_of
 from fxport.passes.attention_site import Left, MaskKind, MaskStep, Match, RowScale
-from fxport.passes.attention_views import (
-    CASTS,
-    DIVISIONS,
-    SCALES,
-    moved_input,
-    overload_packet,
-    trace,
-)
+from fxport.passes.attention_trace import Step, trace
+from fxport.passes.attention_views import CASTS, DIVISIONS, SCALES, moved_input, overload_packet
 
 __all__ = [
     "emit_key_scales",
@@ -62,9 +56,11 @@ def with_value_scales(match: Match) -> Match:
     again = match.again
     if again is None or again.kind is not MaskKind.KEEP or again.tensor is None:
         return match
-    dims = again.dims[len(again.dims) - len(shape_of(again.tensor)) :]
-    wide = [d for d, size in zip(dims, shape_of(again.tensor), strict=True) if not is_one(size)]
-    if {*axes_of(wide)} & {*query_axes(match)}:
+    try:
+        varies = _identified(trace(again.tensor), again.dims)
+    except LayoutError:
+        return match
+    if varies & {*query_axes(match)}:
         return match
     return replace(match, again=None, value_scales=(RowScale(again.tensor, again.dims, False),))
 
@@ -89,21 +85,30 @@ def emit_key_scales(
 def _per_key(emitter: Emitter, scale: RowScale, frame: Frame) -> fx.Node:
     assert isinstance(scale.factor, fx.Node)
     steps = trace(scale.factor)
-    own = steps[-1].dims
     try:
-        for wanted, given in zip(scale.dims[len(scale.dims) - len(own) :], own, strict=True):
-            if given:
-                conform(wanted, given)
+        varies = _identified(steps, scale.dims)
     except LayoutError:
         raise _entangled(scale) from None
-    allowed = {*frame.batch, *frame.kv_heads, *frame.key}
-    if not set(axes_of(steps[-1].dims, repeated=False)) <= allowed:
+    if not varies <= {*frame.batch, *frame.kv_heads, *frame.key}:
         raise _entangled(scale)
     wanted_dims = (frame.batch, frame.kv_heads, frame.key)
     found, factor = emitter.operand(steps, wanted_dims, steps[-1].node.meta["val"].dtype)
     if factor != 1:
         found = emitter.call(aten.mul.Tensor, found, factor)
     return emitter.call(aten.unsqueeze.default, found, -1)
+
+
+def _identified(steps: Sequence[Step], dims: Dims) -> set[Axis]:
+    """Declares a factor's axes to be those of the scores that it meets; those it varies along.
+
+    Raises:
+        LayoutError: they are not.
+    """
+    own = steps[-1].dims
+    for wanted, given in zip(dims[len(dims) - len(own) :], own, strict=True):
+        if given:
+            conform(wanted, given)
+    return set(axes_of(own, repeated=False))
 
 
 def _entangled(scale: RowScale) -> Left:

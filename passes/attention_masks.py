@@ -17,7 +17,7 @@ from fxport.errors import ReasonCode
 from fxport.passes.attention_factors import is_finite
 from fxport.passes.attention_frame import Frame
 from fxport.passes.attention_products import as_product
-from fxport.passes.attention_site import Left, MaskKind, MaskStep, Match
+from fxport.passes.attention_site import Left, MaskKind, MaskStep, Match, Shift
 from fxport.passes.attention_views import moved_input, number, overload_packet
 from fxport.passes.graph_facts import GraphFacts, Source
 from fxport.passes.mask_bands import FULL, Band
@@ -111,14 +111,16 @@ def plan_masks(
             match.start,
             "add the sink as a column of the scores, or bound the maximum from below by 0",
         )
+    lowering = proof.lowered or not proof.known
+    sure = [
+        s
+        for s, f in zip(match.steps, sources, strict=True)
+        if s.adds and (_never_low(f, lowering) or _is_learned_product(facts, s.tensor))
+    ]
     if from_data and not match.zero_rows:
-        lowering = proof.lowered or not proof.known
-        sure = [
-            s
-            for s, f in zip(match.steps, sources, strict=True)
-            if _never_low(f, lowering) or _is_learned_product(facts, s.tensor)
-        ]
         _check_emptied(dense, sure)
+    if exact_rows:
+        _check_shift(match, sure)
     used = [s for s in fixed if s not in dense]
     used += [match.again] if match.again is not None else []
     return MaskPlan(
@@ -340,6 +342,27 @@ def _check_emptied(dense: list[MaskStep], sure: list[MaskStep]) -> None:
             "rows without any key come out as a mixture of both",
             fill.node,
             "use masked_fill with float('-inf'), or one mask for both",
+        )
+
+
+def _check_shift(match: Match, sure: list[MaskStep]) -> None:
+    """Rows without a key give what a softmax gives, where all of their scores are -inf.
+
+    Raises:
+        Left: they may be finite, and nothing of the row is subtracted; or a NaN leaves its row.
+    """
+    finite = [
+        s
+        for s in match.steps
+        if s not in sure and (s.kind is MaskKind.ADD or s.number != float("-inf"))
+    ]
+    if match.shift is Shift.WHOLE or (match.shift is Shift.NONE and finite):
+        raise Left(
+            ReasonCode.EMPTY_ROW,
+            "a mask may leave a row without any key, and exponentials are taken without the row's "
+            "maximum: their sum may be 0",
+            finite[0].node if finite else match.start,
+            "softmax(x), or subtract x.amax(-1, keepdim=True) first",
         )
 
 

@@ -7,24 +7,27 @@ Which axis is the key axis, which the head size, follows from what is contracted
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeAlias
 
 import torch
 from torch import fx
 
-from fxport.capture.arguments import shape_of
 from fxport.errors import ReasonCode
 from fxport.passes.attention_checks import check_closed, check_grad_mode, check_rounding
 from fxport.passes.attention_factors import is_gate, is_truth, with_value_scales
-from fxport.passes.attention_frame import query_axes
+from fxport.passes.attention_frame import frame_of, query_axes
 from fxport.passes.attention_layout import Axis, Dims, LayoutError, axes_of, resolve, resolve_all
 from fxport.passes.attention_paths import Walk, obstacles, paths, product_behind, walk
 from fxport.passes.attention_products import Contraction, as_product, contract
 from fxport.passes.attention_scores import Scores
-from fxport.passes.attention_site import Left, MaskKind, MaskStep, Match
-from fxport.passes.attention_softmax import Softmax, subtracted_maximum
-from fxport.passes.attention_views import Step, overload_packet, trace
+from fxport.passes.attention_site import Left, MaskKind, MaskStep, Match, Shift, Torn
+from fxport.passes.attention_softmax import PlacedSink, Softmax, subtracted_maximum, subtracts_whole
+from fxport.passes.attention_terms import join_terms
+from fxport.passes.attention_trace import Step, as_it_is, trace
 from fxport.passes.attention_weights import Forward, to_values
 from fxport.passes.graph_facts import GraphFacts, Source
 
@@ -32,6 +35,7 @@ __all__ = ["match_softmax"]
 
 aten = torch.ops.aten
 
+_Look: TypeAlias = Callable[[fx.Node], tuple[Step, ...]]
 _MAX_PATHS = 8  # sums of several products: more than two have not been seen
 
 
@@ -41,30 +45,51 @@ def match_softmax(facts: GraphFacts, softmax: Softmax) -> Match:
     Raises:
         Left: there is none, or it cannot be expressed.
     """
+    ways = list(itertools.islice(paths(softmax.scores), _MAX_PATHS))
+    if not ways:
+        raise _no_product(facts, softmax.scores)
     reasons: list[Left] = []
-    for count, path in enumerate(paths(softmax.scores)):
-        if count == _MAX_PATHS:
-            break
+    found: list[Match] = []
+    for path in ways:
         try:
-            return _match_path(facts, softmax, path)
+            found.append(_match_joined(facts, softmax, path))
         except Left as left:
             reasons.append(left)
-    if not reasons:
-        raise _no_product(facts, softmax.scores)
+    if found:
+        return _widest(found)
     serious = [r for r in reasons if r.code is not ReasonCode.NOT_ATTENTION]
     raise (serious or reasons)[0]
+
+
+def _match_joined(facts: GraphFacts, softmax: Softmax, path: list[fx.Node]) -> Match:
+    try:
+        match = _match_path(facts, softmax, path, trace)
+    except Torn:  # no axes are both what repeated keys are made of and what the weights become
+        match = _match_path(facts, softmax, path, as_it_is)
+    return join_terms(facts, match)
+
+
+def _widest(found: list[Match]) -> Match:
+    """Of several products the one that most others are added to, without keys for every query."""
+    if len(found) == 1:
+        return found[0]
+    query = _queries_at(max(found, key=lambda match: len(query_axes(match))))
+    fits = [match for match in found if _queries_at(match) == query]
+    return max(fits, key=lambda match: len(match.terms))
+
+
+def _queries_at(match: Match) -> int | None:
+    """Which dimension of the scores the queries are in."""
+    try:
+        (query,) = frame_of(match).query
+    except Left:
+        return None
+    return next(i for i, dim in enumerate(match.scores) if query in axes_of([dim]))
 
 
 def _no_product(facts: GraphFacts, scores: fx.Node) -> Left:
     """Why no way of known operations leads from a product to the scores."""
     for obstacle in obstacles(scores):
-        if overload_packet(obstacle) is aten.cosine_similarity and _compares_pairs(obstacle):
-            return Left(
-                ReasonCode.UNSUPPORTED_FEATURE,
-                f"`{obstacle.target}` makes the scores, which is no product of q and k yet",
-                obstacle,
-                "F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT",
-            )
         if any(_of_data(facts, n) for n in product_behind(obstacle)):
             return Left(
                 ReasonCode.UNSUPPORTED_FEATURE,
@@ -76,22 +101,16 @@ def _no_product(facts: GraphFacts, scores: fx.Node) -> Left:
     )
 
 
-def _compares_pairs(cosines: fx.Node) -> bool:
-    """Whether its inputs are spread over each other: every query with every key."""
-    shapes = [shape_of(n) for n in cosines.all_input_nodes]
-    return len(shapes) == 2 and shapes[0] != shapes[1]
-
-
 def _of_data(facts: GraphFacts, node: fx.Node) -> bool:
     product = as_product(node)
     assert product is not None
     return all(Source.DATA in facts.source(n) for n in (product.left, product.right))
 
 
-def _match_path(facts: GraphFacts, softmax: Softmax, path: list[fx.Node]) -> Match:
+def _match_path(facts: GraphFacts, softmax: Softmax, path: list[fx.Node], look: _Look) -> Match:
     scored = as_product(path[0])
     assert scored is not None
-    left, right = trace(scored.left), trace(scored.right)
+    left, right = look(scored.left), look(scored.right)
     try:
         contraction = contract(scored.labels, left[-1].dims, right[-1].dims)
     except LayoutError:
@@ -147,6 +166,7 @@ def _match_path(facts: GraphFacts, softmax: Softmax, path: list[fx.Node]) -> Mat
         again=again,
         without_nan=forward.without_nan,
         out_scales=forward.out_scales,
+        shift=Shift.WHOLE if any(map(subtracts_whole, path)) else softmax.shift,
         relied_on=facts.buffers(scores.read),
     )
     _check_unmixed(facts, match, path[0])
@@ -156,7 +176,7 @@ def _match_path(facts: GraphFacts, softmax: Softmax, path: list[fx.Node]) -> Mat
 def _apply_kept(facts: GraphFacts, scores: Scores, softmax: Softmax, dims: Dims) -> None:
     """What is done to the exponentials before they are divided."""
     if softmax.sink is not None:
-        scores.add_sink(softmax.start, softmax.sink)
+        scores.add_sink(softmax.start, _sink(softmax.sink, dims))
     kept = softmax.kept
     if kept is None:
         return
@@ -175,6 +195,13 @@ def _apply_kept(facts: GraphFacts, scores: Scores, softmax: Softmax, dims: Dims)
     if open_ and (is_truth(kept.mask) or is_gate(kept.mask)):
         step = replace(step, logarithm=True)
     scores.steps.append(step)
+
+
+def _sink(sink: PlacedSink, dims: Dims) -> float | tuple[fx.Node, Dims]:
+    if isinstance(sink, float):
+        return sink
+    column, places = sink
+    return column, tuple(() if place is None else dims[place] for place in places)
 
 
 def _score_dims(walked: Walk) -> Dims:

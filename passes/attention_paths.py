@@ -14,7 +14,7 @@ from fxport.capture.arguments import arguments, shape_of
 from fxport.errors import ReasonCode
 from fxport.passes.attention_layout import Axis, Dim, Dims, Factor, LayoutError, is_one
 from fxport.passes.attention_products import as_product
-from fxport.passes.attention_site import Left
+from fxport.passes.attention_site import Left, Torn
 from fxport.passes.attention_views import is_cast, moved_input, overload_packet, view_dims
 
 __all__ = ["PADS", "Walk", "obstacles", "paths", "product_behind", "walk"]
@@ -131,11 +131,7 @@ def walk(path: list[fx.Node], dims: Dims) -> Walk:
             else:
                 found.append(view_dims(node, found[-1]))
         except LayoutError:
-            raise Left(
-                ReasonCode.UNSUPPORTED_FEATURE,
-                "the scores are reshaped in a way that mixes their axes",
-                node,
-            ) from None
+            raise Torn("the scores are reshaped in a way that mixes their axes", node) from None
     return Walk(tuple(path), tuple(found), *(sink or ()))
 
 

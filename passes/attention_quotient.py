@@ -3,13 +3,14 @@
 e / sum(e)               (e * mask) / sum(e * mask)         e / (sum(e) + 1)
 (e @ v) / sum(e)         exp(x - m) / (sum(exp(x - m)) + exp(-m))
 e * sum(e).reciprocal()  e / sum(e).clamp(min=1e-9)         e = exp2(x * log2(e))
+e / (sum(e) + exp(sink)) exp(x - m) / (sum(exp(x - m)) + exp(sink - m))        (e @ v) / (e @ 1)
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx
@@ -24,6 +25,8 @@ from fxport.passes.attention_views import moved_input, number, overload_packet, 
 __all__ = [
     "Denominator",
     "Kept",
+    "Sink",
+    "argument_of",
     "denominator_of",
     "divides_rows",
     "division_of",
@@ -189,16 +192,19 @@ def _inverted(inverse: object) -> tuple[fx.Node, tuple[fx.Node, ...]] | None:
 # -- the denominator -------------------------------------------------------------------------------
 
 
+Sink: TypeAlias = float | tuple[fx.Node, Dims]
+
+
 @dataclass(frozen=True)
 class Denominator:
-    """``sum(summed, dim)`` in some layout, plus a number or ``exp(-maximum)``.
+    """``sum(summed, dim)`` in some layout, plus ``exp(sink)`` or ``exp(sink - maximum)``.
 
     Attributes:
         nodes: what it consists of.
         of: dimensions of `summed`.
         dims: of the denominator, in the same axes.
-        sink: log of the number.
-        maximum: set if what is added is ``exp(-maximum)``.
+        sink: a number, or a tensor with the dimensions of the sum that it is added to.
+        maximum: what is subtracted from the sink.
         bound: it is made at least this.
     """
 
@@ -207,7 +213,7 @@ class Denominator:
     nodes: tuple[fx.Node, ...]
     of: Dims
     dims: Dims
-    sink: float | None = None
+    sink: Sink | None = None
     maximum: fx.Node | None = None
     bound: float = 0.0
 
@@ -242,9 +248,12 @@ _SPREADS = {aten.expand, aten.expand_as}
 
 def _sum_of(node: fx.Node) -> Denominator | None:
     plain = reduction_of(node, aten.sum)
-    if plain is not None or overload_packet(node) is not aten.add:
+    if plain is not None:
         return plain
-    if number(arguments(node).get("alpha", 1)) != 1:
+    before = moved_input(node)
+    if before is not None:
+        return _viewed(node, _sum_of(before))
+    if overload_packet(node) is not aten.add or number(arguments(node).get("alpha", 1)) != 1:
         return None
     for total, other in (node.args[:2], node.args[1::-1]):
         found = reduction_of(total, aten.sum) if isinstance(total, fx.Node) else None
@@ -253,14 +262,36 @@ def _sum_of(node: fx.Node) -> Denominator | None:
         added = filled_with(other) if isinstance(other, fx.Node) else number(other)
         if added is not None and 0 < added < math.inf:
             return replace(found, nodes=(*found.nodes, node), sink=math.log(added))
-        negative = _argument(other, aten.exp)
-        maximum = None if negative is None else _argument(negative, aten.neg)
-        if maximum is not None and isinstance(other, fx.Node) and negative is not None:
-            return replace(found, nodes=(*found.nodes, negative, other, node), maximum=maximum)
+        exponent = argument_of(other, aten.exp)
+        if exponent is not None and isinstance(other, fx.Node):
+            sink, maximum, nodes = _sink_in(exponent, found.dims)
+            return replace(
+                found, nodes=(*found.nodes, *nodes, other, node), sink=sink, maximum=maximum
+            )
     return None
 
 
-def _argument(node: object, packet: object) -> fx.Node | None:
+def _viewed(view: fx.Node, found: Denominator | None) -> Denominator | None:
+    try:
+        dims = view_dims(view, found.dims) if found is not None else ()
+    except LayoutError:
+        return None
+    return None if found is None else replace(found, dims=dims, nodes=(*found.nodes, view))
+
+
+def _sink_in(exponent: fx.Node, dims: Dims) -> tuple[Sink, fx.Node | None, tuple[fx.Node, ...]]:
+    """(sink, m, nodes) of ``-m``, ``sink - m`` and ``sink``."""
+    maximum = argument_of(exponent, aten.neg)
+    if maximum is not None:
+        return 0.0, maximum, (exponent,)
+    if overload_packet(exponent) is aten.sub and arguments(exponent).get("alpha", 1) == 1:
+        sink, maximum = exponent.args[:2]  # type: ignore[assignment]
+        if isinstance(sink, fx.Node) and isinstance(maximum, fx.Node):
+            return (sink, dims), maximum, (exponent,)
+    return (exponent, dims), None, ()
+
+
+def argument_of(node: object, packet: object) -> fx.Node | None:
     if not isinstance(node, fx.Node) or overload_packet(node) is not packet:
         return None
     found = node.args[0]
@@ -273,16 +304,13 @@ def reduction_of(node: fx.Node, packet: object) -> Denominator | None:
     while (before := moved_input(views[0])) is not None:
         views.insert(0, before)
     total = views[0]
-    if overload_packet(total) is not packet and not (packet is aten.sum and _is_norm(total)):
+    by_ones = packet is aten.sum and as_product(total) is not None
+    if overload_packet(total) is not packet and not by_ones and not _is_norm(total, packet):
         return None
-    given = arguments(total)
-    dims = given.get("dim")
-    if dims is None or len(dims) != 1 or given.get("dtype") is not None:
+    reduced = (_by_ones(total) if by_ones else None) or _by_call(total)
+    if reduced is None:
         return None
-    summed = given["self"]
-    of = fresh_dims(shape_of(summed), summed)
-    dim = dims[0] % len(of)
-    rest = (*of[:dim], *([()] if given.get("keepdim") else []), *of[dim + 1 :])
+    summed, dim, of, rest = reduced
     try:
         for view in views[1:]:
             rest = view_dims(view, rest)
@@ -291,12 +319,47 @@ def reduction_of(node: fx.Node, packet: object) -> Denominator | None:
     return Denominator(summed, dim, tuple(views), of, rest)
 
 
+_Reduced: TypeAlias = tuple[fx.Node, int, Dims, Dims]  # what, along, its dimensions, the result's
+
+
+def _by_call(total: fx.Node) -> _Reduced | None:
+    given = arguments(total)
+    dims = given.get("dim")
+    if not isinstance(dims, list | tuple) or len(dims) != 1 or given.get("dtype") is not None:
+        return None
+    summed = given["self"]
+    of = fresh_dims(shape_of(summed), summed)
+    dim = dims[0] % len(of)
+    rest = (*of[:dim], *([()] if given.get("keepdim") else []), *of[dim + 1 :])
+    return summed, dim, of, rest
+
+
+def _by_ones(total: fx.Node) -> _Reduced | None:
+    """The product with a column of ones."""
+    product = as_product(total)
+    if product is None or product.added is not None or product.alpha != 1:
+        return None
+    ways = ((product.left, product.right), (product.right, product.left))
+    for (summed, ones), own in zip(ways, product.labels[:2], strict=True):
+        result = product.labels[2]
+        gone = [label for label in own if label not in result]
+        if filled_with(ones) != 1 or len(gone) != 1:
+            continue
+        of = fresh_dims(shape_of(summed), summed)
+        by_label = dict(zip(own, of, strict=True))
+        sizes = dict(zip(own, shape_of(summed), strict=True))
+        if any(s != sizes.get(r, 1) for r, s in zip(result, shape_of(total), strict=True)):
+            continue
+        return summed, own.index(gone[0]), of, tuple(by_label.get(r, ()) for r in result)
+    return None
+
+
 _NORMS = {aten.norm: "p", aten.linalg_vector_norm: "ord"}
 
 
-def _is_norm(node: fx.Node) -> bool:
+def _is_norm(node: fx.Node, packet: object) -> bool:
     """The sum of positive numbers, written as a norm."""
-    name = _NORMS.get(overload_packet(node))
+    name = _NORMS.get(overload_packet(node)) if packet is aten.sum else None
     return name is not None and arguments(node)[name] == 1 and _is_positive(node.args[0])  # type: ignore[arg-type]
 
 

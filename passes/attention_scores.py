@@ -74,14 +74,14 @@ class Scores:
         elif overload_packet(node) in PADS:
             self.add_sink(node, number(arguments(node).get("value")) or 0.0)
 
-    def add_sink(self, node: fx.Node, sink: float) -> None:
-        """A sink that is one known number.
+    def add_sink(self, node: fx.Node, sink: float | tuple[fx.Node, Dims]) -> None:
+        """A sink that is one known number, or a tensor with its dimensions.
 
         Raises:
             Left: the scores were shifted, or there are other sinks.
         """
         self._needs_no_shift("the sinks are")
-        if self.sinks is not None or not math.isfinite(sink):
+        if self.sinks is not None or (isinstance(sink, float) and not math.isfinite(sink)):
             raise Left(ReasonCode.UNSUPPORTED_FEATURE, "two sinks, or one that is infinite", node)
         self.sinks = sink
 
@@ -148,10 +148,24 @@ class Scores:
             self.scale_by(node, 1.0 / constant if divide and constant else constant)
         elif isinstance(factor, fx.Node) and self._varies_along_keys(factor):
             self._scale_keys(node, factor, divide)
+        elif self._only_filled() and (positive := self._positive(factor)) is not None:
+            assert isinstance(factor, fx.Node)
+            self.steps = [_scaled(s, 1 / positive if divide else positive) for s in self.steps]
+            self.row_scales.append(RowScale(factor, self.dims, divide))
         else:
             self._needs_raw_scores(node, "a tensor scale")
             assert isinstance(factor, fx.Node)
             self.row_scales.append(RowScale(factor, self.dims, divide))
+
+    def _only_filled(self) -> bool:
+        """Whether there are masks, and all of them leave the other scores as they are."""
+        filled = all(step.kind is MaskKind.FILL for step in self.steps)
+        return filled and bool(self.steps) and self.sinks is None and not self.softcap
+
+    def _positive(self, factor: object) -> float | None:
+        """The number that a buffer holds now, if a mask may be multiplied by it."""
+        found = self.constant(factor)
+        return found if found is not None and 0 < found < math.inf else None
 
     def _scale_keys(self, node: fx.Node, factor: fx.Node, divide: bool) -> None:
         if not divide and self._facts.source(factor) in Source.BUFFER:

@@ -16,7 +16,8 @@ from fxport.errors import ReasonCode
 from fxport.passes.attention_layout import Axis, Dims, Factor, LayoutError, axes_of, resolve_all
 from fxport.passes.attention_products import contract
 from fxport.passes.attention_site import Left, MaskKind, MaskStep, Match
-from fxport.passes.attention_views import number, overload_packet, trace
+from fxport.passes.attention_trace import trace
+from fxport.passes.attention_views import number, overload_packet
 from fxport.passes.graph_facts import GraphFacts
 
 __all__ = ["is_sdpa", "match_sdpa"]

@@ -10,7 +10,7 @@ from fxport.passes.attention_emit import Emitter
 from fxport.passes.attention_frame import Frame
 from fxport.passes.attention_layout import Dims, LayoutError, align, axes_of, product
 from fxport.passes.attention_site import Left
-from fxport.passes.attention_views import trace
+from fxport.passes.attention_trace import trace
 
 __all__ = ["emit_sinks"]
 

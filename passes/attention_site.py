@@ -11,9 +11,19 @@ from fxport.capture.location import user_location
 from fxport.errors import Location, Reason, ReasonCode
 from fxport.ops.params import AttentionParams
 from fxport.passes.attention_layout import Dim, Dims
-from fxport.passes.attention_views import Step
+from fxport.passes.attention_trace import Step
 
-__all__ = ["AttentionSite", "Left", "MaskKind", "MaskStep", "Match", "RowScale", "Term"]
+__all__ = [
+    "AttentionSite",
+    "Left",
+    "MaskKind",
+    "MaskStep",
+    "Match",
+    "RowScale",
+    "Shift",
+    "Term",
+    "Torn",
+]
 
 
 class Left(Exception):
@@ -31,6 +41,13 @@ class Left(Exception):
         return Reason(self.code, self.message, place or user_location(start), self.hint)
 
 
+class Torn(Left):
+    """Scores or weights are reshaped across the axes that their operands show."""
+
+    def __init__(self, message: str, node: fx.Node) -> None:
+        super().__init__(ReasonCode.UNSUPPORTED_FEATURE, message, node)
+
+
 class MaskKind(enum.Enum):
     ADD = "add"  # score + number * tensor
     FILL = "fill"  # number where tensor (or where not tensor, if inverted), score elsewhere
@@ -38,6 +55,14 @@ class MaskKind(enum.Enum):
     KEEP = "keep"  # weight * tensor, before the weights are divided by their sum
     FLOOR = "floor"  # max(score, number)
     CAUSAL = "causal"  # column j forbidden in row i for j > i, said by a flag
+
+
+class Shift(enum.Enum):
+    """What is subtracted before exponentials: decides what a row gives that has no key at all."""
+
+    ROW = "row"  # the maximum of the row, as a softmax does
+    NONE = "none"  # nothing: exp(-1e9) and their sum are 0
+    WHOLE = "whole"  # the maximum of all scores, which then depends on all rows
 
 
 @dataclass(frozen=True)
@@ -106,6 +131,7 @@ class Match:
         without_nan: weights that are NaN are replaced by 0.
         out_scales: factors that go onto the output.
         relied_on: buffers whose value was read.
+        shift: of the exponentials.
         terms: what is added to ``scale * q.k`` before everything else.
     """
 
@@ -134,6 +160,7 @@ class Match:
     without_nan: bool = False
     out_scales: tuple[RowScale, ...] = ()
     relied_on: tuple[str, ...] = ()
+    shift: Shift = Shift.ROW
     terms: tuple[Term, ...] = ()
 
 

@@ -11,12 +11,14 @@ import math
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import fx
 
 from fxport.capture.arguments import arguments, shape_of
-from fxport.passes.attention_layout import is_one
+from fxport.passes.attention_layout import resolve_all
+from fxport.passes.attention_logsum import given_back, log_sum_of
 from fxport.passes.attention_quotient import (
     Denominator,
     Kept,
@@ -28,12 +30,18 @@ from fxport.passes.attention_quotient import (
     is_zero,
     kept_by,
     power_of,
-    reduction_of,
 )
-from fxport.passes.attention_site import MaskKind
-from fxport.passes.attention_views import number, overload_packet
+from fxport.passes.attention_site import MaskKind, Shift
+from fxport.passes.attention_views import SCALES, is_cast, number, overload_packet
 
-__all__ = ["Softmax", "is_softmax_call", "softmaxes", "subtracted_maximum"]
+__all__ = [
+    "PlacedSink",
+    "Softmax",
+    "is_softmax_call",
+    "softmaxes",
+    "subtracted_maximum",
+    "subtracts_whole",
+]
 
 aten = torch.ops.aten
 
@@ -43,6 +51,9 @@ _MAXIMA = {aten.amax, aten.max}
 _CLAMPS = {aten.clamp, aten.clamp_min}
 _NOT = {aten.logical_not, aten.bitwise_not}
 _QUOTIENTS = {aten.div, aten.true_divide, aten.mul}
+
+
+PlacedSink: TypeAlias = float | tuple[fx.Node, tuple[int | None, ...]]
 
 
 @dataclass(frozen=True)
@@ -59,8 +70,10 @@ class Softmax:
         quotient: the division by the sum, when it comes after the product with the values;
             `weights` are then not divided yet.
         kept: a mask on the exponentials.
-        sink: a number that stands beside every row's scores without a value of its own.
+        sink: a number that stands beside every row's scores without a value of its own, or a tensor
+            of them and the dimensions of the scores that its own are, None for size 1.
         factor: on the scores: the exponentials may have another base than e.
+        shift: of the scores.
     """
 
     start: fx.Node
@@ -71,8 +84,9 @@ class Softmax:
     zero_rows: bool = False
     quotient: fx.Node | None = None
     kept: Kept | None = None
-    sink: float | None = None
+    sink: PlacedSink | None = None
     factor: float = 1.0
+    shift: Shift = Shift.ROW
 
 
 def is_softmax_call(node: fx.Node) -> bool:
@@ -113,10 +127,13 @@ def _less_its_logsumexp(node: fx.Node, shifted: fx.Node) -> Softmax | None:
     scores, total = shifted.args[:2]
     if not isinstance(scores, fx.Node) or not isinstance(total, fx.Node):
         return None
-    found = reduction_of(total, aten.logsumexp)
-    if found is None or found.summed is not scores or not found.in_place:
+    found = log_sum_of(total, scores)
+    if found is None:
         return None
-    return Softmax(node, scores, node, found.dim, (*found.nodes, shifted, node))
+    nodes = (*found.nodes, shifted, node)
+    sink = _placed(found)
+    # Beside a sum's logarithm of -1e9 there is no room for what is left of it.
+    return Softmax(node, scores, node, found.dim, nodes, sink=sink, shift=Shift.NONE)
 
 
 def _quotient(node: fx.Node) -> Softmax | None:
@@ -134,24 +151,26 @@ def _quotient(node: fx.Node) -> Softmax | None:
         return None
     scores, factor, inner = exponent
     nodes = (*inner, *((weights,) if kept is not None else ()), *under.nodes, *between)
-    sink = under.sink
+    sink = _placed(under)
     if under.maximum is not None:
-        found = _maximum_given_back(scores, under.maximum, under.dim)
-        if found is None or factor != 1:
+        shifted = given_back(scores, under.maximum, under.dim)
+        if shifted is None or factor != 1:
             return None
-        scores, more = found
-        nodes, sink = (*more, *nodes), 0.0
+        scores, more = shifted
+        nodes = (*more, *nodes)
     # A row without a key has sums of 0, which the bound makes zeros of.
     zeroed = bool(under.bound) and any(map(_or_zero, subtracted_maximum(scores)))
-    quiet = under.sink is not None or zeroed
+    quiet = _beside_sink(under) or zeroed
+    whole = _whole_softmax(source) is not None
+    shift = Shift.ROW if whole or _is_shifted(scores, under.dim) else Shift.NONE
     if weights is top:
         if not under.in_place:
             return None
         nodes = (*nodes, node)
-        return Softmax(node, scores, node, under.dim, nodes, quiet, None, kept, sink, factor)
+        return Softmax(node, scores, node, under.dim, nodes, quiet, None, kept, sink, factor, shift)
     if not divides_rows(top, under):
         return None
-    return Softmax(node, scores, weights, under.dim, nodes, quiet, node, kept, sink, factor)
+    return Softmax(node, scores, weights, under.dim, nodes, quiet, node, kept, sink, factor, shift)
 
 
 def _exponent(
@@ -187,18 +206,31 @@ def _bound_is_idle(scores: fx.Node, under: Denominator, kept: Kept | None) -> bo
     """Where the largest exponential is 1 their sum is never below that (or it is NaN)."""
     if not under.bound:
         return True
-    reductions = [n for n in subtracted_maximum(scores) if overload_packet(n) in _MAXIMA]
     plain = not any(overload_packet(n) in _CLAMPS for n in subtracted_maximum(scores))
-    if under.bound >= 1 or len(reductions) != 1 or not plain:
+    if under.bound >= 1 or not plain:
         return False
     if kept is not None and not _masked_before(scores, kept):
         return False  # the largest exponential may be what is set to 0
-    along = arguments(reductions[0]).get("dim")
+    return arguments(scores).get("alpha", 1) == 1 and _subtracts(scores, under.dim)
+
+
+def _subtracts(scores: fx.Node, dim: int) -> bool:
+    """Whether these are ``x - amax(x, dim)``."""
+    reductions = [n for n in subtracted_maximum(scores) if overload_packet(n) in _MAXIMA]
+    along = arguments(reductions[0]).get("dim") if len(reductions) == 1 else None
     dims = [along] if isinstance(along, int) else list(along or ())
-    rank = len(shape_of(scores))
-    if arguments(scores).get("alpha", 1) != 1:
-        return False
-    return [d % rank for d in dims] == [under.dim]
+    return [d % len(shape_of(scores)) for d in dims] == [dim]
+
+
+def _is_shifted(scores: fx.Node, dim: int) -> bool:
+    """The same, up to a number and the precision."""
+    while not _subtracts(scores, dim):
+        scaled = overload_packet(scores) in SCALES and number(scores.args[1]) is not None
+        before = scores.args[0] if scaled or is_cast(scores) else None
+        if not isinstance(before, fx.Node):
+            return False
+        scores = before
+    return True
 
 
 def _masked_before(shifted: fx.Node, kept: Kept) -> bool:
@@ -213,19 +245,23 @@ def _masked_before(shifted: fx.Node, kept: Kept) -> bool:
     return False
 
 
-def _maximum_given_back(
-    shifted: fx.Node, maximum: fx.Node, dim: int
-) -> tuple[fx.Node, tuple[fx.Node, ...]] | None:
-    """(x, the nodes) of ``x - m`` where the denominator has ``exp(-m)``: 0 beside the scores."""
-    nodes = subtracted_maximum(shifted)
-    if maximum not in nodes or shifted.args[1] is not maximum:
-        return None
-    shape = shape_of(maximum)
-    if len(shape) != len(shape_of(shifted)) or not is_one(shape[dim]):
-        return None
-    if arguments(shifted).get("alpha", 1) != 1 or not isinstance(shifted.args[0], fx.Node):
-        return None
-    return shifted.args[0], (*nodes, shifted)
+def _placed(under: Denominator) -> PlacedSink | None:
+    """The sink, with the dimensions of the scores that its own are."""
+    if under.sink is None or isinstance(under.sink, float):
+        return under.sink
+    column, dims = under.sink
+    rank = len(shape_of(column)) if isinstance(column.meta.get("val"), torch.Tensor) else 0
+    of = list(resolve_all(under.of))
+    places = [of.index(d) if d in of and d else None for d in resolve_all(dims)]
+    return column, tuple(places[len(places) - rank :])
+
+
+def _beside_sink(under: Denominator) -> bool:
+    """Whether a row without a key has zeros: what is subtracted is never as low."""
+    if under.sink is None or under.maximum is None:
+        return under.sink is not None
+    bounded = overload_packet(under.maximum) is aten.maximum
+    return bounded and isinstance(under.sink, tuple) and under.sink[0] in under.maximum.args
 
 
 def subtracted_maximum(scores: fx.Node) -> tuple[fx.Node, ...]:
@@ -278,3 +314,9 @@ def _keeps_dimension(node: fx.Node) -> bool:
     given = arguments(node)
     of_all = given.get("dim") in (None, [], ())
     return of_all or bool(given["keepdim"])
+
+
+def subtracts_whole(scores: fx.Node) -> bool:
+    """Whether these are ``x - x.max()``, the maximum of all scores."""
+    reductions = [n for n in subtracted_maximum(scores) if overload_packet(n) in _MAXIMA]
+    return any(arguments(n).get("dim") in (None, [], ()) for n in reductions)

@@ -33,7 +33,8 @@ from fxport.passes.attention_layout import (
 )
 from fxport.passes.attention_products import Contraction, as_product, contract
 from fxport.passes.attention_site import Left, MaskKind, MaskStep, Match, Term
-from fxport.passes.attention_views import Step, number, overload_packet, trace
+from fxport.passes.attention_trace import Step, trace
+from fxport.passes.attention_views import number, overload_packet
 from fxport.passes.graph_facts import GraphFacts, Source
 
 __all__ = ["WIDEST", "emit_terms", "join_terms"]

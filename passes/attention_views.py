@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from fxport.passes.attention_layout import (
     Dims,
     Factor,
     LayoutError,
-    fresh_dims,
     is_one,
     regroup,
 )
@@ -25,13 +23,11 @@ __all__ = [
     "CASTS",
     "DIVISIONS",
     "SCALES",
-    "Step",
     "is_cast",
     "laid_out",
     "moved_input",
     "number",
     "overload_packet",
-    "trace",
     "view_dims",
 ]
 
@@ -219,89 +215,8 @@ _RULES: dict[Any, Callable[[fx.Node, Dims], Dims]] = {
 }
 
 
-@dataclass(frozen=True)
-class Step:
-    """A node on the way from a producer to an operand.
-
-    Attributes:
-        node: the value.
-        dims: its dimensions, in the axes of the producer.
-        factor: the operand is ``factor`` times this value.
-    """
-
-    node: fx.Node
-    dims: Dims
-    factor: float = 1.0
-
-
 def number(value: object) -> float | None:
     """A Python number, no bool."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     return None
-
-
-def trace(operand: fx.Node) -> tuple[Step, ...]:
-    """The layout operations, upcasts and number factors that lead to `operand`, producer first."""
-    nodes = [operand]
-    while (before := _moved_or_scaled(nodes[-1])) is not None:
-        nodes.append(before)
-    nodes.reverse()
-    start = 0
-    while True:
-        found, failed = _follow(nodes[start:])
-        if failed is None:
-            return _with_factors(found)
-        start += failed  # this reshape tears axes apart: its result is a new beginning
-
-
-def _follow(nodes: list[fx.Node]) -> tuple[list[tuple[fx.Node, Dims]], int | None]:
-    dims = fresh_dims(shape_of(nodes[0]), nodes[0])
-    found = [(nodes[0], dims)]
-    for index, node in enumerate(nodes[1:], 1):
-        if _number_factor(node) is None:
-            try:
-                dims = view_dims(node, dims)
-            except LayoutError:
-                return found, index
-        found.append((node, dims))
-    return found, None
-
-
-def _with_factors(found: list[tuple[fx.Node, Dims]]) -> tuple[Step, ...]:
-    steps: list[Step] = []
-    factor = 1.0
-    for node, dims in reversed(found):
-        steps.append(Step(node, dims, factor))
-        factor *= _number_factor(node) or 1.0
-    return tuple(reversed(steps))
-
-
-def _moved_or_scaled(node: fx.Node) -> fx.Node | None:
-    if _number_factor(node) is not None:
-        found = node.args[0]
-        return found if isinstance(found, fx.Node) else None
-    before = moved_input(node)
-    if before is None or not isinstance(before.meta.get("val"), torch.Tensor):
-        return None
-    if overload_packet(node) in CASTS and not _widens(before, node):
-        return None
-    return before
-
-
-def _widens(before: fx.Node, after: fx.Node) -> bool:
-    a, b = before.meta["val"].dtype, after.meta["val"].dtype
-    return bool(a == b or (torch.promote_types(a, b) == b and a.itemsize < b.itemsize))
-
-
-def _number_factor(node: fx.Node) -> float | None:
-    """c for ``x * c`` and ``x / c`` with a Python number c (never 0), on floating x."""
-    packet = overload_packet(node)
-    if packet not in (aten.mul, aten.div, aten.true_divide) or len(node.args) != 2 or node.kwargs:
-        return None
-    x, factor = node.args[0], number(node.args[1])
-    if not isinstance(x, fx.Node) or not factor or not isinstance(x.meta.get("val"), torch.Tensor):
-        return None
-    if x.meta["val"].dtype != node.meta["val"].dtype:
-        return None
-    return factor if packet is aten.mul else 1.0 / factor

@@ -21,7 +21,7 @@ from fxport.passes.attention_layout import Axis, Dims, LayoutError, is_one, reso
 from fxport.passes.attention_paths import Walk
 from fxport.passes.attention_products import Product, as_product, factors_of
 from fxport.passes.attention_quotient import kept_by
-from fxport.passes.attention_site import Left, MaskKind, MaskStep, RowScale
+from fxport.passes.attention_site import Left, MaskKind, MaskStep, RowScale, Torn
 from fxport.passes.attention_softmax import Softmax
 from fxport.passes.attention_views import moved_input, number, overload_packet, view_dims
 from fxport.passes.graph_facts import lends_shape_only, only_checks
@@ -270,9 +270,7 @@ def _moved(node: fx.Node, current: fx.Node, dims: Dims) -> Dims:
     try:
         return view_dims(node, dims)
     except LayoutError:
-        raise Left(
-            ReasonCode.UNSUPPORTED_FEATURE, "the weights are reshaped across their axes", node
-        ) from None
+        raise Torn("the weights are reshaped across their axes", node) from None
 
 
 def _weights_left(product: Product, weights: fx.Node) -> Product:

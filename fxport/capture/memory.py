@@ -10,7 +10,7 @@ from torch import fx
 
 from fxport.capture.arguments import arguments
 
-__all__ = ["Memory", "is_fresh", "is_mutation"]
+__all__ = ["Memory", "is_fresh", "is_mutation", "is_written_through"]
 
 # May return their input: ATen's schema does not say so for these.
 _MAYBE_ALIAS = (
@@ -54,6 +54,16 @@ def is_mutation(node: fx.Node) -> bool:
     """Whether the op writes to one of its arguments."""
     target = node.target
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def is_written_through(node: fx.Node) -> bool:
+    """Whether a value is written into by this use of it, or through a view that this is."""
+    if is_mutation(node):
+        return True
+    views = isinstance(node.target, torch._ops.OpOverload) and any(
+        r.alias_info is not None for r in node.target._schema.returns
+    )
+    return views and any(is_written_through(user) for user in node.users)
 
 
 class Memory:

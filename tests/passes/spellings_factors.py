@@ -39,6 +39,15 @@ def cosines_by_two_divisions(qkv: Tensor, temperature: Tensor) -> Tensor:
 
 
 @legal("causal", among=DIRECT)
+def cosines_by_one_call(qkv: Tensor) -> Tensor:
+    """A short query, a zero one: torch bounds the norm, and hides that from autograd."""
+    q, k, v = heads_first(qkv)
+    q = q * torch.tensor([0.0, 1e-10, 1.0, 1.0], dtype=q.dtype).view(4, 1, 1)
+    s = F.cosine_similarity(q.unsqueeze(-2), k.unsqueeze(-3), dim=-1) * 7
+    return finish(causal(s).softmax(-1), v)
+
+
+@legal("causal", among=DIRECT)
 def cosines_with_shared_keys(qkv: Tensor) -> Tensor:
     q, k, v = heads_first(qkv)
     k, v = k[:, :2], v[:, :2]

@@ -48,8 +48,6 @@ def data_of(recipe: Recipe, batch: int, length: int) -> list[Tensor]:
 def may_be_refused(recipe: Recipe, lengths: list[int]) -> bool:
     if recipe.padding or recipe.length == 1:
         return True
-    if recipe.groups > 1 and (recipe.scale == "cosines" or recipe.use in ("gated", "renormalised")):
-        return True  # the factor of a key is made of repeated keys
     if stays_combined(recipe):
         return True
     flags = recipe.pattern in ("none", "causal") and not recipe.from_end
@@ -57,13 +55,7 @@ def may_be_refused(recipe: Recipe, lengths: list[int]) -> bool:
         flags and recipe.use != "renormalised" and recipe.extra == recipe.second == "none"
     ):
         return True  # a mask that is no flag might hide a key that is divided by 0
-    # Gathered it is no product of queries and keys, nor where its keys are made of repeated ones.
-    dense = recipe.second == "relative"
-    # Of two products the one whose key all heads share is taken first; then the other's keys may
-    # not vary within heads that share a value, and must not be repeated beside joined values.
-    apart = recipe.use == "pairs" or (recipe.use == "two values" and recipe.groups > 1)
-    dense = dense or (recipe.second == "shared" and apart)
-    dense = dense or (recipe.groups > 1 and recipe.second in ("heads", "difference"))
+    dense = recipe.second == "relative"  # gathered it is no product of queries and keys
     if dense and recipe.extra in ("softcap", "temperature"):
         return True
     if recipe.fill != float("-inf") and (dense or recipe.use == "renormalised"):
@@ -166,6 +158,27 @@ def test_a_temperature_on_a_second_product_beside_joined_values() -> None:
         layout="einsum", scale="q", pattern="root", width=1, from_end=True, spelling="add",
         fill=-1e4, extra="temperature", padding="", pad_first=False, softmax="late", loud=1.0,
         dynamic=False, second="shared", use="two values",
+    )  # fmt: skip
+    check(recipe, trace_directly)
+
+
+def test_weights_in_pairs_of_heads_whose_keys_come_in_threes() -> None:
+    """Was left: no axes serve both groupings, so keys count as a value of every head."""
+    recipe = Recipe(
+        batch=2, length=8, more=1, kv_heads=4, groups=3, size=7, value_size=3, repeat="stack",
+        layout="reversed", scale="q", pattern="dilated", width=2, from_end=False, spelling="add",
+        fill=-1e4, extra="softcap", padding="", pad_first=False, softmax="written", loud=1.0,
+        dynamic=False, use="pairs",
+    )  # fmt: skip
+    check(recipe, trace_directly)
+
+
+def test_a_gate_that_is_computed_from_repeated_keys() -> None:
+    recipe = Recipe(
+        batch=2, length=4, more=0, kv_heads=3, groups=3, size=6, value_size=6, repeat="stack",
+        layout="folded", scale="k", pattern="late", width=2, from_end=False, spelling="inplace",
+        fill=-1e9, extra="softcap", padding="", pad_first=False, softmax="written", loud=1.0,
+        dynamic=False, use="gated",
     )  # fmt: skip
     check(recipe, trace_directly)
 

@@ -293,6 +293,7 @@ def maximum_over_queries_subtracted(qkv: Tensor) -> Tensor:
 
 
 import tricky_factors  # noqa: E402, F401
+import tricky_logsum  # noqa: E402, F401
 import tricky_normalised  # noqa: E402, F401
 import tricky_powers  # noqa: E402, F401
 import tricky_rare  # noqa: E402, F401  (adds its cases to TRICKY)
