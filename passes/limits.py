@@ -1,11 +1,13 @@
 """The longest sequence that learned position tables allow.
 
-    embedding(wpe.weight [64, C], arange(2, T + 2))     T <= 62
+    embedding(wpe.weight [64, C], arange(2, T + 2).expand_as(ids))     T <= 62
 
 torch.export sees shapes only: an index beyond the table is an error at run time, not at capture.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import sympy
 import torch
@@ -13,7 +15,8 @@ from torch import fx
 
 from fxport.capture.arguments import arguments, shape_of
 from fxport.capture.inputs import InputKind, graph_input
-from fxport.passes.constants import depends_on, evaluate
+from fxport.passes.constants import Sizes, evaluate, is_symbolic
+from fxport.passes.graph_facts import reachable, value_inputs
 
 __all__ = ["longest_sequence"]
 
@@ -25,7 +28,7 @@ _HORIZON = 2**17
 
 def longest_sequence(gm: fx.GraphModule, length: sympy.Symbol, limit: int | None) -> int | None:
     """The smaller of `limit` and what every look-up at constant positions allows."""
-    varying = depends_on(gm, InputKind.DATA, InputKind.PARAMETER)
+    varying = _varying(gm)
     horizon = min(limit or _HORIZON, _HORIZON)
     batch = _others(gm, length)
     for node in gm.graph.nodes:
@@ -37,7 +40,8 @@ def longest_sequence(gm: fx.GraphModule, length: sympy.Symbol, limit: int | None
             continue
         dim = shape_of(index).index(length)
         try:
-            values = evaluate(index, {**batch, length: horizon})
+            sizes = {**batch, length: horizon}
+            values = evaluate(index, sizes, _of_these_shapes(index, sizes))
         except ValueError:  # depends on something that has no value
             continue
         flat = values.movedim(dim, 0).reshape(horizon, -1)
@@ -46,6 +50,30 @@ def longest_sequence(gm: fx.GraphModule, length: sympy.Symbol, limit: int | None
             limit = min(limit or horizon, int(outside[0]))
             horizon = max(limit, 1)
     return limit
+
+
+def _varying(gm: fx.GraphModule) -> set[fx.Node]:
+    """What depends on the values of tokens or parameters; a shape that is lent does not count."""
+    found: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            learned = graph_input(node).kind in (InputKind.DATA, InputKind.PARAMETER)
+            found |= {node} if learned else set()
+        elif not is_symbolic(node) and any(i in found for i in value_inputs(node)):
+            found.add(node)
+    return found
+
+
+def _of_these_shapes(index: fx.Node, sizes: Sizes) -> dict[fx.Node, Any]:
+    """Stand-ins for what only lends its shape: ``arange(T).expand_as(ids)``."""
+    nodes = reachable([index], lambda node: [] if is_symbolic(node) else value_inputs(node))
+    lenders = {n for node in nodes for n in set(node.all_input_nodes) - set(value_inputs(node))}
+    return {
+        n: torch.zeros((), dtype=n.meta["val"].dtype).expand(
+            [int(sympy.sympify(s).subs(sizes)) for s in shape_of(n)]
+        )
+        for n in lenders - set(nodes)
+    }
 
 
 def _others(gm: fx.GraphModule, length: sympy.Symbol) -> dict[sympy.Symbol, int]:

@@ -372,6 +372,21 @@ def test_limit_of_positions_that_are_repeated_for_every_sequence():
     assert longest_sequence(captured.graph, captured.length, captured.limit) == 61
 
 
+def test_limit_of_positions_that_take_the_shape_of_something_else():
+    shaped = {
+        "ids": lambda n, x, idx: torch.arange(3, n + 3)[None].expand_as(idx),
+        "a state": lambda n, x, idx: torch.arange(n) + torch.full_like(x[..., 0], 3).long(),
+        "rows": lambda n, x, idx: idx.new_ones(idx.shape).cumsum(1) + 2,
+    }
+    for positions in shaped.values():
+
+        def learned(self, x, idx, positions=positions):
+            return x + self.wpe(positions(idx.shape[1], x, idx))
+
+        captured = capture(type("Model", (Base,), {"between": learned})())
+        assert longest_sequence(captured.graph, captured.length, captured.limit) == 61
+
+
 def test_length_as_a_number_is_refused():
     model = type("Model", (Base,), {"between": length_as_a_number})()
     with pytest.raises(PortError, match=r"a number \(6\.08") as caught:
