@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from fxport.capture.checkpoints import under_checkpoint
-from fxport.capture.clone import clone_for_capture, off_meta
+from fxport.capture.clone import clone_for_capture
+from fxport.capture.export import ready
 from fxport.capture.location import is_library
 from fxport.capture.state import State
 from fxport.passes.tensor_parallel.computations import value_of
@@ -60,7 +61,7 @@ def training_differs(model: nn.Module) -> str | None:
         GuardOnDataDependentSymNode, DataDependentOutputException: shapes are not enough.
     """
     clone = clone_for_capture(model)
-    off_meta(clone)
+    ready(clone)  # what is captured
     for module, original in zip(clone.modules(), model.modules(), strict=True):
         module.training = original.training
     training = _operations(clone)

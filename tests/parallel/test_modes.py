@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import fxport
 from fxport.parallel.modes import training_differs
@@ -152,3 +153,17 @@ def refuses_both_modes(step: Callable[[Tensor, bool], Tensor], why: str) -> None
         module.train()
     with pytest.raises(fxport.FxportError, match="more than dropout"):
         fxport.parallelize(model.train(), context)
+
+
+def test_the_experts_of_hugging_face_in_their_usual_implementation():
+    """grouped_mm, which has no shapes for float32: the modes are compared on what is captured."""
+    sizes = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 61,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 3,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(MixtralConfig(**sizes)).train()
+    assert model.config._experts_implementation == "grouped_mm"
+    module = fxport.parallelize(model, fxport.ParallelContext(0, 1))
+    ids = torch.randint(61, (3, 7))
+    torch.testing.assert_close(module(ids), model(ids).logits)
