@@ -85,23 +85,38 @@ def user_questions() -> Iterator[list[Question]]:
             setattr(cls, name, method)
 
 
+@dataclass(frozen=True)
+class Heard:
+    """What one run asked about the sizes of its tokens, by shapes alone.
+
+    Attributes:
+        rows, tokens: the symbols of B and T.
+        whole: whether forward came to its end, without choosing among the tokens.
+    """
+
+    questions: list[Question]
+    rows: sympy.Symbol
+    tokens: sympy.Symbol
+    whole: bool
+
+
 def asked_about_rows(model: nn.Module, length: int) -> tuple[list[Question], sympy.Symbol]:
     """What forward asks about the number of rows, by shapes alone, and the symbol of it."""
-    questions, rows, _ = asked_about(model, length, [DimDynamic.DYNAMIC, DimDynamic.STATIC])
-    return questions, rows
+    heard = asked_about(model, length, [DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    return heard.questions, heard.rows
 
 
-def asked_about(
-    model: nn.Module, length: int, sizes: Sequence[DimDynamic]
-) -> tuple[list[Question], sympy.Symbol, sympy.Symbol]:
-    """What forward asks about rows and tokens, by shapes alone, and the symbols of both."""
+def asked_about(model: nn.Module, length: int, sizes: Sequence[DimDynamic]) -> Heard:
+    """What forward asks about those of rows and tokens that are dynamic."""
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     ids = torch.zeros(_ROWS, length, dtype=torch.long, device=device_of(model))
     rows, tokens, fake = symbolic_tokens(mode, ids, list(sizes))
-    # Where forward fails, the samples say why.
-    with user_questions() as found, by_shapes(model, mode), contextlib.suppress(Exception):
+    whole = False
+    failing = contextlib.suppress(Exception)  # the samples say why
+    with user_questions() as found, by_shapes(model, mode) as selected, failing:
         model(fake)
-    return found, rows, tokens
+        whole = not selected.answered
+    return Heard(found, rows, tokens, whole)
 
 
 def require_every_batch(

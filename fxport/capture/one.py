@@ -32,9 +32,9 @@ def line_about_one(model: nn.Module, captured: fx.GraphModule | None = None) -> 
     """
     clone = clone_for_capture(model)
     ready(clone)
-    questions, *sizes = asked_about(clone, _USUAL, _BOTH)
-    for question in questions:
-        if any(question.otherwise(size, 1, _USUAL) for size in sizes):
+    heard = asked_about(clone, _USUAL, _BOTH)
+    for question in heard.questions:
+        if any(question.otherwise(size, 1, _USUAL) for size in (heard.rows, heard.tokens)):
             return location_at(*question.line)
     nodes = captured.graph.nodes if captured is not None else ()
     squeezes = (user_location(n) for n in nodes if _drops_a_one(n))

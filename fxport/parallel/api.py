@@ -114,7 +114,13 @@ def _training_differs(model: nn.Module, prepared: Prepared) -> str | None:
     from torch._subclasses.fake_tensor import DataDependentOutputException
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-    from fxport.parallel.modes import CHECKPOINTS_DIFFER, in_training_mode, names_the_mode
+    from fxport.parallel.modes import (
+        CHECKPOINTS_DIFFER,
+        in_eval_mode,
+        in_training_mode,
+        names_the_mode,
+        same_at_every_size,
+    )
     from fxport.parallel.modes import training_differs as differs_at_one_length
     from fxport.passes.tensor_parallel.build import prepare
     from fxport.passes.tensor_parallel.computations import computations
@@ -124,6 +130,9 @@ def _training_differs(model: nn.Module, prepared: Prepared) -> str | None:
         differs = differs_at_one_length(training)
         if differs is not None or not names_the_mode(model):
             return differs
+        modes, longest = (training, in_eval_mode(model)), prepared.captured.limit
+        if all(same_at_every_size(one, longest) for one in modes):
+            return None
     except (DataDependentOutputException, GuardOnDataDependentSymNode):  # experts on their tokens
         pass
     try:

@@ -10,26 +10,42 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from fxport.capture.batches import asked_about
 from fxport.capture.checkpoints import under_checkpoint
 from fxport.capture.clone import clone_for_capture
 from fxport.capture.export import ready
 from fxport.capture.location import is_library
+from fxport.capture.questions import first_change
 from fxport.capture.state import State
 from fxport.passes.tensor_parallel.computations import value_of
 
-__all__ = ["CHECKPOINTS_DIFFER", "in_training_mode", "names_the_mode", "training_differs"]
+__all__ = [
+    "CHECKPOINTS_DIFFER",
+    "in_eval_mode",
+    "in_training_mode",
+    "names_the_mode",
+    "same_at_every_size",
+    "training_differs",
+]
 
 _BATCH, _LENGTH = 2, 5
+_BOTH = (DimDynamic.DYNAMIC, DimDynamic.DYNAMIC)
 CHECKPOINTS_DIFFER = "the model keeps other activations (torch.utils.checkpoint)"
 
 
 def in_training_mode(model: nn.Module) -> nn.Module:
     """A copy in training mode that shares the tensors; the model itself if it is in it."""
     return model if model.training else clone_for_capture(model).train()
+
+
+def in_eval_mode(model: nn.Module) -> nn.Module:
+    """The model, or a clone of it, with every module in eval mode."""
+    training = any(module.training for module in model.modules())
+    return clone_for_capture(model).eval() if training else model
 
 
 def names_the_mode(model: nn.Module) -> bool:
@@ -50,6 +66,20 @@ def _reads_the_mode(cls: type) -> bool:
         getattr(node, "attr", None) == "training" or getattr(node, "value", None) == "training"
         for node in ast.walk(tree)
     )
+
+
+def same_at_every_size(model: nn.Module, longest: int | None) -> bool:
+    """Whether forward, in the modes that it is in, asks nothing about sizes of up to `longest`."""
+    clone = clone_for_capture(model)
+    ready(clone)
+    for module, original in zip(clone.modules(), model.modules(), strict=True):
+        module.training = original.training
+    heard = asked_about(clone, _LENGTH, _BOTH)
+    questions = [question.asked for question in heard.questions]
+    if not heard.whole or any(heard.rows in asked.free_symbols for asked in questions):
+        return False
+    change = first_change(questions, heard.tokens, 2, longest)
+    return change is None or (longest is not None and change >= longest)
 
 
 def training_differs(model: nn.Module) -> str | None:
