@@ -18,6 +18,7 @@ from fxport.passes.attention_factors import is_finite
 from fxport.passes.attention_frame import Frame
 from fxport.passes.attention_products import as_product
 from fxport.passes.attention_site import Left, MaskKind, MaskStep, Match, Shift
+from fxport.passes.attention_terms import LARGEST_FACTOR
 from fxport.passes.attention_views import moved_input, number, overload_packet
 from fxport.passes.graph_facts import GraphFacts, Source
 from fxport.passes.mask_bands import FULL, Band
@@ -294,7 +295,6 @@ def _never_low(source: Source, lowering: bool) -> bool:
 _MOVES_VALUES = {
     aten.gather, aten.slice, aten.select, aten.index, aten.index_select, aten.narrow, aten.neg
 }  # fmt: skip
-_SMALL = 100.0
 
 
 def _is_learned_product(facts: GraphFacts, node: fx.Node | None) -> bool:
@@ -312,7 +312,7 @@ def _is_learned_product(facts: GraphFacts, node: fx.Node | None) -> bool:
     if packet in (aten.mul, aten.div):
         factor = _fixed_number(facts, inputs[1])
         size = None if not factor else abs(factor if packet is aten.mul else 1 / factor)
-        moved = None if size is None or size > _SMALL else inputs[0]
+        moved = None if size is None or size > LARGEST_FACTOR else inputs[0]
     else:
         moved = inputs[0] if packet in _MOVES_VALUES else moved_input(node)
     return isinstance(moved, fx.Node) and _is_learned_product(facts, moved)

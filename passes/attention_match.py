@@ -26,7 +26,7 @@ from fxport.passes.attention_products import Contraction, as_product, contract
 from fxport.passes.attention_scores import Scores
 from fxport.passes.attention_site import Left, MaskKind, MaskStep, Match, Shift, Torn
 from fxport.passes.attention_softmax import PlacedSink, Softmax, subtracted_maximum, subtracts_whole
-from fxport.passes.attention_terms import join_terms
+from fxport.passes.attention_terms import is_score_like, join_terms
 from fxport.passes.attention_trace import Step, as_it_is, trace
 from fxport.passes.attention_weights import Forward, to_values
 from fxport.passes.graph_facts import GraphFacts, Source
@@ -74,8 +74,8 @@ def _widest(found: list[Match]) -> Match:
     if len(found) == 1:
         return found[0]
     query = _queries_at(max(found, key=lambda match: len(query_axes(match))))
-    fits = [match for match in found if _queries_at(match) == query]
-    return max(fits, key=lambda match: len(match.terms))
+    fits = [m for m in found if _queries_at(m) == query and is_score_like(m.scale, m.q, m.k)]
+    return max(fits, key=lambda match: len(match.terms), default=found[0])
 
 
 def _queries_at(match: Match) -> int | None:

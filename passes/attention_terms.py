@@ -37,11 +37,12 @@ from fxport.passes.attention_trace import Step, trace
 from fxport.passes.attention_views import number, overload_packet
 from fxport.passes.graph_facts import GraphFacts, Source
 
-__all__ = ["WIDEST", "emit_terms", "join_terms"]
+__all__ = ["LARGEST_FACTOR", "WIDEST", "emit_terms", "is_score_like", "join_terms"]
 
 aten = torch.ops.aten
 
 WIDEST = 256  # the largest head that kernels take
+LARGEST_FACTOR = 100.0
 
 
 def join_terms(facts: GraphFacts, match: Match) -> Match:
@@ -124,11 +125,18 @@ def _term(
     except LayoutError:
         return None
     factor *= way[0].factor * found.alpha
+    if not is_score_like(factor, left, right):
+        return None
     for q, k in ((left, right), (right, left)):
         term = Term(q, k, resolve_all(contraction.summed), factor)
         if _is_of_this_attention(match, term):
             return term
     return None
+
+
+def is_score_like(factor: float, left: tuple[Step, ...], right: tuple[Step, ...]) -> bool:
+    """Whether a product has a factor like scores: -1e9 makes a mask of it, which may empty rows."""
+    return abs(factor * left[0].factor * right[0].factor) <= LARGEST_FACTOR
 
 
 def _identify(way: tuple[Step, ...], contraction: Contraction, scores: Dims) -> None:

@@ -234,11 +234,21 @@ def test_a_learned_product_is_no_mask(empty: bool) -> None:
     compare(module, found.graph, data)
 
 
-def test_a_product_that_is_one_is_left() -> None:
-    module = Site(masked_by_a_product, [torch.ones(1, 1, dtype=torch.float64)])
+def masked_by_a_plain_product(qkv: Tensor, keep: Tensor, table: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    hidden = (1.0 - keep.to(q.dtype)) * table[0, 0]
+    s = q @ k.mT + hidden[:, None, :, None] @ hidden[:, None, None, :] * -1e9
+    return finish(s.masked_fill(~keep[:, None, :, None], -1e9).softmax(-1), v)
+
+
+@pytest.mark.parametrize("function", [masked_by_a_product, masked_by_a_plain_product])
+def test_a_product_that_is_one_is_left(function: Callable[..., Tensor]) -> None:
+    """Nor is it taken for the product of queries and keys, to which the other one is added."""
+    module = Site(function, [torch.ones(1, 1, dtype=torch.float64)])
     data = [example(), keep_mask(3, 7, empty=True)]
     found = rewrite(trace_directly(module, data))
     assert found.left() == ["fully-masked-row"]
+    compare(module, found.graph, data)
 
 
 def test_keys_written_piece_by_piece() -> None:
