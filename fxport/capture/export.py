@@ -15,7 +15,7 @@ from torch import fx, nn
 from fxport.capture.clone import clone_for_capture, convert, off_meta
 from fxport.capture.gradients import watch_gradients
 from fxport.capture.hugging_face import experts_by_row, without_cache
-from fxport.capture.lengths import continues, trace_at_lengths
+from fxport.capture.lengths import continues, trace_at_lengths, trace_one_more
 from fxport.capture.location import forward_line
 from fxport.capture.outputs import plain_outputs
 from fxport.capture.symbolic import trace_symbolically
@@ -135,8 +135,12 @@ def _trace(clone: nn.Module, *, every_pair: bool) -> Traced:
     """Symbolically where that holds for every length, else at several plain lengths."""
     try:
         symbolic = trace_symbolically(clone, every_pair=every_pair)
-        if symbolic.shortest == 2 and not continues(clone, symbolic.limit):
-            return symbolic
+        if symbolic.shortest == 2:
+            if symbolic.limit is None or not continues(clone, symbolic.limit):
+                return symbolic
+            one_more = trace_one_more(clone, symbolic.limit)
+            if one_more is not None:
+                return one_more
     except PortError:  # plain lengths cope with more; what they cannot cope with, they say
         pass
     return trace_at_lengths(clone, every_pair=every_pair)

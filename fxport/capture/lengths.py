@@ -9,7 +9,8 @@ model  ->  lengths that matter  ->  a `Sample` of each  ->  one symbolic graph
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import sympy
 import torch
@@ -29,7 +30,7 @@ from fxport.capture.walk import Walked, walk
 from fxport.capture.written import writes_to_state
 from fxport.errors import PortError, Reason, ReasonCode
 
-__all__ = ["continues", "trace_at_lengths"]
+__all__ = ["continues", "trace_at_lengths", "trace_one_more"]
 
 # Lengths that share no factors with each other or with usual feature sizes. The first gives the
 # hints of the symbolic graph; 1 is checked with numbers, as many models treat it apart.
@@ -41,9 +42,31 @@ _UNBOUNDED = 4096
 _MOST_PATHS = 24
 
 
-def continues(model: nn.Module, limit: int | None) -> bool:
+def continues(model: nn.Module, limit: int) -> bool:
     """Whether forward also runs beyond a limit: then it was the graph's, not the model's."""
-    return limit is not None and _runs(model, limit + 1)
+    return _runs(model, limit + 1)
+
+
+def trace_one_more(model: nn.Module, limit: int) -> Traced | None:
+    """Captures a clone of which a symbolic graph holds up to `limit`, one less than it takes.
+
+    Torch takes ``mask[:, :, :T, :T]`` for shorter than the mask. What forward asks below is known
+    then to have one answer, and four lengths are enough: two usual ones and both sides of `limit`.
+
+    Returns:
+        None where forward takes still longer ones, or the graphs differ.
+    """
+    usual = [n for n in _LENGTHS if n < limit][:2]
+    if len(usual) < 2 or _runs(model, limit + 2):
+        return None
+    lengths = (*usual, limit, limit + 1)
+    try:
+        samples = [take_sample(model, _batch(n), n) for n in lengths]
+        samples.append(take_sample(model, 1, limit + 1))  # ``T > limit * B`` is asked there alone
+        unified, longest = _unified(model, samples, (), limit + 1)
+    except (PortError, NeedsTable):  # every question that forward asks is looked at instead
+        return None
+    return _traced(unified, samples[0], lengths, longest)
 
 
 def trace_at_lengths(model: nn.Module, *, every_pair: bool = True) -> Traced:
@@ -74,6 +97,11 @@ def trace_at_lengths(model: nn.Module, *, every_pair: bool = True) -> Traced:
     if every_pair:
         questions, rows = asked_about_rows(model, fresh.length)
         require_every_batch(model, questions, rows, fresh.length)
+    traced = _traced(unified, samples[0], lengths, longest)
+    return replace(traced, doubtful=found.doubtful, walked=found.walked, unseen=found.unseen)
+
+
+def _traced(unified: Unified, first: Sample, lengths: Sequence[int], longest: int | None) -> Traced:
     return Traced(
         graph=unified.graph,
         tokens=unified.tokens,
@@ -82,12 +110,9 @@ def trace_at_lengths(model: nn.Module, *, every_pair: bool = True) -> Traced:
         shortest=2,
         limit=_smaller(longest, _bound(unified)),
         length_line=None,
-        output=samples[0].logits,
+        output=first.logits,
         way=f"torch.export at the lengths {', '.join(map(str, lengths))}, unified",
-        unkept=samples[0].unkept,
-        doubtful=found.doubtful,
-        walked=found.walked,
-        unseen=found.unseen,
+        unkept=first.unkept,
     )
 
 
@@ -172,9 +197,8 @@ def _lengths(model: nn.Module, limit: int | None) -> _Lengths:
         raise PortError([reason])
     longest = limit or _UNBOUNDED
     others: tuple[int, ...] = ()
-    asked = ask(model, allowed[0])
-    one = asked.sides
-    known, counted = set(one), asked.counted
+    asked = one = ask(model, allowed[0])
+    known, counted = set(one.sides), asked.counted
     pending = {n for n in _chased(asked, allowed[0]) if n <= longest}
     while pending and len(known) < _MOST_PATHS:
         hint = pending.pop()
@@ -224,11 +248,16 @@ def _chased(asked: Asked, hint: int) -> frozenset[int]:
 
 
 def _together(
-    model: nn.Module, first: int, one: frozenset[int], longest: int
+    model: nn.Module, first: int, one: Asked, longest: int
 ) -> tuple[tuple[int, int], ...]:
     """Where one row is asked something else than two: ``T > 100 * B``, ``B == 1 and T > 100``."""
-    two = ask(model, first, 2).sides
-    pairs = [*((1, n) for n in one - two), *((2, n) for n in two - one)]
+    two = ask(model, first, 2)
+    pairs = {
+        (rows, n)
+        for rows, asked, other in ((1, one, two), (2, two, one))
+        for question in asked.of.keys() - other.of.keys()
+        for n in asked.of[question]
+    }
     return tuple(sorted((b, n) for b, n in pairs if 2 < n <= longest)[:_MOST_PATHS])
 
 

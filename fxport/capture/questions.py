@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import CodeType, FunctionType
@@ -57,14 +57,19 @@ class Asked:
     """What one run asked about the length.
 
     Attributes:
-        sides: neighbouring lengths that are answered differently.
+        of: each question in words, and neighbouring lengths that it answers differently.
         counted: whether the length was taken as a plain number, or forward failed half-way (a
             length as a key of a set), or chose among the tokens: nobody sees what is asked after
             that.
     """
 
-    sides: frozenset[int]
+    of: Mapping[str, frozenset[int]]
     counted: bool
+
+    @property
+    def sides(self) -> frozenset[int]:
+        """Those of all questions."""
+        return frozenset(n for sides in self.of.values() for n in sides)
 
 
 def ask(model: nn.Module, hint: int, batch: int = 1) -> Asked:
@@ -82,7 +87,7 @@ def ask(model: nn.Module, hint: int, batch: int = 1) -> Asked:
     with by_shapes(model, mode) as selected, contextlib.suppress(Exception):
         model(fake)
         counted = selected.answered  # else it came to its end: what it asked later was seen, too
-    sides: set[int] = set()
+    of: dict[str, frozenset[int]] = {}
     for question in dict.fromkeys(shapes.questions):
         if question.free_symbols != {length}:
             continue
@@ -90,8 +95,8 @@ def ask(model: nn.Module, hint: int, batch: int = 1) -> Asked:
             counted = True
         elif not isinstance(question, sympy.Eq) or question.subs({length: hint}) != sympy.true:
             with quiet():
-                sides |= _flips(question, length)
-    return Asked(frozenset(sides), counted)
+                of[str(question)] = frozenset(_flips(question, length))
+    return Asked(of, counted)
 
 
 class _Open(ShapeEnv):
