@@ -67,11 +67,13 @@ class Alone:
 
     Attributes:
         peak_mib: the peak of a step, once compiled.
+        kept_mib: what compilation leaves behind, in `peak_mib` too: code, guards, arenas.
         whole_mib: the peak of everything, compilation included.
         compile_s: CPU seconds of the first step beyond a later one.
     """
 
     peak_mib: float
+    kept_mib: float
     whole_mib: float
     compile_s: float
 
@@ -176,10 +178,10 @@ def measure_alone(variant: str, setting: Setting, steps: int) -> Alone:
     before = _held_mib()
     first = _cpu_seconds(step)
     whole = _peak_mib()
-    _held_mib()
+    kept = _held_mib() - before
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     later = statistics.median(_cpu_seconds(step) for _ in range(steps))
-    return Alone(_peak_mib() - before, whole - before, first - later)
+    return Alone(_peak_mib() - before, kept, whole - before, first - later)
 
 
 def measure_together(variants: Sequence[str], setting: Setting, rounds: int) -> dict[str, Times]:
@@ -258,14 +260,17 @@ def table(results: Sequence[tuple[Setting, str, Alone | None, Times | None]]) ->
             row += [_ms(mine.cpu), _median_ratio(mine.cpu, against.cpu)]
         own, least = alone.get((setting, variant)), alone.get((setting, _BOUND))
         if own is not None:
-            floor = least or Alone(0.0, 0.0, 0.0)
+            floor = least or Alone(0.0, 0.0, 0.0, 0.0)
+            step, least_step = (a.peak_mib - a.kept_mib for a in (own, floor))
             row += [round(own.peak_mib), _ratio(own.peak_mib, floor.peak_mib)]
+            row += [round(step, 1), _ratio(step, least_step)]
             row += [round(own.whole_mib), _ratio(own.whole_mib, floor.whole_mib)]
             row.append(round(own.compile_s, 1))
         rows.append(row)
     headers = (
         *("mode", "T", "variant", "wall ms", "x bound", "CPU ms", "x bound"),
-        *("peak MiB", "x bound", "with compiling", "x bound", "compile CPU s"),
+        *("peak MiB", "x bound", "step alone", "x bound"),
+        *("with compiling", "x bound", "compile CPU s"),
     )
     return tabulate(rows, headers=headers, tablefmt="github")
 
