@@ -118,7 +118,6 @@ def _training_differs(model: nn.Module, prepared: Prepared) -> str | None:
         CHECKPOINTS_DIFFER,
         in_eval_mode,
         in_training_mode,
-        names_the_mode,
         same_at_every_size,
     )
     from fxport.parallel.modes import training_differs as differs_at_one_length
@@ -128,7 +127,7 @@ def _training_differs(model: nn.Module, prepared: Prepared) -> str | None:
     training = in_training_mode(model)
     try:
         differs = differs_at_one_length(training)
-        if differs is not None or not names_the_mode(model):
+        if differs is not None:
             return differs
         modes, longest = (training, in_eval_mode(model)), prepared.captured.limit
         if all(same_at_every_size(one, longest) for one in modes):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
 from collections.abc import Hashable
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -18,7 +17,6 @@ from fxport.capture.batches import asked_about
 from fxport.capture.checkpoints import under_checkpoint
 from fxport.capture.clone import clone_for_capture
 from fxport.capture.export import ready
-from fxport.capture.location import is_library
 from fxport.capture.questions import first_change
 from fxport.capture.state import State
 from fxport.passes.tensor_parallel.computations import value_of
@@ -27,7 +25,6 @@ __all__ = [
     "CHECKPOINTS_DIFFER",
     "in_eval_mode",
     "in_training_mode",
-    "names_the_mode",
     "same_at_every_size",
     "training_differs",
 ]
@@ -48,26 +45,6 @@ def in_eval_mode(model: nn.Module) -> nn.Module:
     return clone_for_capture(model).eval() if training else model
 
 
-def names_the_mode(model: nn.Module) -> bool:
-    """Whether a file in which a class of the model is written reads `training`."""
-    classes = {cls for module in model.modules() for cls in type(module).__mro__}
-    return any(map(_reads_the_mode, {cls.__module__: cls for cls in classes}.values()))
-
-
-def _reads_the_mode(cls: type) -> bool:
-    try:
-        file = inspect.getsourcefile(cls)
-        if file is not None and is_library(file) and not file.startswith("<"):
-            return False
-        tree = ast.parse("".join(inspect.findsource(cls)[0]))
-    except (OSError, TypeError, SyntaxError):  # typed in, or compiled: nobody can say
-        return cls.__module__ != "builtins"
-    return any(
-        getattr(node, "attr", None) == "training" or getattr(node, "value", None) == "training"
-        for node in ast.walk(tree)
-    )
-
-
 def same_at_every_size(model: nn.Module, longest: int | None) -> bool:
     """Whether forward, in the modes that it is in, asks nothing about sizes of up to `longest`."""
     clone = clone_for_capture(model)
@@ -76,7 +53,9 @@ def same_at_every_size(model: nn.Module, longest: int | None) -> bool:
         module.training = original.training
     heard = asked_about(clone, _LENGTH, _BOTH)
     questions = [question.asked for question in heard.questions]
-    if not heard.whole or any(heard.rows in asked.free_symbols for asked in questions):
+    as_a_number = sympy.Eq(heard.tokens, 1)  # nobody sees what is asked of that
+    about_rows = any(heard.rows in asked.free_symbols for asked in questions)
+    if not heard.whole or about_rows or as_a_number in questions:
         return False
     change = first_change(questions, heard.tokens, 2, longest)
     return change is None or (longest is not None and change >= longest)

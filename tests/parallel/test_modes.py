@@ -94,7 +94,19 @@ class LongOnly(Noisy):
         return x * 2 if ids.shape[1] > 20 and self.training is self.mode else x
 
 
+class LongOnlyAsANumber(LongOnly):
+    """The same, of a length that is taken as a plain number."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = Noisy.forward(self, ids)
+        return x * 2 if 50 > int(ids.shape[1]) > 20 and self.training is self.mode else x
+
+
 def test_modes_are_compared_at_every_length():
+    as_a_number = LongOnlyAsANumber(True).eval()
+    module = fxport.parallelize(as_a_number, fxport.ParallelContext(0, 1))
+    with pytest.raises(fxport.FxportError, match=r"in training mode"):
+        module.train()
     for mode in (True, False):
         for training in (True, False):
             model = LongOnly(mode).train(training)
