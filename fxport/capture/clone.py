@@ -19,6 +19,7 @@ __all__ = [
     "convert",
     "off_meta",
     "spread_constants",
+    "take_modes",
     "uncompiled",
     "watch_attributes",
 ]
@@ -88,6 +89,12 @@ def convert(model: nn.Module, dtype: torch.dtype, *, buffers: bool) -> None:
         for name, buffer in module._buffers.items():
             if buffers and buffer is not None and buffer.is_floating_point():
                 module._buffers[name] = buffer.to(dtype)
+
+
+def take_modes(clone: nn.Module, model: nn.Module) -> None:
+    """Puts every module of a clone into the mode, training or eval, that its original is in."""
+    for module, original in zip(clone.modules(), model.modules(), strict=True):
+        module.training = original.training
 
 
 def spread_constants(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ import sympy
 import torch
 from torch import fx, nn
 
-from fxport.capture.clone import clone_for_capture, convert, off_meta
+from fxport.capture.clone import clone_for_capture, convert, off_meta, take_modes
 from fxport.capture.gradients import watch_gradients
 from fxport.capture.hugging_face import experts_by_row, without_cache
 from fxport.capture.lengths import continues, trace_at_lengths, trace_one_more
@@ -92,8 +92,7 @@ def capture(
     """
     clone = clone_for_capture(model)
     if own_modes:
-        for module, original in zip(clone.modules(), model.modules(), strict=True):
-            module.training = original.training
+        take_modes(clone, model)
     parameters = dict(clone.named_parameters(remove_duplicate=True))
     experts = ready(clone)
     if dtype is not None:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxport.capture.batches import asked_about
 from fxport.capture.checkpoints import under_checkpoint
-from fxport.capture.clone import clone_for_capture
+from fxport.capture.clone import clone_for_capture, take_modes
 from fxport.capture.export import ready
 from fxport.capture.questions import first_change
 from fxport.capture.state import State
@@ -49,8 +49,7 @@ def same_at_every_size(model: nn.Module, longest: int | None) -> bool:
     """Whether forward, in the modes that it is in, asks nothing about sizes of up to `longest`."""
     clone = clone_for_capture(model)
     ready(clone)
-    for module, original in zip(clone.modules(), model.modules(), strict=True):
-        module.training = original.training
+    take_modes(clone, model)
     heard = asked_about(clone, _LENGTH, _BOTH)
     questions = [question.asked for question in heard.questions]
     as_a_number = sympy.Eq(heard.tokens, 1)  # nobody sees what is asked of that
@@ -71,8 +70,7 @@ def training_differs(model: nn.Module) -> str | None:
     """
     clone = clone_for_capture(model)
     ready(clone)  # what is captured
-    for module, original in zip(clone.modules(), model.modules(), strict=True):
-        module.training = original.training
+    take_modes(clone, model)
     training = _operations(clone)
     evaluating = _operations(clone.eval())
     if training.names != evaluating.names:
