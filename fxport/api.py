@@ -87,11 +87,10 @@ class Port:
 def trainable(model: nn.Module) -> nn.Module:
     """A copy of the modules, sharing the parameters, that runs under ``vllm_generic``."""
     from fxport.backends.dynamo import vllm_generic
-    from fxport.capture.clone import clone_for_capture
+    from fxport.capture.clone import clone_for_capture, take_modes
 
     clone = clone_for_capture(model)
-    for copied, original in zip(clone.modules(), model.modules(), strict=True):
-        copied.training = original.training
+    take_modes(clone, model)
     clone.compile(backend=vllm_generic)
     return clone
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fxport.capture.clone import clone_for_capture
+from fxport.capture.clone import clone_for_capture, take_modes
 
 __all__ = ["adapted"]
 
@@ -28,8 +28,7 @@ def adapted(model: nn.Module, call: Callable[[Callable[..., Any], Tensor], Any])
         PortError: the model cannot be copied.
     """
     clone = clone_for_capture(model)
-    for copied, original in zip(clone.modules(), model.modules(), strict=True):
-        copied.training = original.training
+    take_modes(clone, model)
     cls = type(clone)
 
     def forward(self: nn.Module, ids: Tensor) -> Any:
