@@ -29,7 +29,7 @@ class Product:
     Attributes:
         node: the call.
         labels: of left's, right's and the result's dimensions.
-        added: what baddbmm adds, if anything.
+        added: what addmm or baddbmm adds, if anything.
     """
 
     node: fx.Node
@@ -75,15 +75,29 @@ def _linear(node: fx.Node) -> Product | None:
     return Product(node, given["input"], given["weight"], labels)
 
 
-def _baddbmm(node: fx.Node) -> Product | None:
+def _inner(node: fx.Node) -> Product | None:
+    """``[.., i, c] [.., j, c] -> [.., i, .., j]``, every row of one with every row of the other."""
+    given = arguments(node)
+    left, right = given["self"], given["other"]
+    rows, columns = (len(shape_of(x)) - 1 for x in (left, right))
+    if min(rows, columns) < 1:
+        return None
+    names = _names(rows + columns)
+    labels = ((*names[:rows], "c"), (*names[rows:], "c"), names)
+    return Product(node, left, right, labels)
+
+
+def _addmm(node: fx.Node) -> Product | None:
+    """``addmm`` or ``baddbmm``."""
     given = arguments(node)
     alpha, beta = number(given["alpha"]), number(given["beta"])
     if alpha is None or beta is None:
         return None
-    labels = (("n", "i", "c"), ("n", "c", "j"), ("n", "i", "j"))
+    added, left, right = list(given.values())[:3]
+    n = ("n",) if overload_packet(node) is aten.baddbmm else ()
+    labels = ((*n, "i", "c"), (*n, "c", "j"), (*n, "i", "j"))
     # With beta == 0 the summand is ignored, even if it holds NaN.
-    added = given["self"] if beta != 0 else None
-    return Product(node, given["batch1"], given["batch2"], labels, alpha, added, beta)
+    return Product(node, left, right, labels, alpha, added if beta != 0 else None, beta)
 
 
 def _einsum(node: fx.Node) -> Product | None:
@@ -151,10 +165,13 @@ def factors_of(node: fx.Node) -> Product | None:
 
 _RULES: dict[Any, Callable[[fx.Node], Product | None]] = {
     aten.matmul: _matmul,
+    aten.linalg_matmul: _matmul,
     aten.bmm: _matmul,
     aten.mm: _matmul,
     aten.linear: _linear,
-    aten.baddbmm: _baddbmm,
+    aten.inner: _inner,
+    aten.addmm: _addmm,
+    aten.baddbmm: _addmm,
     aten.einsum: _einsum,
     aten.sum: _summed,
 }
