@@ -151,6 +151,12 @@ def subtracted_from_the_mask_with_a_factor(qkv: Tensor) -> Tensor:
     return finish(torch.sub(causal_bias(q), q @ k.mT, alpha=-0.4).softmax(-1), v)
 
 
+@legal("causal")
+def truth_added_with_a_factor(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    return finish(torch.add(q @ k.mT, ~causal_bool(q.size(2)), alpha=-1e9).softmax(-1), v)
+
+
 @legal("full", "dense data bias", "scale -0.5", among=DIRECT)
 def subtracted_from_the_data_with_a_factor(qkv: Tensor) -> Tensor:
     q, k, v = heads_first(qkv)
