@@ -139,6 +139,27 @@ def shared_keys_by_inner(qkv: Tensor) -> Tensor:
     return (torch.inner(q, k) + causal_bias(q)).softmax(-1) @ v
 
 
+@legal("causal", "1 heads")
+def one_head_by_tensordot(qkv: Tensor) -> Tensor:
+    q, k, v = (x[1, :, 0] for x in qkv.unbind(0))
+    s = torch.tensordot(q, k, dims=([1], [1])) + causal_bias(q)
+    return torch.tensordot(s.softmax(-1), v, dims=1)
+
+
+@legal("causal", "4 heads", "1 kv heads", among=DIRECT)
+def shared_keys_by_tensordot(qkv: Tensor) -> Tensor:
+    q, k, v = qkv[0, 1], qkv[1, 1, :, 0], qkv[2, 1, :, 0]
+    s = torch.tensordot(k, q, dims=([-1], [-1])).permute(2, 1, 0)  # [S, T, H] -> [H, T, S]
+    return (s + causal_bias(q.transpose(0, 1))).softmax(-1) @ v
+
+
+@legal("causal")
+def scores_by_vecdot(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    s = torch.linalg.vecdot(q[:, :, :, None], k[:, :, None])
+    return finish(s.masked_fill(~causal_bool(q.size(2)), INF).softmax(-1), v)
+
+
 @legal("causal", "scale 0.4")
 def added_to_the_mask_with_a_factor(qkv: Tensor) -> Tensor:
     q, k, v = heads_first(qkv)
