@@ -66,7 +66,9 @@ def _match_joined(facts: GraphFacts, softmax: Softmax, path: list[fx.Node]) -> M
         match = _match_path(facts, softmax, path, trace)
     except Torn:  # no axes are both what repeated keys are made of and what the weights become
         match = _match_path(facts, softmax, path, as_it_is)
-    return join_terms(facts, match)
+    match = join_terms(facts, match)
+    _check_kept(facts, softmax, match)
+    return match
 
 
 def _widest(found: list[Match]) -> Match:
@@ -180,9 +182,27 @@ def _apply_kept(facts: GraphFacts, scores: Scores, softmax: Softmax, dims: Dims)
     kept = softmax.kept
     if kept is None:
         return
-    for step in scores.steps:
+    step = MaskStep(kept.kind, kept.node, dims, kept.mask, -math.inf, kept.inverted)
+    open_ = kept.kind is MaskKind.KEEP and facts.source(kept.mask) not in Source.BUFFER
+    if open_ and (is_truth(kept.mask) or is_gate(kept.mask)):
+        step = replace(step, logarithm=True)
+    scores.steps.append(step)
+
+
+def _check_kept(facts: GraphFacts, softmax: Softmax, match: Match) -> None:
+    """What is added to the scores is known by now: further products are no masks.
+
+    Raises:
+        Left: exponentials are masked, and the scores by the data before, with a finite number.
+    """
+    kept = softmax.kept
+    if kept is None:
+        return
+    for step in match.steps:
         finite = step.kind is not MaskKind.FILL or step.number != float("-inf")
-        if finite and step.tensor is not None and facts.source(step.tensor) & Source.DATA:
+        if not finite or step.tensor is None or step.node is kept.node:
+            continue
+        if facts.source(step.tensor) & Source.DATA:
             raise Left(
                 ReasonCode.EMPTY_ROW,
                 "scores are masked by data with a finite number, and the weights once more: "
@@ -190,11 +210,6 @@ def _apply_kept(facts: GraphFacts, scores: Scores, softmax: Softmax, dims: Dims)
                 kept.node,
                 "fill the scores with float('-inf') under both masks",
             )
-    step = MaskStep(kept.kind, kept.node, dims, kept.mask, -math.inf, kept.inverted)
-    open_ = kept.kind is MaskKind.KEEP and facts.source(kept.mask) not in Source.BUFFER
-    if open_ and (is_truth(kept.mask) or is_gate(kept.mask)):
-        step = replace(step, logarithm=True)
-    scores.steps.append(step)
 
 
 def _sink(sink: PlacedSink, dims: Dims) -> float | tuple[fx.Node, Dims]:
