@@ -55,10 +55,13 @@ def match_softmax(facts: GraphFacts, softmax: Softmax) -> Match:
             found.append(_match_joined(facts, softmax, path))
         except Left as left:
             reasons.append(left)
-    if found:
-        return _widest(found)
     serious = [r for r in reasons if r.code is not ReasonCode.NOT_ATTENTION]
-    raise (serious or reasons)[0]
+    match = _widest(found) if found else None
+    # A product that hides keys by a huge factor is not what is left where the scores are refused.
+    if match is None or (serious and not is_score_like(match.scale, match.q, match.k)):
+        raise (serious or reasons)[0]
+    _check_kept(facts, softmax, match)
+    return match
 
 
 def _match_joined(facts: GraphFacts, softmax: Softmax, path: list[fx.Node]) -> Match:
@@ -66,9 +69,7 @@ def _match_joined(facts: GraphFacts, softmax: Softmax, path: list[fx.Node]) -> M
         match = _match_path(facts, softmax, path, trace)
     except Torn:  # no axes are both what repeated keys are made of and what the weights become
         match = _match_path(facts, softmax, path, as_it_is)
-    match = join_terms(facts, match)
-    _check_kept(facts, softmax, match)
-    return match
+    return join_terms(facts, match)
 
 
 def _widest(found: list[Match]) -> Match:
