@@ -111,11 +111,13 @@ def _addmm(node: fx.Node) -> Product | None:
     alpha, beta = number(given["alpha"]), number(given["beta"])
     if alpha is None or beta is None:
         return None
-    added, left, right = list(given.values())[:3]
-    n = ("n",) if overload_packet(node) is aten.baddbmm else ()
+    batched = overload_packet(node) is aten.baddbmm
+    left, right = ("batch1", "batch2") if batched else ("mat1", "mat2")
+    n = ("n",) if batched else ()
     labels = ((*n, "i", "c"), (*n, "c", "j"), (*n, "i", "j"))
     # With beta == 0 the summand is ignored, even if it holds NaN.
-    return Product(node, left, right, labels, alpha, added if beta != 0 else None, beta)
+    added = given["self"] if beta != 0 else None
+    return Product(node, given[left], given[right], labels, alpha, added, beta)
 
 
 def _einsum(node: fx.Node) -> Product | None:
