@@ -23,7 +23,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from fxport.capture.emitter import symbolic_tokens
 from fxport.capture.location import is_library
-from fxport.capture.questions import answer, by_shapes, near
+from fxport.capture.questions import answer, by_shapes, near, numbers_in
 from fxport.capture.sample import device_of, take_sample
 from fxport.capture.trace import quiet
 from fxport.capture.unify import NeedsTable, unify
@@ -34,6 +34,7 @@ __all__ = ["Question", "asked_about", "asked_about_rows", "require_every_batch",
 _ROWS = 2
 _EACH = range(1, 17)  # numbers of rows that every question is asked about
 _MOST = 4
+_UNHEARD = ("", 0, "")
 
 
 @dataclass(frozen=True)
@@ -92,18 +93,28 @@ class Heard:
     Attributes:
         rows, tokens: the symbols of B and T.
         whole: whether forward came to its end, without choosing among the tokens.
+        failed: whether it raised: shapes were not enough, and nobody hears what it asks later.
     """
 
     questions: list[Question]
     rows: sympy.Symbol
     tokens: sympy.Symbol
     whole: bool
+    failed: bool
 
 
 def asked_about_rows(model: nn.Module, length: int) -> tuple[list[Question], sympy.Symbol]:
-    """What forward asks about the number of rows, by shapes alone, and the symbol of it."""
+    """What forward asks about the number of rows, by shapes alone, and the symbol of it.
+
+    Where shapes are not enough it may ask later whether there is one row, or how many of the
+    numbers that its code names: these count as asked.
+    """
     heard = asked_about(model, length, [DimDynamic.DYNAMIC, DimDynamic.STATIC])
-    return heard.questions, heard.rows
+    questions = list(heard.questions)
+    if heard.failed:
+        unheard = (1, *(n for n in numbers_in(model, _EACH[-1]) if n != _ROWS))
+        questions += [Question(sympy.Eq(heard.rows, n), _UNHEARD) for n in unheard]
+    return questions, heard.rows
 
 
 def asked_about(model: nn.Module, length: int, sizes: Sequence[DimDynamic]) -> Heard:
@@ -111,12 +122,12 @@ def asked_about(model: nn.Module, length: int, sizes: Sequence[DimDynamic]) -> H
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     ids = torch.zeros(_ROWS, length, dtype=torch.long, device=device_of(model))
     rows, tokens, fake = symbolic_tokens(mode, ids, list(sizes))
-    whole = False
+    whole, failed = False, True
     failing = contextlib.suppress(Exception)  # the samples say why
     with user_questions() as found, by_shapes(model, mode) as selected, failing:
         model(fake)
-        whole = not selected.answered
-    return Heard(found, rows, tokens, whole)
+        whole, failed = not selected.answered, False
+    return Heard(found, rows, tokens, whole, failed)
 
 
 def require_every_batch(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fxport.capture.batches import asked_about_rows
 from fxport.capture.export import capture
 from fxport.errors import PortError, ReasonCode
 from fxport.parallel.api import parallelize_all
@@ -105,3 +106,20 @@ def test_a_loop_over_the_rows_is_not_captured_for_one_number_of_them() -> None:
         capture(_Rows(_one_row))
     (reason,) = refused.value.reasons
     assert reason.location is not None and reason.location.file == __file__
+
+
+class _TakesNumbers(_Asks):
+    """Asks how many rows there are after it took a number that shapes do not tell."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.most = float(self.embed(ids).max())
+        return super().forward(ids)
+
+
+def test_what_is_asked_once_shapes_are_not_enough_counts_as_asked() -> None:
+    """One row, and the numbers that the code names."""
+    questions, rows = asked_about_rows(_TakesNumbers(_one_row), 5)
+    for number in (1, 4):
+        assert any(question.otherwise(rows, number, 2) for question in questions)
+    questions, rows = asked_about_rows(_Asks(torch.add), 5)
+    assert not any(question.otherwise(rows, 1, 2) for question in questions)
