@@ -22,7 +22,7 @@ from fxport.passes.attention_factors import is_gate, is_truth, with_value_scales
 from fxport.passes.attention_frame import frame_of, query_axes
 from fxport.passes.attention_layout import Axis, Dims, LayoutError, axes_of, resolve, resolve_all
 from fxport.passes.attention_paths import Walk, obstacles, paths, product_behind, walk
-from fxport.passes.attention_products import Contraction, as_product, contract
+from fxport.passes.attention_products import Contraction, as_product, contract, sums_products
 from fxport.passes.attention_scores import Scores
 from fxport.passes.attention_site import Left, MaskKind, MaskStep, Match, Shift, Torn
 from fxport.passes.attention_softmax import PlacedSink, Softmax, subtracted_maximum, subtracts_whole
@@ -93,6 +93,12 @@ def _queries_at(match: Match) -> int | None:
 def _no_product(facts: GraphFacts, scores: fx.Node) -> Left:
     """Why no way of known operations leads from a product to the scores."""
     for obstacle in obstacles(scores):
+        if sums_products(obstacle) and len(_data_of(facts, obstacle)) > 1:
+            return Left(
+                ReasonCode.UNSUPPORTED_FEATURE,
+                f"the scores come from `{obstacle.target}`, which is not read as q.k here",
+                obstacle,
+            )
         if any(_of_data(facts, n) for n in product_behind(obstacle)):
             return Left(
                 ReasonCode.UNSUPPORTED_FEATURE,
@@ -102,6 +108,10 @@ def _no_product(facts: GraphFacts, scores: fx.Node) -> Left:
     return Left(
         ReasonCode.NOT_ATTENTION, "this softmax is not over a product of two tensors", scores
     )
+
+
+def _data_of(facts: GraphFacts, node: fx.Node) -> list[fx.Node]:
+    return [n for n in node.all_input_nodes if Source.DATA in facts.source(n)]
 
 
 def _of_data(facts: GraphFacts, node: fx.Node) -> bool:

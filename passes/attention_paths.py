@@ -26,6 +26,7 @@ _MAX_OBSTACLES = 3  # in a row
 PADS = {aten.pad, aten.constant_pad_nd}
 _BINARY = {aten.mul, aten.div, aten.true_divide, aten.add, aten.sub, aten.maximum}
 _UNARY = {aten.tanh, aten.clamp, aten.clamp_min, aten.masked_fill, aten.neg}
+_PARTS = {aten.diagonal, aten.select, aten.slice, aten.narrow}
 _ELEMENTWISE = _BINARY | _UNARY | {aten.where, aten.max}
 
 
@@ -70,8 +71,11 @@ def obstacles(end: fx.Node) -> Iterator[fx.Node]:
 def product_behind(obstacle: fx.Node, depth: int = _MAX_OBSTACLES) -> Iterator[fx.Node]:
     """The products that would be found if this operation, which keeps the shape, were known.
 
-    And others behind it, if there are.
+    And others behind it, if there are; and the product that this operation takes a part of.
     """
+    whole = _whole(obstacle)
+    if as_product(whole) is not None:
+        yield whole
     for given in obstacle.all_input_nodes:
         if _is_score_like(given) and shape_of(given) == shape_of(obstacle):
             found = [path[0] for path in paths(given)]
@@ -79,6 +83,12 @@ def product_behind(obstacle: fx.Node, depth: int = _MAX_OBSTACLES) -> Iterator[f
             if not found and depth > 1:
                 for other in obstacles(given):
                     yield from product_behind(other, depth - 1)
+
+
+def _whole(part: fx.Node) -> fx.Node:
+    while overload_packet(part) in _PARTS:
+        part = part.all_input_nodes[0]
+    return part
 
 
 def _converts(node: fx.Node) -> bool:

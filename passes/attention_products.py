@@ -17,7 +17,7 @@ from fxport.capture.arguments import arguments, shape_of
 from fxport.passes.attention_layout import Dims, Factor, LayoutError, align
 from fxport.passes.attention_views import number, overload_packet
 
-__all__ = ["Contraction", "Product", "as_product", "contract", "factors_of"]
+__all__ = ["Contraction", "Product", "as_product", "contract", "factors_of", "sums_products"]
 
 aten = torch.ops.aten
 
@@ -45,6 +45,12 @@ def as_product(node: fx.Node) -> Product | None:
     """The product that a node computes, or None."""
     rule = _RULES.get(overload_packet(node))
     return rule(node) if rule is not None else None
+
+
+def sums_products(node: fx.Node) -> bool:
+    """Whether a node is a product of tensors summed up, of a kind that has a rule or not."""
+    packet = overload_packet(node)
+    return packet in _UNRULED or (packet in _RULES and packet is not aten.sum)
 
 
 def _names(count: int) -> tuple[str, ...]:
@@ -214,6 +220,8 @@ _RULES: dict[Any, Callable[[fx.Node], Product | None]] = {
     aten.einsum: _einsum,
     aten.sum: _summed,
 }
+
+_UNRULED = {aten.cdist, aten.bilinear, aten.linalg_multi_dot, aten.chain_matmul}
 
 
 @dataclass(frozen=True)

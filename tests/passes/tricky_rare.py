@@ -67,7 +67,21 @@ def last_heads_repeated(qkv: Tensor) -> Tensor:
 # -- left alone ------------------------------------------------------------------------------------
 
 
-@tricky("softmax-is-not-attention")
+@tricky("unsupported-feature")
+def a_part_of_more_products(qkv: Tensor) -> Tensor:
+    """Every head's queries with every head's keys, of which most are dropped."""
+    q, k, v = heads_first(qkv)
+    s = torch.inner(q, k).diagonal(0, 0, 3).diagonal(0, 0, 2).permute(2, 3, 0, 1)
+    return finish(s.softmax(-1), v)
+
+
+@tricky("unsupported-feature")
+def distances(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    return finish((-torch.cdist(q, k)).softmax(-1), v)
+
+
+@tricky("unsupported-feature")
 def einsum_of_three(qkv: Tensor) -> Tensor:
     q, k, v = heads_first(qkv)
     scale = torch.linspace(0.5, 1.0, 4, dtype=q.dtype)
