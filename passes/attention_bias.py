@@ -61,17 +61,14 @@ def emit_dense(emitter: Emitter, plan: MaskPlan, frame: Frame, dtype: torch.dtyp
     for given in plan.dense:
         step = emit_logarithm(emitter, given)
         tensor = _aligned(emitter, step, frame)
-        is_bool = tensor.meta["val"].dtype == torch.bool
-        if step.kind is MaskKind.ADD and not is_bool:
+        if step.kind is MaskKind.ADD:
             added = _plus(emitter, added, _term(emitter, tensor, step.number, dtype))
             may_be_infinite = True
             continue
-        if not is_bool:
+        if tensor.meta["val"].dtype != torch.bool:
             tensor = emitter.call(aten.to.dtype, tensor, torch.bool)
-        # SDPA's bool mask says what is allowed, like an inverted fill.
-        allows = step.inverted or step.kind is MaskKind.ADD
-        mask = emitter.call(aten.logical_not.default, tensor) if allows else tensor
-        if step.kind is MaskKind.ADD or step.number == _MINUS_INF:
+        mask = emitter.call(aten.logical_not.default, tensor) if step.inverted else tensor
+        if step.number == _MINUS_INF:
             infinite = _or(emitter, infinite, mask)
             filled = _and_not(emitter, filled, mask)
         else:

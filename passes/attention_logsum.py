@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from fxport.capture.arguments import arguments, shape_of
-from fxport.passes.attention_layout import Dims, LayoutError, is_one
+from fxport.passes.attention_layout import LayoutError, is_one
 from fxport.passes.attention_quotient import (
     Denominator,
     argument_of,
@@ -19,7 +19,7 @@ from fxport.passes.attention_quotient import (
     power_of,
     reduction_of,
 )
-from fxport.passes.attention_views import moved_input, overload_packet, view_dims
+from fxport.passes.attention_views import overload_packet, unviewed, viewed
 
 __all__ = ["given_back", "log_sum_of"]
 
@@ -30,12 +30,12 @@ _MAX_DEPTH = 8
 
 def log_sum_of(total: fx.Node, scores: fx.Node) -> Denominator | None:
     """The sum that `total` is the logarithm of, if it meets its own scores as they are."""
-    base, views = _unviewed(total)
+    base, views = unviewed(total)
     found = _log_sum(base, scores)
     if found is None:
         return None
     try:
-        found = replace(found, dims=_viewed(views, found.dims), nodes=(*found.nodes, *views))
+        found = replace(found, dims=viewed(views, found.dims), nodes=(*found.nodes, *views))
     except LayoutError:
         return None
     return found if found.in_place else None
@@ -93,11 +93,11 @@ def _subtracted(shifted: fx.Node) -> fx.Node | None:
 
 def _is_same(subtracted: fx.Node, added: fx.Node, under: Denominator) -> bool:
     """Whether what the sum's logarithm is added to is what was subtracted, each in its place."""
-    (base, views), (other, more) = _unviewed(subtracted), _unviewed(added)
+    (base, views), (other, more) = unviewed(subtracted), unviewed(added)
     if base is not other or more or shape_of(added) != _shape_of_sum(under):
         return False
     try:
-        return replace(under, dims=_viewed(views, under.dims)).in_place
+        return replace(under, dims=viewed(views, under.dims)).in_place
     except LayoutError:
         return False
 
@@ -126,17 +126,3 @@ def _between(start: fx.Node, end: fx.Node, depth: int = _MAX_DEPTH) -> tuple[fx.
         return ()
     inner = [n for given in end.all_input_nodes for n in _between(start, given, depth - 1)]
     return (*inner, end) if inner or start in end.all_input_nodes else ()
-
-
-def _unviewed(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
-    views: list[fx.Node] = []
-    while (before := moved_input(node)) is not None:
-        views.insert(0, node)
-        node = before
-    return node, tuple(views)
-
-
-def _viewed(views: tuple[fx.Node, ...], dims: Dims) -> Dims:
-    for view in views:
-        dims = view_dims(view, dims)
-    return dims

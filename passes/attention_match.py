@@ -55,10 +55,13 @@ def match_softmax(facts: GraphFacts, softmax: Softmax) -> Match:
             found.append(_match_joined(facts, softmax, path))
         except Left as left:
             reasons.append(left)
-    if found:
-        return _widest(found)
     serious = [r for r in reasons if r.code is not ReasonCode.NOT_ATTENTION]
-    raise (serious or reasons)[0]
+    match = _widest(found) if found else None
+    # A product that hides keys by a huge factor is not what is left where the scores are refused.
+    if match is None or (serious and not is_score_like(match.scale, match.q, match.k)):
+        raise (serious or reasons)[0]
+    _check_kept(facts, softmax, match)
+    return match
 
 
 def _match_joined(facts: GraphFacts, softmax: Softmax, path: list[fx.Node]) -> Match:
@@ -180,9 +183,27 @@ def _apply_kept(facts: GraphFacts, scores: Scores, softmax: Softmax, dims: Dims)
     kept = softmax.kept
     if kept is None:
         return
-    for step in scores.steps:
+    step = MaskStep(kept.kind, kept.node, dims, kept.mask, -math.inf, kept.inverted)
+    open_ = kept.kind is MaskKind.KEEP and facts.source(kept.mask) not in Source.BUFFER
+    if open_ and (is_truth(kept.mask) or is_gate(kept.mask)):
+        step = replace(step, logarithm=True)
+    scores.steps.append(step)
+
+
+def _check_kept(facts: GraphFacts, softmax: Softmax, match: Match) -> None:
+    """What is added to the scores is known by now: further products are no masks.
+
+    Raises:
+        Left: exponentials are masked, and the scores by the data before, with a finite number.
+    """
+    kept = softmax.kept
+    if kept is None:
+        return
+    for step in match.steps:
         finite = step.kind is not MaskKind.FILL or step.number != float("-inf")
-        if finite and step.tensor is not None and facts.source(step.tensor) & Source.DATA:
+        if not finite or step.tensor is None or step.node is kept.node:
+            continue
+        if facts.source(step.tensor) & Source.DATA:
             raise Left(
                 ReasonCode.EMPTY_ROW,
                 "scores are masked by data with a finite number, and the weights once more: "
@@ -190,11 +211,6 @@ def _apply_kept(facts: GraphFacts, scores: Scores, softmax: Softmax, dims: Dims)
                 kept.node,
                 "fill the scores with float('-inf') under both masks",
             )
-    step = MaskStep(kept.kind, kept.node, dims, kept.mask, -math.inf, kept.inverted)
-    open_ = kept.kind is MaskKind.KEEP and facts.source(kept.mask) not in Source.BUFFER
-    if open_ and (is_truth(kept.mask) or is_gate(kept.mask)):
-        step = replace(step, logarithm=True)
-    scores.steps.append(step)
 
 
 def _sink(sink: PlacedSink, dims: Dims) -> float | tuple[fx.Node, Dims]:

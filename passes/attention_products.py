@@ -29,7 +29,7 @@ class Product:
     Attributes:
         node: the call.
         labels: of left's, right's and the result's dimensions.
-        added: what baddbmm adds, if anything.
+        added: what addmm or baddbmm adds, if anything.
     """
 
     node: fx.Node
@@ -75,15 +75,49 @@ def _linear(node: fx.Node) -> Product | None:
     return Product(node, given["input"], given["weight"], labels)
 
 
-def _baddbmm(node: fx.Node) -> Product | None:
+def _inner(node: fx.Node) -> Product | None:
+    """``[.., i, c] [.., j, c] -> [.., i, .., j]``, every row of one with every row of the other."""
+    given = arguments(node)
+    left, right = given["self"], given["other"]
+    rows, columns = (len(shape_of(x)) - 1 for x in (left, right))
+    if min(rows, columns) < 1:
+        return None
+    names = _names(rows + columns)
+    labels = ((*names[:rows], "c"), (*names[rows:], "c"), names)
+    return Product(node, left, right, labels)
+
+
+_TENSORDOT = ("dims_self", "dims_other")
+
+
+def _tensordot(node: fx.Node) -> Product | None:
+    """Sums over the dimensions of the one and of the other that are named."""
+    given = arguments(node)
+    left, right = given["self"], given["other"]
+    ranks = len(shape_of(left)), len(shape_of(right))
+    summed = [[d % r for d in given[n]] for n, r in zip(_TENSORDOT, ranks, strict=True)]
+    names = _names(sum(ranks))
+    first, second = list(names[: ranks[0]]), list(names[ranks[0] :])
+    for index, (i, j) in enumerate(zip(*summed, strict=True)):
+        first[i] = second[j] = f"c{index}"
+    gone = {f"c{index}" for index in range(len(summed[0]))}
+    result = tuple(name for name in (*first, *second) if name not in gone)
+    return Product(node, left, right, (tuple(first), tuple(second), result)) if gone else None
+
+
+def _addmm(node: fx.Node) -> Product | None:
+    """``addmm`` or ``baddbmm``."""
     given = arguments(node)
     alpha, beta = number(given["alpha"]), number(given["beta"])
     if alpha is None or beta is None:
         return None
-    labels = (("n", "i", "c"), ("n", "c", "j"), ("n", "i", "j"))
+    batched = overload_packet(node) is aten.baddbmm
+    left, right = ("batch1", "batch2") if batched else ("mat1", "mat2")
+    n = ("n",) if batched else ()
+    labels = ((*n, "i", "c"), (*n, "c", "j"), (*n, "i", "j"))
     # With beta == 0 the summand is ignored, even if it holds NaN.
     added = given["self"] if beta != 0 else None
-    return Product(node, given["batch1"], given["batch2"], labels, alpha, added, beta)
+    return Product(node, given[left], given[right], labels, alpha, added, beta)
 
 
 def _einsum(node: fx.Node) -> Product | None:
@@ -129,10 +163,27 @@ def _summed(node: fx.Node) -> Product | None:
     if not all(isinstance(x.meta["val"], torch.Tensor) for x in (left, right)):
         return None
     dtypes = {x.meta["val"].dtype for x in (left, right, node)}
-    names = _names(len(shape_of(factors)))
-    if len(dtypes) != 1 or len(names) < 3:
+    rank = len(shape_of(factors))
+    return _entry_by_entry(node, left, right, rank, dims[0]) if len(dtypes) == 1 else None
+
+
+def _vecdot(node: fx.Node) -> Product | None:
+    given = arguments(node)
+    left, right = given["x"], given["y"]
+    if left is right or left.meta["val"].is_complex() or right.meta["val"].is_complex():
         return None
-    gone = dims[0] % len(names)
+    rank = max(len(shape_of(left)), len(shape_of(right)))
+    return _entry_by_entry(node, left, right, rank, given["dim"])
+
+
+def _entry_by_entry(
+    node: fx.Node, left: fx.Node, right: fx.Node, rank: int, along: int
+) -> Product | None:
+    """The product of broadcast factors, summed along one of its `rank` dimensions."""
+    names = _names(rank)
+    if rank < 3:
+        return None
+    gone = along % rank
     labels = (
         names[len(names) - len(shape_of(left)) :],
         names[len(names) - len(shape_of(right)) :],
@@ -151,10 +202,15 @@ def factors_of(node: fx.Node) -> Product | None:
 
 _RULES: dict[Any, Callable[[fx.Node], Product | None]] = {
     aten.matmul: _matmul,
+    aten.linalg_matmul: _matmul,
     aten.bmm: _matmul,
     aten.mm: _matmul,
     aten.linear: _linear,
-    aten.baddbmm: _baddbmm,
+    aten.inner: _inner,
+    aten.tensordot: _tensordot,
+    aten.linalg_vecdot: _vecdot,
+    aten.addmm: _addmm,
+    aten.baddbmm: _addmm,
     aten.einsum: _einsum,
     aten.sum: _summed,
 }

@@ -20,7 +20,14 @@ from fxport.capture.memory import Memory
 from fxport.passes.attention_layout import Dims, LayoutError, fresh_dims, resolve
 from fxport.passes.attention_products import as_product
 from fxport.passes.attention_site import MaskKind
-from fxport.passes.attention_views import moved_input, number, overload_packet, view_dims
+from fxport.passes.attention_views import (
+    moved_input,
+    number,
+    overload_packet,
+    unviewed,
+    view_dims,
+    viewed,
+)
 
 __all__ = [
     "Denominator",
@@ -262,12 +269,10 @@ def _sum_of(node: fx.Node) -> Denominator | None:
         added = filled_with(other) if isinstance(other, fx.Node) else number(other)
         if added is not None and 0 < added < math.inf:
             return replace(found, nodes=(*found.nodes, node), sink=math.log(added))
-        exponent = argument_of(other, aten.exp)
-        if exponent is not None and isinstance(other, fx.Node):
-            sink, maximum, nodes = _sink_in(exponent, found.dims)
-            return replace(
-                found, nodes=(*found.nodes, *nodes, other, node), sink=sink, maximum=maximum
-            )
+        placed = _exponential_beside(other, found.dims) if isinstance(other, fx.Node) else None
+        if placed is not None:
+            sink, maximum, nodes = placed
+            return replace(found, nodes=(*found.nodes, *nodes, node), sink=sink, maximum=maximum)
     return None
 
 
@@ -277,6 +282,33 @@ def _viewed(view: fx.Node, found: Denominator | None) -> Denominator | None:
     except LayoutError:
         return None
     return None if found is None else replace(found, dims=dims, nodes=(*found.nodes, view))
+
+
+def _exponential_beside(
+    other: fx.Node, dims: Dims
+) -> tuple[Sink, fx.Node | None, tuple[fx.Node, ...]] | None:
+    """(sink, m, nodes) of an exponential that is added to a sum of dimensions `dims`.
+
+    ``exp(sink).view(1, -1, 1, 1)`` is that of a sink whose own dimension is the sum's second.
+    """
+    power, views = unviewed(other)
+    exponent = argument_of(power, aten.exp)
+    if exponent is None:
+        return None
+    if not views:
+        sink, maximum, nodes = _sink_in(exponent, dims)
+        return sink, maximum, (*nodes, other)
+    own = fresh_dims(shape_of(exponent), exponent)
+    try:
+        seen = viewed(views, own)
+    except LayoutError:
+        return None
+    missing = len(dims) - len(seen)
+    if missing < 0 or any(sum(resolve(d) == resolve(s) for s in seen) != 1 for d in own if d):
+        return None
+    meets = [resolve(s) for s in seen]
+    sink_dims = tuple(dims[missing + meets.index(resolve(d))] if d else () for d in own)
+    return (exponent, sink_dims), None, (power, *views)
 
 
 def _sink_in(exponent: fx.Node, dims: Dims) -> tuple[Sink, fx.Node | None, tuple[fx.Node, ...]]:
@@ -300,10 +332,7 @@ def argument_of(node: object, packet: object) -> fx.Node | None:
 
 def reduction_of(node: fx.Node, packet: object) -> Denominator | None:
     """A reduction over one dimension, in whatever layout."""
-    views = [node]
-    while (before := moved_input(views[0])) is not None:
-        views.insert(0, before)
-    total = views[0]
+    total, views = unviewed(node)
     by_ones = packet is aten.sum and as_product(total) is not None
     if overload_packet(total) is not packet and not by_ones and not _is_norm(total, packet):
         return None
@@ -312,11 +341,9 @@ def reduction_of(node: fx.Node, packet: object) -> Denominator | None:
         return None
     summed, dim, of, rest = reduced
     try:
-        for view in views[1:]:
-            rest = view_dims(view, rest)
+        return Denominator(summed, dim, (total, *views), of, viewed(views, rest))
     except LayoutError:
         return None
-    return Denominator(summed, dim, tuple(views), of, rest)
 
 
 _Reduced: TypeAlias = tuple[fx.Node, int, Dims, Dims]  # what, along, its dimensions, the result's

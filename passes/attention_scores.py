@@ -52,7 +52,7 @@ class Scores:
         self.read: list[fx.Node] = []
 
     def add_initial(self, node: fx.Node, added: fx.Node, beta: float, dims: Dims) -> None:
-        """What baddbmm adds."""
+        """What addmm or baddbmm adds."""
         self.steps.append(MaskStep(MaskKind.ADD, node, dims, added, beta))
 
     def apply(self, node: fx.Node, carrier: fx.Node, dims: Dims) -> None:
@@ -233,19 +233,16 @@ class Scores:
             raise Left(ReasonCode.UNSUPPORTED_FEATURE, "the scores are added to themselves", node)
         if first is carrier:
             self._add_bias(node, second, alpha)
-        elif alpha == 1:
-            self._add_bias(node, first, 1.0)
         else:
-            raise Left(ReasonCode.UNSUPPORTED_FEATURE, "the scores are added with a factor", node)
+            self._added_to(node, first, alpha)
 
     def _subtract(self, node: fx.Node, carrier: fx.Node) -> None:
         first, second = node.args[0], node.args[1]
         alpha = self.constant(arguments(node).get("alpha", 1))
-        if first is not carrier and second is carrier and alpha == 1:
-            self.scale_by(node, -1.0)
-            self._add_bias(node, first, 1.0)
+        if first is not carrier and second is carrier and alpha is not None:
+            self._added_to(node, first, -alpha)
             return
-        if first is not carrier or alpha is None or (alpha != 1 and second is carrier):
+        if first is not carrier or second is carrier or alpha is None:
             raise Left(ReasonCode.UNSUPPORTED_FEATURE, "the scores are subtracted here", node)
         # x - amax(x) over the keys: the softmax stays the same.
         maximum = isinstance(second, fx.Node) and bool(subtracted_maximum(node))
@@ -253,6 +250,12 @@ class Scores:
             self._add_bias(node, second, -alpha)
         else:
             self.shift = node
+
+    def _added_to(self, node: fx.Node, bias: Any, factor: float) -> None:
+        """``bias + factor * scores``"""
+        if factor != 1:
+            self.scale_by(node, factor)
+        self._add_bias(node, bias, 1.0)
 
     def _add_bias(self, node: fx.Node, bias: Any, coefficient: float) -> None:
         if self.sinks is not None:

@@ -114,8 +114,11 @@ def _size(dim: tuple[Factor, ...]) -> object:
 def _masks(node: fx.Node, scores: Dims) -> tuple[MaskStep, ...]:
     given = arguments(node)
     steps: list[MaskStep] = []
-    if given.get("attn_mask") is not None:
-        steps.append(MaskStep(MaskKind.ADD, node, scores, given["attn_mask"]))
+    mask = given.get("attn_mask")
+    if mask is not None and mask.meta["val"].dtype == torch.bool:  # True: may be seen
+        steps.append(MaskStep(MaskKind.FILL, node, scores, mask, -math.inf, inverted=True))
+    elif mask is not None:
+        steps.append(MaskStep(MaskKind.ADD, node, scores, mask))
     if given.get("is_causal"):
         steps.append(MaskStep(MaskKind.CAUSAL, node, scores))
     return tuple(steps)

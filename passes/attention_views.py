@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,9 @@ __all__ = [
     "moved_input",
     "number",
     "overload_packet",
+    "unviewed",
     "view_dims",
+    "viewed",
 ]
 
 aten = torch.ops.aten
@@ -104,6 +106,26 @@ def view_dims(node: fx.Node, dims: Dims) -> Dims:
     if packet in _SAME or packet in CASTS:
         return dims
     return _RULES[packet](node, dims)
+
+
+def unviewed(node: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]]:
+    """What a value is in another layout of, and the operations that lay it out, first to last."""
+    views: list[fx.Node] = []
+    while (before := moved_input(node)) is not None:
+        views.insert(0, node)
+        node = before
+    return node, tuple(views)
+
+
+def viewed(views: Iterable[fx.Node], dims: Dims) -> Dims:
+    """Dimensions after layout operations.
+
+    Raises:
+        LayoutError: as of `view_dims`.
+    """
+    for view in views:
+        dims = view_dims(view, dims)
+    return dims
 
 
 def _transpose(node: fx.Node, dims: Dims) -> Dims:

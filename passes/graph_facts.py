@@ -248,7 +248,7 @@ def _aliases(value: fx.Node) -> set[fx.Node]:
     pending = [value]
     while pending:
         node = pending.pop()
-        if node in seen:
+        if node in seen or is_symbolic(node):  # a size that views are made with is no memory
             continue
         seen.add(node)
         if _may_alias_input(node):

@@ -342,8 +342,6 @@ def joint_effect(
             zeroed = zeroed | (value == 0)
             if bool((zeroed & ~allowed).any()) or bias is not None:
                 return None
-        elif value is not None and value.dtype == torch.bool:  # SDPA's: True may be seen
-            allowed = allowed & value
         else:
             assert value is not None
             added = value.double() * step.number

@@ -204,6 +204,16 @@ def _timed(
     return [variant, time_ms, median, f"{value:.4f}", f"{peak:.1f}", f"{first:.0f}"]
 
 
+def _forget_graphs() -> None:
+    """NCCL gives up a communicator only after the CUDA graphs that hold its kernels."""
+    from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+    torch._dynamo.reset()
+    reset_cudagraph_trees()
+    gc.collect()
+    torch.cuda.synchronize()
+
+
 def _all_reduce_gbs(device: torch.device) -> float:
     """Bus bandwidth of an all-reduce of 256 MiB, GB/s."""
     value = torch.ones(2**27, dtype=torch.bfloat16, device=device)
@@ -258,6 +268,7 @@ def main(sizes: str, batch: int, length: int, variants: str, check: bool) -> Non
     say(f"{ranks} x {torch.cuda.get_device_name()}, torch {torch.__version__}")
     for size in filter(None, sizes.split(",")):
         _speeds(size, batch, length, variants.split(","), say)
+    _forget_graphs()
     dist.destroy_process_group()
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import json
 import math
 import os
@@ -37,6 +38,7 @@ import torch
 import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from fxport.backends.dynamo import vllm_generic
@@ -68,12 +70,14 @@ class Alone:
     Attributes:
         peak_mib: the peak of a step, once compiled.
         kept_mib: what compilation leaves behind, in `peak_mib` too: code, guards, arenas.
+        tensors_mib: the peak of a step's tensors alone, by PyTorch's own count.
         whole_mib: the peak of everything, compilation included.
         compile_s: CPU seconds of the first step beyond a later one.
     """
 
     peak_mib: float
     kept_mib: float
+    tensors_mib: float
     whole_mib: float
     compile_s: float
 
@@ -181,7 +185,8 @@ def measure_alone(variant: str, setting: Setting, steps: int) -> Alone:
     kept = _held_mib() - before
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     later = statistics.median(_cpu_seconds(step) for _ in range(steps))
-    return Alone(_peak_mib() - before, kept, whole - before, first - later)
+    peak = _peak_mib()
+    return Alone(peak - before, kept, _tensors_mib(step), whole - before, first - later)
 
 
 def measure_together(variants: Sequence[str], setting: Setting, rounds: int) -> dict[str, Times]:
@@ -197,6 +202,15 @@ def measure_together(variants: Sequence[str], setting: Setting, rounds: int) -> 
             times[variant].cpu.append(_cpu_seconds(step))
             times[variant].wall.append(time.perf_counter() - start)
     return times
+
+
+def _tensors_mib(step: Callable[[], object]) -> float:
+    """The most that tensors made in a step take at once."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = (e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return max(itertools.accumulate(changes, initial=0)) / 2**20
 
 
 def _cpu_seconds(step: Callable[[], object]) -> float:
@@ -260,16 +274,16 @@ def table(results: Sequence[tuple[Setting, str, Alone | None, Times | None]]) ->
             row += [_ms(mine.cpu), _median_ratio(mine.cpu, against.cpu)]
         own, least = alone.get((setting, variant)), alone.get((setting, _BOUND))
         if own is not None:
-            floor = least or Alone(0.0, 0.0, 0.0, 0.0)
-            step, least_step = (a.peak_mib - a.kept_mib for a in (own, floor))
+            floor = least or Alone(0.0, 0.0, 0.0, 0.0, 0.0)
             row += [round(own.peak_mib), _ratio(own.peak_mib, floor.peak_mib)]
-            row += [round(step, 1), _ratio(step, least_step)]
+            row += [round(own.kept_mib, 1), round(own.tensors_mib, 1)]
+            row.append(_ratio(own.tensors_mib, floor.tensors_mib))
             row += [round(own.whole_mib), _ratio(own.whole_mib, floor.whole_mib)]
             row.append(round(own.compile_s, 1))
         rows.append(row)
     headers = (
         *("mode", "T", "variant", "wall ms", "x bound", "CPU ms", "x bound"),
-        *("peak MiB", "x bound", "step alone", "x bound"),
+        *("peak MiB", "x bound", "of that kept", "tensors MiB", "x bound"),
         *("with compiling", "x bound", "compile CPU s"),
     )
     return tabulate(rows, headers=headers, tablefmt="github")

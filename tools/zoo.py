@@ -219,7 +219,7 @@ _JUDGES: dict[str, Callable[[str, str], Result]] = {
 }
 
 
-@click.command(help=__doc__)
+@click.command(help=(__doc__ or "").replace("\n\n    ", "\n\n\b\n    "))  # lines as they are
 @click.option("--families", default="", help="Comma-separated, or a..m; all by default.")
 @click.option("--port-only", "what", flag_value="port", help="Without the engine.")
 @click.option("--ranks", "what", flag_value="ranks", help="Divided over ranks, with gradients.")

@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic
 
 from fxport.capture.arguments import arguments, shape_of
 from fxport.capture.batches import asked_about
-from fxport.capture.clone import clone_for_capture
+from fxport.capture.clone import clone_for_capture, take_modes
 from fxport.capture.export import ready
 from fxport.capture.location import location_at, user_location
 from fxport.errors import Location
@@ -24,14 +24,19 @@ _USUAL = 5
 _BOTH = (DimDynamic.DYNAMIC, DimDynamic.DYNAMIC)
 
 
-def line_about_one(model: nn.Module, captured: fx.GraphModule | None = None) -> Location | None:
+def line_about_one(
+    model: nn.Module, captured: fx.GraphModule | None = None, *, own_modes: bool = False
+) -> Location | None:
     """The first such line; None where there is none to be seen.
 
     Args:
         captured: the graph of the model, where squeezes are not shown to be harmless.
+        own_modes: in the modes that its modules are in, instead of eval mode.
     """
     clone = clone_for_capture(model)
     ready(clone)
+    if own_modes:
+        take_modes(clone, model)
     heard = asked_about(clone, _USUAL, _BOTH)
     for question in heard.questions:
         if any(question.otherwise(size, 1, _USUAL) for size in (heard.rows, heard.tokens)):

@@ -83,7 +83,8 @@ def weight_tile(
     else:
         s, tanh = score_tile(qk, bias, i, j, scale, softcap, slope, q_offset, SOFTCAP, ALIBI, BIAS)
         if FLOAT_BIAS & BIAS:
-            s = tl.minimum(s - norm - rest, 0.0) * LOG2E  # p <= 1, whatever the rounding
+            # one multiply-add; p <= 1, whatever the rounding
+            s = tl.minimum((s - norm) * LOG2E - rest, 0.0)
         else:
             s -= norm
         p = tl.exp2(s)

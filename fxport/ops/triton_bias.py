@@ -48,10 +48,10 @@ def exact_norm_kernel(
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, SINKS: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Splits lse where it is too large to say what the weights are: ``p = exp(s - norm - rest)``.
+    """Splits lse where it is too large to say what the weights are: ``exp(s - norm) / 2**rest``.
 
     In a row whose scores are all finfo.min the weights are 1 / n each, but lse has rounded log(n)
-    away. For such rows norm becomes the largest score and rest the log of the sum, made again from
+    away. For such rows norm becomes the largest score and rest the log2 of the sum, made again from
     the scores; for all others rest is zero. Grid as in forward, over whole lines.
     """
     lines = tl.num_programs(0) // (line_length // BLOCK_M)
@@ -101,7 +101,7 @@ def exact_norm_kernel(
             total = total * shrink + tl.sum(tl.exp2((s - base[:, None]) * LOG2E), 1)
             peak = new_peak
         norm = tl.where(large, peak, norm)
-        rest = tl.where(large, tl.log(tl.maximum(total, 1.0)), 0.0)
+        rest = tl.where(large, tl.log2(tl.maximum(total, 1.0)), 0.0)
     tl.store(norm_ptr + at, norm)
     tl.store(rest_ptr + at, rest)
 

@@ -68,6 +68,7 @@ def parallelize_all(model: nn.Module, contexts: Sequence[ParallelContext]) -> li
         As `parallelize`.
     """
     from fxport.capture.clone import uncompiled
+    from fxport.parallel.modes import in_eval_mode, in_training_mode
     from fxport.parallel.ones import smallest_sizes
     from fxport.passes.tensor_parallel.build import prepare
     from fxport.passes.tensor_parallel.checkpoints import require_plain_checkpoints
@@ -79,7 +80,10 @@ def parallelize_all(model: nn.Module, contexts: Sequence[ParallelContext]) -> li
     require_plain_checkpoints(prepared.graph.graph)
     differs = _training_differs(model, prepared)
     evaluating = prepared if differs is None else _evaluating(model, prepared)
-    smallest = smallest_sizes(model, evaluating)
+    used = [in_eval_mode(model)]
+    if model.training or differs is None:  # else it may be used in eval mode alone
+        used.append(in_training_mode(model))
+    smallest = smallest_sizes(used, evaluating)
     if model.training and differs is not None:
         _require_dropout_only(prepared, evaluating, differs)
     modules = [_divided(prepared, ctx, smallest) for ctx in contexts]

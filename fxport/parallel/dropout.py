@@ -8,17 +8,21 @@ every rank masks its part as one rank would.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NoReturn
+from contextlib import ExitStack
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxport.errors import FxportError
 from fxport.ops.dropout import keep_scale, philox, threshold
 from fxport.parallel.context import ParallelContext
 
-__all__ = ["AttentionRate", "EvalOnly", "KeyedDropout", "StepSeed"]
+__all__ = ["AttentionRate", "EvalOnly", "KeyedDropout", "StepSeed", "WithoutDropout"]
 
+aten = torch.ops.aten
 _LOW = 0xFFFFFFFF
 
 
@@ -109,3 +113,30 @@ class EvalOnly(nn.Module):
             f"this model was divided in eval mode, but {self.why} in training mode: "
             "call fxport.parallelize(model.train(), ctx)"
         )
+
+
+class WithoutDropout(TorchDispatchMode):
+    """A Bernoulli draw gives its mean, so inverted dropout keeps its input as it is.
+
+    All that is random otherwise (`torch.rand(...) < p`) stays random.
+    """
+
+    def __enter__(self) -> WithoutDropout:
+        self._kernels = ExitStack()
+        # flash kernels draw by themselves; this one is made of operations
+        self._kernels.enter_context(sdpa_kernel(SDPBackend.MATH))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._kernels.close()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is aten.bernoulli_.float:
+            drawn, *given = args
+            return drawn.fill_(given[0] if given else 0.5)
+        if func is aten.native_dropout.default:
+            value = args[0]
+            return value.clone(), torch.ones_like(value, dtype=torch.bool)
+        return func(*args, **(kwargs or {}))

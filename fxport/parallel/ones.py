@@ -8,7 +8,7 @@ library does with a 1 by itself (`squeeze`), nobody sees: numbers tell.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from fxport.backends.torch import relative_error
 from fxport.capture.arguments import arguments
-from fxport.capture.clone import clone_to_run, spread_constants
+from fxport.capture.clone import clone_to_run, spread_constants, take_modes
 from fxport.capture.export import Captured
 from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.location import forward_line
@@ -24,6 +24,7 @@ from fxport.capture.one import line_about_one
 from fxport.capture.outputs import plain
 from fxport.capture.sample import device_of
 from fxport.errors import Location, Reason, ReasonCode
+from fxport.parallel.dropout import WithoutDropout
 from fxport.parallel.sizes import Smallest
 
 if TYPE_CHECKING:
@@ -37,21 +38,40 @@ _ROUNDING, _EPSILONS = 16.0, 64.0
 _DRAWS = 3
 
 
-def smallest_sizes(model: nn.Module, prepared: Prepared) -> Smallest:
-    """Whether the graph is shown to be `model` for one token and for one row, too.
+def smallest_sizes(models: Sequence[nn.Module], prepared: Prepared) -> Smallest:
+    """Whether the graph is shown to be the model for one token and for one row, too.
 
     Args:
-        model: in any mode; a copy in eval mode is run.
-        prepared: of `model` in eval mode.
+        models: the model in eval mode, and in every other mode in which its graph is to be used;
+            there dropout is left out.
+        prepared: of the model in eval mode.
     """
     if any(p.is_meta for p in prepared.captured.parameters.values()):
-        return _without_numbers(model, prepared.captured)
-    both = _Both(model, prepared)
-    found = ((n, both.compare(_ROWS, n)) for n in _TOKENS)
-    tokens, usual = next((pair for pair in found if pair[1] is not None), (0, None))
-    if usual is None:
-        return _not_compared("forward fails on random token ids", forward_line(model))
-    bound = max(_ROUNDING * usual.error, _EPSILONS * torch.finfo(usual.dtype).eps)
+        found = [_without_numbers(model, prepared.captured) for model in models]
+    else:
+        found = _by_numbers(models, prepared)
+    rows, tokens = max(f.rows for f in found), max(f.tokens for f in found)
+    return Smallest(rows, tokens, next((f.reason for f in found if f.reason is not None), None))
+
+
+def _by_numbers(models: Sequence[nn.Module], prepared: Prepared) -> list[Smallest]:
+    pairs = [_Both(model, prepared) for model in models]
+    tokens = next((n for n in _TOKENS if pairs[0].compare(_ROWS, n) is not None), None)
+    if tokens is None:
+        return [_not_compared("forward fails on random token ids", forward_line(models[0]))]
+    evaluating = pairs[0].compare(_ROWS, tokens)
+    assert evaluating is not None
+    bound = max(_ROUNDING * evaluating.error, _EPSILONS * torch.finfo(evaluating.dtype).eps)
+    return [_smallest(both, prepared.captured, tokens, bound) for both in pairs]
+
+
+def _smallest(both: _Both, captured: Captured, tokens: int, bound: float) -> Smallest:
+    """In one mode, where numbers closer than `bound` are the same."""
+    model = both.original
+    usual = both.compare(_ROWS, tokens)
+    if usual is None or (both.training and not usual.error <= bound):
+        why = "in training mode it differs by more than what dropout does"
+        return _not_compared(why, forward_line(model))
 
     def differs(rows: int, length: int) -> bool:
         # Rounding may choose other experts; another path differs for all tokens.
@@ -62,12 +82,13 @@ def smallest_sizes(model: nn.Module, prepared: Prepared) -> Smallest:
     one_token = differs(_ROWS, 1) or (not one_row and differs(1, 1))
     if not one_row and not one_token:
         return Smallest(1, 1)
-    line = line_about_one(model, prepared.captured.graph) or forward_line(model)
-    return Smallest(1 + one_row, 1 + one_token, _reason(one_row, one_token, line))
+    line = line_about_one(model, captured.graph, own_modes=True) or forward_line(model)
+    return Smallest(1 + one_row, 1 + one_token, _reason(one_row, one_token, both.training, line))
 
 
-def _reason(one_row: bool, one_token: bool, line: Location | None) -> Reason:
+def _reason(one_row: bool, one_token: bool, training: bool, line: Location | None) -> Reason:
     what = " and ".join(["one row"] * one_row + ["one token"] * one_token)
+    what += " in training mode" if training else ""
     return Reason(
         ReasonCode.DEPENDS_ON_LENGTH if one_token else ReasonCode.DEPENDS_ON_BATCH,
         f"forward gives other numbers or gradients for {what} than its graph of all other sizes",
@@ -78,7 +99,7 @@ def _reason(one_row: bool, one_token: bool, line: Location | None) -> Reason:
 
 def _without_numbers(model: nn.Module, captured: Captured) -> Smallest:
     """For parameters on the meta device."""
-    line = line_about_one(model, captured.graph)
+    line = line_about_one(model, captured.graph, own_modes=True)
     if line is None:
         return Smallest(1, 1)
     return _not_compared("parameters on the meta device have no numbers", line)
@@ -108,7 +129,10 @@ class _Both:
     """The model, and the graph of it, on the same parameters."""
 
     def __init__(self, model: nn.Module, prepared: Prepared) -> None:
-        self.model, self.graph = clone_to_run(model), prepared.graph
+        self.original, self.graph = model, prepared.graph
+        self.model = clone_to_run(model)
+        take_modes(self.model, model)
+        self.training = any(module.training for module in model.modules())
         spread_constants(self.model)
         self.parameters = dict(self.model.named_parameters())
         # Ids that every table of tokens has.
@@ -122,7 +146,8 @@ class _Both:
         ids = ids.to(device_of(self.model))
         with torch.enable_grad():
             try:
-                result = plain(self.model(ids))
+                with WithoutDropout():
+                    result = plain(self.model(ids))
             except Exception:
                 return None
             try:

@@ -128,3 +128,55 @@ def test_a_shortcut_for_one_token_that_computes_the_same(change: Change) -> None
         ids = torch.randint(0, _VOCAB, (rows, tokens))
         for found in contexts[0].group.run(lambda rank, ids=ids: ranks[rank](ids)):
             torch.testing.assert_close(found, model(ids))
+
+
+def _in_training_mode(step: nn.Module, x: Tensor) -> Tensor:
+    return x + step(x) if step.training and x.shape[1] == 1 else x
+
+
+def _rows_in_training_mode(step: nn.Module, x: Tensor) -> Tensor:
+    return x.detach() if step.training and int(x.shape[0]) == 1 else x
+
+
+class Dropped(Changed):
+    """The same with dropout, of values and of weights."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = nn.functional.dropout(self.embed(ids), 0.3, self.training)
+        p = 0.2 if self.training else 0.0
+        sdpa = nn.functional.scaled_dot_product_attention
+        x = x + sdpa(*(layer(x)[:, None] for layer in self.layers[:3]), dropout_p=p)[:, 0]
+        return self.head(self.change(self.step, x))
+
+
+@pytest.mark.parametrize("kind", [Changed, Dropped])
+def test_one_token_that_differs_in_training_mode_alone(kind: type[Changed]) -> None:
+    found = _smallest(randomised(kind(_in_training_mode)).train())
+    assert (found.rows, found.tokens) == (1, 2)
+    assert found.reason is not None and "one token in training mode" in found.reason.message
+    assert found.reason.location is not None
+    assert found.reason.location.function == "_in_training_mode"
+    evaluating = fxport.parallelize(randomised(kind(_in_training_mode)), ParallelContext(0, 1))
+    if kind is Dropped:  # cannot be put into training mode
+        assert not hasattr(evaluating, "fxport_sizes")
+    else:
+        assert evaluating.get_submodule("fxport_sizes").smallest == found
+    with torch.device("meta"):
+        unknown = kind(_in_training_mode).train()
+    assert _smallest(unknown).tokens == 2
+
+
+def test_one_row_that_differs_in_training_mode_alone() -> None:
+    model = randomised(Changed(_rows_in_training_mode))
+    evaluating = fxport.parallelize(model, ParallelContext(0, 1))
+    with pytest.raises(FxportError, match="in training mode"):
+        evaluating.train()
+    with pytest.raises(FxportError, match="batch of 1"):
+        fxport.parallelize(model.train(), ParallelContext(0, 1))
+
+
+def test_dropout_alone_is_no_difference() -> None:
+    for training in (True, False):
+        model = randomised(Dropped(lambda step, x: x)).train(training)
+        rank = fxport.parallelize(model, ParallelContext(0, 1))
+        assert not hasattr(rank, "fxport_sizes")

@@ -92,6 +92,14 @@ def weights_gated_and_renormalised(qkv: Tensor) -> Tensor:
     return finish(w / w.sum(-1, keepdim=True), v)
 
 
+@legal("causal", "dense data bias")
+def weights_of_two_products_gated_and_renormalised(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    s = q @ k.mT * 0.5 + q.sin() @ k[:, :1].cos().mT
+    w = causal(s).softmax(-1) * torch.sigmoid(gate(qkv))
+    return finish(w / w.sum(-1, keepdim=True), v)
+
+
 @legal("causal", "dense data bias", among=DIRECT)
 def exponentials_times_powers(qkv: Tensor) -> Tensor:
     q, k, v = heads_first(qkv)

@@ -87,6 +87,21 @@ def sink_beside_the_sum_without_kept_dimension(qkv: Tensor, sink: Tensor) -> Ten
     return finish(e / (e.sum(-1) + torch.exp(sink)).unsqueeze(-1), v)
 
 
+@legal("causal", "sinks", parameters=(parameter(4),))
+def sink_laid_out_after_its_exponential(qkv: Tensor, sink: Tensor) -> Tensor:
+    s, v = causal_scores(qkv)
+    e = torch.exp(s)
+    return finish(e / (e.sum(-1, keepdim=True) + sink.exp().view(1, -1, 1, 1)), v)
+
+
+@legal("causal", "sinks", parameters=(parameter(1, 4),), among=DIRECT)
+def sink_expanded_after_its_exponential(qkv: Tensor, sink: Tensor) -> Tensor:
+    s, v = causal_scores(qkv)
+    e = torch.exp(s)
+    beside = sink.exp().mT[..., None].expand(e.size(0), -1, e.size(2), 1)
+    return merged((e @ v) / (beside + e.sum(-1, keepdim=True)))
+
+
 # -- ones ------------------------------------------------------------------------------------------
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from spellings_base import causal_bool, finish, heads_first, legal, parameter
+from spellings_base import DIRECT, causal_bool, finish, heads_first, legal, parameter
 from torch import Tensor
 
 INF = float("-inf")
@@ -99,6 +99,101 @@ def both_by_elementwise_products(qkv: Tensor) -> Tensor:
     return (w[..., None] * v[:, :, None]).sum(3).transpose(1, 2).flatten(2)
 
 
+def causal_bias(like: Tensor) -> Tensor:
+    return torch.full((like.size(-2), like.size(-2)), INF, dtype=like.dtype).triu(1)
+
+
+@legal("causal", "1 heads", "scale 0.3")
+def one_head_after_the_other_by_addmm(qkv: Tensor) -> Tensor:
+    outputs = []
+    for head in range(3):
+        q, k, v = (x[0, :, head] for x in qkv.unbind(0))
+        s = torch.addmm(causal_bias(q), q, k.t(), alpha=0.3)
+        outputs.append(torch.mm(s.softmax(-1), v))
+    return torch.stack(outputs)
+
+
+@legal("causal", "1 heads", "dense learned bias", parameters=(parameter(16),), among=DIRECT)
+def addmm_of_a_bias_for_each_key(qkv: Tensor, bias: Tensor) -> Tensor:
+    q, k, v = (x[0, :, 0] for x in qkv.unbind(0))
+    s = torch.addmm(bias[: q.size(0)], q, k.t(), beta=2)
+    return torch.mm(s.masked_fill(~causal_bool(q.size(0)), INF).softmax(-1), v)
+
+
+@legal("full", "1 heads", among=DIRECT)
+def addmm_that_ignores_what_it_adds(qkv: Tensor) -> Tensor:
+    q, k, v = (x[0, :, 0] for x in qkv.unbind(0))
+    ignored = torch.full((q.size(0), q.size(0)), float("nan"), dtype=q.dtype)
+    return torch.mm(torch.addmm(ignored, q, k.t(), beta=0).softmax(-1), v)
+
+
+@legal("causal", "1 heads")
+def one_head_by_inner(qkv: Tensor) -> Tensor:
+    q, k, v = (x[1, :, 0] for x in qkv.unbind(0))
+    return (torch.inner(q, k) + causal_bias(q)).softmax(-1) @ v
+
+
+@legal("causal", "4 heads", "1 kv heads", among=DIRECT)
+def shared_keys_by_inner(qkv: Tensor) -> Tensor:
+    q, k, v = qkv[0, 1].transpose(0, 1), qkv[1, 1, :, 0], qkv[2, 1, :, 0]
+    return (torch.inner(q, k) + causal_bias(q)).softmax(-1) @ v
+
+
+@legal("causal", "1 heads")
+def one_head_by_tensordot(qkv: Tensor) -> Tensor:
+    q, k, v = (x[1, :, 0] for x in qkv.unbind(0))
+    s = torch.tensordot(q, k, dims=([1], [1])) + causal_bias(q)
+    return torch.tensordot(s.softmax(-1), v, dims=1)
+
+
+@legal("causal", "4 heads", "1 kv heads", among=DIRECT)
+def shared_keys_by_tensordot(qkv: Tensor) -> Tensor:
+    q, k, v = qkv[0, 1], qkv[1, 1, :, 0], qkv[2, 1, :, 0]
+    s = torch.tensordot(k, q, dims=([-1], [-1])).permute(2, 1, 0)  # [S, T, H] -> [H, T, S]
+    return (s + causal_bias(q.transpose(0, 1))).softmax(-1) @ v
+
+
+@legal("causal")
+def scores_by_vecdot(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    s = torch.linalg.vecdot(q[:, :, :, None], k[:, :, None])
+    return finish(s.masked_fill(~causal_bool(q.size(2)), INF).softmax(-1), v)
+
+
+@legal("causal", "scale 0.4")
+def added_to_the_mask_with_a_factor(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    return finish(torch.add(causal_bias(q), q @ k.mT, alpha=0.4).softmax(-1), v)
+
+
+@legal("causal", "scale 0.4", among=DIRECT)
+def subtracted_from_the_mask_with_a_factor(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    return finish(torch.sub(causal_bias(q), q @ k.mT, alpha=-0.4).softmax(-1), v)
+
+
+@legal("causal")
+def truth_added_with_a_factor(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    return finish(torch.add(q @ k.mT, ~causal_bool(q.size(2)), alpha=-1e9).softmax(-1), v)
+
+
+@legal("full", "dense data bias", "scale -0.5", among=DIRECT)
+def subtracted_from_the_data_with_a_factor(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    bias = q.sum(-1, keepdim=True) * k.sum(-1)[:, :, None]
+    return finish(torch.sub(bias, q @ k.mT, alpha=0.5).softmax(-1), v)
+
+
+@legal("full", "scale 0.25", "learned", parameters=(parameter(16),), among=DIRECT)
+def added_with_a_factor_after_a_bias(qkv: Tensor, bias: Tensor) -> Tensor:
+    """The factor is on the first bias as well."""
+    q, k, v = heads_first(qkv)
+    bias = bias[: q.size(2)]
+    s = torch.add(bias, q @ k.mT * 0.5 + bias.sin(), alpha=0.5)
+    return finish(s.softmax(-1), v)
+
+
 # -- softmax ---------------------------------------------------------------------------------------
 
 
@@ -150,3 +245,16 @@ def squared_distances(qkv: Tensor) -> Tensor:
     mirrored = (k * k).sum(-1)[..., None, :] - distances
     s = mirrored.masked_fill(~causal_bool(q.size(2)), float("-inf"))
     return finish(s.softmax(-1), v)
+
+
+# -- what is written into other values -------------------------------------------------------------
+
+
+@legal("causal")
+def result_written_into_afterwards(qkv: Tensor) -> Tensor:
+    """Views of what is written into, and those of q, k and v, are made with the same sizes."""
+    q, k, v = (x.reshape(*x.shape[:2], -1, x.size(-1)).transpose(1, 2) for x in qkv.unbind(0))
+    s = (q @ k.transpose(-1, -2)).masked_fill(~causal_bool(q.size(2)), INF)
+    out = (s.softmax(-1) @ v).clone()
+    out[:, :, 0] = 0
+    return out.transpose(1, 2).reshape(q.size(0), q.size(2), -1)

@@ -60,8 +60,8 @@ def may_be_refused(recipe: Recipe, lengths: list[int]) -> bool:
         return True
     if recipe.fill != float("-inf") and (dense or recipe.use == "renormalised"):
         return True  # what the data add may be as low as the fill
-    if recipe.use == "renormalised" and recipe.second != "none":
-        return True  # a product that is added is not told from a mask of the data there
+    if recipe.use == "renormalised" and dense:
+        return True  # what is gathered from a product is not told from a mask of the data there
     if recipe.pattern == "none":
         return False
     if not recipe.dynamic:

@@ -59,6 +59,31 @@ def sink_for_every_query(qkv: Tensor) -> Tensor:
     return finish(e / (e.sum(-1, keepdim=True) + torch.exp(sink)), v)
 
 
+@tricky("unsupported-feature", among=DIRECT)
+def sink_laid_out_for_every_query(qkv: Tensor) -> Tensor:
+    """As many queries as heads in some runs: the place decides, not the size."""
+    s, v = causal_scores(qkv[:, :, :4])
+    e = torch.exp(s)
+    sink = torch.linspace(-1, 1, 4, dtype=s.dtype).exp()[:, None]
+    return finish(e / (e.sum(-1, keepdim=True) + sink), v)
+
+
+@tricky("", among=DIRECT)
+def sink_laid_out_for_every_key(qkv: Tensor) -> Tensor:
+    s, v = causal_scores(qkv[:, :, :4])
+    e = torch.exp(s)
+    sink = torch.linspace(-1, 1, 4, dtype=s.dtype).exp().view(1, 1, 1, 4)
+    return finish(e / (e.sum(-1, keepdim=True) + sink), v)
+
+
+@tricky("order-of-operations", among=DIRECT)
+def sink_laid_out_beside_shifted_exponentials(qkv: Tensor) -> Tensor:
+    s, v = causal_scores(qkv)
+    sink = torch.linspace(-1, 1, 4, dtype=s.dtype)
+    e = torch.exp(s - s.amax(-1, keepdim=True))
+    return finish(e / (e.sum(-1, keepdim=True) + sink.exp().view(1, -1, 1, 1)), v)
+
+
 @tricky("order-of-operations", among=DIRECT)
 def sink_not_shifted_with_the_scores(qkv: Tensor) -> Tensor:
     s, v = causal_scores(qkv)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from spellings_base import causal_bool, finish, heads_first, parameter
 from torch import Tensor
-from tricky_spellings import tricky
+from tricky_spellings import DIRECT, tricky
 
 INF = float("-inf")
 
@@ -176,11 +176,34 @@ def masked_and_then_subtracted(qkv: Tensor) -> Tensor:
     return finish((q.sum(-1, keepdim=True) - s).softmax(-1), v)
 
 
-@tricky("unsupported-feature")
-def subtracted_with_a_factor(qkv: Tensor) -> Tensor:
+@tricky("order-of-operations")
+def clamped_and_then_added_with_a_negative_factor(qkv: Tensor) -> Tensor:
     q, k, v = heads_first(qkv)
-    bias = q.sum(-1, keepdim=True) * k.sum(-1)[:, :, None]
-    return finish(torch.sub(bias, q @ k.mT, alpha=0.5).softmax(-1), v)
+    s = (q @ k.mT).clamp(min=-1e9)
+    return finish(torch.add(q.sum(-1, keepdim=True), s, alpha=-0.5).softmax(-1), v)
+
+
+@tricky()
+def mask_that_the_factor_makes_weak(qkv: Tensor) -> Tensor:
+    """The factor is on the mask as well."""
+    q, k, v = heads_first(qkv)
+    s = q @ k.mT + torch.full((q.size(2), q.size(2)), -2e4, dtype=q.dtype).triu(1)
+    return finish(torch.add(k.sum(-1)[:, :, None], s, alpha=1e-4).softmax(-1), v)
+
+
+@tricky()
+def values_added_to_their_product(qkv: Tensor) -> Tensor:
+    """What `addmm` adds is no part of the product with the values."""
+    q, k, v = (x[0, :, 0] for x in qkv.unbind(0))
+    return torch.addmm(v, (q @ k.t()).softmax(-1), v)
+
+
+@tricky("attention-weights-used-elsewhere", among=DIRECT)
+def every_row_with_the_keys_of_every_head(qkv: Tensor) -> Tensor:
+    """`inner` of tensors with heads; the scores of one head are then cut out."""
+    q, k, v = (x[0, :, :2].transpose(0, 1) for x in qkv.unbind(0))
+    s = torch.inner(q, k).softmax(-1)  # [Hq, T, Hk, T]
+    return s[:, :, 0] @ v + s[:, :, 1].tanh() @ v
 
 
 @tricky("unsupported-feature")

@@ -150,6 +150,27 @@ def weak_mask(qkv: Tensor) -> Tensor:
     return finish(s.softmax(-1), v)
 
 
+@tricky()
+def truth_added(qkv: Tensor) -> Tensor:
+    """A frequent slip: True adds 1, and forbids nothing."""
+    q, k, v = heads_first(qkv)
+    return finish((q @ k.mT + causal_bool(q.size(2))).softmax(-1), v)
+
+
+@tricky()
+def truth_of_the_data_added(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    return finish((q @ k.mT + (k[..., 0] > 0).unsqueeze(-2)).softmax(-1), v)
+
+
+@tricky()
+def truth_added_after_a_mask(qkv: Tensor) -> Tensor:
+    i, j = positions(qkv)
+    q, k, v = heads_first(qkv)
+    s = (q @ k.mT).masked_fill(j > i + 2, float("-inf"))
+    return finish(torch.add(j <= i, s).softmax(-1), v)
+
+
 @tricky("unsupported-feature")
 def weak_fill(qkv: Tensor) -> Tensor:
     i, j = positions(qkv)

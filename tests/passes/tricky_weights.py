@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from spellings_base import causal_bool, finish, heads_first
 from torch import Tensor
-from tricky_spellings import tricky
+from tricky_spellings import DIRECT, tricky
 
 INF = float("-inf")
 
@@ -65,3 +65,12 @@ def nan_of_others_replaced(qkv: Tensor) -> Tensor:
     w, v = causal_weights(qkv)
     other = causal_weights(qkv.flip(2))[0]
     return finish(torch.where(torch.isnan(w), 0.0, other), v) + finish(w, v)
+
+
+@tricky("fully-masked-row", among=DIRECT)
+def masked_by_a_huge_product_and_again(qkv: Tensor) -> Tensor:
+    """The second product is a mask of the data, not the scores that the first is added to."""
+    q, k, v = heads_first(qkv)
+    both = (q[..., :1] > 0).to(q.dtype) @ (k[..., :1] > 0).to(q.dtype).mT
+    w = (q @ k.mT - both * 1e9).softmax(-1) * causal_bool(q.size(2))
+    return finish(w / w.sum(-1, keepdim=True), v)
