@@ -5,7 +5,7 @@
     for expert in hit.nonzero(): ...     every expert, one after the other
     for expert in chosen.unique(): ...   again
     y[mask] += f(x[mask])                through rows: index and index_put by integers
-    order = chosen.argsort()             see `fxport.capture.expert_order`
+    order = chosen.argsort()             see `fxport.capture.expert_sorts`
 
 The same forward is traced again with other answers; `fxport.capture.skips` compares the graphs.
 """
@@ -23,8 +23,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.overrides import TorchFunctionMode
 
-from fxport.capture.expert_counts import counts_of
-from fxport.capture.expert_order import ExpertOrder, Orders
+from fxport.capture.expert_sorts import SORTS, SortedExperts
 from fxport.capture.location import asks_for_zero
 from fxport.capture.mask_facts import (
     Emptiness,
@@ -35,7 +34,7 @@ from fxport.capture.mask_facts import (
     rows_source,
     values_of,
 )
-from fxport.capture.run_lengths import NumbersTaken, run_lengths
+from fxport.capture.run_lengths import NumbersTaken
 
 __all__ = ["Empties", "NumbersTaken", "Selections", "is_marker", "marked"]
 
@@ -45,7 +44,6 @@ _MARK = "fxport question "
 _NONZERO = (torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere)
 _UNIQUE = (torch.unique, Tensor.unique)
 _NUMBERS = (Tensor.item, Tensor.__int__, Tensor.__index__)
-_SORTS = (torch.argsort, Tensor.argsort, torch.sort, Tensor.sort)
 
 
 def is_marker(node: fx.Node) -> bool:
@@ -78,9 +76,7 @@ class Selections(TorchFunctionMode):
         self._known: dict[int, tuple[Tensor, int]] = {}
         self._hits: dict[int, tuple[Tensor, Tensor]] = {}
         self._classes: dict[int, tuple[Tensor, list[int]]] = {}  # what `unique` gave
-        self._orders = Orders(self._ask_lengths, self._where)
-        # Entries of counts: the entry, the counts, which one.
-        self._entries: dict[int, tuple[Tensor, Tensor, int]] = {}
+        self._sorts = SortedExperts(_node, self._number_of, self._is_empty, self._rows)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -88,11 +84,10 @@ class Selections(TorchFunctionMode):
         kwargs = kwargs or {}
         if get_proxy_mode() is None or not args:
             return func(*args, **kwargs)
-        sorted_rows = self._orders.call(func, args, kwargs)
-        if sorted_rows is not NotImplemented or not isinstance(args[0], Tensor):
-            return func(*args, **kwargs) if sorted_rows is NotImplemented else sorted_rows
-        handler = self._handler(func, args, kwargs)
-        found = NotImplemented if handler is None else handler(*args, **kwargs)
+        found = self._sorts.call(func, args, kwargs)
+        if found is NotImplemented and isinstance(args[0], Tensor):
+            handler = self._handler(func, args, kwargs)
+            found = NotImplemented if handler is None else handler(*args, **kwargs)
         return func(*args, **kwargs) if found is NotImplemented else found
 
     def _handler(
@@ -107,9 +102,9 @@ class Selections(TorchFunctionMode):
         if func in _NUMBERS:
             return self._number
         if func is Tensor.numpy:
-            return self._numpy
-        if func in _SORTS:
-            return functools.partial(self._sort, func)
+            return self._sorts.numpy
+        if func in SORTS:
+            return functools.partial(self._sorts.sort, func)
         handlers: dict[Any, Callable[..., Any]] = {
             Tensor.__bool__: self._bool,
             Tensor.unbind: self._iterate,  # what a loop over a tensor calls
@@ -126,9 +121,12 @@ class Selections(TorchFunctionMode):
 
     def _is_empty(self, asked: Emptiness, witness: Tensor) -> bool:
         """The answer to a question; `witness` marks it in the graph."""
-        number = self._numbers.setdefault(asked, len(self._numbers))
+        number = self._number_of(asked)
         torch.ops.aten._assert_async.msg(witness, f"{_MARK}{number}")
         return self._empty(number)
+
+    def _number_of(self, asked: Emptiness) -> int:
+        return self._numbers.setdefault(asked, len(self._numbers))
 
     def _bool(self, tensor: Tensor) -> Any:
         if id(tensor) in self._known:
@@ -147,7 +145,7 @@ class Selections(TorchFunctionMode):
             return self._known[id(tensor)][1]
         if tensor.dtype == torch.bool:
             return self._bool(tensor)
-        if (number := self._entry(tensor)) is not NotImplemented:
+        if (number := self._sorts.number(tensor)) is not NotImplemented:
             return number
         node = _node(tensor)
         asked = emptiness(node) if node is not None else None
@@ -161,18 +159,14 @@ class Selections(TorchFunctionMode):
 
     def _counts(self, tensor: Tensor) -> Any:
         """How often each class occurs, one by one: a known number of them."""
+        if (entries := self._sorts.unbound(tensor)) is not NotImplemented:
+            return entries
         node = _node(tensor)
         size = class_count(node) if node is not None and tensor.dim() == 1 else None
-        runs = self._numbers_of(tensor)
-        if runs is not None and tensor.shape[0] == len(runs):
-            size = len(runs)
         if size is None:
             return NotImplemented
         torch._check(tensor.shape[0] == size)
-        entries = tuple(tensor.select(0, i) for i in range(size))
-        if runs is not None:
-            self._entries.update((id(e), (e, tensor, i)) for i, e in enumerate(entries))
-        return entries
+        return tuple(tensor.select(0, i) for i in range(size))
 
     def _length(self, tensor: Tensor) -> Any:
         """``len(rows) > 0`` where a comparison with 0, or a truth value, is all that follows."""
@@ -233,64 +227,6 @@ class Selections(TorchFunctionMode):
             return tensor == self._known[id(other)][1]
         return NotImplemented
 
-    # --- tokens in the order of their experts ----------------------------------------------------
-
-    def _sort(self, func: Any, chosen: Tensor, dim: int = -1, **options: Any) -> Any:
-        node = _node(chosen)
-        experts = None if node is None else index_bound(values_of(node))
-        ascending = dim in (-1, 0) and not options.get("descending", False)
-        if experts is None or chosen.dim() != 1 or not ascending:
-            return NotImplemented
-        result = func(chosen, dim=dim, **options)
-        order = ExpertOrder(chosen, chosen._version, experts)
-        self._orders.note(result if isinstance(result, Tensor) else result[1], order)
-        return result
-
-    def _ask_lengths(self, order: ExpertOrder) -> None:
-        """Asks which experts got slots; all slots went to somebody."""
-        empty: list[bool] = []
-        for expert in range(order.experts):
-            mask = order.chosen == expert
-            node = _node(mask)
-            asked = None if node is None else emptiness(node)
-            if node is None or asked is None:
-                raise NumbersTaken
-            # Questions have the same numbers whatever the answers are.
-            self._numbers.setdefault(asked, len(self._numbers))
-            nobody_else = all(empty) and expert == order.experts - 1
-            empty.append(not nobody_else and self._is_empty(asked, mask))
-            if not empty[-1]:
-                order.rows[expert] = self._rows(mask, node)[0]
-        order.lengths = run_lengths(empty, order.slots)
-
-    def _numbers_of(self, tensor: Tensor) -> list[Any] | None:
-        """What each expert got, or where its run ends, if tokens are sorted by what is counted."""
-        node = _node(tensor)
-        sorts = node is not None and tensor.dim() == 1 and bool(self._orders.known())
-        counts = counts_of(node) if sorts and node is not None else None
-        for order in () if counts is None else self._orders.known():
-            of = _node(order.chosen)
-            if of is not None and values_of(of) is counts.values:
-                lengths = self._orders.lengths(order)
-                return list(itertools.accumulate(lengths) if counts.ends else lengths)
-        return None
-
-    def _entry(self, tensor: Tensor) -> Any:
-        """One of those numbers."""
-        source = self._entries.get(id(tensor))
-        found = None if source is None else self._numbers_of(source[1])
-        return NotImplemented if found is None or source is None else found[source[2]]
-
-    def _numpy(self, tensor: Tensor, **_: Any) -> Any:
-        found = self._numbers_of(tensor)
-        if found is None:
-            raise NumbersTaken
-        import numpy
-
-        numbers = numpy.empty(len(found), dtype=object)
-        numbers[:] = found
-        return numbers
-
     # --- selections ------------------------------------------------------------------------------
 
     def _where(self, mask: Tensor) -> Any:
@@ -300,6 +236,7 @@ class Selections(TorchFunctionMode):
         asked = emptiness(node)
         if asked is None or asked.class_axis is not None:
             return NotImplemented
+        self._sorts.selects(node)
         if self._is_empty(asked, mask):
             return tuple(_no_rows(mask) for _ in range(mask.dim()))
         return self._rows(mask, node)
@@ -330,10 +267,8 @@ class Selections(TorchFunctionMode):
     def _get(self, tensor: Tensor, index: Any) -> Any:
         if id(tensor) in self._known and isinstance(index, int) and tensor.dim() == 1:
             return self._constant(tensor, self._known[id(tensor)][1])
-        if type(index) is int and (runs := self._numbers_of(tensor)) is not None:
-            entry = tensor[index]
-            self._entries[id(entry)] = (entry, tensor, index)
-            return entry if -len(runs) <= index < len(runs) else NotImplemented
+        if type(index) is int and tensor.dim() == 1:
+            return self._sorts.entry(tensor, index)
         by_rows = self._by_rows(index)
         return NotImplemented if by_rows is None else tensor[by_rows]
 
