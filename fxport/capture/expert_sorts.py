@@ -161,7 +161,8 @@ class SortedExperts:
 
     def _ask_lengths(self, order: ExpertOrder) -> None:
         """Asks which experts got slots; all slots went to somebody."""
-        of, empty = self._node(order.chosen), []
+        empty: list[bool] = []
+        of = self._node(order.chosen)
         assert of is not None
         for expert in range(order.experts):
             mask = order.chosen == expert

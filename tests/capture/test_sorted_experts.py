@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor, nn
 
 import fxport
 from fxport.backends.torch import PackedModel
@@ -11,9 +15,9 @@ from fxport.capture.export import capture
 from fxport.capture.run_lengths import NumbersTaken, run_between, run_lengths
 from fxport.errors import PortError
 from fxport.passes.serving import lower_for_serving
-from tests.zoo.awkward import LIMIT, VOCAB
+from tests.zoo.awkward import LIMIT, VOCAB, WIDTH
 from tests.zoo.experts import decoder
-from tests.zoo.sorted_experts import MIXING, sorted_experts
+from tests.zoo.sorted_experts import EXACT, MIXING, sorted_experts
 
 
 def test_the_port_is_the_model() -> None:
@@ -32,12 +36,28 @@ def test_the_port_is_the_model() -> None:
 
 @pytest.mark.parametrize("name", MIXING)
 def test_twins_are_refused(name: str) -> None:
-    with pytest.raises(PortError):
+    """At the line that mixes tokens, or that takes what nobody can know."""
+    with pytest.raises(PortError) as refused:
         lower_for_serving(capture(decoder(MIXING[name], layers=1).eval()), None)
+    lines = [reason.location.source for reason in refused.value.reasons if reason.location]
+    assert any(line.endswith("# refused") for line in lines), lines
+
+
+@pytest.mark.parametrize("made", [*EXACT.values(), *MIXING.values()])
+def test_models_run(made: Callable[[], nn.Module]) -> None:
+    """A twin that is no model proves nothing."""
+    torch.manual_seed(3)
+    block = made()
+    with torch.no_grad():
+        assert block(torch.randn(2, 37, WIDTH)).shape == (2, 37, WIDTH)
+
+
+def _lengths(*empty: bool) -> tuple[Any, ...]:
+    return run_lengths(empty, 30, "one")
 
 
 def test_sums_of_run_lengths() -> None:
-    one, two, three = run_lengths([False, False, False], 30)
+    one, two, three = _lengths(False, False, False)
     assert one + two + three == 30
     assert 30 - (one + two) - three == 0
     assert (one + two > one) and (one != one + two) and one != 0
@@ -46,19 +66,35 @@ def test_sums_of_run_lengths() -> None:
     assert run_between(0, one + two, (one, two, three)) is None
 
 
+def test_run_lengths_of_another_order_say_nothing() -> None:
+    mine = _lengths(False, False)
+    other = run_lengths([False, False], 30, "other")
+    assert run_between(other[0], other[0] + other[1], mine) is None
+    assert run_between(0, other[0], mine) is None
+    for ask in (lambda: mine[0] == other[0], lambda: mine[0] + other[1]):
+        with pytest.raises(NumbersTaken):
+            ask()
+
+
 @pytest.mark.parametrize(
     "ask",
     [
         lambda n: n[0] > n[1],
         lambda n: n[0] > 1,
         lambda n: n[0] == 5,
+        lambda n: n[0] + 1,
+        lambda n: n[0] * 2,
+        lambda n: n[0] / 2,
+        lambda n: n[0] // 2,
+        lambda n: -n[0],
         lambda n: int(n[0]),
         lambda n: [1][n[0]],
         lambda n: range(n[0]),
         lambda n: {n[0]},
         lambda n: f"{n[0]}",
+        lambda n: n[0] * Tensor([1.0]),
     ],
 )
-def test_what_run_lengths_do_not_tell_is_not_answered(ask: object) -> None:
+def test_what_run_lengths_do_not_tell_is_not_answered(ask: Any) -> None:
     with pytest.raises(NumbersTaken):
-        ask(run_lengths([False, True, False], 30)[::2])  # type: ignore[operator]
+        ask(_lengths(False, True, False)[::2])
