@@ -26,7 +26,7 @@ from fxport.capture.location import line_of_user
 from fxport.capture.mask_facts import Emptiness, emptiness, index_bound, rows_source, values_of
 from fxport.capture.run_lengths import NumbersTaken, RunLength, run_lengths
 from fxport.capture.unwritten import mark_unwritten
-from fxport.errors import PortError, Reason, ReasonCode
+from fxport.errors import Location, PortError, Reason, ReasonCode
 
 __all__ = ["SORTS", "SortedExperts"]
 
@@ -54,6 +54,8 @@ class SortedExperts:
         self._labels = Labels(self._ask_lengths, self._where)
         # Entries of counts: the entry, the counts, which one.
         self._entries: dict[int, tuple[Tensor, Tensor, int]] = {}
+        # What sorted tensors were computed to in a way that is not understood, and where.
+        self._lost: dict[int, tuple[Tensor, Location | None]] = {}
         self._by_mask: set[fx.Node] = set()
         self._unstable: set[fx.Node] = set()
 
@@ -65,8 +67,7 @@ class SortedExperts:
         if func in expert_back.JOINS:
             return expert_back.join(labels, func, args, kwargs)
         if func is Tensor.__getitem__:
-            known = labels.of(args[0]) or labels.of(args[1])
-            return expert_runs.index(labels, *args) if known else NotImplemented
+            return self._index(*args)
         if func is Tensor.__setitem__:
             return expert_back.put(labels, *args)
         given = [labels.of(a) for a in (*args, *kwargs.values())]
@@ -86,6 +87,34 @@ class SortedExperts:
         if func in expert_rows.DIVIDES:
             return expert_rows.divide(first, labels, func, args, kwargs)
         return expert_rows.keep_rows(labels, func, first, args, kwargs)
+
+    def _index(self, tensor: Tensor, at: Any) -> Any:
+        known = self._labels.of(tensor) or self._labels.of(at)
+        found = expert_runs.index(self._labels, tensor, at) if known else NotImplemented
+        ends = (at.start, at.stop) if isinstance(at, slice) else ()
+        if found is NotImplemented and any(isinstance(end, RunLength) for end in ends):
+            raise PortError([self._not_runs(tensor)])
+        return found
+
+    def follow(self, args: tuple[Any, ...], result: Any) -> None:
+        """Notes a call that was left as it is."""
+        if not self._labels.orders or not isinstance(result, Tensor):
+            return
+        for arg in args:
+            if id(arg) in self._lost and isinstance(arg, Tensor):
+                self._lost[id(result)] = (result, self._lost[id(arg)][1])
+                return
+        if any(self._labels.of(arg) for arg in args):
+            self._lost[id(result)] = (result, line_of_user(sys._getframe()))
+
+    def _not_runs(self, tensor: Tensor) -> Reason:
+        return Reason(
+            ReasonCode.MIXES_TOKENS,
+            "tokens sorted by their expert are not known to stay one row each, in their places, "
+            "and the runs of the experts are cut out of the result",
+            self._lost.get(id(tensor), (None, line_of_user(sys._getframe())))[1],
+            "compute on the run of each expert alone",
+        )
 
     def sort(self, func: Any, chosen: Tensor, *args: Any, **kwargs: Any) -> Any:
         """``chosen.argsort()``, ascending, of the one axis."""

@@ -88,7 +88,11 @@ class Selections(TorchFunctionMode):
         if found is NotImplemented and isinstance(args[0], Tensor):
             handler = self._handler(func, args, kwargs)
             found = NotImplemented if handler is None else handler(*args, **kwargs)
-        return func(*args, **kwargs) if found is NotImplemented else found
+        if found is not NotImplemented:
+            return found
+        result = func(*args, **kwargs)
+        self._sorts.follow(args, result)
+        return result
 
     def _handler(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
