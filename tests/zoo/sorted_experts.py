@@ -168,7 +168,7 @@ class OthersWeights(Joined):
 
     def back(self, outs: Tensor, order: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         new = torch.empty_like(outs)
-        new[order] = outs * weights.view(-1, 1)  # refused
+        new[order] = outs * weights.view(-1, 1)
         return new.view(*chosen.shape, -1).sum(dim=1)
 
 
@@ -178,7 +178,7 @@ class OtherOrdersWeights(Joined):
     def back(self, outs: Tensor, order: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         other = (EXPERTS - 1 - chosen).view(-1).argsort()
         new = torch.empty_like(outs)
-        new[order] = outs * weights.view(-1)[other].view(-1, 1)  # refused
+        new[order] = outs * weights.view(-1)[other].view(-1, 1)
         return new.view(*chosen.shape, -1).sum(dim=1)
 
 
@@ -186,14 +186,14 @@ class RowsOfOthers(Joined):
     """The rows are put back where the order does not say."""
 
     def back(self, outs: Tensor, order: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        return super().back(outs, order.flip(0), weights, chosen)  # refused
+        return super().back(outs, order.flip(0), weights, chosen)
 
 
 class NotInverted(Joined):
     """The rows are taken by the order again, not by its inverse."""
 
     def back(self, outs: Tensor, order: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        by_slot = outs[order].view(*chosen.shape, -1)  # refused
+        by_slot = outs[order].view(*chosen.shape, -1)
         return (by_slot * weights.unsqueeze(dim=-1)).sum(dim=1)
 
 
@@ -201,7 +201,7 @@ class Descending(Joined):
     """The last expert comes first, but runs are counted from the first."""
 
     def sort(self, chosen: Tensor) -> Tensor:
-        return torch.sort(chosen.view(-1), -1, True)[1]  # refused
+        return torch.sort(chosen.view(-1), -1, True)[1]
 
 
 class Narrowed(Joined):
@@ -347,6 +347,15 @@ MIXING: dict[str, Callable[[], nn.Module]] = {
     "how many entries": HowManyEntries,
     "run of run": RunOfRun,
     "by mask": ByMask,
+}
+# Where these are refused; the others at the line that is marked.
+SORTED, COUNTED = "return chosen.view(-1).argsort()", "return counts.cpu().numpy()"
+ELSEWHERE = {
+    "others' weights": SORTED,
+    "other order's weights": SORTED,
+    "rows of others": SORTED,
+    "not inverted": SORTED,
+    "descending": COUNTED,
 }
 
 
