@@ -23,7 +23,7 @@ from fxport.capture import expert_back, expert_rows, expert_runs
 from fxport.capture.expert_counts import Counts, counts_of, holds
 from fxport.capture.expert_order import ExpertOrder, Labels
 from fxport.capture.location import line_of_user
-from fxport.capture.mask_facts import Emptiness, emptiness, index_bound, rows_source, values_of
+from fxport.capture.mask_facts import Emptiness, emptiness, index_bound, values_of
 from fxport.capture.run_lengths import NumbersTaken, RunLength, run_lengths
 from fxport.capture.unwritten import mark_unwritten
 from fxport.errors import Location, PortError, Reason, ReasonCode
@@ -56,8 +56,8 @@ class SortedExperts:
         self._entries: dict[int, tuple[Tensor, Tensor, int]] = {}
         # What sorted tensors were computed to in a way that is not understood, and where.
         self._lost: dict[int, tuple[Tensor, Location | None]] = {}
-        self._by_mask: set[fx.Node] = set()
-        self._unstable: set[fx.Node] = set()
+        self._by_mask: set[Emptiness] = set()
+        self._unstable: set[Emptiness] = set()
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of a call on sorted tensors; `NotImplemented` leaves it as it is."""
@@ -204,7 +204,7 @@ class SortedExperts:
             empty.append(not nobody_else and self._is_empty(asked, mask))
             if not empty[-1]:
                 order.rows[expert] = self._rows(mask, node)[0]
-                self._sorted_by(order, node)
+                self._sorted_by(order, asked)
         order.lengths = run_lengths(empty, order.slots, values_of(of))
 
     def _where(self, mask: Tensor) -> tuple[Tensor, ...]:
@@ -215,14 +215,14 @@ class SortedExperts:
 
     # --- ties ------------------------------------------------------------------------------------
 
-    def selects(self, mask: fx.Node) -> None:
+    def selects(self, mask: Emptiness) -> None:
         """Notes that forward itself asks where a mask holds."""
-        self._by_mask.add(rows_source(mask))
+        self._by_mask.add(mask)
         self._require_stable()
 
-    def _sorted_by(self, order: ExpertOrder, mask: fx.Node) -> None:
+    def _sorted_by(self, order: ExpertOrder, mask: Emptiness) -> None:
         if not order.stable:
-            self._unstable.add(rows_source(mask))
+            self._unstable.add(mask)
             self._require_stable()
 
     def _require_stable(self) -> None:

@@ -240,7 +240,7 @@ class Selections(TorchFunctionMode):
         asked = emptiness(node)
         if asked is None or asked.class_axis is not None:
             return NotImplemented
-        self._sorts.selects(node)
+        self._sorts.selects(asked)
         if self._is_empty(asked, mask):
             return tuple(_no_rows(mask) for _ in range(mask.dim()))
         return self._rows(mask, node)

@@ -96,7 +96,7 @@ class Scattered(Routed):
             if start == end:
                 continue
             token = self.cut(tokens, start, end)
-            out = self.out(i, x, gates, token, order[start:end])
+            out = self.out(i, x, gates, token, self.cut(order, start, end))
             y.scatter_add_(0, token.view(-1, 1).repeat(1, x.shape[-1]), out)
         return y
 
@@ -301,22 +301,24 @@ class HowManyEntries(Joined):
 class RunOfRun(Scattered):
     """A run is cut again: of the second expert's, nothing may be left."""
 
-    def out(self, i: int, x: Tensor, gates: Tensor, token: Tensor, slots: Tensor) -> Tensor:
-        return self.experts[i](x[token]) * gates[slots[: len(token)]]
-
     def cut(self, tokens: Tensor, start: int, end: int) -> Tensor:
         return tokens[start:end][start:end]  # refused
 
 
-class ByMask(Scattered):
-    """Tokens by a sort that may leave those of one expert in any order, weights by a mask."""
+class ByMask(Joined):
+    """Rows by a sort that may leave those of an expert in any order, and by a mask."""
 
     def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        self.flat = chosen.view(-1)
+        self.slots, self.flat = x.repeat_interleave(CHOSEN, 0), chosen.view(-1)
         return super().mix(x, weights, chosen)
 
-    def out(self, i: int, x: Tensor, gates: Tensor, token: Tensor, slots: Tensor) -> Tensor:
-        return self.experts[i](x[token]) * gates[torch.where(self.flat == i)[0]]  # refused
+    def sort(self, chosen: Tensor) -> Tensor:
+        self.order = chosen.view(-1).argsort()
+        return self.order
+
+    def run(self, i: int, rows: Tensor, start: int, end: int) -> Tensor:
+        mine = self.slots[self.order[start:end]]
+        return self.experts[i](mine) + self.slots[torch.where(self.flat == i)[0]]  # refused
 
 
 EXACT: dict[str, Callable[[], nn.Module]] = {
