@@ -63,7 +63,7 @@ def _is_mark(node: fx.Node) -> bool:
 
 
 def _origin(node: fx.Node) -> set[fx.Node]:
-    """A node and what it is computed from: up to what has several results, or none of it."""
+    """A node and what it is computed from, but for sizes: up to what has several results."""
     found: set[fx.Node] = set()
     pending = [node]
     while pending:
@@ -73,7 +73,7 @@ def _origin(node: fx.Node) -> set[fx.Node]:
         found.add(at)
         made = getattr(at.target, "overloadpacket", None) in _FACTORIES
         if at.target is not operator.getitem and not made:
-            pending += at.all_input_nodes
+            pending += [i for i in at.all_input_nodes if isinstance(i.meta.get("val"), Tensor)]
     return found
 
 
