@@ -15,16 +15,18 @@ from fxport.capture.export import capture
 from fxport.capture.run_lengths import NumbersTaken, run_between, run_lengths
 from fxport.errors import PortError
 from fxport.passes.serving import lower_for_serving
-from tests.zoo.awkward import LIMIT, VOCAB, WIDTH
+from tests.zoo.awkward import LAYERS, LIMIT, VOCAB, WIDTH
 from tests.zoo.experts import decoder
 from tests.zoo.sorted_experts import ELSEWHERE, EXACT, MIXING, sorted_experts
 
 
 def test_the_port_is_the_model() -> None:
-    """Two sequences packed, in float64; one token leaves experts empty."""
+    """Two sequences packed, in float64; one token leaves experts empty. Each layer's experts run on
+    their own slots."""
     torch.manual_seed(3)
     model = sorted_experts().double().eval()
     port = fxport.port(model)
+    assert sum(d.pass_name == "experts" for d in port.report.decisions) == LAYERS
     packed = PackedModel(port.serving, port.parameters)
     for length in (1, 2, 5, 37, LIMIT):
         sequences = [torch.randint(0, VOCAB, (n,)) for n in (length, 11)]
