@@ -240,7 +240,7 @@ def _is_number(chosen: fx.Node) -> bool:
 
 
 def _distinct(chosen: fx.Node) -> int | None:
-    """Of how many experts these are, if no row has one twice."""
+    """Of how many experts these are, if no row has one twice: a row may be one slot of a token."""
     if chosen.meta["val"].dtype not in (torch.int32, torch.int64):
         return None
     node = chosen
@@ -256,7 +256,7 @@ def _distinct(chosen: fx.Node) -> int | None:
     if of.target is aten.max.dim:
         fits = _is_number(chosen)
     else:
-        slots_stay = slots == 1 if _is_number(chosen) else slots == shape_of(chosen)[-1]
+        slots_stay = _is_number(chosen) or slots == shape_of(chosen)[-1]
         fits = of.target is aten.topk.default and slots_stay
     bound = arguments(of)
     return _classes(bound["self"], bound["dim"]) if fits else None

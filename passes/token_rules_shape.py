@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
 from fxport.capture.arguments import arguments, shape_of
 from fxport.errors import ReasonCode
-from fxport.passes.axes import Axes, Axis, Refusal, checked, has_axis, join, name, reshape
+from fxport.passes.axes import (
+    Axes,
+    Axis,
+    Refusal,
+    Symbols,
+    checked,
+    has_axis,
+    join,
+    name,
+    reshape,
+)
 from fxport.passes.constants import is_symbolic
 from fxport.passes.token_call import Call, free, rule
 
@@ -46,6 +58,18 @@ def _first(call: Call) -> Axes:
 
 
 @rule(aten.zeros, aten.ones, aten.full, aten.scalar_tensor, aten.empty)
+def _uniform(call: Call) -> Axes:
+    """The same number everywhere: a size of k*B*T may stand for k slots of each token."""
+    return checked(tuple(_slots(s, call.symbols) for s in call.sizes()))
+
+
+def _slots(size: Any, symbols: Symbols) -> Any:
+    times = None if isinstance(size, int) else size / (symbols.batch * symbols.length)
+    if times is not None and times.is_Integer and times > 1:
+        return (Axis.BATCH, Axis.TOKEN, int(times))
+    return symbols.factor(size)
+
+
 def _factory(call: Call) -> Axes:
     return checked(tuple(call.symbols.factor(s) for s in call.sizes()))
 

@@ -45,6 +45,11 @@ class Frame:
     truth: fx.Node
     source: fx.Node
 
+    @property
+    def rows(self) -> tuple[Any, ...]:
+        """Equal where the same rows are selected out of rows that are laid out alike."""
+        return self.source, shape_of(self.row_mask)
+
 
 @dataclass(frozen=True)
 class Coordinate:

@@ -16,6 +16,7 @@ import sympy
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fxport.capture.batches import asked_about_rows, require_every_batch
 from fxport.capture.causal_calls import masks_at_every_length
@@ -264,7 +265,8 @@ def _together(
 def _runs(model: nn.Module, length: int) -> bool:
     """Whether forward accepts this many tokens, by shapes alone."""
     ids = torch.zeros(1, length, dtype=torch.long, device=device_of(model))
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    # Sizes that depend on data, such as how many experts were chosen, are symbols.
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
     with by_shapes(model, mode):
         try:
             model(mode.from_tensor(ids))

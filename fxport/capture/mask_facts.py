@@ -22,6 +22,7 @@ from fxport.capture.arguments import arguments
 __all__ = [
     "Emptiness",
     "class_count",
+    "distinct_along",
     "emptiness",
     "index_bound",
     "one_true_along",
@@ -262,11 +263,11 @@ def one_true_along(mask: fx.Node) -> int | None:
         return None
     packet, bound = _packet(mask), arguments(mask)
     if packet is aten.eq and isinstance(bound["other"], int):
-        return _distinct_along(bound["self"])
+        return distinct_along(bound["self"])
     if packet is aten.eq:
         return _equal_along(mask, bound["self"], bound["other"])
     if packet is aten.one_hot:
-        return _distinct_along(bound["self"])
+        return distinct_along(bound["self"])
     if packet is aten.slice:  # along another axis, or a part along this one
         return one_true_along(bound["self"])
     if packet in (*_COMPARES, *_CASTS):
@@ -278,7 +279,7 @@ def one_true_along(mask: fx.Node) -> int | None:
 
 def _equal_along(mask: fx.Node, value: fx.Node, other: fx.Node) -> int | None:
     """Distinct values compared with what does not change along their axis."""
-    axis = _distinct_along(value)
+    axis = distinct_along(value)
     if axis is None:
         return None
     back = _rank(value) - axis  # counted from the end, as sizes are broadcast
@@ -286,7 +287,7 @@ def _equal_along(mask: fx.Node, value: fx.Node, other: fx.Node) -> int | None:
     return _rank(mask) - back if isinstance(size, int) and size == 1 else None
 
 
-def _distinct_along(node: fx.Node) -> int | None:
+def distinct_along(node: fx.Node) -> int | None:
     """An axis of integers along which no value occurs twice: indices of topk, sort, argsort."""
     if node.target is operator.getitem:
         made, which = node.args
@@ -299,8 +300,8 @@ def _distinct_along(node: fx.Node) -> int | None:
     if _packet(node) is aten.argsort:
         return int(arguments(node)["dim"]) % _rank(node)
     if _packet(node) in (aten.slice, aten.narrow, aten.to, aten._to_copy):
-        return _distinct_along(_source(node)) if _whole(node) else None
-    return _axis_after(node, _distinct_along)
+        return distinct_along(_source(node)) if _whole(node) else None
+    return _axis_after(node, distinct_along)
 
 
 def _axis_after(node: fx.Node, of: Any) -> int | None:

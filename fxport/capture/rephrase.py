@@ -8,6 +8,7 @@ torch.hstack([x, y])                         ->  torch.cat([x, y], 1), of vector
 nn.TransformerEncoder(...)(x, mask=m)        ->  the same, without looking into m whether it is
                                                  causal: the layers get m itself
 torch.vmap(head)(q, k)                       ->  a loop over the rows, stacked
+x.data = y                                   ->  refused: a trace would go on with the old x
 f"{x.shape[1]}"                              ->  f"{int(x.shape[1])}": not the symbol's name
 """
 
@@ -24,8 +25,9 @@ from torch import Tensor
 from torch.nn.modules import transformer
 from torch.overrides import TorchFunctionMode
 
-from fxport.capture.location import is_library
+from fxport.capture.location import is_library, line_of_user
 from fxport.capture.vmapped import vmap_as_loop
+from fxport.errors import PortError, Reason, ReasonCode
 
 __all__ = ["rephrased"]
 
@@ -61,6 +63,8 @@ class _Rephrase(TorchFunctionMode):
         kwargs = kwargs or {}
         if func == Tensor.data.__get__:  # type: ignore[attr-defined]
             return args[0].detach()  # the same memory; export would not know where it comes from
+        if func == Tensor.data.__set__ and not _same_memory(*args):  # type: ignore[attr-defined]
+            raise PortError([_replaced()])
         if func is F.pad and _adds_nothing(kwargs["pad"] if "pad" in kwargs else args[1]):
             return args[0].clone()  # torch would take every size of x for a constant
         if func is Tensor.type_as:
@@ -70,6 +74,22 @@ class _Rephrase(TorchFunctionMode):
         if func is torch.hstack and not kwargs and all(t.dim() for t in args[0]):
             return torch.cat(list(args[0]), 0 if args[0][0].dim() == 1 else 1)
         return func(*args, **kwargs)
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether a tensor is given what it has, as ``module.to(device)`` does."""
+    alike = (one.dtype, one.shape, one.stride()) == (other.dtype, other.shape, other.stride())
+    pointers = (one.untyped_storage()._cdata, other.untyped_storage()._cdata)
+    return alike and pointers[0] == pointers[1] and one.storage_offset() == other.storage_offset()
+
+
+def _replaced() -> Reason:
+    return Reason(
+        ReasonCode.CAPTURE_FAILED,
+        "forward gives a tensor other memory by its `data`",
+        line_of_user(sys._getframe()),
+        "assign to the name: x = y",
+    )
 
 
 def _cast_as(func: Callable[..., Any], value: Tensor, other: Tensor) -> Any:

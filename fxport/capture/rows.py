@@ -356,7 +356,7 @@ class _Rewriting:
 
         axes = self.axes[values]
         at = [i for i, dim in enumerate(axes) if dim == (Axis.TOKEN,)]
-        if self.of[values].source is not frame.source or at != [len(axes) - 1 - after]:
+        if self.of[values].rows != frame.rows or at != [len(axes) - 1 - after]:
             refuse_selection(node, "other rows are put back than were selected")
         return self.dense[values]
 
@@ -370,7 +370,7 @@ class _Rewriting:
         if not _values(node):
             self.dense[node] = self._size(node, args)
             return
-        frames = {self.of[i].source: self.of[i] for i in node.all_input_nodes if i in self.of}
+        frames = {self.of[i].rows: self.of[i] for i in node.all_input_nodes if i in self.of}
         if not frames:
             refuse_selection(node, "the number of selected tokens enters the computation")
         if len(frames) > 1:

@@ -4,6 +4,7 @@
     torch.where(mask)  the numbers of all elements
     if mask.any():     yes
     if count == 0:     no
+    counts.numpy()     of tokens sorted by expert: the first expert got them all
 
 One path of all that forward may take; what the other paths do, `fxport.capture.skips` proves.
 """
@@ -21,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 __all__ = ["EverySelected"]
 
 _ROWS = (torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere)
+_SORTS = (torch.argsort, Tensor.argsort, torch.sort, Tensor.sort)
 _EQUALS = (Tensor.__eq__, Tensor.eq, torch.eq)
 
 
@@ -40,6 +42,9 @@ class EverySelected(TorchFunctionMode):
         self._numberless = numberless
         # Results of a comparison with zero, kept so that their identities are not given away.
         self._zeros: dict[int, Tensor] = {}
+        # Entries of counts, and the number of each.
+        self._numbers: dict[int, tuple[Tensor, Any]] = {}
+        self._sorted: Any = None  # how many there were, the last time that any were
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -53,12 +58,42 @@ class EverySelected(TorchFunctionMode):
                 return rows if kwargs.get("as_tuple") else torch.stack(rows, dim=-1)
             if func is Tensor.__bool__ and args[0].numel() == 1 and self._numberless(args[0]):
                 return self._yes(args[0])
+            if func is Tensor.numpy and self._is_count(args[0]):
+                return self._counts(args[0])
+            if func is Tensor.unbind and args[1:] in ((), (0,)) and self._is_count(args[0]):
+                return self._entries(args[0])
+            if func is Tensor.item and id(args[0]) in self._numbers:
+                return self._numbers[id(args[0])][1]
+            if func in _SORTS:
+                self._sorted = args[0].shape[-1]
             if func in (Tensor.__getitem__, Tensor.__setitem__):
                 args = (args[0], self._by_rows(args[1]), *args[2:])
         result = func(*args, **kwargs)
         if func in _EQUALS and type(args[1]) is int and args[1] == 0:
             self._zeros[id(result)] = result
         return result
+
+    def _is_count(self, tensor: Tensor) -> bool:
+        whole = self._sorted is not None and tensor.dtype in (torch.int32, torch.int64)
+        return whole and tensor.dim() == 1 and self._numberless(tensor)
+
+    def _of_each(self, tensor: Tensor) -> list[Any]:
+        self.answered = True
+        size = tensor.shape[0] if type(tensor.shape[0]) is int else 1
+        return [self._sorted, *[0] * (size - 1)]
+
+    def _entries(self, tensor: Tensor) -> Any:
+        counts = self._of_each(tensor)
+        entries = tuple(tensor.select(0, i) for i in range(len(counts)))
+        self._numbers.update((id(e), (e, n)) for e, n in zip(entries, counts, strict=True))
+        return entries
+
+    def _counts(self, tensor: Tensor) -> Any:
+        import numpy
+
+        counts = numpy.empty(len(self._of_each(tensor)), dtype=object)
+        counts[:] = self._of_each(tensor)
+        return counts
 
     def _is_mask(self, value: Any) -> bool:
         is_mask = isinstance(value, Tensor) and value.dtype == torch.bool and value.dim() > 0

@@ -5,12 +5,14 @@
     for expert in hit.nonzero(): ...     every expert, one after the other
     for expert in chosen.unique(): ...   again
     y[mask] += f(x[mask])                through rows: index and index_put by integers
+    order = chosen.argsort()             see `fxport.capture.expert_sorts`
 
 The same forward is traced again with other answers; `fxport.capture.skips` compares the graphs.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +23,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.overrides import TorchFunctionMode
 
+from fxport.capture.expert_sorts import SORTS, SortedExperts
 from fxport.capture.location import asks_for_zero
 from fxport.capture.mask_facts import (
     Emptiness,
@@ -31,6 +34,7 @@ from fxport.capture.mask_facts import (
     rows_source,
     values_of,
 )
+from fxport.capture.run_lengths import NumbersTaken
 
 __all__ = ["Empties", "NumbersTaken", "Selections", "is_marker", "marked"]
 
@@ -55,10 +59,6 @@ def marked(node: fx.Node) -> tuple[int, fx.Node]:
     return int(str(node.args[1]).removeprefix(_MARK)), asked
 
 
-class NumbersTaken(Exception):
-    """Forward takes the values of tensors out of torch."""
-
-
 class Selections(TorchFunctionMode):
     """While active inside a trace, questions about emptiness have answers.
 
@@ -76,16 +76,23 @@ class Selections(TorchFunctionMode):
         self._known: dict[int, tuple[Tensor, int]] = {}
         self._hits: dict[int, tuple[Tensor, Tensor]] = {}
         self._classes: dict[int, tuple[Tensor, list[int]]] = {}  # what `unique` gave
+        self._sorts = SortedExperts(_node, self._number_of, self._is_empty, self._rows)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if get_proxy_mode() is None or not args or not isinstance(args[0], Tensor):
+        if get_proxy_mode() is None or not args:
             return func(*args, **kwargs)
-        handler = self._handler(func, args, kwargs)
-        found = NotImplemented if handler is None else handler(*args, **kwargs)
-        return func(*args, **kwargs) if found is NotImplemented else found
+        found = self._sorts.call(func, args, kwargs)
+        if found is NotImplemented and isinstance(args[0], Tensor):
+            handler = self._handler(func, args, kwargs)
+            found = NotImplemented if handler is None else handler(*args, **kwargs)
+        if found is not NotImplemented:
+            return found
+        result = func(*args, **kwargs)
+        self._sorts.follow(args, result)
+        return result
 
     def _handler(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -99,7 +106,9 @@ class Selections(TorchFunctionMode):
         if func in _NUMBERS:
             return self._number
         if func is Tensor.numpy:
-            raise NumbersTaken
+            return self._sorts.numpy
+        if func in SORTS:
+            return functools.partial(self._sorts.sort, func)
         handlers: dict[Any, Callable[..., Any]] = {
             Tensor.__bool__: self._bool,
             Tensor.unbind: self._iterate,  # what a loop over a tensor calls
@@ -116,9 +125,12 @@ class Selections(TorchFunctionMode):
 
     def _is_empty(self, asked: Emptiness, witness: Tensor) -> bool:
         """The answer to a question; `witness` marks it in the graph."""
-        number = self._numbers.setdefault(asked, len(self._numbers))
+        number = self._number_of(asked)
         torch.ops.aten._assert_async.msg(witness, f"{_MARK}{number}")
         return self._empty(number)
+
+    def _number_of(self, asked: Emptiness) -> int:
+        return self._numbers.setdefault(asked, len(self._numbers))
 
     def _bool(self, tensor: Tensor) -> Any:
         if id(tensor) in self._known:
@@ -137,6 +149,8 @@ class Selections(TorchFunctionMode):
             return self._known[id(tensor)][1]
         if tensor.dtype == torch.bool:
             return self._bool(tensor)
+        if (number := self._sorts.number(tensor)) is not NotImplemented:
+            return number
         node = _node(tensor)
         asked = emptiness(node) if node is not None else None
         if asked is None or asked.class_axis is not None:
@@ -149,6 +163,8 @@ class Selections(TorchFunctionMode):
 
     def _counts(self, tensor: Tensor) -> Any:
         """How often each class occurs, one by one: a known number of them."""
+        if (entries := self._sorts.unbound(tensor)) is not NotImplemented:
+            return entries
         node = _node(tensor)
         size = class_count(node) if node is not None and tensor.dim() == 1 else None
         if size is None:
@@ -224,8 +240,13 @@ class Selections(TorchFunctionMode):
         asked = emptiness(node)
         if asked is None or asked.class_axis is not None:
             return NotImplemented
+        self._sorts.selects(asked)
         if self._is_empty(asked, mask):
             return tuple(_no_rows(mask) for _ in range(mask.dim()))
+        return self._rows(mask, node)
+
+    def _rows(self, mask: Tensor, node: fx.Node) -> tuple[Tensor, ...]:
+        """Where a mask holds, which it does somewhere."""
         rows = torch.where(mask)
         size = rows[0].shape[0]
         torch._check(size >= 1)
@@ -250,6 +271,8 @@ class Selections(TorchFunctionMode):
     def _get(self, tensor: Tensor, index: Any) -> Any:
         if id(tensor) in self._known and isinstance(index, int) and tensor.dim() == 1:
             return self._constant(tensor, self._known[id(tensor)][1])
+        if type(index) is int and tensor.dim() == 1:
+            return self._sorts.entry(tensor, index)
         by_rows = self._by_rows(index)
         return NotImplemented if by_rows is None else tensor[by_rows]
 

@@ -29,6 +29,7 @@ from fxport.capture.location import location_in, record_user_lines
 from fxport.capture.memos import nothing_remembered
 from fxport.capture.rephrase import rephrased
 from fxport.capture.selections import Empties, NumbersTaken, Selections, is_marker
+from fxport.capture.unwritten import require_unwritten
 from fxport.errors import PortError, Reason, ReasonCode
 
 __all__ = [
@@ -197,6 +198,7 @@ def graph_of(exported: torch.export.ExportedProgram, aliases: Mapping[str, str])
             new.meta["input"] = _input(specs[old.name], exported)
     inline_regions(gm)
     stop_gradients(gm)
+    require_unwritten(gm.graph)
     plain_names(gm.graph)
     _merge_tied(gm.graph, aliases)
     for node in list(gm.graph.nodes):

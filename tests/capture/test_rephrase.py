@@ -10,7 +10,9 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxport
+from fxport.capture.export import capture
 from fxport.capture.rephrase import rephrased
+from fxport.errors import PortError
 from tests.zoo.gpt import GPT
 
 
@@ -112,3 +114,17 @@ def test_a_compiled_model_is_the_model() -> None:
     port = fxport.port(torch.compile(model))
     assert port.parameters.keys() == dict(model.named_parameters()).keys()
     assert port.report.model == "GPT"
+
+
+class GivenData(GPT):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        logits = super().forward(ids)
+        logits.data = logits * 3
+        return logits
+
+
+def test_memory_given_by_data_is_refused() -> None:
+    """The trace would go on with what the tensor had before."""
+    with pytest.raises(PortError) as refused:
+        capture(GivenData().eval())
+    assert refused.value.reasons[0].location.source == "logits.data = logits * 3"

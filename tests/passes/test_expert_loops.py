@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -92,6 +93,16 @@ def written(m: Looped, x: Tensor) -> Tensor:
     for e, expert in enumerate(m.experts):
         y = torch.where((chosen == e)[:, None], expert(x), y)
     return y * best[:, None]
+
+
+def slots(m: Looped, x: Tensor) -> Tensor:
+    """A row for each slot of a token, with one expert: its number needs no second axis."""
+    weights, chosen = m.choose(x)
+    own, rows = chosen.view(-1), x.repeat_interleave(CHOSEN, 0)
+    y = torch.zeros_like(rows)
+    for e, expert in enumerate(m.experts):
+        y = torch.where((own == e)[:, None], expert(rows), y)
+    return (y.view(-1, CHOSEN, WIDTH) * weights[..., None]).sum(1)
 
 
 # --- twins -----------------------------------------------------------------------------------
@@ -187,9 +198,10 @@ def ported(mixes: tuple[Mix, ...]) -> tuple[nn.Module, PortedModel, ServingGraph
     return model, port, found.serving, len(made)
 
 
-def test_the_chosen_experts_alone_run() -> None:
+@pytest.mark.parametrize("mixes", [LOOPS, (slots,)])
+def test_the_chosen_experts_alone_run(mixes: tuple[Mix, ...]) -> None:
     assert len(LOOPS) == LAYERS
-    model, port, serving, loops = ported(LOOPS)
+    model, port, serving, loops = ported(mixes)
     graph = serving.body.graph
     assert loops == LAYERS
     assert len(graph.find_nodes(op="call_function", target=OP)) == 3 * LAYERS

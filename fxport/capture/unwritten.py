@@ -1,0 +1,87 @@
+"""Proves that forward nowhere writes to memory of which something was concluded.
+
+    rows = x[order // K]        marked: their values are known beside the order, too
+    rows[:1].mul_(2)            refused, with this line: what is known would be stale
+
+A mark is a node that `require_unwritten` reads off the whole graph, and removes: what is written
+through a view, before the mark or after it, by whatever name, is found by its memory.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import Tensor, fx
+
+from fxport.capture.location import user_location
+from fxport.capture.memory import Memory
+from fxport.errors import PortError, Reason, ReasonCode
+
+__all__ = ["mark_unwritten", "require_unwritten"]
+
+aten = torch.ops.aten
+
+_ITSELF = "fxport unwritten"
+_ORIGIN = "fxport unwritten, nor what it is made of"
+# Made of nothing but the shape of what they are given.
+_FACTORIES = (aten.zeros_like, aten.new_zeros)
+
+
+def mark_unwritten(tensor: Tensor, *, origin: bool = False) -> None:
+    """Leaves a mark in the graph being traced.
+
+    Args:
+        origin: neither may anybody write to what it is computed from, back to the indices that a
+            `topk` gave.
+    """
+    aten._assert_async.msg(tensor, _ORIGIN if origin else _ITSELF)
+
+
+def require_unwritten(graph: fx.Graph) -> None:
+    """Removes the marks of a graph.
+
+    Raises:
+        PortError: somebody writes to marked memory.
+    """
+    marks = [n for n in graph.nodes if _is_mark(n)]
+    memory = Memory(graph) if marks else None
+    for mark in marks:
+        assert memory is not None
+        marked = mark.args[0]
+        origin = _origin(marked) if mark.args[1] == _ORIGIN else {marked}
+        for node in origin:
+            for writer in memory.written_by(node):
+                if writer not in origin:
+                    raise PortError([_writes(writer)])
+    for mark in marks:
+        graph.erase_node(mark)
+
+
+def _is_mark(node: fx.Node) -> bool:
+    return node.target is aten._assert_async.msg and node.args[1] in (_ITSELF, _ORIGIN)
+
+
+def _origin(node: fx.Node) -> set[fx.Node]:
+    """A node and what it is computed from, but for sizes: up to what has several results."""
+    found: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        at = pending.pop()
+        if at in found:
+            continue
+        found.add(at)
+        made = getattr(at.target, "overloadpacket", None) in _FACTORIES
+        if at.target is not operator.getitem and not made:
+            pending += [i for i in at.all_input_nodes if isinstance(i.meta.get("val"), Tensor)]
+    return found
+
+
+def _writes(writer: fx.Node) -> Reason:
+    return Reason(
+        ReasonCode.CAPTURE_FAILED,
+        "forward writes into tokens sorted by their expert, into their order, or into what "
+        "counts them",
+        user_location(writer),
+        "compute new tensors instead: rows = rows * weights",
+    )

@@ -1,0 +1,367 @@
+"""Mixtures of experts that sort tokens by their expert, as people write them.
+
+`EXACT` must be ported; `MIXING` are twins in which a token gets what depends on others, and must
+be refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.zoo.awkward import Decoder
+from tests.zoo.experts import CHOSEN, EXPERTS, WIDTH, Routed
+
+
+class Joined(Routed):
+    """DeepSeek's remote code: runs of the sorted rows, joined, put back by the order."""
+
+    def count(self, chosen: Tensor) -> Tensor:
+        counts = chosen.new_zeros((chosen.shape[0], len(self.experts)))
+        counts.scatter_(1, chosen, 1)
+        return counts.sum(dim=0)
+
+    def numbers(self, counts: Tensor) -> Any:
+        return counts.cpu().numpy()
+
+    def sort(self, chosen: Tensor) -> Tensor:
+        return chosen.view(-1).argsort()
+
+    def change(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def run(self, i: int, rows: Tensor, start: int, end: int) -> Tensor:
+        return self.experts[i](rows[start:end])
+
+    def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        order = self.sort(chosen)
+        per_expert = self.count(chosen)
+        rows = self.change(x[order // chosen.shape[1]])
+        outputs, start = [], 0
+        for i, count in enumerate(self.numbers(per_expert)):
+            end = start + count
+            if count == 0:
+                continue
+            outputs.append(self.run(i, rows, start, end))
+            start = end
+        return self.back(self.join(outputs, rows), order, weights, chosen)
+
+    def join(self, outputs: list[Tensor], rows: Tensor) -> Tensor:
+        return torch.cat(outputs, dim=0)
+
+    def back(self, outs: Tensor, order: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        new = torch.empty_like(outs)
+        new[order] = outs
+        by_slot = new.view(*chosen.shape, -1).type(weights.dtype)
+        return by_slot.mul_(weights.unsqueeze(dim=-1)).sum(dim=1).type(new.dtype)
+
+
+class Inverted(Joined):
+    """A stable sort; taken back by the inverse of the order. The run of each expert goes through
+    another one: odd, but each token on its own."""
+
+    def sort(self, chosen: Tensor) -> Tensor:
+        return chosen.view(-1).sort(stable=True)[1]
+
+    def run(self, i: int, rows: Tensor, start: int, end: int) -> Tensor:
+        return self.experts[(i + 1) % EXPERTS](rows[start:end])
+
+    def back(self, outs: Tensor, order: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        by_slot = outs[order.argsort()].view(*chosen.shape, -1)
+        return (by_slot * weights[..., None]).sum(dim=1)
+
+
+class Scattered(Routed):
+    """minimind: ends of runs, the result added to the tokens expert by expert."""
+
+    def cut(self, tokens: Tensor, start: int, end: int) -> Tensor:
+        return tokens[start:end]
+
+    def out(self, i: int, x: Tensor, gates: Tensor, token: Tensor, slots: Tensor) -> Tensor:
+        out = self.experts[i](x[token]).to(x.dtype)
+        return out.mul_(gates[slots])
+
+    def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        flat, gates = chosen.view(-1), weights.view(-1, 1)
+        y = torch.zeros_like(x)
+        order = flat.argsort()
+        ends = flat.bincount().cpu().numpy().cumsum(0)
+        tokens = order // CHOSEN
+        for i, end in enumerate(ends):
+            start = 0 if i == 0 else ends[i - 1]
+            if start == end:
+                continue
+            token = self.cut(tokens, start, end)
+            out = self.out(i, x, gates, token, self.cut(order, start, end))
+            y.scatter_add_(0, token.view(-1, 1).repeat(1, x.shape[-1]), out)
+        return y
+
+
+class Grouped(Routed):
+    """torchtitan: counts by histc, weighted before the experts, split, added back at once."""
+
+    def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        counts = torch.histc(chosen.view(-1).float(), bins=EXPERTS, min=0, max=EXPERTS)
+        order = torch.argsort(chosen.view(-1), stable=True)
+        index = (order // CHOSEN).reshape(-1, 1).expand(-1, WIDTH)
+        rows = torch.gather(x, dim=0, index=index)
+        rows = (rows.float() * weights.view(-1)[order].reshape(-1, 1)).to(x.dtype)
+        sizes = counts.to(torch.int64).tolist()
+        padding = rows.shape[0] - sum(sizes)
+        parts = torch.split(rows[: sum(sizes)], split_size_or_sections=sizes, dim=0)
+        out = torch.cat([self.experts[i](part) for i, part in enumerate(parts)], dim=0)
+        out = torch.vstack((out, out.new_zeros((padding, out.shape[-1]))))
+        return F.gelu(x).scatter_add(dim=0, index=index, src=out)
+
+
+# --- twins: the line that must be named is marked ------------------------------------------------
+
+
+class Rolled(Joined):
+    """A row looks at the one before it in the order."""
+
+    def change(self, rows: Tensor) -> Tensor:
+        return rows + rows.roll(1, 0)  # refused
+
+
+class FirstDoubled(Joined):
+    """Who comes first in the order counts twice, written through a view."""
+
+    def change(self, rows: Tensor) -> Tensor:
+        rows[:1].mul_(2)  # refused
+        return rows
+
+
+class WrittenLater(Joined):
+    """Sorted rows change after a run of them was cut, which is the same memory."""
+
+    def run(self, i: int, rows: Tensor, start: int, end: int) -> Tensor:
+        part = rows[start:end]
+        rows.data.mul_(2)  # refused
+        return self.experts[i](part)
+
+
+class InPlace(Joined):
+    """Experts write into the sorted rows: what is joined is not read."""
+
+    def run(self, i: int, rows: Tensor, start: int, end: int) -> Tensor:
+        rows[start:end].copy_(self.experts[i](rows[start:end]))  # refused
+        return rows[start:end]
+
+    def join(self, outputs: list[Tensor], rows: Tensor) -> Tensor:
+        return rows
+
+
+class Backwards(Joined):
+    """The runs are joined from the last to the first."""
+
+    def join(self, outputs: list[Tensor], rows: Tensor) -> Tensor:
+        return torch.cat(outputs[::-1], dim=0)  # refused
+
+
+class OthersWeights(Joined):
+    """Sorted rows are weighted by what is not sorted."""
+
+    def back(self, outs: Tensor, order: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        new = torch.empty_like(outs)
+        new[order] = outs * weights.view(-1, 1)
+        return new.view(*chosen.shape, -1).sum(dim=1)
+
+
+class OtherOrdersWeights(Joined):
+    """Sorted rows are weighted by what is sorted otherwise."""
+
+    def back(self, outs: Tensor, order: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        other = (EXPERTS - 1 - chosen).view(-1).argsort()
+        new = torch.empty_like(outs)
+        new[order] = outs * weights.view(-1)[other].view(-1, 1)
+        return new.view(*chosen.shape, -1).sum(dim=1)
+
+
+class RowsOfOthers(Joined):
+    """The rows are put back where the order does not say."""
+
+    def back(self, outs: Tensor, order: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        return super().back(outs, order.flip(0), weights, chosen)
+
+
+class NotInverted(Joined):
+    """The rows are taken by the order again, not by its inverse."""
+
+    def back(self, outs: Tensor, order: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        by_slot = outs[order].view(*chosen.shape, -1)
+        return (by_slot * weights.unsqueeze(dim=-1)).sum(dim=1)
+
+
+class Descending(Joined):
+    """The last expert comes first, but runs are counted from the first."""
+
+    def sort(self, chosen: Tensor) -> Tensor:
+        return torch.sort(chosen.view(-1), -1, True)[1]
+
+
+class Narrowed(Joined):
+    """The numbers of the slots do not fit: those from 128 on are others."""
+
+    def sort(self, chosen: Tensor) -> Tensor:
+        return chosen.view(-1).argsort().to(torch.int8).long() % chosen.numel()  # refused
+
+
+class WrittenBefore(Joined):
+    """The first token's experts are others, written through a view and copied."""
+
+    def sort(self, chosen: Tensor) -> Tensor:
+        chosen[:1].add_(1).remainder_(EXPERTS)  # refused
+        return chosen.clone().view(-1).argsort()
+
+
+class WrittenAfter(Joined):
+    """The first token's experts change after tokens were sorted and before they are counted."""
+
+    def sort(self, chosen: Tensor) -> Tensor:
+        order = chosen.view(-1).argsort()
+        chosen[:1].add_(1).remainder_(EXPERTS)  # refused
+        return order
+
+
+class ByCount(Joined):
+    """What an expert gives is divided by how many tokens it has."""
+
+    def run(self, i: int, rows: Tensor, start: int, end: int) -> Tensor:
+        return self.experts[i](rows[start:end]) / int(end - start)  # refused
+
+
+class Capacity(Joined):
+    """An expert takes at most four slots; the others are shifted to the next."""
+
+    def numbers(self, counts: Tensor) -> Any:
+        return [min(n, 4) for n in counts.cpu().numpy()]  # refused
+
+    def back(self, outs: Tensor, order: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        all_slots = torch.cat([outs, outs.new_zeros(order.numel() - len(outs), WIDTH)])
+        return super().back(all_slots, order, weights, chosen)
+
+
+class Clamped(Capacity):
+    """The same for the first expert, in the tensor."""
+
+    def numbers(self, counts: Tensor) -> Any:
+        counts[:1].clamp_(max=4)  # refused
+        return counts.cpu().numpy()
+
+
+class NothingCounted(Joined):
+    """All counts are zero: the experts are not run."""
+
+    def count(self, chosen: Tensor) -> Tensor:
+        counts = torch.zeros(chosen.shape[0], EXPERTS, dtype=torch.long)
+        return counts.scatter_(1, chosen, 1, reduce="multiply").sum(dim=0)
+
+    def numbers(self, counts: Tensor) -> Any:
+        return counts.cpu().numpy()  # refused
+
+    def join(self, outputs: list[Tensor], rows: Tensor) -> Tensor:
+        return super().join(outputs, rows) if outputs else rows
+
+
+class OthersCounts(Joined):
+    """The runs are as long as those of another choice, which is sorted, too."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self.worst = (-self.gate(x)).topk(CHOSEN, dim=-1)[1].view(-1)
+        return super().route(x)
+
+    def count(self, chosen: Tensor) -> Tensor:
+        self.worst.argsort()
+        return self.worst.bincount(minlength=EXPERTS)
+
+    def run(self, i: int, rows: Tensor, start: int, end: int) -> Tensor:
+        return self.experts[i](rows[start:end])  # refused
+
+
+class HowManyEntries(Joined):
+    """`bincount` has no entries for the last experts where nobody chose them."""
+
+    def count(self, chosen: Tensor) -> Tensor:
+        return chosen.view(-1).bincount()
+
+    def numbers(self, counts: Tensor) -> Any:
+        found = counts.cpu().numpy()
+        self.entries = len(found)
+        return found
+
+    def back(self, outs: Tensor, order: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        return super().back(outs, order, weights / self.entries, chosen)  # refused
+
+
+class RunOfRun(Scattered):
+    """A run is cut again: of the second expert's, nothing may be left."""
+
+    def cut(self, tokens: Tensor, start: int, end: int) -> Tensor:
+        return tokens[start:end][start:end]  # refused
+
+
+class ByMask(Joined):
+    """Rows by a sort that may leave those of an expert in any order, and by a mask."""
+
+    def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        self.slots, self.flat = x.repeat_interleave(CHOSEN, 0), chosen.view(-1)
+        return super().mix(x, weights, chosen)
+
+    def sort(self, chosen: Tensor) -> Tensor:
+        self.order = chosen.view(-1).argsort()
+        return self.order
+
+    def run(self, i: int, rows: Tensor, start: int, end: int) -> Tensor:
+        mine = self.slots[self.order[start:end]]
+        return self.experts[i](mine) + self.slots[torch.where(self.flat == i)[0]]  # refused
+
+
+EXACT: dict[str, Callable[[], nn.Module]] = {
+    "joined": Joined,
+    "inverted": Inverted,
+    "scattered": Scattered,
+    "grouped": Grouped,
+}
+MIXING: dict[str, Callable[[], nn.Module]] = {
+    "rolled": Rolled,
+    "first doubled": FirstDoubled,
+    "written later": WrittenLater,
+    "in place": InPlace,
+    "backwards": Backwards,
+    "others' weights": OthersWeights,
+    "other order's weights": OtherOrdersWeights,
+    "rows of others": RowsOfOthers,
+    "not inverted": NotInverted,
+    "descending": Descending,
+    "narrowed": Narrowed,
+    "written before": WrittenBefore,
+    "written after": WrittenAfter,
+    "by count": ByCount,
+    "capacity": Capacity,
+    "clamped": Clamped,
+    "nothing counted": NothingCounted,
+    "others' counts": OthersCounts,
+    "how many entries": HowManyEntries,
+    "run of run": RunOfRun,
+    "by mask": ByMask,
+}
+# Where these are refused; the others at the line that is marked.
+SORTED, COUNTED = "return chosen.view(-1).argsort()", "return counts.cpu().numpy()"
+ELSEWHERE = {
+    "others' weights": SORTED,
+    "other order's weights": SORTED,
+    "rows of others": SORTED,
+    "not inverted": SORTED,
+    "descending": COUNTED,
+}
+
+
+def sorted_experts() -> nn.Module:
+    """A decoder with one of each."""
+    made = iter(EXACT.values())
+    return Decoder(mlp=lambda: next(made)())
