@@ -24,13 +24,11 @@ from fxport.capture.expert_counts import Counts, counts_of, holds
 from fxport.capture.expert_order import ExpertOrder, Labels
 from fxport.capture.location import line_of_user
 from fxport.capture.mask_facts import Emptiness, emptiness, index_bound, values_of
-from fxport.capture.run_lengths import NumbersTaken, RunLength, run_lengths
+from fxport.capture.run_lengths import NumbersTaken, RunLength, array_of, run_lengths
 from fxport.capture.unwritten import mark_unwritten
 from fxport.errors import Location, PortError, Reason, ReasonCode
 
-__all__ = ["SORTS", "SortedExperts"]
-
-SORTS = (torch.argsort, Tensor.argsort, torch.sort, Tensor.sort)
+__all__ = ["SortedExperts"]
 
 
 class SortedExperts:
@@ -157,11 +155,7 @@ class SortedExperts:
         found = self.numbers(tensor)
         if found is None:
             raise NumbersTaken
-        import numpy
-
-        numbers = numpy.empty(len(found), dtype=object)
-        numbers[:] = found
-        return numbers
+        return array_of(found)
 
     def unbound(self, tensor: Tensor) -> Any:
         """``counts.unbind()``: the entries, which `number` knows."""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-__all__ = ["NumbersTaken", "RunLength", "alike", "run_between", "run_lengths", "same"]
+__all__ = ["NumbersTaken", "RunLength", "alike", "array_of", "run_between", "run_lengths", "same"]
 
 
 class NumbersTaken(Exception):
@@ -117,6 +117,15 @@ class RunLength:
     __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = _taken
     __mod__ = __rmod__ = __divmod__ = __pow__ = __rpow__ = __neg__ = __abs__ = _taken
     __hash__ = __index__ = __int__ = __float__ = __repr__ = _taken  # type: ignore[assignment]
+
+
+def array_of(numbers: Sequence[Any]) -> Any:
+    """An array of objects ``[E]``, in place of what ``counts.numpy()`` gives."""
+    import numpy
+
+    array = numpy.empty(len(numbers), dtype=object)
+    array[:] = numbers
+    return array
 
 
 def same(one: Any, other: Any) -> bool:

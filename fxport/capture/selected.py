@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["EverySelected"]
+from fxport.capture.run_lengths import array_of
+
+__all__ = ["SORTS", "EverySelected"]
 
 _ROWS = (torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere)
-_SORTS = (torch.argsort, Tensor.argsort, torch.sort, Tensor.sort)
+SORTS = (torch.argsort, Tensor.argsort, torch.sort, Tensor.sort)
 _EQUALS = (Tensor.__eq__, Tensor.eq, torch.eq)
 
 
@@ -59,12 +61,12 @@ class EverySelected(TorchFunctionMode):
             if func is Tensor.__bool__ and args[0].numel() == 1 and self._numberless(args[0]):
                 return self._yes(args[0])
             if func is Tensor.numpy and self._is_count(args[0]):
-                return self._counts(args[0])
+                return array_of(self._of_each(args[0]))
             if func is Tensor.unbind and args[1:] in ((), (0,)) and self._is_count(args[0]):
                 return self._entries(args[0])
             if func is Tensor.item and id(args[0]) in self._numbers:
                 return self._numbers[id(args[0])][1]
-            if func in _SORTS:
+            if func in SORTS:
                 self._sorted = args[0].shape[-1]
             if func in (Tensor.__getitem__, Tensor.__setitem__):
                 args = (args[0], self._by_rows(args[1]), *args[2:])
@@ -87,13 +89,6 @@ class EverySelected(TorchFunctionMode):
         entries = tuple(tensor.select(0, i) for i in range(len(counts)))
         self._numbers.update((id(e), (e, n)) for e, n in zip(entries, counts, strict=True))
         return entries
-
-    def _counts(self, tensor: Tensor) -> Any:
-        import numpy
-
-        counts = numpy.empty(len(self._of_each(tensor)), dtype=object)
-        counts[:] = self._of_each(tensor)
-        return counts
 
     def _is_mask(self, value: Any) -> bool:
         is_mask = isinstance(value, Tensor) and value.dtype == torch.bool and value.dim() > 0

@@ -23,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.overrides import TorchFunctionMode
 
-from fxport.capture.expert_sorts import SORTS, SortedExperts
+from fxport.capture.expert_sorts import SortedExperts
 from fxport.capture.location import asks_for_zero
 from fxport.capture.mask_facts import (
     Emptiness,
@@ -35,6 +35,7 @@ from fxport.capture.mask_facts import (
     values_of,
 )
 from fxport.capture.run_lengths import NumbersTaken
+from fxport.capture.selected import SORTS
 
 __all__ = ["Empties", "NumbersTaken", "Selections", "is_marker", "marked"]
 

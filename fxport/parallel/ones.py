@@ -55,23 +55,28 @@ def smallest_sizes(models: Sequence[nn.Module], prepared: Prepared) -> Smallest:
 
 
 def _by_numbers(models: Sequence[nn.Module], prepared: Prepared) -> list[Smallest]:
-    pairs = [_Both(model, prepared) for model in models]
-    tokens = next((n for n in _TOKENS if pairs[0].compare(_ROWS, n) is not None), None)
-    if tokens is None:
+    evaluating, *others = [_Both(model, prepared) for model in models]
+    tried = ((n, evaluating.compare(_ROWS, n)) for n in _TOKENS)
+    tokens, usual = next((pair for pair in tried if pair[1] is not None), (0, None))
+    if usual is None:
         return [_not_compared("forward fails on random token ids", forward_line(models[0]))]
-    evaluating = pairs[0].compare(_ROWS, tokens)
-    assert evaluating is not None
-    bound = max(_ROUNDING * evaluating.error, _EPSILONS * torch.finfo(evaluating.dtype).eps)
-    return [_smallest(both, prepared.captured, tokens, bound) for both in pairs]
+    bound = max(_ROUNDING * usual.error, _EPSILONS * torch.finfo(usual.dtype).eps)
+    found = [_smallest(evaluating, prepared.captured, tokens, usual, bound)]
+    for both in others:
+        usual = both.compare(_ROWS, tokens)
+        if usual is None or not usual.error <= bound:
+            why = "in training mode it differs by more than what dropout does"
+            found.append(_not_compared(why, forward_line(both.original)))
+        else:
+            found.append(_smallest(both, prepared.captured, tokens, usual, bound))
+    return found
 
 
-def _smallest(both: _Both, captured: Captured, tokens: int, bound: float) -> Smallest:
+def _smallest(
+    both: _Both, captured: Captured, tokens: int, usual: _Compared, bound: float
+) -> Smallest:
     """In one mode, where numbers closer than `bound` are the same."""
     model = both.original
-    usual = both.compare(_ROWS, tokens)
-    if usual is None or (both.training and not usual.error <= bound):
-        why = "in training mode it differs by more than what dropout does"
-        return _not_compared(why, forward_line(model))
 
     def differs(rows: int, length: int) -> bool:
         # Rounding may choose other experts; another path differs for all tokens.
