@@ -198,6 +198,7 @@ def _match_path(facts: GraphFacts, softmax: Softmax, path: list[fx.Node], look: 
         out_scales=forward.out_scales,
         shift=Shift.WHOLE if any(map(subtracts_whole, path)) else softmax.shift,
         relied_on=facts.buffers(scores.read),
+        finite=scores.finite,
     )
     _check_unmixed(facts, match, path[0])
     return with_value_scales(match)
