@@ -26,7 +26,7 @@ import fxport.ops.attention  # noqa: F401  (registers the op)
 from fxport.capture.arguments import arguments
 from fxport.errors import ReasonCode
 from fxport.ops.params import AttentionParams
-from fxport.passes.attention_bias import emit_check, emit_dense, emit_row_scales, restore_nan
+from fxport.passes.attention_bias import emit_checks, emit_dense, emit_row_scales, restore_nan
 from fxport.passes.attention_checks import check_grad_mode
 from fxport.passes.attention_cosines import write_out_cosines
 from fxport.passes.attention_emit import Emitter
@@ -40,10 +40,10 @@ from fxport.passes.attention_flex import (
 )
 from fxport.passes.attention_frame import Frame, frame_of
 from fxport.passes.attention_layout import product
+from fxport.passes.attention_made import power_of
 from fxport.passes.attention_masks import MaskPlan, plan_masks
 from fxport.passes.attention_match import match_softmax
 from fxport.passes.attention_ones import sums_apart
-from fxport.passes.attention_quotient import power_of
 from fxport.passes.attention_records import (
     MASK,
     WRITTEN_AS,
@@ -291,15 +291,16 @@ def _emit(
         lse = emitter.call(operator.getitem, call, 1)
         out = restore_nan(emitter, out, lse, v, dense.nan_in_scores)
     out = emit_row_scales(emitter, out, match.out_scales, frame)
-    if check_scores and plan.above is not None:
+    checked = check_scores and (plan.above is not None or match.finite is not None)
+    if checked:
         lse = emitter.call(operator.getitem, call, 1)
-        emit_check(emitter, lse, plan.above, match.steps[-1].node)
+        emit_checks(emitter, lse, plan, match)
     wanted = [tuple(f.axis for f in dim) for dim in match.out_dims]
     out = emitter.relayout(out, frame.out, wanted)
     if out.meta["val"].dtype != match.output.meta["val"].dtype:
         out = emitter.call(aten.to.dtype, out, match.output.meta["val"].dtype)
     site = site_of(match, frame, plan, params, dense.bias is not None)
-    return call, out, replace(site, checked=check_scores and plan.above is not None)
+    return call, out, replace(site, checked=checked)
 
 
 def _compute_dtype(match: Match) -> torch.dtype:

@@ -26,9 +26,9 @@ from fxport.passes.attention_emit import Emitter
 from fxport.passes.attention_factors import emit_logarithm
 from fxport.passes.attention_frame import Frame, recipe
 from fxport.passes.attention_masks import MaskPlan
-from fxport.passes.attention_site import MaskKind, MaskStep, RowScale
+from fxport.passes.attention_site import MaskKind, MaskStep, Match, RowScale
 
-__all__ = ["Dense", "emit_check", "emit_dense", "emit_row_scales", "restore_nan"]
+__all__ = ["Dense", "emit_checks", "emit_dense", "emit_row_scales", "restore_nan"]
 
 aten = torch.ops.aten
 
@@ -142,17 +142,28 @@ def emit_row_scales(
     return value
 
 
-def emit_check(emitter: Emitter, lse: fx.Node, above: float, mask: fx.Node) -> None:
-    """Raises while it runs if a row's scores are so low that masked keys would get weight."""
-    low = emitter.call(aten.le.Scalar, lse, above)
-    some = emitter.call(aten.gt.Scalar, lse, _MINUS_INF)  # rows without a key are another matter
-    failed = emitter.call(aten.any.default, emitter.call(aten.logical_and.default, low, some))
-    passed = emitter.call(aten.logical_not.default, failed)
-    place = user_location(mask)
-    text = f"fxport: attention scores below {above:g} reach the number that they are masked with"
-    text += f" ({place})" if place else ""
-    hint = "; mask with minus infinity instead"
-    emitter.call(aten._assert_async.msg, passed, (text + hint).replace('"', "'"))
+def emit_checks(emitter: Emitter, lse: fx.Node, plan: MaskPlan, match: Match) -> None:
+    """Raises while it runs if scores are not what the rewriting took them for.
+
+    So low that masked keys would get weight; or NaN or infinite, where those would be replaced.
+    """
+    if plan.above is not None:
+        low = emitter.call(aten.le.Scalar, lse, plan.above)
+        some = emitter.call(aten.gt.Scalar, lse, _MINUS_INF)  # no key at all is another matter
+        failed = emitter.call(aten.any.default, emitter.call(aten.logical_and.default, low, some))
+        passed = emitter.call(aten.logical_not.default, failed)
+        text = f"scores below {plan.above:g} reach the number that they are masked with"
+        _assert(emitter, passed, text, match.steps[-1].node, "mask with minus infinity instead")
+    if match.finite is not None:
+        sizes = emitter.call(aten.abs.default, lse)
+        finite = emitter.call(aten.all.default, emitter.call(aten.lt.Scalar, sizes, math.inf))
+        _assert(emitter, finite, "scores are NaN or infinite", match.finite, "drop nan_to_num")
+
+
+def _assert(emitter: Emitter, passed: fx.Node, text: str, at: fx.Node, hint: str) -> None:
+    place = user_location(at)
+    text = f"fxport: attention {text}{f' ({place})' if place else ''}; {hint}"
+    emitter.call(aten._assert_async.msg, passed, text.replace('"', "'"))
 
 
 def restore_nan(

@@ -20,8 +20,8 @@ from fxport.errors import ReasonCode
 from fxport.passes.attention_emit import Emitter
 from fxport.passes.attention_frame import Frame, query_axes
 from fxport.passes.attention_layout import Axis, Dims, LayoutError, axes_of, conform, is_one
+from fxport.passes.attention_made import power_of
 from fxport.passes.attention_products import as_product
-from fxport.passes.attention_quotient import power_of
 from fxport.passes.attention_site import Left, MaskKind, MaskStep, Match, RowScale
 from fxport.passes.attention_trace import Step, trace
 from fxport.passes.attention_views import CASTS, DIVISIONS, SCALES, moved_input, overload_packet

@@ -12,13 +12,8 @@ from torch import fx
 
 from fxport.capture.arguments import arguments, shape_of
 from fxport.passes.attention_layout import LayoutError, is_one
-from fxport.passes.attention_quotient import (
-    Denominator,
-    argument_of,
-    denominator_of,
-    power_of,
-    reduction_of,
-)
+from fxport.passes.attention_made import power_of
+from fxport.passes.attention_quotient import Denominator, argument_of, denominator_of, reduction_of
 from fxport.passes.attention_views import overload_packet, unviewed, viewed
 
 __all__ = ["given_back", "log_sum_of"]

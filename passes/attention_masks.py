@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from fxport.capture.arguments import arguments
 from fxport.errors import ReasonCode
 from fxport.passes.attention_factors import is_finite
 from fxport.passes.attention_frame import Frame
+from fxport.passes.attention_made import filled_with
 from fxport.passes.attention_products import as_product
 from fxport.passes.attention_site import Left, MaskKind, MaskStep, Match, Shift
 from fxport.passes.attention_terms import LARGEST_FACTOR
@@ -78,7 +80,10 @@ def plan_masks(
     sources = [_source(facts, step) for step in match.steps]
     fixed = [s for s, f in zip(match.steps, sources, strict=True) if f in Source.BUFFER]
     open_ = [s for s, f in zip(match.steps, sources, strict=True) if f not in Source.BUFFER]
-    from_data = any(Source.DATA in f for f in sources)
+    from_data = any(
+        Source.DATA in f and not (s.adds and _is_learned_product(facts, s.tensor))
+        for s, f in zip(match.steps, sources, strict=True)
+    )
     proof = prover.prove(fixed, frame, match.zero_rows or from_data)
     _check_again(prover, facts, match, frame, fixed, proof, from_data)
     dense = list(match.steps)
@@ -104,6 +109,14 @@ def plan_masks(
             "weights give is replaced after the softmax",
             match.start,
             "use masked_fill with float('-inf') for every mask",
+        )
+    if exact_rows and match.finite is not None:
+        raise Left(
+            ReasonCode.EMPTY_ROW,
+            "a mask may leave a row without any key, and scores that are NaN or infinite are "
+            "replaced before: which of both it was cannot be told",
+            match.finite,
+            "drop nan_to_num from the scores",
         )
     if exact_rows and match.sinks is not None:
         raise Left(
@@ -293,26 +306,37 @@ def _never_low(source: Source, lowering: bool) -> bool:
 
 
 _MOVES_VALUES = {
-    aten.gather, aten.slice, aten.select, aten.index, aten.index_select, aten.narrow, aten.neg
+    aten.gather, aten.slice, aten.select, aten.index, aten.index_select, aten.narrow, aten.neg,
+    aten.sum,
 }  # fmt: skip
 
 
 def _is_learned_product(facts: GraphFacts, node: fx.Node | None) -> bool:
-    """Whether a bias is made of products like q.k, of weights and data: relative positions."""
+    """Whether a bias is made of products like q.k, of weights and data: relative positions.
+
+    Or of squares of what is: -|q - k|^2 as 2 q.k - |q|^2 - |k|^2.
+    """
     if node is None:
         return False
-    if as_product(node) is not None:
-        return Source.DATA | Source.PARAMETER in facts.source(node)
     packet, inputs = overload_packet(node), node.args
+    if packet is aten.linear or as_product(node) is not None:
+        return Source.DATA | Source.PARAMETER in facts.source(node)
+    if packet is aten.cat:  # shifted by a column of zeros
+        parts = arguments(node)["tensors"]
+        return all(filled_with(n) == 0 or _is_learned_product(facts, n) for n in parts)
     if packet in (aten.add, aten.sub) and not node.kwargs:
         return all(
             _is_learned_product(facts, n) if isinstance(n, fx.Node) else number(n) == 0
             for n in inputs[:2]
         )
-    if packet in (aten.mul, aten.div):
+    if packet is aten.mul and inputs[0] is inputs[1]:
+        moved: object = inputs[0]
+    elif packet in (aten.mul, aten.div):
         factor = _fixed_number(facts, inputs[1])
         size = None if not factor else abs(factor if packet is aten.mul else 1 / factor)
         moved = None if size is None or size > LARGEST_FACTOR else inputs[0]
+    elif packet is aten.pow:
+        moved = inputs[0] if number(inputs[1]) == 2 else None
     else:
         moved = inputs[0] if packet in _MOVES_VALUES else moved_input(node)
     return isinstance(moved, fx.Node) and _is_learned_product(facts, moved)

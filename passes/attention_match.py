@@ -57,11 +57,28 @@ def match_softmax(facts: GraphFacts, softmax: Softmax) -> Match:
             reasons.append(left)
     serious = [r for r in reasons if r.code is not ReasonCode.NOT_ATTENTION]
     match = _widest(found) if found else None
-    # A product that hides keys by a huge factor is not what is left where the scores are refused.
-    if match is None or (serious and not is_score_like(match.scale, match.q, match.k)):
+    if match is None:
         raise (serious or reasons)[0]
+    if _hides_keys(match):
+        raise (serious or [_no_scores(match)])[0]
     _check_kept(facts, softmax, match)
     return match
+
+
+def _hides_keys(match: Match) -> bool:
+    """Whether the product is a mask and what is added to it the scores.
+
+    A number beside the product is let go, and ``(same - 1) * 1e9 + s`` needs it in float32.
+    """
+    return not is_score_like(match.scale, match.q, match.k) and any(s.adds for s in match.steps)
+
+
+def _no_scores(match: Match) -> Left:
+    return Left(
+        ReasonCode.NOT_ATTENTION,
+        f"scores are added to a product times {match.scale:g}, which hides keys like a mask",
+        match.start,
+    )
 
 
 def _match_joined(facts: GraphFacts, softmax: Softmax, path: list[fx.Node]) -> Match:
@@ -181,6 +198,7 @@ def _match_path(facts: GraphFacts, softmax: Softmax, path: list[fx.Node], look: 
         out_scales=forward.out_scales,
         shift=Shift.WHOLE if any(map(subtracts_whole, path)) else softmax.shift,
         relied_on=facts.buffers(scores.read),
+        finite=scores.finite,
     )
     _check_unmixed(facts, match, path[0])
     return with_value_scales(match)

@@ -15,9 +15,10 @@ from torch import fx
 from fxport.capture.arguments import arguments, shape_of
 from fxport.passes.attention_emit import Emitter
 from fxport.passes.attention_layout import is_one
+from fxport.passes.attention_made import filled_with, power_of
 from fxport.passes.attention_paths import PADS
 from fxport.passes.attention_products import Product, as_product
-from fxport.passes.attention_quotient import filled_with, kept_by, power_of
+from fxport.passes.attention_quotient import kept_by
 from fxport.passes.attention_respelled import Respelled
 from fxport.passes.attention_views import number, overload_packet
 from fxport.passes.graph_facts import GraphFacts, Source

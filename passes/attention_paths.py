@@ -25,7 +25,9 @@ _MAX_OBSTACLES = 3  # in a row
 
 PADS = {aten.pad, aten.constant_pad_nd}
 _BINARY = {aten.mul, aten.div, aten.true_divide, aten.add, aten.sub, aten.maximum}
-_UNARY = {aten.tanh, aten.clamp, aten.clamp_min, aten.masked_fill, aten.neg}
+_UNARY = {
+    aten.tanh, aten.clamp, aten.clamp_min, aten.masked_fill, aten.neg, aten.nan_to_num
+}  # fmt: skip
 _PARTS = {aten.diagonal, aten.select, aten.slice, aten.narrow}
 _ELEMENTWISE = _BINARY | _UNARY | {aten.where, aten.max}
 

@@ -16,8 +16,8 @@ import torch
 from torch import fx
 
 from fxport.capture.arguments import arguments, shape_of
-from fxport.capture.memory import Memory
 from fxport.passes.attention_layout import Dims, LayoutError, fresh_dims, resolve
+from fxport.passes.attention_made import filled_with, is_zero, power_of
 from fxport.passes.attention_products import as_product
 from fxport.passes.attention_site import MaskKind
 from fxport.passes.attention_views import (
@@ -37,11 +37,8 @@ __all__ = [
     "denominator_of",
     "divides_rows",
     "division_of",
-    "filled_with",
     "fills_of",
-    "is_zero",
     "kept_by",
-    "power_of",
     "reduction_of",
 ]
 
@@ -73,7 +70,7 @@ def kept_by(node: fx.Node, of: fx.Node | None = None) -> Kept | None:
     """
     packet = overload_packet(node)
     for before, mask, value, inverted in fills_of(node):
-        if number(value) == 0 if packet is aten.masked_fill else is_zero(value):
+        if is_zero(value):
             return _kept(node, of, before, MaskKind.FILL, mask, inverted)
     if packet is aten.mul:
         for before, mask in (node.args[:2], node.args[1::-1]):
@@ -106,45 +103,6 @@ def _kept(
     return Kept(node, before, kind, mask, inverted)
 
 
-def is_zero(value: object) -> bool:
-    """Whether a value is the number 0, or a freshly made tensor of zeros."""
-    if not isinstance(value, fx.Node):
-        return number(value) == 0
-    return filled_with(value) == 0
-
-
-def filled_with(node: fx.Node) -> float | None:
-    """The number that every entry of a freshly made tensor is, if nothing is written into it."""
-    if Memory(node.graph).written_by(node):
-        return None
-    while overload_packet(node) in _VIEWS and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    packet = overload_packet(node)
-    if packet in _ZEROS:
-        return 0.0
-    if packet in _ONES:
-        return 1.0
-    if packet in _FULL:
-        return number(arguments(node)["fill_value"])
-    if packet is aten.mul:  # -9e15 * ones_like(scores)
-        of, factor = node.args[0], number(node.args[1])
-        each = filled_with(of) if isinstance(of, fx.Node) else None
-        return None if each is None or factor is None else each * factor
-    return number(arguments(node)["s"]) if packet is aten.scalar_tensor else None
-
-
-def power_of(node: fx.Node) -> tuple[fx.Node, float] | None:
-    """(x, log b) of ``b ** x`` with a number b."""
-    packet = overload_packet(node)
-    base = math.e if packet is aten.exp else 2.0 if packet in _POWERS_OF_TWO else None
-    found = node.args[0] if node.args else None
-    if packet is aten.pow:
-        base, found = number(node.args[0]), node.args[1]
-    if base is None or base <= 0 or base == 1 or not isinstance(found, fx.Node):
-        return None
-    return found, math.log(base)
-
-
 def _is_positive(node: fx.Node) -> bool:
     if overload_packet(node) in _SOFTMAXES or power_of(node) is not None:
         return True
@@ -155,12 +113,7 @@ def _is_positive(node: fx.Node) -> bool:
     return under.summed is division[0] and _is_positive(division[0])
 
 
-_POWERS_OF_TWO = {aten.exp2, aten.special_exp2}
 _SOFTMAXES = {aten.softmax, aten._softmax, aten.special_softmax, aten._safe_softmax}
-_VIEWS = {aten.expand, aten.view, aten.reshape, aten.unsqueeze, aten.to}
-_ZEROS = {aten.zeros, aten.new_zeros, aten.zeros_like}
-_ONES = {aten.ones, aten.new_ones, aten.ones_like}
-_FULL = {aten.full, aten.new_full, aten.full_like}
 
 
 # -- the division ----------------------------------------------------------------------------------

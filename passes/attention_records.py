@@ -41,6 +41,7 @@ def site_of(
         alibi=plan.slopes is not None,
         relied_on=tuple(sorted({*plan.relied_on, *match.relied_on})),
         above=plan.above,
+        finite=match.finite is not None,
         spread=plan.spread,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from fxport.capture.arguments import arguments, shape_of
 from fxport.errors import ReasonCode
 from fxport.passes.attention_factors import outer_factors
 from fxport.passes.attention_layout import Axis, Dims, is_one, resolve
+from fxport.passes.attention_made import filled_with
 from fxport.passes.attention_paths import PADS
-from fxport.passes.attention_quotient import filled_with
 from fxport.passes.attention_site import Left, MaskKind, MaskStep, RowScale
 from fxport.passes.attention_softmax import subtracted_maximum
 from fxport.passes.attention_views import number, overload_packet
@@ -34,6 +35,7 @@ class Scores:
         scale, softcap: ``scale * q.k`` before, ``softcap * tanh(./softcap)`` after; 0: none.
         row_scales, key_scales, early, steps, sinks: as in `Match`.
         shift: the operation that moved all scores of a row alike, which only a softmax ignores.
+        finite: the operation that replaced NaN and infinite scores, if one did.
         read: constants whose value was read.
     """
 
@@ -49,6 +51,7 @@ class Scores:
         self.steps: list[MaskStep] = []
         self.sinks: tuple[fx.Node, Dims] | float | None = None
         self.shift: fx.Node | None = None
+        self.finite: fx.Node | None = None
         self.read: list[fx.Node] = []
 
     def add_initial(self, node: fx.Node, added: fx.Node, beta: float, dims: Dims) -> None:
@@ -300,6 +303,22 @@ class Scores:
             raise Left(ReasonCode.UNSUPPORTED_FEATURE, "the scores are clamped from above", node)
         self._floor(node, given["min"])
 
+    def _nan_to_num(self, node: fx.Node, carrier: fx.Node) -> None:
+        """Nothing, to finite scores; those that are masked with -inf become finite."""
+        if self.sinks is not None or any(s.kind is not MaskKind.FILL for s in self.steps):
+            raise Left(
+                ReasonCode.ORDER_OF_OPS,
+                "nan_to_num comes after a mask or bias that is added, or after the sinks",
+                node,
+                "drop it, or mask with masked_fill",
+            )
+        lowest = number(arguments(node).get("neginf"))
+        if lowest is None:
+            lowest = torch.finfo(carrier.meta["val"].dtype).min
+        numbers = [lowest if s.number == -math.inf else s.number for s in self.steps]
+        self.steps = [replace(s, number=n) for s, n in zip(self.steps, numbers, strict=True)]
+        self.finite = node
+
     def _floor(self, node: fx.Node, value: Any) -> None:
         constant = self.constant(value)
         if constant is None:
@@ -323,9 +342,7 @@ def _has_symbols(node: fx.Node) -> bool:
 def _scaled(step: MaskStep, factor: float) -> MaskStep:
     if step.kind in (MaskKind.MULTIPLY, MaskKind.CAUSAL):
         return step
-    return MaskStep(
-        step.kind, step.node, step.dims, step.tensor, step.number * factor, step.inverted
-    )
+    return replace(step, number=step.number * factor)
 
 
 _ONE_SIDED = {MaskKind.FLOOR, MaskKind.CAUSAL}  # a minimum becomes a maximum
@@ -345,4 +362,5 @@ _RULES: dict[Any, Callable[[Scores, fx.Node, fx.Node], None]] = {
     aten.max: Scores._maximum,
     aten.clamp: Scores._clamp,
     aten.clamp_min: Scores._clamp,
+    aten.nan_to_num: Scores._nan_to_num,
 }

@@ -117,7 +117,6 @@ class Match:
         output: the product with V, which will be replaced.
         interior: nodes from the product of Q and K up to before `output`.
         q, k, v: the operands with how they came about, producer first.
-        q_dims, k_dims, v_dims: dimensions of the operands.
         scores: dimensions of the scores without the key axis, in the scores' order.
         key, head, value: the key axis; what Q and K are contracted over; V's remaining axes.
         out_dims: dimensions of `output`.
@@ -133,6 +132,7 @@ class Match:
         relied_on: buffers whose value was read.
         shift: of the exponentials.
         terms: what is added to ``scale * q.k`` before everything else.
+        finite: the operation that would replace NaN and infinite scores, if there is one.
     """
 
     start: fx.Node
@@ -162,6 +162,7 @@ class Match:
     relied_on: tuple[str, ...] = ()
     shift: Shift = Shift.ROW
     terms: tuple[Term, ...] = ()
+    finite: fx.Node | None = None
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,8 @@ class AttentionSite:
         relied_on: qualified names of the buffers that the proof read.
         above: what every row's scores must reach, because masked ones become a finite number
             that is not far below; None where nothing is assumed.
-        checked: whether the graph checks that.
+        finite: whether scores must be finite, because others would have been replaced.
+        checked: whether the graph checks that, and `above`.
         spread: what scores of a row must differ by less than, because that is added to masked
             ones; None where nothing is assumed.
     """
@@ -197,6 +199,7 @@ class AttentionSite:
     alibi: bool = False
     relied_on: tuple[str, ...] = field(default=())
     above: float | None = None
+    finite: bool = False
     checked: bool = False
     spread: float | None = None
 
@@ -212,8 +215,10 @@ class AttentionSite:
         words += [w for w, on in (("sinks", self.sinks), ("ALiBi", self.alibi)) if on]
         if self.params.dropout_p:
             words.append(f"dropout {self.params.dropout_p:g}")
+        known = "checked" if self.checked else "assumed"
+        if self.finite:
+            words.append(f"scores {known} to be finite")
         if self.above is not None:
-            known = "checked" if self.checked else "assumed"
             words.append(f"scores {known} to be above {self.above:g}")
         if self.spread is not None:
             words.append(f"scores of a row assumed to differ by less than {self.spread:g}")

@@ -19,17 +19,15 @@ from torch import fx
 from fxport.capture.arguments import arguments, shape_of
 from fxport.passes.attention_layout import resolve_all
 from fxport.passes.attention_logsum import given_back, log_sum_of
+from fxport.passes.attention_made import filled_with, is_zero, power_of
 from fxport.passes.attention_quotient import (
     Denominator,
     Kept,
     denominator_of,
     divides_rows,
     division_of,
-    filled_with,
     fills_of,
-    is_zero,
     kept_by,
-    power_of,
 )
 from fxport.passes.attention_site import MaskKind, Shift
 from fxport.passes.attention_views import SCALES, is_cast, number, overload_packet

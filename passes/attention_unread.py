@@ -12,9 +12,10 @@ import torch
 from torch import fx
 
 from fxport.errors import ReasonCode
+from fxport.passes.attention_made import power_of
 from fxport.passes.attention_paths import paths
 from fxport.passes.attention_products import as_product, factors_of
-from fxport.passes.attention_quotient import division_of, power_of
+from fxport.passes.attention_quotient import division_of
 from fxport.passes.attention_site import Left
 from fxport.passes.attention_softmax import Softmax
 from fxport.passes.attention_views import moved_input, overload_packet

@@ -32,7 +32,7 @@ from fxport.capture.memory import Memory
 from fxport.passes.attention_emit import Emitter
 from fxport.passes.attention_site import Left
 from fxport.passes.attention_views import overload_packet
-from fxport.passes.graph_facts import reachable
+from fxport.passes.graph_facts import erase_dead, reachable
 
 __all__ = ["fold_known_values"]
 
@@ -89,7 +89,7 @@ def fold_known_values(gm: fx.GraphModule) -> int:
         if value.is_replaced:
             folded += _replace(gm, node, known)
     if folded:
-        gm.graph.eliminate_dead_code()
+        erase_dead(gm)
         gm.recompile()
     return folded
 

@@ -258,3 +258,43 @@ def result_written_into_afterwards(qkv: Tensor) -> Tensor:
     out = (s.softmax(-1) @ v).clone()
     out[:, :, 0] = 0
     return out.transpose(1, 2).reshape(q.size(0), q.size(2), -1)
+
+
+# -- scores that are finite ------------------------------------------------------------------------
+
+
+def weights() -> Tensor:
+    return torch.linspace(-1.0, 1.0, 36, dtype=torch.float64).view(6, 6).sin()
+
+
+@legal("causal", "finite", among=DIRECT)
+def nan_to_num_on_scores(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    s = torch.nan_to_num(q @ k.mT)
+    return finish(s.masked_fill(~causal_bool(q.size(2)), INF).softmax(-1), v)
+
+
+@legal("causal", "finite", among=DIRECT)
+def nan_to_num_on_masked_scores(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    s = (q @ k.mT).masked_fill(~causal_bool(q.size(2)), INF)
+    return finish(torch.nan_to_num(s, neginf=-1e30).softmax(-1), v)
+
+
+@legal("causal", "dense data bias", parameters=(weights,), among=DIRECT)
+def positions_shifted_by_a_column_of_zeros(qkv: Tensor, w: Tensor) -> Tensor:
+    """As in Transformer-XL; what is added is no mask, so the finite fill forbids."""
+    q, k, v = heads_first(qkv)
+    b, h, t, _ = q.shape
+    places = torch.arange(t - 1, -1, -1, dtype=q.dtype)[:, None] / torch.arange(1, 7)
+    bd = q @ (places.sin() @ w).mT
+    bd = torch.cat([bd.new_zeros(b, h, t, 1), bd], -1).view(b, h, t + 1, t)[:, :, 1:].view(bd.shape)
+    return finish((q @ k.mT + bd).masked_fill(~causal_bool(t), -1e30).softmax(-1), v)
+
+
+@legal("causal", "dense data bias", parameters=(weights,), among=DIRECT)
+def squared_distances_under_a_finite_fill(qkv: Tensor, w: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    q, k = (torch.nn.functional.linear(x, w) for x in (q, k))
+    s = -((q**2).sum(-1)[..., None] - 2 * q @ k.mT + (k * k).sum(-1)[:, :, None])
+    return finish(s.masked_fill(~causal_bool(q.size(2)), -1e30).softmax(-1), v)

@@ -296,6 +296,23 @@ def test_learned_temperature_per_head(where: str) -> None:
     compare(module, found.graph, [example(3, 12)])
 
 
+@pytest.mark.parametrize("scores", ["no product", "refused"])
+def test_a_product_that_hides_keys_is_not_taken_for_the_scores(scores: str) -> None:
+    """The number beside it would be let go, which float32 needs: 1e9 has no fractions there."""
+
+    def function(qkv: Tensor, table: Tensor) -> Tensor:
+        q, k, v = heads_first(qkv.float())
+        s = q[..., :1] * table if scores == "no product" else (q @ k.mT).clamp(-5.0, 5.0)
+        document = torch.nn.functional.one_hot((qkv[0, :, :, 0, 0] > 0.3).cumsum(-1), 16).float()
+        same = (document @ document.mT)[:, None]
+        return finish((s + (same - 1.0) * 1e9).softmax(-1), v)
+
+    module = Site(function, [torch.linspace(-1.0, 1.0, 9)])
+    found = rewrite(trace_training(module, [example(2, 9)]))
+    assert found.count == 0
+    compare(module, found.graph, [example(2, 9)], 1e-5)
+
+
 def test_sinks_say_which_axis_is_the_heads() -> None:
     """With a batch of one, and heads that no feature dimension was cut into."""
 

@@ -243,3 +243,17 @@ def test_what_is_not_a_plain_count_stays(name: str):
     assert count(graph, aten.cumsum) >= 1
     x = torch.randn(2, 400, 2)
     torch.testing.assert_close(run_like(graph, site, [x]), site(x), rtol=0, atol=0)
+
+
+def test_a_region_under_vmap_keeps_its_beginning_and_end() -> None:
+    """Nothing reads those two calls, and without them the region's tensors do not run."""
+
+    def function(x: Tensor) -> Tensor:
+        y = attend(none_at_all)(x)
+        return torch.vmap(torch.mul, (1, 1), 1)(y, y.sin())
+
+    site = Site(function)
+    data = [torch.randn(2, 9, 3 * HEADS * SIZE, dtype=torch.float64)]
+    graph = trace_training(site, data)
+    assert fold_known_values(graph) > 0
+    compare(site, graph, data, 1e-9)

@@ -1,4 +1,7 @@
-"""Masks with a finite number, where scores come near it; and scores that are rounded on the way."""
+"""Masks with a finite number, where scores come near it; and scores that are rounded on the way.
+
+And scores that are NaN or infinite, where ``nan_to_num`` would replace them.
+"""
 
 from __future__ import annotations
 
@@ -152,6 +155,37 @@ def test_without_a_check_it_is_said() -> None:
     found = rewritten(attention(filled, -1e4), example(), check=False)
     assert "scores assumed to be above -9900" in detail(found)
     assert not [n for n in found.graph.graph.nodes if "assert" in str(n.target)]
+
+
+def replacing(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    return finish(filled(torch.nan_to_num(q @ k.mT), float("-inf")).softmax(-1), v)
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+def test_scores_that_would_be_replaced_are_noticed(number: float) -> None:
+    found = rewritten(Site(replacing), example())
+    assert "scores checked to be finite" in detail(found)
+    compare(Site(replacing), found.graph, [example()])
+    data = example()
+    data[1, 0, 0, 0, 0] = number
+    data[0, 0, 0] = 1.0  # all that the first query sees is that number
+    with pytest.raises(RuntimeError, match=r"scores are NaN or infinite.*; drop nan_to_num"):
+        found.graph(data)
+
+
+def test_a_mask_of_the_data_beside_scores_that_would_be_replaced() -> None:
+    """Rows that it empties are NaN, and are told from replaced ones by nothing."""
+
+    def function(qkv: Tensor, pad: Tensor) -> Tensor:
+        q, k, v = heads_first(qkv)
+        s = torch.nan_to_num(q @ k.mT).masked_fill(pad[:, None, None, :], float("-inf"))
+        return finish(s.softmax(-1), v)
+
+    data = [example(), torch.arange(18).view(2, 9) < 9]
+    graph = trace_directly(Site(function), data)
+    result = rewrite_attention(graph, check_scores=True)
+    assert [d.reason.code.value for d in result.decisions if d.reason] == ["fully-masked-row"]
 
 
 def test_a_bias_from_the_data_after_such_a_fill() -> None:
