@@ -34,7 +34,13 @@ from fxport.capture.location import line_of_user, user_location
 from fxport.capture.memory import is_mutation
 from fxport.errors import Location, Reason, ReasonCode
 
-__all__ = ["as_called", "let_gradients_pass", "stop_gradients", "watch_gradients"]
+__all__ = [
+    "as_called",
+    "let_gradients_pass",
+    "note_view_of_parameter",
+    "stop_gradients",
+    "watch_gradients",
+]
 
 aten = torch.ops.aten
 NO_GRAD = "fxport_no_grad"
@@ -236,6 +242,14 @@ def stop_gradients(gm: fx.GraphModule) -> None:
             for user in outside:
                 user.replace_input_with(node, stopped)
     gm.recompile()
+
+
+def note_view_of_parameter(name: str, parameter: str) -> None:
+    """For a constant of the trace that is a parameter, in another shape than its own."""
+    watch = _WATCH.get()
+    if watch is not None:
+        message = f"`{name}` is a view of the parameter `{parameter}`, made before forward"
+        watch.note(message, None)
 
 
 def let_gradients_pass(gm: fx.GraphModule, length: sympy.Expr) -> tuple[Reason, ...]:

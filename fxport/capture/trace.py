@@ -22,7 +22,7 @@ from torch.export.graph_signature import InputKind as ExportInput
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from fxport.capture.aliases import plain_names
-from fxport.capture.gradients import stop_gradients
+from fxport.capture.gradients import note_view_of_parameter, stop_gradients
 from fxport.capture.inline import inline_regions
 from fxport.capture.inputs import GraphInput, InputKind
 from fxport.capture.location import location_in, record_user_lines
@@ -238,11 +238,28 @@ def _input(spec: Any, exported: torch.export.ExportedProgram) -> GraphInput:
         held = exported.state_dict if spec.persistent else exported.constants
         return GraphInput(InputKind.BUFFER, target, held[target])
     if spec.kind is ExportInput.CONSTANT_TENSOR:
-        return GraphInput(InputKind.BUFFER, target, exported.constants[target])
+        return _constant(target, exported)
     if spec.kind is ExportInput.USER_INPUT:
         return GraphInput(InputKind.DATA, spec.arg.name)
     reason = Reason(ReasonCode.CAPTURE_FAILED, f"the model takes an input of kind {spec.kind}")
     raise PortError([reason])
+
+
+def _constant(name: str, exported: torch.export.ExportedProgram) -> GraphInput:
+    """A tensor that forward does not reach through its modules: in a closure, as an attribute.
+
+    Torch takes it for a constant, without a gradient, even if it is a parameter of the model.
+    """
+    value = exported.constants[name]
+    for own in exported.graph_signature.parameters:
+        parameter = exported.state_dict[own]
+        address = parameter.untyped_storage().data_ptr()
+        if not address or value.untyped_storage().data_ptr() != address:
+            continue
+        if value.shape == parameter.shape and value.stride() == parameter.stride():
+            return GraphInput(InputKind.PARAMETER, own, parameter)
+        note_view_of_parameter(name, own)
+    return GraphInput(InputKind.BUFFER, name, value)
 
 
 def aliases_of(model: nn.Module) -> dict[str, str]:

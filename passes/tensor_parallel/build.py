@@ -29,6 +29,7 @@ from fxport.passes.tensor_parallel.emit import emit
 from fxport.passes.tensor_parallel.enter_once import enter_once
 from fxport.passes.tensor_parallel.factors import keep_beside_vocabulary, label, unit_shape
 from fxport.passes.tensor_parallel.heads import merge_heads
+from fxport.passes.tensor_parallel.joined import join_projections
 from fxport.passes.tensor_parallel.products import multiply_activations_first
 from fxport.passes.tensor_parallel.records import plan_of
 from fxport.passes.tensor_parallel.solver import solve
@@ -80,6 +81,7 @@ def prepare(model: nn.Module, *, own_modes: bool = False) -> Prepared:
     result = rewrite_attention(gm)
     one_spelling(gm)
     merge_heads(gm)
+    join_projections(gm)
     multiply_activations_first(gm)
     multiply_by_expert(gm)
     left = tuple(

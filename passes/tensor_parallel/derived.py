@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["derived"]
 
 aten = torch.ops.aten
-_VIEWS = (aten.view.default, aten.reshape.default)
+_VIEWS = (aten.view.default, aten.reshape.default, aten.flatten.using_ints)
 Boxes = tuple[Box, ...]  # of every rank
 # (node, boxes wanted of its result) -> boxes of its operands; None: not of parts
 Operands = Callable[[fx.Node, Boxes], dict[fx.Node, Boxes] | None]
@@ -213,6 +213,5 @@ _RULES: Mapping[Any, Operands] = {
     aten.unsqueeze.default: _unsqueezed,
     aten.cat.default: _cat,
     aten.stack.default: _stack,
-    aten.view.default: _view,
-    aten.reshape.default: _view,
+    **dict.fromkeys(_VIEWS, _view),
 }

@@ -18,6 +18,7 @@ from torch import fx
 
 from fxport.capture.arguments import arguments, shape_of
 from fxport.capture.inputs import InputKind, graph_input
+from fxport.passes.tensor_parallel.writing import write
 
 __all__ = ["merge_heads"]
 
@@ -103,7 +104,7 @@ def _merge(graph: fx.Graph, joined: fx.Node, heads: Sequence[_Head]) -> None:
     x = arguments(heads[0].projections[0])["input"]
 
     def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        return _call(graph, origin, target, *args, **kwargs)
+        return write(graph, origin, target, *args, **kwargs)
 
     def together(projections: Sequence[fx.Node]) -> fx.Node:
         linears = [arguments(p) for p in projections]
@@ -125,12 +126,3 @@ def _merge(graph: fx.Graph, joined: fx.Node, heads: Sequence[_Head]) -> None:
         if not stacked:
             result = call(aten.reshape.default, result, [batch, length, shape_of(joined)[-1]])
     joined.replace_all_uses_with(result)
-
-
-def _call(graph: fx.Graph, origin: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-    node = graph.call_function(target, args, kwargs)
-    node.meta = {k: v for k, v in origin.meta.items() if k != "val"}
-    values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-    with torch.no_grad():
-        node.meta["val"] = target(*values[0], **values[1])
-    return node

@@ -1,11 +1,14 @@
 """Checks that heads meet the heads, and features the weights, that they meet on one rank.
 
 Every feature that a projection makes is named after the row of the weight that makes it, in the
-unsharded graph and in that of a rank, where the plan says which rows the rank holds. Names move
-through views, splits, norms and pointwise ops. Then, in both graphs alike,
+unsharded graph and in that of a rank, where the plan says which rows the rank holds; so is every
+position of a divided vector (a bias, a scale for each head). Names move through views, splits,
+norms and pointwise ops. Then, in both graphs alike,
 
 * a query head must be attended with the same key and value head,
-* a column of a divided weight must be multiplied with the same feature.
+* a column of a divided weight must be multiplied with the same feature,
+* what meets in a pointwise op, as a bias or as a norm's weight must meet in the unsharded graph,
+* what a rank sums is what it holds of a sum there, without what lower ranks hold.
 
 The rules know nothing of how the graph was emitted. What cannot be followed in the unsharded graph
 is not compared; what can be followed there must be in the rank's, too.
@@ -13,6 +16,8 @@ is not compared; what can be followed there must be in the rank's, too.
 
 from __future__ import annotations
 
+import itertools
+import math
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -27,6 +32,7 @@ from fxport.parallel.modules import CopyTo, SharedGradient
 from fxport.parallel.plan import Plan
 from fxport.passes.tensor_parallel.emission import constant_index
 from fxport.passes.tensor_parallel.factors import unit_value
+from fxport.passes.tensor_parallel.names import Naming, meetings_are, sums_are
 from fxport.passes.tensor_parallel.ops import KINDS, Kind
 
 __all__ = ["check_origins"]
@@ -39,13 +45,9 @@ _WIDEST = 2**16  # a head's value size, at most
 
 def check_origins(whole: fx.Graph, module: fx.GraphModule, plan: Plan, rank: int) -> list[str]:
     """Everything that meets something else on this rank than in the unsharded graph."""
-    bases, first = {}, 1
-    for shard in plan.parameters:
-        if len(shard.shape) == 2 and any(box[0] is not None for box in shard.indices):
-            bases[shard.name] = first
-            first += shard.shape[0]
+    naming = Naming(plan)
     shapes = {s.name: s.shape for s in plan.parameters if len(s.shape) == 2}
-    wanted = _Origins(bases, {n: (range(s[0]), range(s[1])) for n, s in shapes.items()})
+    wanted = _Origins(naming, {n: (range(s[0]), range(s[1])) for n, s in shapes.items()}, None)
     wanted.walk(whole, None)
     indices = {s.name: s.indices[rank] for s in plan.parameters if s.name in shapes}
     held = {
@@ -54,7 +56,7 @@ def check_origins(whole: fx.Graph, module: fx.GraphModule, plan: Plan, rank: int
     }
     # tied names are one parameter
     names = {id(module.get_parameter(s.name)): s.name for s in plan.parameters}
-    found = _Origins(bases, held)
+    found = _Origins(naming, held, rank)
     found.walk(module.graph, (module, names))
     errors = []
     for name, origins in wanted.columns.items():
@@ -68,7 +70,11 @@ def check_origins(whole: fx.Graph, module: fx.GraphModule, plan: Plan, rank: int
         if query in wanted.heads and not pairs <= wanted.heads[query]:
             errors.append("a query head is attended with another key or value head")
             break
-    lost = {name for name in wanted.followed - found.followed if held[name][0]}
+    if not meetings_are(found.meetings, wanted.meetings, naming):
+        errors.append("positions meet that do not meet in the unsharded graph")
+    if not sums_are(found.sums, wanted.sums, naming, rank):
+        errors.append("a sum is over other positions than in the unsharded graph")
+    lost = {name for name in wanted.followed - found.followed if name in held and held[name][0]}
     errors += [f"{name}: its result cannot be followed to an attention" for name in sorted(lost)]
     return errors
 
@@ -80,10 +86,14 @@ class _Origins:
         columns: weight -> the names of the features that its columns are multiplied with.
         heads: first feature of a query head -> those of its key and value heads.
         followed: weights whose results reach an attention.
+        meetings: names of positions that meet, two of one shape each.
+        sums: (whether over several ranks, names ``[.., summands]``).
     """
 
-    def __init__(self, bases: Mapping[str, int], held: Mapping[str, Any]) -> None:
-        self.bases, self.held = bases, held
+    def __init__(self, naming: Naming, held: Mapping[str, Any], rank: int | None) -> None:
+        self.naming, self.bases, self.held, self.rank = naming, naming.bases, held, rank
+        self.meetings: list[tuple[Tensor, Tensor]] = []
+        self.sums: list[tuple[bool, Tensor]] = []
         self.constants: dict[fx.Node, Tensor] = {}
         self.names: dict[fx.Node, Any] = {}
         self.weights: dict[fx.Node, str] = {}
@@ -97,18 +107,23 @@ class _Origins:
         for node in graph.nodes:
             if node.op == "placeholder" and emitted is None:
                 found = graph_input(node)
-                if found.kind is InputKind.PARAMETER and found.name in self.held:
-                    self.weights[node] = found.name
+                if found.kind is InputKind.PARAMETER:
+                    self._parameter(node, found.name)
             elif node.op == "get_attr" and emitted is not None:
                 value: Any = emitted[0]
                 for part in str(node.target).split("."):
                     value = getattr(value, part)
                 if id(value) in emitted[1]:
-                    self.weights[node] = emitted[1][id(value)]
+                    self._parameter(node, emitted[1][id(value)])
             elif node.op == "call_module" and emitted is not None:
                 self._module(node, emitted[0].get_submodule(str(node.target)))
             elif node.op == "call_function":
                 self.names[node] = self._call(node)
+
+    def _parameter(self, node: fx.Node, name: str) -> None:
+        if name in self.held:
+            self.weights[node] = name
+        self.names[node] = self.naming.of_vector(name, self.rank)
 
     def _module(self, node: fx.Node, module: torch.nn.Module) -> None:
         if not isinstance(module, CopyTo | SharedGradient | KeyedDropout):
@@ -137,7 +152,16 @@ class _Origins:
             return None
         if kind is Kind.STRUCTURE or node.target in _MOVING:
             return self._structure(node)
-        if kind in (Kind.POINTWISE, Kind.NORM, Kind.CAST):
+        if kind is Kind.MEAN:
+            return self._summed(node)
+        if node.target is aten.einsum.default:
+            return self._own_sum(node)
+        if kind is Kind.NORM:
+            return self._norm(node)
+        if kind is Kind.POINTWISE:
+            for one, other in itertools.combinations(named, 2):
+                self.meetings.append((self.names[one], self.names[other]))
+        if kind in (Kind.POINTWISE, Kind.CAST):
             return max((self.names[i] for i in named), key=lambda names: names.numel())
         if kind is Kind.HALVES:
             return self.names[named[0]].chunk(2, arguments(node)["dim"])[0]
@@ -160,6 +184,35 @@ class _Origins:
         except (RuntimeError, IndexError, KeyError, AttributeError):  # cannot be followed
             return None
 
+    def _norm(self, node: fx.Node) -> Any:
+        found = arguments(node)
+        names = self.names.get(found["input"])
+        if not isinstance(names, Tensor):
+            return None
+        width = math.prod(unit_value(n) for n in found["normalized_shape"])
+        self.sums.append((False, names.reshape(math.prod(names.shape) // width, width)))
+        for other in (self.names.get(found[k]) for k in ("weight", "bias") if found.get(k)):
+            if isinstance(other, Tensor):
+                self.meetings.append((names, other))
+        return names
+
+    def _summed(self, node: fx.Node) -> None:
+        """Over one dimension; ``sum`` in the graph of a rank is one over several."""
+        found = arguments(node)
+        names, dims = self.names.get(found["self"]), found["dim"]
+        if isinstance(names, Tensor) and dims and len(dims) == 1:
+            over_ranks = self.rank is not None and node.target is aten.sum.dim_IntList
+            groups = names.movedim(dims[0], -1)
+            self.sums.append((over_ranks, groups))
+
+    def _own_sum(self, node: fx.Node) -> None:
+        """``einsum("abc->ab", x)``: of this rank alone."""
+        found = arguments(node)
+        before, _, after = found["equation"].replace(" ", "").partition("->")
+        dropped = [d for d, letter in enumerate(before) if letter not in after]
+        if len(found["tensors"]) == 1 and len(dropped) == 1:
+            self.sums.append((False, self.names[found["tensors"][0]].movedim(dropped[0], -1)))
+
     def _linear(self, node: fx.Node) -> Tensor | None:
         found = arguments(node)
         name = self.weights.get(found["weight"])
@@ -172,7 +225,11 @@ class _Origins:
             return None
         rows = torch.tensor(self.held[name][0], dtype=torch.int64)
         rank = features.dim() if isinstance(features, Tensor) else 3
-        return (self.bases[name] + rows).reshape([1] * (rank - 1) + [-1])
+        made = (self.bases[name] + rows).reshape([1] * (rank - 1) + [-1])
+        offset = self.names.get(found["bias"]) if found["bias"] is not None else None
+        if isinstance(offset, Tensor):
+            self.meetings.append((made, offset))
+        return made
 
     def _attention(self, node: fx.Node) -> Any:
         found = arguments(node)
@@ -183,6 +240,9 @@ class _Origins:
         for head, query in enumerate(q[0, :, 0, 0].tolist()):
             pair = (int(k[0, head // group, 0, 0]), int(v[0, head // group, 0, 0]))
             self.heads.setdefault(query, set()).add(pair)
+        sinks = self.names.get(found["sinks"]) if found["sinks"] is not None else None
+        if isinstance(sinks, Tensor):
+            self.meetings.append((q[0, :, 0, 0], sinks))
         ordered = list(self.bases)
         starts = torch.tensor([self.bases[name] for name in ordered])
         for names in (q, k, v):

@@ -79,7 +79,8 @@ def viewed(node: fx.Node, shard: ParameterShard, rank: int) -> Parts | None:
     index = torch.tensor(shard.indices[rank][divided[0]] or (), dtype=torch.int64)
     mine = numbers.reshape(shard.shape).index_select(divided[0], index)
     mine, whole = mine.reshape(sizes), numbers.reshape(full)
-    places = torch.isin(whole, mine).movedim(apart[0], 0).flatten(1).any(1).nonzero().flatten()
+    held = torch.isin(whole, mine).movedim(apart[0], 0)
+    places = held.reshape(full[apart[0]], -1).any(1).nonzero().flatten()
     if not torch.equal(whole.index_select(apart[0], places), mine):
         return None
     return tuple(d in apart for d in range(len(full)))

@@ -9,13 +9,12 @@ The activations come first, so that what is left is one projection, which can be
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 
 from fxport.capture.arguments import arguments
 from fxport.capture.inputs import InputKind, graph_input
+from fxport.passes.tensor_parallel.writing import write
 
 __all__ = ["multiply_activations_first"]
 
@@ -50,9 +49,8 @@ def _rewrite(graph: fx.Graph, node: fx.Node, activations: set[fx.Node]) -> None:
     with graph.inserting_before(node):
         product = _aligned(graph, node, *data[0], merged)
         for value, part in data[1:]:
-            product = _call(
-                graph, node, aten.mul.Tensor, product, _aligned(graph, node, value, part, merged)
-            )
+            aligned = _aligned(graph, node, value, part, merged)
+            product = write(graph, node, aten.mul.Tensor, product, aligned)
     activations.add(product)
     node.args = (f"{merged},{of_weight}->{result}", [product, weight])
     node.kwargs = {}
@@ -62,17 +60,8 @@ def _aligned(graph: fx.Graph, origin: fx.Node, value: fx.Node, part: str, merged
     """The operand with one dimension for every letter of `merged`, of size 1 where it has none."""
     order = [part.index(c) for c in merged if c in part]
     if order != sorted(order):
-        value = _call(graph, origin, aten.permute.default, value, order)
+        value = write(graph, origin, aten.permute.default, value, order)
     for dim, letter in enumerate(merged):
         if letter not in part:
-            value = _call(graph, origin, aten.unsqueeze.default, value, dim)
+            value = write(graph, origin, aten.unsqueeze.default, value, dim)
     return value
-
-
-def _call(graph: fx.Graph, origin: fx.Node, target: Any, *args: Any) -> fx.Node:
-    node = graph.call_function(target, args)
-    node.meta = {k: v for k, v in origin.meta.items() if k != "val"}
-    values = fx.map_arg(args, lambda n: n.meta["val"])
-    with torch.no_grad():
-        node.meta["val"] = target(*values)
-    return node

@@ -24,6 +24,7 @@ from fxport.capture.arguments import arguments, shape_of
 from fxport.capture.inputs import InputKind, graph_input
 from fxport.passes.constants import depends_on
 from fxport.passes.tensor_parallel.contraction import contraction
+from fxport.passes.tensor_parallel.writing import write
 
 __all__ = ["one_spelling"]
 
@@ -72,18 +73,10 @@ def _convolution(graph: fx.Graph, node: fx.Node) -> None:
     if not plain or shape_of(weight)[2] != 1 or len(shape_of(x)) != 3:
         return
     with graph.inserting_before(node):
-        turned = _call(graph, node, aten.transpose.int, x, 1, 2)
-        rows = _call(graph, node, aten.select.int, weight, 2, 0)
-        y = _call(graph, node, aten.linear.default, turned, rows, found["bias"])
+        turned = write(graph, node, aten.transpose.int, x, 1, 2)
+        rows = write(graph, node, aten.select.int, weight, 2, 0)
+        y = write(graph, node, aten.linear.default, turned, rows, found["bias"])
     node.target, node.args, node.kwargs = aten.transpose.int, (y, 1, 2), {}
-
-
-def _call(graph: fx.Graph, origin: fx.Node, target: Any, *args: Any) -> fx.Node:
-    node = graph.call_function(target, args)
-    node.meta = {k: v for k, v in origin.meta.items() if k != "val"}
-    with torch.no_grad():
-        node.meta["val"] = target(*fx.map_arg(args, lambda n: n.meta["val"]))
-    return node
 
 
 def _sum_of_products(node: fx.Node, data: set[fx.Node]) -> None:

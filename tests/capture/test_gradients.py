@@ -301,6 +301,25 @@ def test_what_torch_asks_for_itself_is_no_question() -> None:
     fxport.parallelize(model, fxport.ParallelContext(0, 1))
 
 
+def test_parameters_in_a_closure_are_parameters() -> None:
+    """A trace reaches them past the modules, and takes them for constants."""
+    model = Model(lambda layer, x: layer(x)).double()
+    embed, layers = model.embed, model.layers
+    model.step = lambda layer, x: layer(x) + layers[1](x)
+    del model.head
+    model.head = lambda x: x @ embed.weight.T
+    assert_gradients(model, fxport.parallelize(model, fxport.ParallelContext(0, 1)))
+
+
+def test_a_view_of_a_parameter_that_was_made_before_is_not_trained() -> None:
+    model = Model(lambda layer, x: layer(x))
+    turned = model.embed.weight.detach().T
+    del model.head
+    model.head = lambda x: x @ turned
+    with pytest.raises(fxport.PortError, match=r"is a view of the parameter `embed.weight`"):
+        fxport.parallelize(model, fxport.ParallelContext(0, 1))
+
+
 def test_the_switches_are_what_they_were() -> None:
     before = (torch.no_grad.__enter__, torch.set_grad_enabled.__init__, torch.is_grad_enabled)
     with pytest.raises(fxport.PortError):

@@ -232,6 +232,26 @@ class TiedByProduct(OneLayer):
         return self.norm(self.block(self.embed(ids))) @ self.embed.weight.T + self.bias
 
 
+class Parts(nn.Module):
+    """q, k and v by parts of one weight ``[3N, C]``, or by the three of ``[3, N, C]``."""
+
+    def __init__(self, stacked: bool, heads: int = 4) -> None:
+        super().__init__()
+        self.heads, rows = heads, (3, heads * HEAD) if stacked else (3 * heads * HEAD,)
+        self.qkv, self.bias, self.out = (
+            weight(*rows, WIDTH),
+            weight(*rows),
+            weight(heads, HEAD, WIDTH),
+        )
+        self.stacked = stacked
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, biases = (p if self.stacked else p.chunk(3) for p in (self.qkv, self.bias))
+        q, k, v = (F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
+        y = attend(*(p.unflatten(-1, (self.heads, HEAD)) for p in (q, k, v)))
+        return y @ self.out.flatten(0, 1)
+
+
 FURTHER: dict[str, Callable[[], nn.Module]] = {
     "turned weights": lambda: OneLayer(turned(Separate()), turned(Mlp())),
     "head modules": lambda: OneLayer(Heads(), Mlp()),
@@ -244,5 +264,7 @@ FURTHER: dict[str, Callable[[], nn.Module]] = {
     "tied by a product": lambda: TiedByProduct(Separate(), Mlp()),
     "selected experts": lambda: OneLayer(Separate(), SelectedExperts()),
     "stacked experts": lambda: OneLayer(Separate(), StackedExperts()),
+    "parts of one weight": lambda: OneLayer(Parts(stacked=False), Mlp()),
+    "stacked weights": lambda: OneLayer(Parts(stacked=True), Mlp()),
     "experts in one matrix": lambda: OneLayer(Separate(), ViewedExperts()),
 }

@@ -28,6 +28,8 @@ PRICE = {
     "convolutions over one": (2, 2),
     "result by head": (2, 2),
     "tied by a product": (2, 2),
+    "parts of one weight": (2, 2),
+    "stacked weights": (2, 2),
     "selected experts": (2, 3),  # a gate is one number per expert and token
     "stacked experts": (2, 3),
     "experts in one matrix": (2, 3),
@@ -44,6 +46,8 @@ DIVIDED = {
     "convolutions over one": ("mlp.down.conv.weight", (WIDTH, HIDDEN // 2, 1)),
     "result by head": ("attention.out", (2, HEAD, WIDTH)),
     "tied by a product": ("mlp.up.weight", (HIDDEN // 2, WIDTH)),
+    "parts of one weight": ("attention.bias", (3 * 2 * HEAD,)),
+    "stacked weights": ("attention.qkv", (3, 2 * HEAD, WIDTH)),
     "selected experts": ("mlp.up", (EXPERTS, WIDTH, HIDDEN // 2)),
     "stacked experts": ("mlp.down", (EXPERTS, WIDTH, HIDDEN // 2)),
     "experts in one matrix": ("mlp.down", (EXPERTS * HIDDEN // 2, WIDTH)),

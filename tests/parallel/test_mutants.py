@@ -14,8 +14,9 @@ from fxport.parallel.modules import CopyTo, Gather, ReduceFrom, SharedGradient
 from fxport.passes.tensor_parallel.build import Prepared, prepare
 from fxport.passes.tensor_parallel.checker import check
 from fxport.passes.tensor_parallel.origins import check_origins
-from tests.parallel.models import MODELS
+from tests.parallel.models import HEAD, MODELS
 from tests.parallel.simulation import Ranks, compare, make_once, randomised
+from tests.parallel.wider import WIDER
 
 aten = torch.ops.aten
 
@@ -125,29 +126,81 @@ def _reduced_late(module: fx.GraphModule) -> None:
     raise AssertionError("no reduction")
 
 
+def _rolled(name: str, dim: int = 0) -> Callable[[fx.GraphModule], None]:
+    """A divided parameter, one position on."""
+
+    def mutate(module: fx.GraphModule) -> None:
+        node = next(n for n in module.graph.nodes if n.op == "get_attr" and name in n.target)
+        with module.graph.inserting_after(node):
+            rolled = module.graph.call_function(aten.roll.default, (node, [1], [dim]))
+        node.replace_all_uses_with(rolled, delete_user_cb=lambda user: user is not rolled)
+
+    return mutate
+
+
+def _gate_beside_another_up(module: fx.GraphModule) -> None:
+    node = next(n for n in module.graph.nodes if n.target is aten.silu.default)
+    with module.graph.inserting_before(node):
+        gate = module.graph.call_function(aten.roll.default, (node.args[0], [1], [-1]))
+    node.args = (gate,)
+
+
+def _sum_of_fewer(module: fx.GraphModule) -> None:
+    """Of a moment: only the first head's."""
+    node = next(n for n in module.graph.nodes if n.target is aten.sum.dim_IntList)
+    with module.graph.inserting_before(node):
+        fewer = module.graph.call_function(aten.slice.Tensor, (node.args[0], -1, 0, HEAD, 1))
+    node.args = (fewer, *node.args[1:])
+
+
+def _heads_added_up(module: fx.GraphModule) -> None:
+    """A sum within each head, over the ranks, too."""
+    calls = {k: v for k, v in module.named_children() if isinstance(v, CopyTo | ReduceFrom)}
+    reduce, enter = (
+        next(k for k in calls if isinstance(calls[k], t)) for t in (ReduceFrom, CopyTo)
+    )
+    node = next(n for n in module.graph.nodes if n.target is aten.einsum.default)
+    with module.graph.inserting_before(node):
+        total = module.graph.call_function(aten.sum.dim_IntList, (node.args[1][0], [-1]))
+        total = module.graph.call_module(reduce, (total,))
+        total = module.graph.call_module(enter, (total,))
+    node.replace_all_uses_with(total)
+
+
 STATES, ORIGINS = {"states"}, {"origins"}
 NUMBERS: set[str] = set()
-# name -> (model, mutation, which static checks see it; the simulation sees all)
-MUTANTS: dict[str, tuple[str, Callable[[fx.GraphModule], None], set[str]]] = {
-    "forward collective dropped": ("separate", _drop(ReduceFrom), STATES),
-    "backward collective dropped": ("separate", _drop(CopyTo), STATES),
-    "bias before the reduce": ("separate", _bias_before_reduce, STATES),
-    "replicated gradient not summed": ("norm by head", _drop(CopyTo, parameter=True), STATES),
-    "shared kv gradient not summed": ("grouped, few kv heads", _drop(SharedGradient, True), STATES),
-    "wrong kv mapping": ("grouped", _wrong_kv_mapping, ORIGINS),
-    "columns of other features": ("separate", _other_columns, ORIGINS),
-    "mask off by one row": ("separate", _rows_of_another_rank, STATES),
-    "head not padded": ("separate", _not_padded, STATES),
-    "collective of another group": ("separate", _other_group, STATES),
-    "kv mapping shifted": ("grouped", _shifted_kv, ORIGINS),
-    "nonlinearity before the reduce": ("separate", _reduced_late, STATES),
-    "moment of a part": ("norm over all heads", _moment_of_a_part, NUMBERS),
-}
+# name -> (models, mutation, which static checks see it; the simulation sees all)
+MUTANTS: dict[str, tuple[tuple[str, ...], Callable[[fx.GraphModule], None], set[str]]] = {
+    "forward collective dropped": (
+        ("separate", "interleaved", "multi-query"), _drop(ReduceFrom), STATES,
+    ),
+    "backward collective dropped": (("separate", "unbind, packed GLU"), _drop(CopyTo), STATES),
+    "bias before the reduce": (("separate", "chunk", "grouped"), _bias_before_reduce, STATES),
+    "replicated gradient not summed": (("norm by head",), _drop(CopyTo, parameter=True), STATES),
+    "shared kv gradient not summed": (
+        ("grouped, few kv heads", "norm over all heads, few"), _drop(SharedGradient, True), STATES,
+    ),
+    "wrong kv mapping": (("grouped", "split, tied"), _wrong_kv_mapping, ORIGINS),
+    "columns of other features": (("separate", "unbind, packed GLU"), _other_columns, ORIGINS),
+    "mask off by one row": (("separate", "split, tied"), _rows_of_another_rank, STATES),
+    "head not padded": (("separate", "split, tied"), _not_padded, STATES),
+    "collective of another group": (("separate",), _other_group, STATES),
+    "kv mapping shifted": (("grouped", "interleaved"), _shifted_kv, ORIGINS),
+    "nonlinearity before the reduce": (("separate",), _reduced_late, STATES),
+    "moment of a part": (("norm over all heads",), _moment_of_a_part, NUMBERS),
+    "a moment's sum over fewer": (("norm over all heads",), _sum_of_fewer, ORIGINS),
+    "sums of heads added up": (("squares summed for each head",), _heads_added_up, ORIGINS),
+    "a norm's weight of others": (("norm over all heads",), _rolled("q_norm.weight"), ORIGINS),
+    "a bias of other rows": (("separate", "chunk"), _rolled("up.bias"), ORIGINS),
+    "a scale of other heads": (("learned scale",), _rolled("scale"), ORIGINS),
+    "a gate beside another up": (("unbind, packed GLU",), _gate_beside_another_up, ORIGINS),
+}  # fmt: skip
+CASES = [(name, model) for name, (models, *_) in MUTANTS.items() for model in models]
 
 
 @functools.cache
 def _prepared(name: str) -> tuple[nn.Module, Prepared]:
-    model = randomised(MODELS[name]())
+    model = randomised({**MODELS, **WIDER}[name]())
     return model, prepare(model, own_modes=True)
 
 
@@ -170,9 +223,9 @@ def _simulation_fails(model: nn.Module, ranks: Ranks) -> bool:
     return max(errors.output, errors.gradient) > 1e-6
 
 
-@pytest.mark.parametrize("name", MUTANTS)
-def test_mutant_is_caught(name: str) -> None:
-    model_name, mutate, seen_by = MUTANTS[name]
+@pytest.mark.parametrize(("name", "model_name"), CASES)
+def test_mutant_is_caught(name: str, model_name: str) -> None:
+    _, mutate, seen_by = MUTANTS[name]
     model, ranks = _mutated(model_name, mutate)
     assert _simulation_fails(model, ranks), "not caught by the simulation"
     module = ranks.modules[0]

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from fxport.capture.export import capture
 from fxport.capture.inputs import InputKind, graph_input
 from fxport.passes.functional import functionalise
+from fxport.passes.tensor_parallel.joined import join_projections
 from fxport.passes.tensor_parallel.spellings import one_spelling
 
 aten = torch.ops.aten
@@ -68,6 +69,7 @@ def respelled(product: Product) -> tuple[float, int, int, fx.GraphModule]:
     functionalise(gm)
     before = _linears(gm)
     one_spelling(gm)
+    join_projections(gm)
     ids = torch.randint(0, VOCAB, (2, 5))
     state = dict(model.named_parameters())
     inputs = [graph_input(n) for n in gm.graph.nodes if n.op == "placeholder"]
@@ -123,3 +125,31 @@ def _sums(gm: fx.GraphModule) -> int:
 def test_sums_over_what_both_operands_have(name: str, left: int) -> None:
     error, *_, gm = respelled({**SUMS, **OTHER_SUMS}[name])
     assert _sums(gm) == left and error < 1e-12
+
+
+def _joined(*parts: Tensor) -> Tensor:
+    return torch.cat(parts, -1)
+
+
+JOINED: dict[str, Product] = {
+    "slices, the last first": lambda x, w: _joined(F.linear(x, w[5:]), F.linear(x, w[:5])),
+    "split": lambda x, w: _joined(*(F.linear(x, part) for part in w.split(4))),
+    "chunks of two sizes": lambda x, w: _joined(*(F.linear(x, p) for p in w.chunk(5))),
+}
+APART: dict[str, Product] = {
+    "not all rows": lambda x, w: _joined(F.linear(x, w[:5]), F.linear(x, w[4:11])),
+    "rows twice": lambda x, w: _joined(
+        F.linear(x, w[:8]), F.linear(x, w[8:]) + F.linear(x, w[4:8])
+    ),
+    "other inputs": lambda x, w: _joined(F.linear(x, w[:6]), F.linear(x + 1, w[6:])),
+    "columns": lambda x, w: F.linear(x[..., :6], w[:, :6]) + F.linear(x[..., :6], w[:, 6:]),
+    "a bias of other rows": lambda x, w: _joined(
+        F.linear(x, w[:6], w[0, 6:]), F.linear(x, w[6:], w[0, :6])
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*JOINED, *APART])
+def test_parts_of_one_weight(name: str) -> None:
+    error, before, after, _ = respelled({**JOINED, **APART}[name])
+    assert error < 1e-12 and after == (before if name in APART else 2)

@@ -1,0 +1,143 @@
+"""For `origins`: what the positions of divided parameters are called, and what may meet.
+
+W [N, C], rows divided      row i: first(W) + i
+b [N], s [1, H, 1, 1]       position i of the divided dimension: first(b) + i
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fxport.parallel.plan import ParameterShard, Plan
+
+__all__ = ["Naming", "meetings_are", "sums_are"]
+
+_LARGEST = 2**16  # elements of what is named position by position
+Meetings = Sequence[tuple[Tensor, Tensor]]
+Sums = Sequence[tuple[bool, Tensor]]
+
+
+class Naming:
+    """Numbers for the rows of divided weights ``[N, C]``, and for divided vectors.
+
+    Attributes:
+        bases: name of a parameter -> its first number; counted from 1 on, in this order.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.bases: dict[str, int] = {}
+        self._shards: dict[str, ParameterShard] = {}
+        first = 1
+        for shard in plan.parameters:
+            dim = _divided(shard)
+            if dim is None or (len(shard.shape) == 2 and dim != 0):
+                continue
+            if len(shard.shape) != 2 and torch.Size(shard.shape).numel() > _LARGEST:
+                continue
+            self.bases[shard.name], self._shards[shard.name] = first, shard
+            first += shard.shape[dim]
+        self.count = first
+        self._starts = torch.tensor([*self.bases.values()])
+
+    def of_vector(self, name: str, rank: int | None) -> Tensor | None:
+        """Names of all positions, or of those of one rank; None where none are given."""
+        shard = self._shards.get(name)
+        if shard is None or torch.Size(shard.shape).numel() > _LARGEST:
+            return None
+        dim = _divided(shard)
+        assert dim is not None
+        index = None if rank is None else shard.indices[rank][dim]
+        held = range(shard.shape[dim]) if index is None else index
+        shape = list(shard.shape)
+        shape[dim] = len(held)
+        numbers = torch.tensor(held, dtype=torch.int64) + self.bases[name]
+        return numbers.reshape([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape)
+
+    def owner(self, names: Tensor) -> Tensor:
+        """Which parameter each position is of."""
+        return torch.searchsorted(self._starts, names, right=True) - 1
+
+    def owner_of(self, names: Sequence[int]) -> int:
+        """Of the first of some positions."""
+        return int(self.owner(torch.tensor(names[0])))
+
+    def all_of(self, owner: int, names: Tensor) -> bool:
+        """Whether a choice of names has all of one parameter's."""
+        bounds = [*self._starts.tolist(), self.count]
+        return bool(names[bounds[owner] : bounds[owner + 1]].all())
+
+    def held(self, rank: int) -> Tensor:
+        """By name: whether a rank holds it."""
+        found = torch.zeros(self.count, dtype=torch.bool)
+        for name, shard in self._shards.items():
+            dim = _divided(shard)
+            assert dim is not None
+            index = shard.indices[rank][dim]
+            rows = range(shard.shape[dim]) if index is None else index
+            found[torch.tensor(rows, dtype=torch.int64) + self.bases[name]] = True
+        return found
+
+
+def _divided(shard: ParameterShard) -> int | None:
+    """The one dimension that is divided."""
+    dims = {d for box in shard.indices for d, index in enumerate(box) if index is not None}
+    return dims.pop() if len(dims) == 1 else None
+
+
+def meetings_are(found: Meetings, wanted: Meetings, naming: Naming) -> bool:
+    """Whether all that meets here meets there; of two parameters that meet there at all."""
+    if not found or not wanted:
+        return True
+    here, there = (_pairs(m) for m in (found, wanted))
+    known = _coded(naming.owner(there), naming.count)
+    here = here[:, torch.isin(_coded(naming.owner(here), naming.count), known)]
+    return bool(torch.isin(_coded(here, naming.count), _coded(there, naming.count)).all())
+
+
+def _pairs(meetings: Meetings) -> Tensor:
+    """``[2, n]``, the lower name first."""
+    rows = []
+    for one, other in meetings:
+        pair = torch.stack(torch.broadcast_tensors(one, other)).reshape(2, -1)
+        rows.append(pair.sort(0).values.unique(dim=1))
+    return torch.cat(rows, 1)
+
+
+def _coded(pairs: Tensor, count: int) -> Tensor:
+    return pairs[0] * count + pairs[1]
+
+
+def _lines(groups: Tensor) -> list[list[int]]:
+    """Along the last dimension."""
+    found: list[list[int]] = (
+        groups.flatten(0, -2).tolist() if groups.dim() > 1 else [groups.tolist()]
+    )
+    return found
+
+
+def sums_are(found: Sums, wanted: Sums, naming: Naming, rank: int) -> bool:
+    """Whether what is summed here is a sum there, or this rank's share of one.
+
+    Of parameters that are summed there at all. A sum over the ranks that this rank has alone is
+    none: the others add their own to it.
+    """
+    there: dict[int, set[tuple[int, ...]]] = {}
+    for _, groups in wanted:
+        for group in _lines(groups):
+            there.setdefault(naming.owner_of(group), set()).add(tuple(group))
+    mine = naming.held(rank)
+    for lower in range(rank):
+        mine &= ~naming.held(lower)
+    for over_ranks, groups in found:
+        for group in filter(None, _lines(groups)):
+            owner = naming.owner_of(group)
+            expected = there.get(owner)
+            if expected is not None and over_ranks:
+                shares = {tuple(n for n in whole if mine[n]) for whole in expected}
+                expected = shares if naming.all_of(owner, mine) else shares - expected
+            if expected is not None and tuple(group) not in expected:
+                return False
+    return True
