@@ -23,7 +23,7 @@ from fxport.capture.inputs import InputKind
 from fxport.capture.memory import Memory
 from fxport.passes.attention_emit import Emitter
 from fxport.passes.attention_views import number, overload_packet
-from fxport.passes.constants import depends_on
+from fxport.passes.constants import depends_on, is_symbolic
 
 __all__ = ["sinks_as_columns"]
 
@@ -71,11 +71,13 @@ def sinks_as_columns(gm: fx.GraphModule) -> int:
 def _factor(node: fx.Node) -> _Factor | None:
     if overload_packet(node) is not aten.mul:
         return None
+    if len(node.all_input_nodes) < 2 or any(map(is_symbolic, node.all_input_nodes)):
+        return None
     for result, gate in (node.args[:2], node.args[1::-1]):
-        if isinstance(result, fx.Node) and isinstance(gate, fx.Node):
-            found = _of(node, result, gate)
-            if found is not None:
-                return found
+        assert isinstance(result, fx.Node) and isinstance(gate, fx.Node)
+        found = _of(node, result, gate)
+        if found is not None:
+            return found
     return None
 
 

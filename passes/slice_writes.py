@@ -6,8 +6,13 @@ Before                                      After
     copy_(slice(k, 3, 32, 48), b)
     f(k)                                        f(cat([a, b], 3))
 
-Only where the pieces cover one axis exactly and in full, before anything reads the tensor: then
-what it held at first does not matter.
+    y = empty_like(x)
+    copy_(slice(y, 3, 0, None, 2), a)
+    copy_(slice(y, 3, 1, None, 2), b)
+    f(y)                                        f(flatten(stack([a, b], 4), 3, 4))
+
+Only where the pieces cover one axis exactly and in full, one after the other or in turns, before
+anything reads the tensor: then what it held at first does not matter.
 """
 
 from __future__ import annotations
@@ -17,9 +22,11 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses import FakeTensor
 
 from fxport.capture.arguments import arguments, shape_of
 from fxport.capture.memory import is_fresh, is_mutation
+from fxport.passes.attention_emit import Emitter
 
 __all__ = ["join_written_pieces"]
 
@@ -28,14 +35,13 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class _Piece:
-    """``base[..., start:end] = source`` along `dim`."""
+    """``base[..., rows] = source`` along `dim`."""
 
     view: fx.Node
     write: fx.Node
     source: fx.Node
     dim: int
-    start: int
-    end: int
+    rows: range
 
 
 def join_written_pieces(gm: fx.GraphModule) -> int:
@@ -56,7 +62,7 @@ def _join(
     gm: fx.GraphModule, base: fx.Node, order: dict[fx.Node, int], writes: list[fx.Node]
 ) -> bool:
     pieces = _pieces(base)
-    if not _cover(pieces, shape_of(base)):
+    if not _cover(pieces, shape_of(base)) or not isinstance(base.meta["val"], FakeTensor):
         return False
     first, last = (f(pieces, key=lambda p: order[p.write]).write for f in (min, max))
     own = {p.write for p in pieces} | {p.view for p in pieces}
@@ -68,17 +74,21 @@ def _join(
     inside = [w for w in (*writes, *switches) if order[first] < order[w] < order[last]]
     if any(w not in own for w in inside):
         return False
-    with gm.graph.inserting_after(last):
-        joined = gm.graph.call_function(
-            aten.cat.default, ([p.source for p in pieces], pieces[0].dim)
-        )
-    joined.meta = {**last.meta, "val": base.meta["val"]}
+    joined = _joined(Emitter(gm, last, [base]), pieces)
     base.replace_all_uses_with(joined, lambda user: user not in own)
     for piece in pieces:
         gm.graph.erase_node(piece.write)
         gm.graph.erase_node(piece.view)
     gm.graph.erase_node(base)
     return True
+
+
+def _joined(emitter: Emitter, pieces: list[_Piece]) -> fx.Node:
+    dim, sources = pieces[0].dim, [p.source for p in pieces]
+    if pieces[0].rows.step == 1:
+        return emitter.call(aten.cat.default, sources, dim)
+    in_turns = emitter.call(aten.stack.default, sources, dim + 1)
+    return emitter.call(aten.flatten.using_ints, in_turns, dim, dim + 1)
 
 
 def _base(write: fx.Node) -> fx.Node | None:
@@ -94,7 +104,7 @@ def _base(write: fx.Node) -> fx.Node | None:
 def _pieces(base: fx.Node) -> list[_Piece]:
     """What is written into `base`, in the order of what it covers."""
     pieces = [p for view in base.users if (p := _piece(base, view)) is not None]
-    return sorted(pieces, key=lambda p: p.start)
+    return sorted(pieces, key=lambda p: p.rows.start)
 
 
 def _piece(base: fx.Node, view: fx.Node) -> _Piece | None:
@@ -109,26 +119,24 @@ def _piece(base: fx.Node, view: fx.Node) -> _Piece | None:
         return None
     same_type = source.meta["val"].dtype == view.meta["val"].dtype
     dim = given["dim"] % len(shape_of(base))
-    bounds = _bounds(given, shape_of(base)[dim])
-    if not same_type or shape_of(source) != shape_of(view) or bounds is None:
+    rows = _rows(given, shape_of(base)[dim])
+    if not same_type or shape_of(source) != shape_of(view) or rows is None:
         return None
-    return _Piece(view, write, source, dim, *bounds)
+    return _Piece(view, write, source, dim, rows)
 
 
-def _bounds(given: dict[str, Any], size: Any) -> tuple[int, int] | None:
-    start, end = given["start"] or 0, given["end"]
-    if not isinstance(size, int) or not isinstance(start, int) or given["step"] != 1:
-        return None
-    if end is not None and not isinstance(end, int):
-        return None
-    bounds = range(size)[start:end]
-    return bounds.start, bounds.stop
+def _rows(given: dict[str, Any], size: Any) -> range | None:
+    start, end, step = given["start"] or 0, given["end"], given["step"]
+    known = all(isinstance(n, int) for n in (size, start, 0 if end is None else end, step))
+    return range(size)[start:end:step] if known else None
 
 
 def _cover(pieces: list[_Piece], shape: tuple[Any, ...]) -> bool:
-    """One after the other along one axis, from its first entry to its last."""
+    """One after the other along one axis, from its first entry to its last; or in turns."""
     if len(pieces) < 2 or len({p.dim for p in pieces}) > 1:
         return False
-    ends = [0, *(p.end for p in pieces)]
-    starts = [*(p.start for p in pieces), shape[pieces[0].dim]]
-    return ends == starts
+    size, rows, turns = shape[pieces[0].dim], [p.rows for p in pieces], len(pieces)
+    if all(r.step == 1 for r in rows):
+        return [0, *(r.stop for r in rows)] == [*(r.start for r in rows), size]
+    in_turns = [range(size)[first::turns] for first in range(turns)]
+    return size % turns == 0 and rows == in_turns

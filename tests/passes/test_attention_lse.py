@@ -36,6 +36,8 @@ def granite(spelling: str) -> Callable[[Tensor, Tensor], Tensor]:
         out = weights @ v
         if spelling == "added":
             out = out + v
+        if spelling == "times a number of the length":
+            out = out * t**-0.5
         out = out * gate.to(out.dtype)
         if spelling == "returned":
             out = out + weights.amax(-1, keepdim=True)
@@ -67,7 +69,14 @@ def test_the_sink_is_part_of_the_attention(spelling: str) -> None:
         torch.testing.assert_close(run_like(graph, site, [x]), site(x), rtol=1e-12, atol=1e-12)
 
 
-OTHER = ("of other scores", "of the tokens", "the other way", "added", "returned")
+OTHER = (
+    "of other scores",
+    "of the tokens",
+    "the other way",
+    "added",
+    "returned",
+    "times a number of the length",
+)
 
 
 @pytest.mark.parametrize("spelling", OTHER)

@@ -35,21 +35,69 @@ def three_parts_in_another_order(x: Tensor) -> Tensor:
     return y
 
 
-@pytest.mark.parametrize("function", [two_parts, three_parts_in_another_order])
+def two_in_turns(x: Tensor) -> Tensor:
+    """As rotated pairs are put back."""
+    y = x.new_empty(x.shape[0], x.shape[1], 2 * x.shape[2])
+    y[..., 1::2] = x.sin()
+    y[..., ::2] = x.cos()
+    return y * 2
+
+
+def three_in_turns_along_the_first_axis(x: Tensor) -> Tensor:
+    y = x.new_zeros(3 * x.shape[0], *x.shape[1:])
+    y[::3], y[1::3], y[2::3] = x.sin(), x.cos(), x.exp()
+    return y * 2
+
+
+JOINED = [
+    two_parts,
+    three_parts_in_another_order,
+    two_in_turns,
+    three_in_turns_along_the_first_axis,
+]
+
+
+@pytest.mark.parametrize("function", JOINED)
 def test_pieces_are_joined(function: Callable[[Tensor], Tensor]) -> None:
     x = torch.randn(3, 7, 5, dtype=torch.float64)
     gm = traced(function, x)
     assert join_written_pieces(gm) == 1
     functionalise(gm)
     targets = [n.target for n in gm.graph.nodes]
-    assert aten.cat.default in targets and aten.copy_.default not in targets
+    assert {aten.cat.default, aten.stack.default} & set(targets)
+    assert aten.copy_.default not in targets
     torch.testing.assert_close(gm(x), function(x), rtol=0, atol=0)
+    one, other = (x.clone().requires_grad_() for _ in range(2))
+    weights = torch.randn_like(gm(x))
+    (gm(one) * weights).sum().backward()
+    (function(other) * weights).sum().backward()
+    torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=1e-14)
 
 
 def a_gap(x: Tensor) -> Tensor:
     y = x.new_zeros(x.shape[0], x.shape[1], 11)
     y[..., :5].copy_(x)
     y[..., 6:].copy_(x)
+    return y * 2
+
+
+def one_of_two_turns(x: Tensor) -> Tensor:
+    y = x.new_zeros(x.shape[0], x.shape[1], 10)
+    y[..., ::2] = x
+    return y * 2
+
+
+def turns_that_leave_the_last_out(x: Tensor) -> Tensor:
+    y = x.new_zeros(x.shape[0], x.shape[1], 11)
+    y[..., :10:2] = x
+    y[..., 1::2] = x.sin()
+    return y * 2
+
+
+def the_same_turn_twice(x: Tensor) -> Tensor:
+    y = x.new_zeros(x.shape[0], x.shape[1], 10)
+    y[..., ::2] = x
+    y[..., 0:9:2] = x.sin()
     return y * 2
 
 
@@ -132,6 +180,17 @@ def test_what_is_more_than_that_is_written_part_by_part(
     assert join_written_pieces(gm) == 0
     functionalise(gm)  # by `view_writes`
     torch.testing.assert_close(gm(x), function(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "function", [one_of_two_turns, turns_that_leave_the_last_out, the_same_turn_twice]
+)
+def test_turns_that_do_not_cover_the_axis_are_refused(function: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(3, 7, 5, dtype=torch.float64)
+    gm = traced(function, x)
+    assert join_written_pieces(gm) == 0
+    with pytest.raises(PortError, match="changes a tensor"):
+        functionalise(gm)
 
 
 def test_what_an_earlier_view_shows_stays() -> None:
