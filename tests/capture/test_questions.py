@@ -9,11 +9,11 @@ import pytest
 import sympy
 import torch
 from torch import Tensor
-from torch.utils._sympy.functions import Mod, ToFloat
+from torch.utils._sympy.functions import FloorToInt, IntTrueDiv, Max, Mod, ToFloat
 
 from fxport.capture.clone import clone_for_capture
 from fxport.capture.lengths import continues, trace_at_lengths
-from fxport.capture.questions import ask, first_change, numbers_in
+from fxport.capture.questions import answer, ask, first_change, numbers_in
 from fxport.capture.symbolic import trace_symbolically
 from fxport.errors import PortError, ReasonCode
 from tests.zoo.called import Tiny
@@ -85,3 +85,9 @@ def test_numbers_in_classes_of_a_function_are_found():
             return ids * (count > 1234 or count in {2345, 3456})
 
     assert {1234, 2345, 3456} <= set(numbers_in(Inner(), 4096))
+
+
+def test_the_larger_of_a_whole_quotient_and_a_number() -> None:
+    """``max(T // 16, 1) > 2``, where torch rounds with sympy's own numbers."""
+    question = Max(1, FloorToInt(IntTrueDiv(T, 16))) > 2
+    assert [bool(answer(question, T, n)) for n in (3, 47, 48, 90)] == [False, False, True, True]
