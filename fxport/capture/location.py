@@ -7,6 +7,7 @@ innermost line of the user, helper functions included, on every node.
 from __future__ import annotations
 
 import dis
+import functools
 import importlib.util
 import inspect
 import linecache
@@ -62,6 +63,7 @@ _ROOT = re.compile(r"^[LG]\['\w+'\]\.?")
 _KEY = "fxport_line"
 
 
+@functools.cache  # a trace asks for every frame below every call
 def is_library(file: str) -> bool:
     """Whether a file belongs to torch, fxport, einops or the standard library."""
     if file.startswith((_TORCH, *_OWN, *_NOTATIONS, "<")):
