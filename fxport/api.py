@@ -65,7 +65,7 @@ class Port:
         Raises:
             FxportError: the directory exists, or parameters are on the meta device.
         """
-        from fxport.passes.token_rules import has_rule
+        from fxport.passes.tokens.rules import has_rule
 
         return write_port(
             directory,

@@ -57,7 +57,7 @@ def load(directory: str | Path, device: torch.device | str = "cpu") -> Loaded:
         SavedPortError: a file is missing, damaged or hostile; weights that the graph needs are
             missing, are of another shape or dtype, or are too many.
     """
-    from fxport.passes.token_rules import has_rule
+    from fxport.passes.tokens.rules import has_rule
 
     where = torch.device(device)
     config = read_config(directory)

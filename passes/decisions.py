@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from fxport.errors import ReasonCode
 from fxport.explain_records import Site
-from fxport.passes.attention import MASK
+from fxport.passes.attention.rewrite import MASK
 from fxport.report import Decision, Outcome
 
 __all__ = ["sites_of"]

@@ -29,9 +29,9 @@ from torch import fx
 
 from fxport.capture.arguments import arguments, shape_of
 from fxport.capture.memory import Memory
-from fxport.passes.attention_emit import Emitter
-from fxport.passes.attention_site import Left
-from fxport.passes.attention_views import overload_packet
+from fxport.passes.attention.emit import Emitter
+from fxport.passes.attention.site import Left
+from fxport.passes.attention.views import overload_packet
 from fxport.passes.graph_facts import erase_dead, reachable
 
 __all__ = ["fold_known_values"]

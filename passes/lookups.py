@@ -13,8 +13,8 @@ import torch
 from torch import fx
 
 from fxport.capture.arguments import arguments
-from fxport.passes.attention_emit import Emitter
-from fxport.passes.attention_views import overload_packet
+from fxport.passes.attention.emit import Emitter
+from fxport.passes.attention.views import overload_packet
 
 __all__ = ["look_up_first"]
 

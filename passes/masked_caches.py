@@ -21,7 +21,7 @@ from fxport.capture.arguments import arguments, shape_of
 from fxport.capture.caches import drop_unread_writes
 from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.memory import Memory
-from fxport.passes.attention_emit import Emitter
+from fxport.passes.attention.emit import Emitter
 from fxport.passes.axes import Symbols
 from fxport.passes.constants import depends_on, evaluate
 from fxport.passes.functional import drop_whole_slices

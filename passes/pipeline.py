@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from fxport.capture.dynamo import lowered_graphs
-from fxport.passes.attention import AttentionSite, rewrite_attention
+from fxport.passes.attention.rewrite import AttentionSite, rewrite_attention
 from fxport.passes.known_values import fold_known_values
 from fxport.report import Decision
 

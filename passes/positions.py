@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from fxport.capture.location import module_of, user_location
-from fxport.passes.token_locality import Locality, Rows
+from fxport.passes.tokens.locality import Locality, Rows
 from fxport.report import Decision, Outcome
 
 __all__ = ["gather_by_position"]

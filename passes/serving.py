@@ -20,12 +20,12 @@ from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.recurrence import convolutions_over
 from fxport.diff.stages import Recorder, Stage
 from fxport.errors import FxportError, PortError, Reason, ReasonCode
-from fxport.passes.attention import rewrite_attention
-from fxport.passes.attention_lse import sinks_as_columns
+from fxport.passes.attention.lse import sinks_as_columns
+from fxport.passes.attention.rewrite import rewrite_attention
 from fxport.passes.axes import Axes, Axis, Symbols
 from fxport.passes.constants import depends_on
-from fxport.passes.expert_loops import run_chosen_experts
-from fxport.passes.expert_products import multiply_by_expert
+from fxport.passes.experts.loops import run_chosen_experts
+from fxport.passes.experts.products import multiply_by_expert
 from fxport.passes.functional import functionalise
 from fxport.passes.head import Head, between, find_head, no_projection
 from fxport.passes.known_values import fold_known_values
@@ -42,7 +42,7 @@ from fxport.passes.split import (
     token_embedding,
 )
 from fxport.passes.table_lookups import look_up_in_tables
-from fxport.passes.token_locality import Locality, analyse
+from fxport.passes.tokens.locality import Locality, analyse
 from fxport.report import Decision, Outcome
 from fxport.serving import ServingGraph
 

@@ -26,7 +26,7 @@ from torch._subclasses import FakeTensor
 
 from fxport.capture.arguments import arguments, shape_of
 from fxport.capture.memory import is_fresh, is_mutation
-from fxport.passes.attention_emit import Emitter
+from fxport.passes.attention.emit import Emitter
 
 __all__ = ["join_written_pieces"]
 

@@ -22,7 +22,7 @@ from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.location import user_location
 from fxport.errors import PortError, Reason, ReasonCode
 from fxport.ops.params import AttentionParams
-from fxport.passes.attention_views import overload_packet
+from fxport.passes.attention.views import overload_packet
 from fxport.passes.axes import Axes, Axis, Dim
 from fxport.passes.constants import evaluate, is_symbolic
 from fxport.serving import AttentionLayer, Part

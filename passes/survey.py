@@ -19,8 +19,8 @@ from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.location import module_of, user_location
 from fxport.errors import Location, PortError, Reason, ReasonCode
 from fxport.explain_records import PositionSite, Site
-from fxport.passes.attention import rewrite_attention
-from fxport.passes.attention_lse import sinks_as_columns
+from fxport.passes.attention.lse import sinks_as_columns
+from fxport.passes.attention.rewrite import rewrite_attention
 from fxport.passes.axes import Symbols
 from fxport.passes.constants import depends_on, is_symbolic
 from fxport.passes.decisions import sites_of
@@ -31,7 +31,7 @@ from fxport.passes.lookups import look_up_first
 from fxport.passes.masked_caches import read_under_masks
 from fxport.passes.split import token_embedding
 from fxport.passes.table_lookups import look_up_in_tables
-from fxport.passes.token_locality import Locality, Rows, analyse
+from fxport.passes.tokens.locality import Locality, Rows, analyse
 from fxport.report import Outcome
 
 __all__ = ["Survey", "survey"]

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from fxport.capture.arguments import arguments, shape_of
-from fxport.passes.attention_emit import Emitter
+from fxport.passes.attention.emit import Emitter
 from fxport.passes.constants import is_symbolic
 from fxport.passes.split import passes_on
 

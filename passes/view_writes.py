@@ -23,7 +23,7 @@ from torch import fx
 
 from fxport.capture.arguments import arguments, shape_of
 from fxport.capture.memory import Memory, is_fresh
-from fxport.passes.attention_emit import Emitter
+from fxport.passes.attention.emit import Emitter
 
 __all__ = ["PartOf", "apart", "parts_above", "write_parts"]
 

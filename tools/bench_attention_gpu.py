@@ -10,7 +10,7 @@
   chooses, called as a model's graph calls it;
 * shapes: the same at other head sizes, with grouped heads, without causality, in float16;
 * lengths: what the first call at a length never seen costs;
-* sweep: other block shapes for our kernels, to check `fxport.ops.triton_config` against.
+* sweep: other block shapes for our kernels, to check `fxport.ops.triton.config` against.
 
 Operations are counted as everybody does: 4 B H Tq Tk D forward, 2.5 times that backward, half of it
 when causal, whatever a kernel recomputes. Times are medians by CUDA events with a cold L2 cache.
@@ -35,10 +35,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
-from fxport.ops import attention, dispatch, triton_attention, triton_config
+from fxport.ops import attention, dispatch
 from fxport.ops.params import AttentionParams
-from fxport.ops.triton_call import launches_of
-from fxport.ops.triton_config import Blocks
+from fxport.ops.triton import attention as triton_attention
+from fxport.ops.triton import config as triton_config
+from fxport.ops.triton.call import launches_of
+from fxport.ops.triton.config import Blocks
 
 __all__ = ["ceilings", "main", "milliseconds"]
 

@@ -36,9 +36,10 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fxport.ops import attention, dispatch, flash3, triton_attention
+from fxport.ops import attention, dispatch, flash3
 from fxport.ops.facts import Facts
 from fxport.ops.params import AttentionParams
+from fxport.ops.triton import attention as triton_attention
 from fxport.tools.bench_attention_gpu import ceilings
 
 __all__ = ["main"]

@@ -28,7 +28,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from fxport.ops.experts import expert_linear
-from fxport.ops.triton_experts import _Blocks, product
+from fxport.ops.triton.experts import _Blocks, product
 
 __all__ = ["main"]
 

@@ -2,7 +2,7 @@
 
     python -m fxport.tools.triton_resources [--sass DIR] [--case NAME ...]
 
-Runs the host code of `fxport.ops.triton_attention` on CPU tensors behind a driver that compiles
+Runs the host code of `fxport.ops.triton.attention` on CPU tensors behind a driver that compiles
 for sm_90 and launches nothing, so that each kernel is built exactly as a GPU would get it. Prints
 registers per thread, stack bytes (where spilled registers go), shared memory, and how many matrix
 instructions of which kind the machine code holds. Exit 1 if a kernel's shared memory does not fit.
@@ -28,7 +28,7 @@ from tabulate import tabulate
 from triton.backends.compiler import GPUTarget
 
 from fxport.ops.params import AttentionParams
-from fxport.ops.triton_attention import backward, forward
+from fxport.ops.triton.attention import backward, forward
 
 __all__ = ["main"]
 

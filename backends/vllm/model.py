@@ -18,7 +18,7 @@ from fxport.backends.vllm.assemble import assemble
 from fxport.backends.vllm.division import summary
 from fxport.backends.vllm.targets import fill
 from fxport.errors import FxportError, SavedPortError
-from fxport.passes.token_rules import has_rule
+from fxport.passes.tokens.rules import has_rule
 from fxport.saved import GRAPH_FILE, read_serving
 
 __all__ = ["FxportForCausalLM", "FxportModel"]

@@ -36,7 +36,7 @@ def experts_by_row(model: nn.Module) -> str:
     By default the library sorts tokens by expert and multiplies groups of them, which is no
     operation on each token by itself. It says that its implementations are equal; the comparison
     with the original's numbers checks it. The copies of weights that this one makes are in the
-    graph only: see `fxport.passes.expert_products`.
+    graph only: see `fxport.passes.experts.products`.
 
     Args:
         model: from `clone_for_capture`; changed in place (its configuration is a copy).

@@ -396,7 +396,7 @@ class _Rewriting:
     def _proven(self, node: fx.Node, count: sympy.Symbol) -> Any:
         """The axes of a result: the rules of token locality with the rows as tokens."""
         from fxport.passes.axes import Refusal, Symbols
-        from fxport.passes.token_rules import propagate
+        from fxport.passes.tokens.rules import propagate
 
         symbols = Symbols(sympy.Symbol("_no_batch"), count)
         try:

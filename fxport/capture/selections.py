@@ -5,7 +5,7 @@
     for expert in hit.nonzero(): ...     every expert, one after the other
     for expert in chosen.unique(): ...   again
     y[mask] += f(x[mask])                through rows: index and index_put by integers
-    order = chosen.argsort()             see `fxport.capture.expert_sorts`
+    order = chosen.argsort()             see `fxport.capture.experts.sorts`
 
 The same forward is traced again with other answers; `fxport.capture.skips` compares the graphs.
 """
@@ -23,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.overrides import TorchFunctionMode
 
-from fxport.capture.expert_sorts import SortedExperts
+from fxport.capture.experts.sorts import SortedExperts
 from fxport.capture.location import asks_for_zero
 from fxport.capture.mask_facts import (
     Emptiness,

@@ -40,7 +40,7 @@ def read_side(directory: Path) -> Side:
     Raises:
         SavedPortError: it is none, or damaged.
     """
-    from fxport.passes.token_rules import has_rule
+    from fxport.passes.tokens.rules import has_rule
 
     config = read_config(directory)
     dtype = own_dtype(directory, config)

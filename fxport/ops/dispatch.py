@@ -66,7 +66,7 @@ def _triton() -> Implementation | None:
     """Our own kernels, where Triton is installed."""
     if importlib.util.find_spec("triton") is None:
         return None
-    from fxport.ops import triton_attention as kernels
+    from fxport.ops.triton import attention as kernels
 
     return Implementation("triton", kernels.refuses, kernels.forward, kernels.backward)
 

@@ -118,7 +118,7 @@ def _kernels(x: Tensor) -> ModuleType | None:
     """Our Triton kernels, where they compute `x`."""
     if not x.is_cuda or not _has_triton():
         return None
-    from fxport.ops import triton_experts
+    from fxport.ops.triton import experts as triton_experts
 
     return triton_experts if triton_experts.supports(x.dtype) else None
 

@@ -15,8 +15,8 @@ from fxport.errors import FxportError
 from fxport.nested import attach
 from fxport.parallel.context import ParallelContext
 from fxport.parallel.plan import Plan, Replicated
-from fxport.passes.attention import rewrite_attention
-from fxport.passes.expert_products import multiply_by_expert
+from fxport.passes.attention.rewrite import rewrite_attention
+from fxport.passes.experts.products import multiply_by_expert
 from fxport.passes.functional import functionalise
 from fxport.passes.head import find_head
 from fxport.passes.known_values import fold_known_values

@@ -15,7 +15,7 @@ from torch import fx
 
 from fxport.errors import SavedPortError
 from fxport.graph_json import part_from_dict, part_to_dict
-from fxport.passes.token_rules import has_rule
+from fxport.passes.tokens.rules import has_rule
 from fxport.serving import Part
 
 aten = torch.ops.aten

@@ -19,7 +19,7 @@ import fxport
 from fxport.backends.torch import PackedModel
 from fxport.errors import FxportError, PortError, ReasonCode, SavedPortError
 from fxport.passes import serving as serving_passes
-from fxport.passes.token_rules import has_rule
+from fxport.passes.tokens.rules import has_rule
 from fxport.saved import read_serving
 from tests.saved_ports import edit, write_graph
 from tests.zoo.gemma import Gemma
@@ -283,7 +283,7 @@ def test_saved_graph_runs_without_the_source(saved, tmp_path):
     code = (
         "import torch; from safetensors.torch import load_file;"
         "from fxport.saved import read_serving;"
-        "from fxport.passes.token_rules import has_rule;"
+        "from fxport.passes.tokens.rules import has_rule;"
         "from fxport.backends.torch import PackedModel;"
         "case = torch.load('case.pt');"
         "serving = read_serving('port', has_rule, torch.float32, torch.device('cpu'));"

@@ -15,7 +15,7 @@ from torch import nn
 import fxport
 from fxport.errors import FxportError, PortError, ReasonCode
 from fxport.graph_json import part_to_dict
-from fxport.passes.token_rules import has_rule
+from fxport.passes.tokens.rules import has_rule
 from fxport.report import Outcome
 from tests.zoo.gpt import GPT
 from tests.zoo.llama import Llama

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fxport.ops.experts import _different_rows
-from fxport.ops.triton_experts import outer, product
+from fxport.ops.triton.experts import outer, product
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOUNDS = {torch.float32: 2e-6, torch.float16: 1e-3}

@@ -16,9 +16,10 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from fxport.ops import triton_attention, triton_launch
 from fxport.ops.params import AttentionParams
-from fxport.ops.triton_call import INTERPRETED, launches_of
+from fxport.ops.triton import attention as triton_attention
+from fxport.ops.triton import launch as triton_launch
+from fxport.ops.triton.call import INTERPRETED, launches_of
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter prepares nothing")
 

@@ -15,12 +15,12 @@ import torch
 from attention_cases import CASES, Case, assert_same, make, run
 from torch import Tensor
 
-from fxport.ops import triton_attention
 from fxport.ops.dropout import keep_mask
 from fxport.ops.facts import Facts
 from fxport.ops.params import AttentionParams
 from fxport.ops.reference import reference_attention
-from fxport.ops.triton_config import group_parts
+from fxport.ops.triton import attention as triton_attention
+from fxport.ops.triton.config import group_parts
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from fxport.capture.dynamo import lower
 from fxport.capture.inputs import GraphInput, InputKind
-from fxport.passes.attention import AttentionResult, rewrite_attention
+from fxport.passes.attention.rewrite import AttentionResult, rewrite_attention
 
 ATTENTION = torch.ops.fxport.attention.default
 

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from random_attention import Recipe, recipes
 from torch import Tensor, fx
 
-from fxport.passes.attention_masks import MaskPlan
+from fxport.passes.attention.masks import MaskPlan
 
 CASES = int(os.environ.get("FXPORT_FUZZ", "500"))
 SEED = os.environ.get("FXPORT_FUZZ_SEED")
@@ -201,7 +201,7 @@ def test_random_attention_through_dynamo(recipe: Recipe) -> None:
 
 def test_the_fuzzer_notices(monkeypatch: pytest.MonkeyPatch) -> None:
     """With every window one key too wide, some case of the first hundred must fail."""
-    from fxport.passes import attention
+    from fxport.passes.attention import rewrite as attention
 
     real = attention.plan_masks
 

@@ -9,8 +9,8 @@ import torch
 from attention_graphs import Site, run_like, trace_directly
 from torch import Tensor
 
-from fxport.passes.attention import rewrite_attention
-from fxport.passes.attention_lse import sinks_as_columns
+from fxport.passes.attention.lse import sinks_as_columns
+from fxport.passes.attention.rewrite import rewrite_attention
 
 HEADS, SIZE = 3, 8
 

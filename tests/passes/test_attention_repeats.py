@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from fxport.passes import attention_repeats
-from fxport.passes.attention_repeats import spell_out_repeats
+from fxport.passes.attention import repeats as attention_repeats
+from fxport.passes.attention.repeats import spell_out_repeats
 from tests.passes.attention_graphs import Site, run_like, trace_training
 
 aten = torch.ops.aten

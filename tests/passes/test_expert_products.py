@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fxport.capture.export import capture
 from fxport.capture.inputs import InputKind, graph_input
-from fxport.passes.expert_products import multiply_by_expert
+from fxport.passes.experts.products import multiply_by_expert
 from fxport.passes.functional import functionalise
 from tests.zoo.awkward import LAYERS, VOCAB
 from tests.zoo.chosen_experts import LEFT, LOOK_UPS, Mix, of_styles

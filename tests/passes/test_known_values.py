@@ -11,7 +11,7 @@ from attention_graphs import Site, compare, run_like, trace_directly, trace_trai
 from torch import Tensor
 
 from fxport.capture.memory import is_mutation
-from fxport.passes.attention import rewrite_attention
+from fxport.passes.attention.rewrite import rewrite_attention
 from fxport.passes.known_values import fold_known_values
 
 HEADS, SIZE = 3, 6

@@ -14,7 +14,7 @@ from attention_graphs import Rewritten, Site, compare, trace_directly, trace_tra
 from spellings_base import causal_bool, finish, heads_first
 from torch import Tensor
 
-from fxport.passes.attention import rewrite_attention
+from fxport.passes.attention.rewrite import rewrite_attention
 
 HARD = -(2.0**24)
 

@@ -7,7 +7,7 @@ import torch
 from attention_graphs import Site, compare, rewrite, trace_training
 from torch import Tensor
 
-from fxport.passes.mask_slopes import same_slopes, slopes_of
+from fxport.passes.masks.slopes import same_slopes, slopes_of
 
 HEADS, LENGTH = 5, 61
 SLOPES = 2.0 ** (-8.0 * torch.arange(1, HEADS + 1) / 3)

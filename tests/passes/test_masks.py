@@ -12,8 +12,8 @@ from spellings import LEGAL
 from spellings_base import finish, heads_first
 from torch import Tensor, nn
 
-from fxport.passes import masks
-from fxport.passes.mask_bands import Band, band_of
+from fxport.passes.masks import prover as masks
+from fxport.passes.masks.bands import Band, band_of
 from fxport.report import Outcome
 
 

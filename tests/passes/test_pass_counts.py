@@ -17,7 +17,7 @@ from fxport.capture.symbolic import trace_symbolically
 from fxport.capture.traced import Traced
 from fxport.errors import PortError, ReasonCode
 from fxport.fx_text import graph_text
-from fxport.passes.attention import rewrite_attention
+from fxport.passes.attention.rewrite import rewrite_attention
 from fxport.passes.axes import Symbols
 from fxport.passes.functional import functionalise
 from fxport.passes.head import find_head
@@ -25,7 +25,7 @@ from fxport.passes.inplace import without_inplace
 from fxport.passes.limits import longest_sequence
 from fxport.passes.positions import gather_by_position
 from fxport.passes.split import Splitter, attention_layers, token_embedding
-from fxport.passes.token_locality import analyse
+from fxport.passes.tokens.locality import analyse
 from fxport.serving import Part
 from fxport.testing import assert_rewrites, assert_same
 

@@ -16,7 +16,7 @@ from fxport.passes.axes import Axis, Symbols
 from fxport.passes.functional import functionalise
 from fxport.passes.head import find_head
 from fxport.passes.limits import longest_sequence
-from fxport.passes.token_locality import Locality, analyse
+from fxport.passes.tokens.locality import Locality, analyse
 
 V, C = 41, 24
 

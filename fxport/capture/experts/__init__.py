@@ -1,0 +1,5 @@
+"""Tokens that forward sorts by their expert, captured without the sorting.
+
+`sorts` sees the calls while forward is traced; `order` says what is computed in their place,
+`rows`, `runs`, `counts` and `back` do so: rows taken, cut into runs, counted, put back.
+"""

@@ -1,0 +1,239 @@
+"""Calls on tokens that forward sorts by their expert, while it is traced.
+
+    order = chosen.argsort()             noted: see `fxport.capture.experts.order`
+    counts = bincount(chosen)
+    counts.cpu().numpy(), .tolist()      an entry for each expert: `RunLength`s, 0 if it has none
+    anything on `order` and what it      see `rows`, `runs`, `back`
+    sorted
+
+Which experts have no slots is asked like any other question about emptiness.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxport.capture.experts import back, rows, runs
+from fxport.capture.experts.counts import Counts, counts_of, holds
+from fxport.capture.experts.order import ExpertOrder, Labels
+from fxport.capture.location import line_of_user
+from fxport.capture.mask_facts import Emptiness, emptiness, index_bound, values_of
+from fxport.capture.run_lengths import NumbersTaken, RunLength, array_of, run_lengths
+from fxport.capture.unwritten import mark_unwritten
+from fxport.errors import Location, PortError, Reason, ReasonCode
+
+__all__ = ["SortedExperts"]
+
+
+class SortedExperts:
+    """The orders of one trace.
+
+    Args:
+        node: the node of a tensor in the graph being traced.
+        number: gives a question its number.
+        is_empty: answers a question, with a witness; see `Selections`.
+        rows: ``torch.where`` of a mask that holds somewhere.
+    """
+
+    def __init__(
+        self,
+        node: Callable[[Tensor], fx.Node | None],
+        number: Callable[[Emptiness], int],
+        is_empty: Callable[[Emptiness, Tensor], bool],
+        rows: Callable[[Tensor, fx.Node], tuple[Tensor, ...]],
+    ) -> None:
+        self._node, self._number, self._is_empty, self._rows = node, number, is_empty, rows
+        self._labels = Labels(self._ask_lengths, self._where)
+        # Entries of counts: the entry, the counts, which one.
+        self._entries: dict[int, tuple[Tensor, Tensor, int]] = {}
+        # What sorted tensors were computed to in a way that is not understood, and where.
+        self._lost: dict[int, tuple[Tensor, Location | None]] = {}
+        self._by_mask: set[Emptiness] = set()
+        self._unstable: set[Emptiness] = set()
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of a call on sorted tensors; `NotImplemented` leaves it as it is."""
+        labels = self._labels
+        if not labels.orders:
+            return NotImplemented
+        if func in back.JOINS:
+            return back.join(labels, func, args, kwargs)
+        if func is Tensor.__getitem__:
+            return self._index(*args)
+        if func is Tensor.__setitem__:
+            return back.put(labels, *args)
+        given = [labels.of(a) for a in (*args, *kwargs.values())]
+        if all(g is None for g in given):
+            return NotImplemented
+        if func in back.ADDS:
+            return back.add(labels, func, args, kwargs)
+        if func in rows.MULTIPLIES:
+            return rows.multiply(labels, func, args, kwargs)
+        first = labels.of(args[0]) if args else None
+        if first is None:
+            return rows.gather(labels, func, args, kwargs)
+        if func in rows.ARGSORTS:
+            return rows.invert(first, labels, func, args, kwargs)
+        if func in runs.SPLITS:
+            return runs.split(labels, first, args, kwargs)
+        if func in rows.DIVIDES:
+            return rows.divide(first, labels, func, args, kwargs)
+        return rows.keep_rows(labels, func, first, args, kwargs)
+
+    def _index(self, tensor: Tensor, at: Any) -> Any:
+        known = self._labels.of(tensor) or self._labels.of(at)
+        found = runs.index(self._labels, tensor, at) if known else NotImplemented
+        ends = (at.start, at.stop) if isinstance(at, slice) else ()
+        if found is NotImplemented and any(isinstance(end, RunLength) for end in ends):
+            raise PortError([self._not_runs(tensor)])
+        return found
+
+    def follow(self, args: tuple[Any, ...], result: Any) -> None:
+        """Notes a call that was left as it is."""
+        if not self._labels.orders or not isinstance(result, Tensor):
+            return
+        for arg in args:
+            if id(arg) in self._lost and isinstance(arg, Tensor):
+                self._lost[id(result)] = (result, self._lost[id(arg)][1])
+                return
+        if any(self._labels.of(arg) for arg in args):
+            self._lost[id(result)] = (result, line_of_user(sys._getframe()))
+
+    def _not_runs(self, tensor: Tensor) -> Reason:
+        return Reason(
+            ReasonCode.MIXES_TOKENS,
+            "tokens sorted by their expert are not known to stay one row each, in their places, "
+            "and the runs of the experts are cut out of the result",
+            self._lost.get(id(tensor), (None, line_of_user(sys._getframe())))[1],
+            "compute on the run of each expert alone",
+        )
+
+    def sort(self, func: Any, chosen: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """``chosen.argsort()``, ascending, of the one axis."""
+        given = dict(zip(("dim", "descending"), args, strict=False)) | kwargs
+        dim, stable = given.pop("dim", -1), given.pop("stable", False)
+        ascending = given.pop("descending", False) is False
+        node = self._node(chosen)
+        if given or len(args) > 2 or type(dim) is not int or not ascending or node is None:
+            return NotImplemented
+        source = values_of(node)
+        experts = index_bound(source)
+        if experts is None or chosen.dim() != 1 or not holds(node, source, experts):
+            return NotImplemented
+        result = func(chosen, *args, **kwargs)
+        order = ExpertOrder(chosen, experts, stable is True)
+        self._labels.sorts(result if isinstance(result, Tensor) else result[1], order)
+        return result
+
+    # --- how many each expert got ----------------------------------------------------------------
+
+    def numbers(self, tensor: Tensor) -> list[Any] | None:
+        """What each expert got, or where its run ends, if tokens are sorted by what is counted."""
+        node = self._node(tensor) if self._labels.orders and tensor.dim() == 1 else None
+        counts = None if node is None else counts_of(node)
+        if counts is None:
+            return None
+        for order in self._labels.orders:
+            of = self._node(order.chosen)
+            if of is not None and values_of(of) is counts.values:
+                mark_unwritten(tensor, origin=True)
+                return _entries(counts, self._labels.lengths(order))
+        return None
+
+    def numpy(self, tensor: Tensor, **_: Any) -> Any:
+        """``counts.numpy()``, an array of objects.
+
+        Raises:
+            NumbersTaken: of any other tensor.
+        """
+        found = self.numbers(tensor)
+        if found is None:
+            raise NumbersTaken
+        return array_of(found)
+
+    def unbound(self, tensor: Tensor) -> Any:
+        """``counts.unbind()``: the entries, which `number` knows."""
+        found = self.numbers(tensor)
+        if found is None:
+            return NotImplemented
+        torch._check(tensor.shape[0] == len(found))
+        return tuple(self._entry(tensor, tensor.select(0, i), i) for i in range(len(found)))
+
+    def entry(self, tensor: Tensor, index: int) -> Any:
+        """``counts[3]``"""
+        found = self.numbers(tensor)
+        if found is None or not -len(found) <= index < len(found):
+            return NotImplemented
+        return self._entry(tensor, tensor[index], index)
+
+    def _entry(self, tensor: Tensor, entry: Tensor, index: int) -> Tensor:
+        self._entries[id(entry)] = (entry, tensor, index)
+        return entry
+
+    def number(self, tensor: Tensor) -> Any:
+        """An entry as a number."""
+        source = self._entries.get(id(tensor))
+        found = None if source is None else self.numbers(source[1])
+        return NotImplemented if found is None or source is None else found[source[2]]
+
+    def _ask_lengths(self, order: ExpertOrder) -> None:
+        """Asks which experts got slots; all slots went to somebody."""
+        empty: list[bool] = []
+        of = self._node(order.chosen)
+        assert of is not None
+        for expert in range(order.experts):
+            mask = order.chosen == expert
+            node = self._node(mask)
+            asked = None if node is None else emptiness(node)
+            if node is None or asked is None:
+                raise NumbersTaken
+            self._number(asked)  # questions have the same numbers whatever the answers are
+            nobody_else = all(empty) and expert == order.experts - 1
+            empty.append(not nobody_else and self._is_empty(asked, mask))
+            if not empty[-1]:
+                order.rows[expert] = self._rows(mask, node)[0]
+                self._sorted_by(order, asked)
+        order.lengths = run_lengths(empty, order.slots, values_of(of))
+
+    def _where(self, mask: Tensor) -> tuple[Tensor, ...]:
+        node = self._node(mask)
+        if node is None:
+            raise NumbersTaken
+        return self._rows(mask, node)
+
+    # --- ties ------------------------------------------------------------------------------------
+
+    def selects(self, mask: Emptiness) -> None:
+        """Notes that forward itself asks where a mask holds."""
+        self._by_mask.add(mask)
+        self._require_stable()
+
+    def _sorted_by(self, order: ExpertOrder, mask: Emptiness) -> None:
+        if not order.stable:
+            self._unstable.add(mask)
+            self._require_stable()
+
+    def _require_stable(self) -> None:
+        """Rows in the order of a mask and of a sort that says nothing of ties may not meet."""
+        if self._by_mask & self._unstable:
+            reason = Reason(
+                ReasonCode.MIXES_TOKENS,
+                "the tokens of an expert are taken by a mask, and also by a sort that may leave "
+                "them in any order",
+                line_of_user(sys._getframe()),
+                "sort with stable=True",
+            )
+            raise PortError([reason])
+
+
+def _entries(counts: Counts, lengths: tuple[RunLength | int, ...]) -> list[Any]:
+    """`bincount` ends at the last expert that has any."""
+    filled = [e for e, n in enumerate(lengths) if isinstance(n, RunLength)]
+    found = lengths[: max(counts.least, filled[-1] + 1)]
+    return list(itertools.accumulate(found) if counts.ends else found)

@@ -1,0 +1,58 @@
+"""Attention sinks: a column of its own beside the scores, dropped again after the softmax."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from fxport.errors import ReasonCode
+from fxport.passes.attention.emit import Emitter
+from fxport.passes.attention.frame import Frame
+from fxport.passes.attention.layout import Dims, LayoutError, align, axes_of, product
+from fxport.passes.attention.site import Left
+from fxport.passes.attention.trace import trace
+
+__all__ = ["emit_sinks"]
+
+aten = torch.ops.aten
+
+
+def emit_sinks(emitter: Emitter, sinks: tuple[fx.Node, Dims] | float, frame: Frame) -> fx.Node:
+    """The sinks as ``[Hq]``.
+
+    Args:
+        sinks: the number, or the column that was concatenated, and the scores' dimensions with
+            size 1 in place of the key axis.
+
+    Raises:
+        Left: they vary by more than the head.
+    """
+    if isinstance(sinks, float):
+        heads = product(frame.heads)
+        assert isinstance(heads, int)
+        anchor = emitter.anchor.meta["val"]
+        dtype = torch.promote_types(anchor.dtype, torch.float32)
+        device = anchor.device
+        return emitter.constant("sinks", torch.full((heads,), sinks, dtype=dtype, device=device))
+    column, dims = sinks
+    steps = trace(column)
+    try:
+        for of_scores, of_column in zip(dims, steps[-1].dims, strict=True):
+            if of_scores and of_column:
+                align(of_scores, of_column)
+    except (LayoutError, ValueError):
+        raise _left(column) from None
+    if not set(axes_of(steps[-1].dims, repeated=False)) <= set(frame.heads):
+        raise _left(column)
+    dtype = steps[0].node.meta["val"].dtype
+    found, factor = emitter.operand(steps, (frame.heads,), dtype)
+    return found if factor == 1 else emitter.call(aten.mul.Tensor, found, factor)
+
+
+def _left(column: fx.Node) -> Left:
+    return Left(
+        ReasonCode.UNSUPPORTED_FEATURE,
+        "the sinks are not one number per head",
+        column,
+        "use a parameter of shape [heads], expanded to the scores",
+    )
