@@ -162,6 +162,9 @@ def _batch_first(model: nn.Module, max_seq_len: int | None) -> Port:
     lowered = lower_for_serving(captured, max_seq_len, _stated_length(model))
     selections = every_row_records(captured.graph)  # those that no pass took out
     serving = lowered.serving
+    if not serving.attention:
+        message = "the model has no attention, and vLLM serves what keeps keys and values"
+        raise PortError([Reason(ReasonCode.UNSUPPORTED_FEATURE, message)])
     checked = _self_check(model, serving, captured)
     half, half_decision = _half(model, serving)
     respelled = (*_experts(captured.experts), *_unkept(captured.unkept), *_walked(captured.walked))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxport.capture.identities import bind_to_copy
 from fxport.capture.location import direct_caller, location_at
 from fxport.errors import PortError, Reason, ReasonCode
 
@@ -72,6 +73,7 @@ def _copied(model: nn.Module, shared: dict[int, Any]) -> nn.Module:
             hint="keep locks, open files, generators and tensors with a history out of attributes",
         )
         raise PortError([reason]) from error
+    bind_to_copy(clone, model)
     return clone.eval()
 
 

@@ -304,10 +304,10 @@ def test_what_torch_asks_for_itself_is_no_question() -> None:
 def test_parameters_in_a_closure_are_parameters() -> None:
     """A trace reaches them past the modules, and takes them for constants."""
     model = Model(lambda layer, x: layer(x)).double()
-    embed, layers = model.embed, model.layers
+    weight, layers = model.embed.weight, model.layers
     model.step = lambda layer, x: layer(x) + layers[1](x)
     del model.head
-    model.head = lambda x: x @ embed.weight.T
+    model.head = lambda x: x @ weight.T
     assert_gradients(model, fxport.parallelize(model, fxport.ParallelContext(0, 1)))
 
 

@@ -331,3 +331,9 @@ def test_a_damaged_port_is_refused(saved, tmp_path, damage):
     damage(copy)
     with pytest.raises(SavedPortError):
         read_serving(copy, has_rule, torch.float32, torch.device("cpu"))
+
+
+def test_a_model_without_attention_is_refused() -> None:
+    model = nn.Sequential(nn.Embedding(17, 8), nn.GELU(), nn.Linear(8, 17))
+    with pytest.raises(PortError, match="the model has no attention"):
+        fxport.port(model, max_seq_len=32)
