@@ -2,8 +2,8 @@
 
 Before (a part of a rank)                    After (a GraphModule in vLLM)
     fxport.attention(q, k, v, ...)               call_module attention_3(q, k, v)     its heads
-    linear(x, w7, w8)                            call_module linears.blocks.0.mlp.up(x)
-    reduce_from(linear(x, w9)) + w10             call_module linears.blocks.0.mlp.down(x)
+    linear(x, w7, w8)                            call_module linears.blocks.0.mlp.up.weight(x)
+    reduce_from(linear(x, w9)) + w10             call_module linears.blocks.0.mlp.down.weight(x)
     reduce_from(<rows of w0 looked up>)          call_module embeddings.wte.weight(input_ids)
     gather(linear(x, w0))                        call_module heads.wte.weight(x)
     stack([w11, w12, w13])                       get_attr stacks.experts.0.up.weight
@@ -275,7 +275,7 @@ class _Builder:
             self.vllm_config,
             f"{self.prefix}.{owner}",
         )
-        path = f"linears.{owner}"
+        path = f"linears.{weight}"  # its owner may have children, and those layers of their own
         attach(self.root, path, linear)
         filled = dict(linear.linear.named_parameters())
         self._fill(weight, filled["weight"], linear.boxes["weight"])

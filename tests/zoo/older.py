@@ -218,6 +218,24 @@ class OtherNames(Regions):
         return self.out(x)
 
 
+class _OwnWeight(nn.Module):
+    """A weight of its own beside a child, which is called first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3 * WIDTH, WIDTH) / math.sqrt(WIDTH))
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.linear(x), self.weight)
+
+
+class WeightsBesideModules(Regions):
+    def __init__(self) -> None:
+        super().__init__()
+        self.packs = nn.ModuleList(_OwnWeight() for _ in range(LAYERS))
+
+
 EXACT: dict[str, Callable[[], nn.Module]] = {
     "nn.TransformerEncoder, mask": TutorialLM,
     "annotated": Annotated,
@@ -225,6 +243,7 @@ EXACT: dict[str, Callable[[], nn.Module]] = {
     "nn.Sequential": sequential,
     "autocast switched off": Regions,
     "other names": OtherNames,
+    "weights beside modules": WeightsBesideModules,
     "tables kept in the dtype of a value": SharedTables,
 }
 REFUSED: dict[str, Callable[[], nn.Module]] = {

@@ -25,4 +25,5 @@ STYLES: dict[str, Callable[[], nn.Module]] = {
     "window branch": awkward.MODELS["window branch"],
     "cache in attributes": caches.EXACT["cache in attributes"],
     "nn.TransformerEncoder, mask": older.EXACT["nn.TransformerEncoder, mask"],
+    "weights beside modules": older.EXACT["weights beside modules"],
 }
