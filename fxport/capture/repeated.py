@@ -18,7 +18,12 @@ from torch import fx
 
 from fxport.capture.memory import Memory, is_mutation
 
-__all__ = ["merge_repeated"]
+__all__ = ["merge_repeated", "selects_rows"]
+
+
+def selects_rows(gm: fx.GraphModule) -> bool:
+    """Whether rows are looked for: ``where(mask)``, a boolean index."""
+    return any(n.target is torch.ops.aten.where.default for n in gm.graph.nodes)
 
 
 def merge_repeated(gm: fx.GraphModule) -> None:
@@ -26,8 +31,6 @@ def merge_repeated(gm: fx.GraphModule) -> None:
 
     Nothing may be written to the memory of what they read or return.
     """
-    if not any(n.target is torch.ops.aten.where.default for n in gm.graph.nodes):
-        return
     memory = Memory(gm.graph)
     first: dict[Any, fx.Node] = {}
     for node in list(gm.graph.nodes):

@@ -22,7 +22,7 @@ from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.location import user_location
 from fxport.capture.mask_facts import Emptiness, emptiness, question
 from fxport.capture.memory import Memory
-from fxport.capture.repeated import merge_repeated
+from fxport.capture.repeated import merge_repeated, selects_rows
 from fxport.capture.rows import ADDS, dense_rows, without_empty_rows
 from fxport.capture.selections import Empties, is_marker, marked
 from fxport.errors import PortError, Reason, ReasonCode
@@ -44,13 +44,16 @@ def without_selections(
     Raises:
         PortError: selected tokens are mixed, or a path for empty selections does more.
     """
-    merge_repeated(gm)
+    selects = selects_rows(gm)
+    if selects:
+        merge_repeated(gm)
     asked = _questions(gm)
     dense_rows(gm)
     patterns = _patterns(len(asked)) if asked else iter(())
     for pattern in patterns if every_pair else itertools.islice(patterns, 1):
         other = again(pattern.__contains__)
-        merge_repeated(other)
+        if selects:  # its empty selections may be gone
+            merge_repeated(other)
         asked_there = _questions(other)
         without_empty_rows(other)
         dense_rows(other)
@@ -64,7 +67,8 @@ def general_path(gm: fx.GraphModule) -> bool:
     Raises:
         PortError: selected tokens are mixed.
     """
-    merge_repeated(gm)
+    if selects_rows(gm):
+        merge_repeated(gm)
     asked = _questions(gm)
     dense_rows(gm)
     _without_markers(gm)

@@ -99,6 +99,20 @@ def test_a_selection_is_taken_and_put_back_once_per_expert_and_layer() -> None:
     assert not targets & {"aten.where.default", "aten.nonzero.default", "aten._assert_async.msg"}
 
 
+def test_an_attention_mask_may_repeat_itself_beside_experts() -> None:
+    """Where no expert has tokens no rows are looked for; the mask is to be the same there."""
+
+    class Window(nn.Module):
+        def forward(self, length: int) -> Tensor:
+            at = torch.arange(length)
+            near = (at.unsqueeze(1) - at.unsqueeze(0)) < 6
+            return (at.unsqueeze(1) >= at.unsqueeze(0)) & near
+
+    torch.manual_seed(3)
+    model = decoder(EXACT["boolean masks"], layers=1, mask=Window).double().eval()
+    assert worst_difference(model, [1, 5, 37], loops=1) < 1e-12
+
+
 def test_the_report_says_what_it_costs() -> None:
     # nothing shows that a token chooses no expert twice
     report = fxport.port(decoder(EXACT["twice, slots last"], layers=2).double().eval()).report

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.zoo.awkward import LAYERS, WIDTH, Decoder, Dense
+from tests.zoo.awkward import LAYERS, WIDTH, CausalMask, Decoder, Dense
 
 EXPERTS, CHOSEN = 3, 2
 
@@ -494,10 +494,14 @@ MIXING: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def decoder(mlp: Callable[[], nn.Module], layers: int = LAYERS) -> nn.Module:
+def decoder(
+    mlp: Callable[[], nn.Module],
+    layers: int = LAYERS,
+    mask: Callable[[], nn.Module] = CausalMask,
+) -> nn.Module:
     """A four-layer decoder with these experts in the first `layers` blocks, dense ones after."""
     made = iter([mlp] * layers + [Dense] * (LAYERS - layers))
-    return Decoder(mlp=lambda: next(made)())
+    return Decoder(mlp=lambda: next(made)(), mask=mask)
 
 
 def _mixed(*styles: str) -> Callable[[], nn.Module]:
