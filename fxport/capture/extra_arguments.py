@@ -3,6 +3,9 @@
     example_inputs=(ids [2, 37], tril of ones [37, 37], 0)
     forward(ids)  calls  forward(ids, ones(T, T).tril(), 0)
 
+    example_inputs={"input_ids": ids}, for ``forward(**data)``
+    forward(ids)  calls  forward(input_ids=ids)
+
 A number is itself. A tensor is what its values show: one number, positions, a triangle, a table
 cut to the length. Integers like the ids that show nothing (targets) must not reach the logits.
 """
@@ -58,23 +61,22 @@ def token_ids_alone(
     signature = inspect.signature(model.forward)
     if example_inputs is None:
         missing = _missing(signature)
-        if not missing:
+        ids = next(iter(signature.parameters), "")
+        if not missing and not _by_name_alone(signature, ids):
             return model, ()
         fixed = {p.name: _unknown(p) for p in missing}
-        ids = next(iter(signature.parameters))
     else:
         ids, given = _bound(signature, example_inputs)
-        if not given.keys() - {ids}:
+        if not given.keys() - {ids} and not _by_name_alone(signature, ids):
             return model, ()
         tokens = given[ids]
         fixed = {n: _fixed(n, v, tokens) for n, v in given.items() if n != ids}
 
     def call(forward: Callable[..., Any], tokens: Tensor) -> Any:
-        arguments = {
-            name: tokens if name == ids else fixed[name].make(tokens)
-            for name in signature.parameters
-            if name == ids or name in fixed
-        }
+        made = {name: f.make(tokens) for name, f in fixed.items()} | {ids: tokens}
+        arguments = {name: made.pop(name) for name in signature.parameters if name in made}
+        if made:
+            arguments[_various(signature)] = made
         bound = inspect.BoundArguments(signature, arguments)  # type: ignore[arg-type]
         return forward(*bound.args, **bound.kwargs)
 
@@ -88,7 +90,16 @@ def token_ids_alone(
 
 def unknown_arguments(model: nn.Module, refused: PortError) -> PortError:
     """Says first which arguments nobody knows, where a trace without them failed."""
-    missing = [p.name for p in _missing(inspect.signature(model.forward))]
+    signature = inspect.signature(model.forward)
+    missing = [p.name for p in _missing(signature)]
+    if not missing and list(signature.parameters) == [_various(signature)]:
+        reason = Reason(
+            ReasonCode.CAPTURE_FAILED,
+            f"forward takes `**{_various(signature)}`: nobody knows the name of the token ids",
+            forward_line(model),
+            'show one call: fxport.port(model, example_inputs={"input_ids": ids, ...})',
+        )
+        return PortError([reason])
     codes = {reason.code for reason in refused.reasons}
     if not missing or codes != {ReasonCode.CAPTURE_FAILED}:
         return refused
@@ -108,6 +119,20 @@ def _missing(signature: inspect.Signature) -> list[inspect.Parameter]:
     various = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     later = list(signature.parameters.values())[1:]
     return [p for p in later if p.default is p.empty and p.kind not in various]
+
+
+def _various(signature: inspect.Signature) -> str:
+    """What forward calls keywords of any name, as ``**data``."""
+    kinds = {p.kind: p.name for p in signature.parameters.values()}
+    return kinds.get(inspect.Parameter.VAR_KEYWORD, "")
+
+
+def _by_name_alone(signature: inspect.Signature, name: str) -> bool:
+    """Whether an argument cannot be given by its place."""
+    found = signature.parameters.get(name)
+    if found is None:
+        return bool(_various(signature))
+    return found.kind is found.KEYWORD_ONLY
 
 
 def _unknown(parameter: inspect.Parameter) -> _Fixed:
@@ -140,13 +165,15 @@ def _bound(
             bound = signature.bind(*example_inputs)
     except TypeError as error:
         raise FxportError(f"forward cannot be called with example_inputs: {error}") from error
-    for name, value in bound.arguments.items():
+    given = dict(bound.arguments)
+    given.update(given.pop(_various(signature), {}))
+    for name, value in given.items():
         if isinstance(value, Tensor) and _is_integer(value) and value.dim() in (1, 2):
             if (value.dim() == 2 and value.shape[0] == value.shape[1]) or value.shape[-1] == 1:
                 raise FxportError(
                     "give example token ids whose batch and length differ, and longer than 1"
                 )
-            return name, dict(bound.arguments)
+            return name, given
     raise FxportError("example_inputs holds no token ids: an integer tensor [B, T] or [T]")
 
 

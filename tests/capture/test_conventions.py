@@ -78,6 +78,38 @@ def test_other_arguments(name: str) -> None:
     check(port, logits_of, longest=30)
 
 
+class ByName(called.Tiny):
+    def forward(self, *, ids: Tensor, scale: float = 1.0) -> Tensor:
+        return self.logits(ids) * scale
+
+
+class AnyNames(called.Tiny):
+    def forward(self, **data: Any) -> Tensor:
+        return self.logits(data["ids"]) * data.get("scale", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "example"),
+    [
+        (ByName, None),
+        (ByName, {"ids": called.IDS, "scale": 2.0}),
+        (AnyNames, {"ids": called.IDS}),
+        (AnyNames, {"scale": 2.0, "ids": called.IDS}),
+    ],
+)
+def test_token_ids_by_name(kind: type[called.Tiny], example: Any) -> None:
+    torch.manual_seed(5)
+    model = kind().double().eval()
+    others = {k: v for k, v in (example or {}).items() if k != "ids"}
+    check(fxport.port(model, example), lambda ids: model(ids=ids, **others), longest=30)
+
+
+def test_names_that_nobody_knows_are_asked_for() -> None:
+    with pytest.raises(PortError, match=r"forward takes `\*\*data`: nobody knows") as caught:
+        fxport.port(AnyNames())
+    assert caught.value.reasons[0].location is not None
+
+
 @pytest.mark.parametrize("inner, outer", [(True, False), (0.0, float("-inf")), (1, 0)])
 def test_a_triangle(inner: Any, outer: Any) -> None:
     torch.manual_seed(5)
