@@ -7,7 +7,9 @@ Before                                          After
     v = linear(x, w[2], c[2])                       v = slice(y, -1, 2N, 3N)
 
 Parts are made by split, chunk, unbind, select and slice, of rows ``[R, C]`` or ``[3, N, C]``. How
-the parameter is divided then follows from its one use, as of any fused projection.
+the parameter is divided then follows from its one use, as of any fused projection. Left are the
+gates of stacked experts, ``chunk(linear(x, W[e]), 2)``: each is divided by itself, where the rows
+of the whole stack would be scattered.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ _CUTS = {
     aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int,
     aten.select.int, aten.slice.Tensor,
 }  # fmt: skip
+_VIEWS = {aten.view.default, aten.reshape.default, aten.unflatten.int}
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,10 @@ class _Projection:
     weight: _Part
     bias: _Part | None
 
+    @property
+    def stacked(self) -> bool:
+        return len(shape_of(self.weight.parameter)) > 2
+
 
 def join_projections(gm: fx.GraphModule) -> None:
     """Rewrites the graph in place; what is not exactly so is left."""
@@ -61,10 +68,16 @@ def join_projections(gm: fx.GraphModule) -> None:
     for group in groups.values():
         weights, biases = [p.weight for p in group], [p.bias for p in group]
         given = [b for b in biases if b is not None]
-        if len(group) > 1 and _all_once(weights) and (not given or _same(weights, biases)):
+        if len(group) < 2 or any(p.stacked and _cut_again(p.node) for p in group):
+            continue
+        if _all_once(weights) and (not given or _same(weights, biases)):
             _join(gm.graph, group)
     gm.graph.eliminate_dead_code()
     gm.recompile()
+
+
+def _cut_again(value: fx.Node) -> bool:
+    return any(u.target in _CUTS or (u.target in _VIEWS and _cut_again(u)) for u in value.users)
 
 
 def _projection(node: fx.Node) -> _Projection | None:
