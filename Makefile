@@ -13,8 +13,8 @@ export OMP_WAIT_POLICY ?= PASSIVE
 demo: env  ## train a plain GPT, port it, generate with vLLM; leaves pictures and reports in out/
 	$(BIN)/python examples/train_then_serve.py --out out
 
-test: lint  ## everything, two files at a time; ARGS="-k attention" narrows it
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+test: lint  ## everything; ARGS="-k attention" narrows it
+	$(BIN)/python -m pytest $(ARGS)
 
 lint: env
 	$(BIN)/ruff check .

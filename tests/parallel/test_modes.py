@@ -130,7 +130,7 @@ def test_batch_statistics_are_seen():
     refuses_both_modes(step, "")
 
 
-WEIGHTS = nn.ParameterList(nn.Parameter(torch.full((24,), 0.1 * n)) for n in range(2))
+WEIGHTS = [nn.Parameter(torch.full((24,), 0.1 * n)) for n in range(2)]
 BY_MODE = {
     "a flag": lambda x, training: F.batch_norm(
         x.flatten(0, 1), torch.zeros(24), torch.ones(24), training=training
@@ -151,7 +151,7 @@ def test_what_else_follows_the_mode_is_seen(name: str):
 class ByMode(Noisy):
     def __init__(self, step: Callable[[Tensor, bool], Tensor]) -> None:
         super().__init__(0.0)
-        self.step, self.weights = step, WEIGHTS
+        self.step, self.weights = step, nn.ParameterList(WEIGHTS)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.head(self.step(self.embed(ids), self.training))
