@@ -20,7 +20,8 @@ from torch import nn
 
 from fxport.capture.location import is_library, location_at
 from fxport.capture.memos import own_files
-from fxport.errors import Location, PortError, Reason, ReasonCode
+from fxport.capture.state import containers
+from fxport.errors import PortError, Reason, ReasonCode
 
 __all__ = ["bind_to_copy"]
 
@@ -38,9 +39,10 @@ def bind_to_copy(clone: nn.Module, model: nn.Module) -> None:
     }
     _refuse_numbers(model, copies)
     _refuse_globals(model, copies)
-    binding = _Binding(copies)
+    binding, seen = _Binding(copies), set[int]()
     for module in clone.modules():
-        binding.inside(vars(module))
+        for _, container in containers("", vars(module), seen):
+            binding.within(container)
 
 
 # More entries are data.
@@ -57,27 +59,15 @@ class _Binding:
     def __init__(self, copies: Mapping[int, nn.Module]) -> None:
         self._copies = copies
         self._made: dict[int, tuple[Any, Any]] = {}  # with what it was made of, to keep its id
-        self._seen: set[int] = set()
 
-    def inside(self, value: Any) -> None:
-        """Goes through what the copy owns, in place."""
-        if id(value) in self._seen or isinstance(value, nn.Module):
-            return
-        self._seen.add(id(value))
-        if isinstance(value, dict):
-            for key, held in list(value.items()):
+    def within(self, container: Any) -> None:
+        """Changes a mapping or list that the copy owns."""
+        if isinstance(container, dict):
+            for key, held in list(container.items()):
                 if (bound := self.bound(held)) is not held:
-                    value[key] = bound
-                self.inside(bound)
-        elif type(value) is list:
-            value[:] = [self.bound(held) for held in value]
-            for held in value:
-                self.inside(held)
-        elif isinstance(value, tuple):
-            for held in value:
-                self.inside(held)
-        elif not isinstance(value, FunctionType | MethodType | type) and hasattr(value, "__dict__"):
-            self.inside(vars(value))
+                    container[key] = bound
+        elif isinstance(container, list):
+            container[:] = [self.bound(held) for held in container]
 
     def bound(self, value: Any) -> Any:
         """The value itself where it leads to no module of the model."""
@@ -167,30 +157,23 @@ def _refuse_numbers(model: nn.Module, modules: Mapping[int, nn.Module]) -> None:
                 number = id(held()) if isinstance(held, weakref.ref) else held
                 if type(number) is int and number in modules:
                     where = f"{path}.{name}".removeprefix(".")
-                    raise _refused(
+                    message = (
                         f"`{where}` knows `{paths[number]}` by its id or a weak key, which "
-                        "a copy of the model does not share",
-                        None,
-                        "keep it under the module's name or index",
+                        "a copy of the model does not share"
                     )
+                    hint = "keep it under the module's name or index"
+                    raise PortError([Reason(ReasonCode.CAPTURE_FAILED, message, hint=hint)])
 
 
 def _plain(value: Any, seen: set[int]) -> Iterator[Any]:
     """Numbers in containers and objects, and weak references that are keys."""
-    if type(value) is int:
-        yield value
-    if id(value) in seen or isinstance(value, nn.Module | type):
-        return
-    seen.add(id(value))
-    if isinstance(value, dict):
-        yield from (key for key in value if isinstance(key, int | weakref.ref))
-        for held in value.values():
-            yield from _plain(held, seen)
-    elif isinstance(value, list | tuple | set):
-        for held in value:
-            yield from _plain(held, seen)
-    elif isinstance(getattr(value, "__dict__", None), dict):
-        yield from _plain(vars(value), seen)
+    yield value if type(value) is int else None
+    for _, container in containers("", value, seen):
+        if isinstance(container, dict):
+            yield from (key for key in container if isinstance(key, int | weakref.ref))
+            yield from (held for held in container.values() if type(held) is int)
+        else:
+            yield from (held for held in container if type(held) is int)
 
 
 def _refuse_globals(model: nn.Module, modules: Mapping[int, nn.Module]) -> None:
@@ -215,15 +198,14 @@ def _refuse_globals(model: nn.Module, modules: Mapping[int, nn.Module]) -> None:
         if id(function) in seen or is_library(code.co_filename):
             continue
         seen.add(id(function))
-        place = location_at(code.co_filename, code.co_firstlineno, function.__qualname__)
         inner = list(_held(function))
         if not bound and any(id(value) in modules for value in inner):
-            message = f"`{function.__qualname__}` closes over a module of the model"
-            raise _refused(message, place, _SELF)
+            what = f"`{function.__qualname__}` closes over a module of the model"
+            raise _reached(what, function)
         read, asked = _names(code)
         for name in read & parts.get(id(function.__globals__), set()):
-            message = f"forward reads the global `{name}`, which is a part of the model"
-            raise _refused(message, place, _SELF)
+            what = f"forward reads the global `{name}`, which is a part of the model"
+            raise _reached(what, function)
         called = [function.__globals__.get(name) for name in read]
         pending += [(f, bound) for f in inner if isinstance(f, FunctionType)]
         pending += [(f, False) for f in called if isinstance(f, FunctionType)]
@@ -238,9 +220,6 @@ def _parts(names: Mapping[str, Any], modules: Mapping[int, nn.Module]) -> set[st
         if id(value) in modules
         or (not isinstance(value, FunctionType) and any(id(v) in modules for v in _held(value)))
     }
-
-
-_SELF = "reach the model's modules through self"
 
 
 def _functions(cls: type) -> dict[str, FunctionType]:
@@ -270,5 +249,8 @@ def _names(code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
     return frozenset(read), frozenset(attributes)
 
 
-def _refused(message: str, place: Location | None, hint: str) -> PortError:
+def _reached(message: str, function: FunctionType) -> PortError:
+    code = function.__code__
+    place = location_at(code.co_filename, code.co_firstlineno, function.__qualname__)
+    hint = "reach the model's modules through self"
     return PortError([Reason(ReasonCode.CAPTURE_FAILED, message, place, hint)])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["State"]
+__all__ = ["State", "containers"]
 
 _LEAVES = (
     torch.Tensor,
@@ -34,8 +34,9 @@ class State:
         self._containers: list[tuple[str, Any, Any]] = []
         seen: set[int] = set()
         for path, module in model.named_modules():
-            for found, container in _containers(path, vars(module), seen):
-                self._containers.append((found, container, container.copy()))
+            for found, container in containers(path, vars(module), seen):
+                if not isinstance(container, tuple):  # it cannot change
+                    self._containers.append((found, container, container.copy()))
 
     def restore(self) -> None:
         """Puts every container back as it was, in place."""
@@ -84,7 +85,15 @@ def _same(one: Any, other: Any) -> bool:
     return isinstance(one, plain) and one == other
 
 
-def _containers(path: str, value: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
+def containers(path: str, value: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    """(dotted path, container), outer ones first: mappings, lists, sets, tuples, attributes.
+
+    What lies in one is looked at after it was given out, so that it may be changed.
+
+    Args:
+        value: whose name is `path`.
+        seen: the numbers of what was looked at; added to.
+    """
     if id(value) in seen or isinstance(value, _LEAVES):
         return
     seen.add(id(value))
@@ -92,13 +101,10 @@ def _containers(path: str, value: Any, seen: set[int]) -> Iterator[tuple[str, An
         yield path, value
         for key, held in list(value.items()):
             # The registries of a module are containers of the module itself.
-            yield from _containers(f"{path}.{key}".removeprefix("."), held, seen)
-    elif isinstance(value, list | set):
+            yield from containers(f"{path}.{key}".removeprefix("."), held, seen)
+    elif isinstance(value, list | set | tuple):
         yield path, value
         for index, held in enumerate(value):
-            yield from _containers(f"{path}.{index}", held, seen)
-    elif isinstance(value, tuple):
-        for index, held in enumerate(value):
-            yield from _containers(f"{path}.{index}", held, seen)
+            yield from containers(f"{path}.{index}", held, seen)
     elif isinstance(getattr(value, "__dict__", None), dict):
-        yield from _containers(path, vars(value), seen)
+        yield from containers(path, vars(value), seen)

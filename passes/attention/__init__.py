@@ -9,7 +9,7 @@
     match      match                   back to the product of Q and K, forward to that with V:
                scores, weights         .. what happens on the way
                paths, trace            .. which ways there are, where an operand comes from
-               quotient, logsum, lse   .. a softmax written out
+               quotient, logsum, lse   .. a softmax written out (made: what a value is made as)
                terms, join, factors    .. sums of products, several values, factors of single keys
     axes       views, layout           what every dimension is made of
                products, frame         .. and what it is: batch, head, query, key, size
