@@ -268,6 +268,24 @@ def test_graph_breaks() -> None:
     assert max(relative(actual[n], expected[n]) for n in expected) < 1e-5
 
 
+def test_a_graph_break_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxport.backends.dynamo.compile_with_inductor", lambda gm, *_: gm.forward)
+
+    def attend(q: Tensor, broken: bool) -> Tensor:
+        out = (q @ q.mT).softmax(-1) @ q
+        if broken:
+            torch._dynamo.graph_break()  # BREAK
+        return out * 2
+
+    q = torch.randn(1, 2, 5, 16)
+    torch.compile(attend, backend="vllm_generic")(q, False)  # a warning would be an error
+    with pytest.warns(
+        FxportWarning, match=r"test_dynamo\.py:\d+: torch.compile breaks the graph"
+    ) as w:
+        torch.compile(attend, backend="vllm_generic")(q, True)
+    assert "# BREAK" in str(w[0].message)
+
+
 class Encoder(nn.Module):
     """torch's own layers are given a mask alone, and ask its values whether it is causal."""
 
