@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import fx
 
+from fxport.capture.arguments import shape_of
 from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.location import user_location
 from fxport.capture.mask_facts import Emptiness, emptiness, question
@@ -89,9 +90,11 @@ def _questions(gm: fx.GraphModule) -> dict[int, tuple[Emptiness, fx.Node]]:
     for node in gm.graph.nodes:
         if is_marker(node):
             number, about = marked(node)
-            answer = question(about) if about.meta["val"].numel() == 1 else None
+            one = all(size == 1 for size in shape_of(about))  # the data may decide a size
+            answer = question(about) if one else None
             asked = answer[0] if answer is not None else emptiness(about)
-            assert asked is not None
+            if asked is None:
+                raise PortError([_another_path(node)])
             found.setdefault(number, (asked, node))
     return found
 
