@@ -29,12 +29,7 @@ from fxport.errors import PortError, Reason, ReasonCode
 from fxport.passes.slice_writes import join_written_pieces
 from fxport.passes.view_writes import apart, drop_ways_back, parts_above, write_parts
 
-__all__ = [
-    "drop_whole_slices",
-    "functionalise",
-    "replace_mutation",
-    "replace_mutation_of_part",
-]
+__all__ = ["drop_whole_slices", "functionalise", "replace_mutation"]
 
 aten = torch.ops.aten
 
@@ -56,8 +51,8 @@ def functionalise(gm: fx.GraphModule) -> None:
     reasons: list[Reason] = []
     for node in list(gm.graph.nodes):
         if is_mutation(node):
-            reason = replace_mutation_of_part(gm, node)
-            if reason is not None:
+            reason = replace_mutation(gm, node)
+            if reason is not None and not _write_parts(gm, node):
                 reasons.append(reason)
     if reasons:
         raise PortError(reasons)
@@ -86,14 +81,8 @@ def replace_mutation(gm: fx.GraphModule, node: fx.Node) -> Reason | None:
     return None
 
 
-def replace_mutation_of_part(gm: fx.GraphModule, node: fx.Node) -> Reason | None:
-    """The same, also where what it changes is a part, or another shape, of what is read later."""
-    reason = replace_mutation(gm, node)
-    return reason if reason is not None and not _write_parts(gm, node) else None
-
-
 def _write_parts(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Where what `changed` is a part of is read afterwards: it is made anew."""
+    """The same where what `changed` is a part of is read afterwards: it is made anew."""
     changed = arguments(node).get("self")
     functional = _functional(node)
     if functional is None or not isinstance(changed, fx.Node) or _is_cast(changed, node):

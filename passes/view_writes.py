@@ -26,7 +26,7 @@ import torch
 from torch import fx
 
 from fxport.capture.arguments import arguments, shape_of
-from fxport.capture.memory import Memory, is_fresh, is_mutation
+from fxport.capture.memory import Memory, is_fresh
 from fxport.passes.attention.emit import Emitter
 
 __all__ = ["PartOf", "Reshaped", "apart", "drop_ways_back", "parts_above", "write_parts"]
@@ -150,10 +150,8 @@ def _around(emitter: Emitter, part: PartOf | Reshaped, new: fx.Node) -> fx.Node:
 def drop_ways_back(gm: fx.GraphModule) -> None:
     """A tensor that is viewed in another shape and back is the tensor itself.
 
-    Not where something is written: the one would show what is written to the other.
+    Where nothing is written any more: the one would show what is written to the other.
     """
-    if any(map(is_mutation, gm.graph.nodes)):
-        return
     for node in gm.graph.find_nodes(op="call_function", target=aten.view.default):
         there = arguments(node)["self"]
         if there.target is aten.view.default:

@@ -122,19 +122,16 @@ def _record(count: int, module: str, line: Location | None) -> Decision:
 
 def _without_mutation(gm: fx.GraphModule) -> None:
     """In-place operations on selected rows, and in-place ways back, as out-of-place ones."""
-    # Core loads no pass at import.
-    from fxport.passes.functional import replace_mutation_of_part
-    from fxport.passes.view_writes import drop_ways_back
+    from fxport.passes.functional import replace_mutation  # core loads no pass at import
 
     reasons = []
     for node in list(gm.graph.nodes):
         if is_mutation(node):
             inputs = [node, *node.all_input_nodes]
-            reason = replace_mutation_of_part(gm, node) if any(map(_counts, inputs)) else None
+            reason = replace_mutation(gm, node) if any(map(_counts, inputs)) else None
             reasons += [] if reason is None else [reason]
     if reasons:
         raise PortError(reasons)
-    drop_ways_back(gm)
 
 
 class _Rewriting:
