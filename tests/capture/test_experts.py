@@ -167,6 +167,23 @@ class HowManyUnique(UniqueStyle):
         return super().mix(x, weights, chosen) / chosen.unique().numel()  # HERE
 
 
+class ChosenAgain(Routed):
+    """Weights are chosen among those of the rows that were chosen."""
+
+    def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            mask = (chosen == i).any(dim=1)
+            if mask.sum() == 0:
+                continue
+            share = torch.zeros(mask.sum())
+            for slot in range(weights.shape[1]):
+                here = chosen[mask, slot] == i
+                share[here] = weights[mask, slot][here]  # HERE
+            y[mask] += expert(x[mask]) * share.unsqueeze(1)
+        return y
+
+
 @pytest.mark.parametrize("style", [SlotRows, UniqueStyle])
 def test_more_ways_to_find_the_rows_of_an_expert(style: type[Routed]) -> None:
     torch.manual_seed(3)
@@ -180,7 +197,7 @@ def test_more_ways_to_find_the_rows_of_an_expert(style: type[Routed]) -> None:
             assert (packed([ids])[0] - model(ids[None])[0]).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("style", [OtherSlots, HowManyUnique])
+@pytest.mark.parametrize("style", [OtherSlots, HowManyUnique, ChosenAgain])
 def test_other_rows_or_their_number_are_refused(style: type[Routed]) -> None:
     with pytest.raises(PortError) as caught:
         capture(decoder(style, layers=1).eval())
