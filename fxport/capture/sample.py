@@ -26,7 +26,7 @@ from fxport.capture.state import State
 from fxport.capture.trace import aliases_of, explain_failure, export, graph_of
 from fxport.errors import PortError, Reason, ReasonCode
 
-__all__ = ["Sample", "analysed_again", "device_of", "take_sample"]
+__all__ = ["Sample", "analysed_again", "device_of", "sample_of", "take_sample"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,11 @@ class Sample:
         return self._values[node]
 
     def _run_constants(self) -> None:
-        """Everything that depends on neither tokens nor parameters, in order, writes included."""
+        """Everything that depends on neither tokens nor parameters, in order, writes included.
+
+        What every layer makes alike (a table of all positions) is made once.
+        """
+        made: dict[object, Any] = {}
         for node in self.graph.graph.nodes:
             if node in self.data or node in self.learned or node not in self.needed:
                 continue
@@ -87,9 +91,24 @@ class Sample:
                 args, kwargs = fx.node.map_arg(
                     (node.args, dict(node.kwargs)), lambda n: self._values[n]
                 )
-                target: Any = node.target
-                with torch.no_grad():
-                    self._values[node] = target(*args, **kwargs)
+                key = self._key(node)
+                if key is None or key not in made:
+                    target: Any = node.target
+                    with torch.no_grad():
+                        made[key] = target(*args, **kwargs)
+                self._values[node] = made[key]
+
+    def _key(self, node: fx.Node) -> object:
+        """The same for calls that give the same; None where that is not known.
+
+        Values are told apart by identity: all that were made are kept as long as the sample.
+        What is written to has another value later.
+        """
+        changing = any(self.memory.written_by(n) for n in (node, *node.all_input_nodes))
+        if changing or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            return None
+        given = fx.node.map_arg((node.args, node.kwargs), lambda n: _Made(id(self._values[n])))
+        return node.target, repr(given)
 
     def _check_order(self, node: fx.Node) -> None:
         writes = self.memory.written_by(node)
@@ -109,6 +128,13 @@ class Sample:
                     "use the out-of-place operation",
                 )
                 raise PortError([reason])
+
+
+@dataclass(frozen=True)
+class _Made:
+    """Stands for a value among the arguments of a call."""
+
+    identity: int
 
 
 def _stored(node: fx.Node) -> torch.Tensor:
@@ -231,6 +257,13 @@ def analysed_again(sample: Sample) -> Sample:
         sample.graph, sample.batch, sample.length, sample.logits, list(sample.changed)
     )
     return replace(again, unkept=sample.unkept)
+
+
+def sample_of(
+    gm: fx.GraphModule, batch: int, length: int, logits: str, unkept: tuple[str, ...]
+) -> Sample:
+    """The sample that a graph of plain sizes is, of a model that keeps nothing between calls."""
+    return replace(_analysed(gm, batch, length, logits, []), unkept=unkept)
 
 
 def _analysed(
