@@ -28,6 +28,8 @@ from fxport.errors import PortError, Reason, ReasonCode
 
 __all__ = ["Sample", "analysed_again", "device_of", "take_sample"]
 
+_LARGE = 2**20  # bytes
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -69,27 +71,46 @@ class Sample:
         Raises:
             PortError: it is written to after something that is no constant has read it.
         """
-        if not self._values:
-            self._run_constants()
+        if node not in self._values:
+            self._run_constants(node)
         self._check_order(node)
         return self._values[node]
 
-    def _run_constants(self) -> None:
-        """Everything that depends on neither tokens nor parameters, in order, writes included."""
-        for node in self.graph.graph.nodes:
-            if node in self.data or node in self.learned or node not in self.needed:
-                continue
-            if node.op in ("placeholder", "get_attr"):
-                value = _stored(node)
-                # The model's own memory stays as it is.
-                self._values[node] = value.clone() if self.memory.written_by(node) else value
-            elif node.op == "call_function":
-                args, kwargs = fx.node.map_arg(
-                    (node.args, dict(node.kwargs)), lambda n: self._values[n]
-                )
-                target: Any = node.target
-                with torch.no_grad():
-                    self._values[node] = target(*args, **kwargs)
+    def _run_constants(self, wanted: fx.Node) -> None:
+        """Everything that depends on neither tokens nor parameters, in order, writes included.
+
+        What is large and read by nobody else is let go: masks are made of many of their size.
+        """
+        nodes = [n for n in self.graph.graph.nodes if self._is_constant(n)]
+        last = {used: node for node in nodes for used in node.all_input_nodes}
+        values: dict[fx.Node, Any] = {}
+        for node in nodes:
+            values[node] = self._run(node, values)
+            for used in dict.fromkeys(node.all_input_nodes):
+                if last[used] is node and used is not wanted and self._passes(used, values[used]):
+                    del values[used]
+        self._values.update((node, _alone(value)) for node, value in values.items())
+
+    def _is_constant(self, node: fx.Node) -> bool:
+        varies = node in self.data or node in self.learned or node.op == "output"
+        return node in self.needed and not varies
+
+    def _run(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+        if node.op in ("placeholder", "get_attr"):
+            value = _stored(node)
+            # The model's own memory stays as it is.
+            return value.clone() if self.memory.written_by(node) else value
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
+        target: Any = node.target
+        with torch.no_grad():
+            return target(*args, **kwargs)
+
+    def _passes(self, node: fx.Node, value: Any) -> bool:
+        """Whether a value is large, and only other constants are made of it."""
+        is_large = isinstance(value, torch.Tensor) and value.nbytes > _LARGE
+        readers = (user for user in node.users if user in self.needed)
+        made = node.op == "call_function" and is_large
+        return made and all(map(self._is_constant, readers))
 
     def _check_order(self, node: fx.Node) -> None:
         writes = self.memory.written_by(node)
@@ -109,6 +130,14 @@ class Sample:
                     "use the out-of-place operation",
                 )
                 raise PortError([reason])
+
+
+def _alone(value: Any) -> Any:
+    """A copy of a small part of something large, without the rest."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    held = value.untyped_storage().nbytes()
+    return value.clone() if held > max(_LARGE, 2 * value.nbytes) else value
 
 
 def _stored(node: fx.Node) -> torch.Tensor:
