@@ -1,13 +1,14 @@
 """What `fxport::attention` chooses, against every installed library, on one GPU.
 
-    python -m fxport.tools.bench_dispatcher_gpu [plain] [masks] [host] [--flex] [--rounds 20]
-                                                   [--sizes 64,128,256]
+    python -m fxport.tools.bench_dispatcher_gpu [plain] [masks] [host] [--rounds 20]
+                                [--sizes 64,128,256] [--flex] [--flex-flash]
 
 * plain: bf16, causal, 16,384 tokens in all, and grouped heads, no causality, float16: PyTorch's
-  flash and cuDNN kernels, FlashAttention-3 (vLLM's, forward only), our Triton kernels, the op;
+  flash and cuDNN kernels, FlashAttention-3 (vLLM's, forward only) and FlashAttention-4 (the package
+  flash-attn-4) where installed, our Triton kernels, the op;
 * masks: a window, packed sequences, a chunk of rows against more columns: FlashAttention-3 (not
-  for windows), our Triton kernels, the op, and FlexAttention (with --flex: at head size 128 and
-  8,192 columns);
+  for windows), FlashAttention-4, our Triton kernels, the op, and FlexAttention (at head size 128
+  and 8,192 columns; with --flex its Triton kernels, with --flex-flash those of flash-attn-4);
 * host: what a call costs the host, and where its time goes.
 
 All implementations of a row are timed in turns, a cold L2 before each call, medians of `rounds`.
@@ -25,8 +26,9 @@ import math
 import pstats
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -36,11 +38,12 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fxport.ops import attention, dispatch, flash3
+from fxport.ops import attention, dispatch, flash3, flash4
 from fxport.ops.facts import Facts
 from fxport.ops.params import AttentionParams
 from fxport.ops.triton import attention as triton_attention
 from fxport.tools.bench_attention_gpu import ceilings
+from fxport.tools.bench_features_gpu import Backend
 
 __all__ = ["main"]
 
@@ -156,7 +159,7 @@ def _sdpa(backend: SDPBackend, row: _Row, inputs: list[Tensor], grad: Tensor) ->
     return _autograd(function, inputs, grad)
 
 
-def _flex(row: _Row, inputs: list[Tensor], grad: Tensor) -> tuple[Call, Call]:
+def _flex(row: _Row, inputs: list[Tensor], grad: Tensor, backend: Backend) -> tuple[Call, Call]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     p, segment = row.params, None
@@ -176,7 +179,7 @@ def _flex(row: _Row, inputs: list[Tensor], grad: Tensor) -> tuple[Call, Call]:
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = compiled(q, k, v, block_mask=mask)
+        out = compiled(q, k, v, block_mask=mask, kernel_options={"BACKEND": backend})
         assert isinstance(out, Tensor)
         return out
 
@@ -186,7 +189,7 @@ def _flex(row: _Row, inputs: list[Tensor], grad: Tensor) -> tuple[Call, Call]:
 def _directly(
     row: _Row, inputs: list[Tensor], grad: Tensor
 ) -> dict[str, tuple[Call | None, Call | None]]:
-    """FlashAttention-3 and our kernels, below the op."""
+    """FlashAttention-3, FlashAttention-4 and our kernels, below the op."""
     q, k, v = inputs
     rest = (None, None, None, row.cu_seqlens, None, row.params)
     out, lse = triton_attention.forward(q, k, v, *rest)
@@ -198,11 +201,31 @@ def _directly(
     facts = Facts.of(q, k, v, None, None, None, row.cu_seqlens, row.params)
     if not (flash3._not_covered(facts) or flash3._not_installed()):
         found["FA3"] = (lambda: flash3.forward(q, k, v, *rest)[0], None)
+    if not (flash4._not_covered(facts) or flash4._not_installed()):
+        found["FA4"] = (
+            lambda: flash4.forward(q, k, v, *rest)[0],
+            lambda: flash4.backward(grad, None, q, k, v, out, lse, *rest, _QKV),
+        )
     found["our Triton"] = (lambda: triton_attention.forward(q, k, v, *rest)[0], backward)
     return found
 
 
-def _implementations(row: _Row, flex: bool) -> dict[str, tuple[Call | None, Call | None]]:
+def _unless_it_refuses(
+    name: str, make: Callable[[], tuple[Call, Call]]
+) -> dict[str, tuple[Call | None, Call | None]]:
+    try:
+        forward, backward = make()
+        forward()
+        backward()
+    except (RuntimeError, AssertionError, NotImplementedError) as refusal:
+        print(f"{name}: {type(refusal).__name__}: {str(refusal)[:300]}", flush=True)
+        return {}
+    return {name: (forward, backward)}
+
+
+def _implementations(
+    row: _Row, flex: Sequence[Backend]
+) -> dict[str, tuple[Call | None, Call | None]]:
     *inputs, grad = row.inputs()
 
     def op(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -212,8 +235,10 @@ def _implementations(row: _Row, flex: bool) -> dict[str, tuple[Call | None, Call
     if row.name in ("causal", "full"):
         found["SDPA flash"] = _sdpa(SDPBackend.FLASH_ATTENTION, row, inputs, grad)
         found["SDPA cuDNN"] = _sdpa(SDPBackend.CUDNN_ATTENTION, row, inputs, grad)
-    elif flex and row.size == 128 and row.columns > 1024:
-        found["Flex"] = _flex(row, inputs, grad)
+    elif row.size == 128 and row.columns > 1024:
+        for backend in flex:
+            made = partial(_flex, row, inputs, grad, backend)
+            found |= _unless_it_refuses(f"Flex, {backend}", made)
     return {**found, **_directly(row, inputs, grad), "op": _autograd(op, inputs, grad)}
 
 
@@ -250,7 +275,9 @@ def _in_turns(calls: dict[str, Call], rounds: int, flush: Tensor) -> dict[str, f
     }
 
 
-def _rates(row: _Row, flex: bool, rounds: int, flush: Tensor) -> list[dict[str, float]]:
+def _rates(
+    row: _Row, flex: Sequence[Backend], rounds: int, flush: Tensor
+) -> list[dict[str, float]]:
     """TFLOP/s by implementation: eager forward, eager backward, graph forward, graph backward."""
     made = _implementations(row, flex)
     want = next(f for f, _ in made.values() if f is not None)()
@@ -271,7 +298,7 @@ def _rates(row: _Row, flex: bool, rounds: int, flush: Tensor) -> list[dict[str, 
     return results
 
 
-def table(rows: Iterable[_Row], flex: bool, rounds: int) -> None:
+def table(rows: Iterable[_Row], flex: Sequence[Backend], rounds: int) -> None:
     """Print rates, graph over eager, and the op's rate over the best library's."""
     flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
     found: list[tuple[_Row, list[dict[str, float]], str]] = []
@@ -329,7 +356,7 @@ def host() -> None:
     """Print what calls on small inputs cost the host, and a profile of our Triton kernels'."""
     row = _Row("causal", 128, 1, 128, 128, AttentionParams(0.1, True), 128**2 / 2)
     lines = []
-    made = _implementations(row, False)
+    made = _implementations(row, ())
     for name, pair in made.items():
         spent = [f"{_microseconds(call):.0f}" if call else "-" for call in pair]
         lines.append([name, *spent])
@@ -353,7 +380,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parts = ("plain", "masks", "host")
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(parts)}; default: all")
-    parser.add_argument("--flex", action="store_true", help="FlexAttention in `masks`")
+    for flag, backend in (("--flex", "TRITON"), ("--flex-flash", "FLASH")):
+        parser.add_argument(
+            flag, dest="flex", action="append_const", const=backend, default=[],
+            help=f"FlexAttention in `masks`, backend {backend}",
+        )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--sizes", default="128,64,256", help="head sizes")
     arguments = parser.parse_args()
@@ -366,12 +397,13 @@ def main() -> None:
     name = torch.cuda.get_device_name()
     versions = f"torch {torch.__version__}, triton {triton.__version__}"
     print(f"{name}, {versions}, cuDNN {torch.backends.cudnn.version()}", flush=True)
-    print(f"FlashAttention-3: {flash3._not_installed() or 'from vLLM'}\n", flush=True)
+    print(f"FlashAttention-3: {flash3._not_installed() or 'from vLLM'}", flush=True)
+    print(f"FlashAttention-4: {flash4._not_installed() or 'installed'}\n", flush=True)
     ceilings()
     if "host" in wanted:
         host()
     if "plain" in wanted:
-        table(_plain_rows(sizes), False, arguments.rounds)
+        table(_plain_rows(sizes), [], arguments.rounds)
     if "masks" in wanted:
         table(_masked_rows(sizes), arguments.flex, arguments.rounds)
 

@@ -1,13 +1,14 @@
 """Attention that no library covers in both directions, on one GPU: milliseconds and peak memory.
 
     python -m fxport.tools.bench_features_gpu [--length 8192] [--only NAME ...]
-                                              [--against flex,dense]
+                                              [--against flex,flash,dense]
 
 Forward and backward of one causal call in bf16 (B = 2, 8 heads of 128; packed: B = 1, 16 heads) by
-`fxport::attention`, by FlexAttention and by the dense formula, the latter two under
-``torch.compile`` with fixed shapes. All results are compared with ours before
-anything is timed; the table says where one differs by more than rounding. Medians by
-CUDA events with a cold L2 cache; memory is what a call needs on top of its inputs.
+`fxport::attention`, by FlexAttention (with its Triton kernels; "flash": with those of the package
+flash-attn-4) and by the dense formula, all but the first under ``torch.compile`` with fixed
+shapes. All results are compared with ours before anything is timed; the table says where one
+differs by more than rounding. Medians by CUDA events with a cold L2 cache; memory is what a call
+needs on top of its inputs.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import torch
 from tabulate import tabulate
@@ -31,10 +33,14 @@ from fxport.ops import attention, dispatch
 from fxport.ops.params import AttentionParams
 from fxport.tools.bench_attention_gpu import ceilings, milliseconds
 
-__all__ = ["main"]
+__all__ = ["Backend", "main"]
+
+Backend = Literal["TRITON", "FLASH"]  # FlexAttention's
 
 _SIZE = 128
 _ROUNDING = 1e-2  # bf16, of the norm
+_NAMES = {"flex": "FlexAttention", "flash": "FlexAttention, FLASH", "dense": "dense, compiled"}
+_FLEX_BACKENDS: dict[str, Backend] = {"flex": "TRITON", "flash": "FLASH"}
 _PLAIN = AttentionParams(scale=1 / math.sqrt(_SIZE), causal=True)
 
 
@@ -120,7 +126,9 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, f: _Feature) -> Tensor:
     return scores.softmax(-1)[..., :length].to(q.dtype) @ v
 
 
-def _flex(length: int, f: _Feature) -> Callable[[Tensor, Tensor, Tensor, _Feature], Tensor]:
+def _flex(
+    length: int, f: _Feature, backend: Backend
+) -> Callable[[Tensor, Tensor, Tensor, _Feature], Tensor]:
     """FlexAttention with the block mask made beforehand, as a model would keep it."""
     segment, left = _segments(f, length), f.params.window_left
 
@@ -150,7 +158,7 @@ def _flex(length: int, f: _Feature) -> Callable[[Tensor, Tensor, Tensor, _Featur
         plain = bias is None and slopes is None and not cap
         out, aux = flex_attention(
             q, k, v, None if plain else change, block_mask=mask, scale=g.params.scale,
-            return_aux=AuxRequest(lse=True),
+            return_aux=AuxRequest(lse=True), kernel_options={"BACKEND": backend},
         )  # fmt: skip
         if g.sinks is not None and aux.lse is not None:  # one more column in the denominator
             share = torch.sigmoid(aux.lse - g.sinks[:, None])
@@ -193,6 +201,16 @@ def _check(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> float:
     return worst
 
 
+def _function(
+    name: str, length: int, f: _Feature
+) -> Callable[[Tensor, Tensor, Tensor, _Feature], Tensor]:
+    if name == "ours":
+        return _ours
+    if name == "dense":
+        return torch.compile(_dense, dynamic=False)
+    return _flex(length, f, _FLEX_BACKENDS[name])
+
+
 def _row(f: _Feature, length: int, against: list[str]) -> list[object]:
     shape = (f.batch, length, f.heads, _SIZE)
     tensors = [
@@ -201,21 +219,18 @@ def _row(f: _Feature, length: int, against: list[str]) -> list[object]:
     *qkv, grad = tensors
     leaves = [x.detach().requires_grad_() for x in (*qkv, *f.learned)]
     torch.compiler.reset()
-    functions = {"ours": _ours, "flex": None, "dense": torch.compile(_dense, dynamic=False)}
     want: tuple[Tensor, ...] | None = None
     cells: list[object] = []
     times: list[float] = []
     before = dispatch.calls.copy()
-    for name, function in functions.items():
-        if name not in ("ours", *against):
-            continue
+    for name in ("ours", *against):
         try:
-            call = partial(_training_call, function or _flex(length, f), leaves, grad, f)
+            call = partial(_training_call, _function(name, length, f), leaves, grad, f)
             got = call()
             want = want or got
             error = _check(got, want)
             ms, gib = _measure(call)
-        except (RuntimeError, torch.cuda.OutOfMemoryError) as problem:  # the table says so
+        except (RuntimeError, AssertionError, NotImplementedError) as problem:  # the table says so
             print(f"{f.name}, {name}: {type(problem).__name__}: {str(problem)[:300]}", flush=True)
             cells.append("failed")
             times.append(math.nan)
@@ -234,7 +249,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="features whose name starts with one of these")
     parser.add_argument("--against", default="flex,dense", help="what else to time")
     arguments = parser.parse_args()
-    against = [name for name in ("flex", "dense") if name in arguments.against.split(",")]
+    against = [name for name in _NAMES if name in arguments.against.split(",")]
     torch.manual_seed(0)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
     ceilings()
@@ -243,8 +258,8 @@ def main() -> None:
         if not arguments.only or feature.name.startswith(tuple(arguments.only)):
             rows.append(_row(feature, arguments.length, against))
             print("|".join(map(str, rows[-1])), flush=True)
-    names = {"flex": "FlexAttention", "dense": "dense, compiled"}
-    headers = ["", "fxport::attention", *(names[n] for n in against), *(f"x {n}" for n in against)]
+    columns = [_NAMES[name] for name in against]
+    headers = ["", "fxport::attention", *columns, *(f"x {n}" for n in against)]
     print(f"\nforward + backward, bf16, causal, T={arguments.length}\n")
     print(tabulate(rows, [*headers, "ran"], tablefmt="github"))
 

@@ -45,8 +45,8 @@ def bind_to_copy(clone: nn.Module, model: nn.Module) -> None:
             binding.within(container)
 
 
-# More entries are data.
-_LARGEST = 1000
+# What most large containers hold: vocabularies, token counts.
+_PLAIN = frozenset({str, bytes, int, float, bool, type(None)})
 
 
 class _Binding:
@@ -135,9 +135,10 @@ def _held(value: Any) -> Iterator[Any]:
         yield value()
     elif isinstance(value, functools.partial):
         yield from (value.func, *value.args, *value.keywords.values())
-    elif type(value) in (list, tuple, set, dict) and len(value) <= _LARGEST:
-        yield from value
-        yield from value.values() if isinstance(value, dict) else ()
+    elif type(value) in (list, tuple, set, dict):
+        yield from (held for held in value if type(held) not in _PLAIN)
+        if isinstance(value, dict):
+            yield from (held for held in value.values() if type(held) not in _PLAIN)
 
 
 def _filled(cell: CellType) -> bool:

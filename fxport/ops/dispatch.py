@@ -3,8 +3,9 @@
 All implementations mean the same by (out, lse), so forward and backward choose independently. A
 choice depends on the call's facts and on torch's settings, never on values, timings or earlier
 calls. On CUDA: cuDNN where it covers the call and was measured faster (`fxport.ops.cudnn`), else
-our Triton kernels; FlashAttention-3 instead of either where it is installed and was measured faster
-(`fxport.ops.flash3`); else, with a warning, the blocked path.
+our Triton kernels; instead of either FlashAttention-3, then FlashAttention-4, where it is installed
+and was measured faster (`fxport.ops.flash3`, `fxport.ops.flash4`); else, with a warning, the
+blocked path.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fxport.ops import blocked, cpu_flash, cudnn, flash3
+from fxport.ops import blocked, cpu_flash, cudnn, flash3, flash4
 from fxport.ops.facts import Facts
 
 __all__ = ["Implementation", "calls", "choose"]
@@ -59,6 +60,9 @@ def _no_backward(*_: object) -> tuple[Tensor | None, ...]:
 _FLASH3 = Implementation(
     "flash3", lambda f: flash3.refuses(f, "triton"), flash3.forward, _no_backward
 )
+_FLASH4 = Implementation(
+    "flash4", lambda f: flash4.refuses(f, "triton"), flash4.forward, flash4.backward
+)
 
 
 @cache
@@ -93,14 +97,16 @@ def choose(facts: Facts) -> Implementation:
 
 def _choose_cuda(facts: Facts) -> Implementation:
     if torch.backends.cudnn.is_available() and cudnn.refuses(facts) is None:
-        return _or_flash3(_CUDNN, facts)
+        return _or_flash(_CUDNN, facts)
     triton = _triton()
     reason = "Triton is not installed" if triton is None else triton.refuses(facts)
     if triton is not None and reason is None:
-        return _or_flash3(triton, facts)
+        return _or_flash(triton, facts)
     _warn_slow(str(reason))
     return _BLOCKED
 
 
-def _or_flash3(rival: Implementation, facts: Facts) -> Implementation:
-    return rival if flash3.refuses(facts, rival.name) else _FLASH3
+def _or_flash(rival: Implementation, facts: Facts) -> Implementation:
+    if flash3.refuses(facts, rival.name) is None:
+        return _FLASH3
+    return rival if flash4.refuses(facts, rival.name) else _FLASH4

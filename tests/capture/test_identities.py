@@ -53,6 +53,12 @@ def closure_over_the_model(model: Model) -> None:
     model.step = lambda layer, x: layer(x) * (2.0 if layer is model.layers[1] else 1.0)
 
 
+def closure_over_a_large_mapping(model: Model) -> None:
+    words: dict[str, Any] = {str(number): number for number in range(5000)}
+    words["twice"] = model.layers[1]
+    model.step = lambda layer, x: layer(x) * (2.0 if layer is words["twice"] else 1.0)
+
+
 def closure_over_a_list(model: Model) -> None:
     chosen = {"twice": [model.layers[1]]}
     model.step = lambda layer, x: (
@@ -133,7 +139,8 @@ def weak_reference(model: Model) -> None:
 
 
 SPELLINGS = [
-    closure, closure_over_the_model, closure_over_a_list, inner_function, calls_itself, default,
+    closure, closure_over_the_model, closure_over_a_large_mapping, closure_over_a_list,
+    inner_function, calls_itself, default,
     keyword_default, partial, function_of_an_object, functions_in_a_list, hook, other_forward,
     weak_reference,
 ]  # fmt: skip

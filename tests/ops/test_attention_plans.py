@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import astuple, replace
 from typing import Any
 
@@ -13,15 +13,10 @@ from torch import Tensor
 from fxport.ops import plans
 from fxport.ops.params import AttentionParams
 
+pytestmark = pytest.mark.usefixtures("nothing_judged")
+
 CAUSAL = AttentionParams(0.5, causal=True)
 Tensors = list[Tensor | None]
-
-
-@pytest.fixture(autouse=True)
-def _nothing_judged() -> Iterator[None]:
-    plans._judge.cache_clear()
-    yield
-    plans._judge.cache_clear()
 
 
 def _tensors(length: int = 6, dtype: torch.dtype = torch.float32) -> Tensors:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -12,11 +11,13 @@ import pytest
 import torch
 from attention_cases import Case, assert_same, make, op, op_on_gpu, run
 
-from fxport.ops import dispatch, flash3, plans
+from fxport.ops import dispatch, flash3
 from fxport.ops.band import Band, band_of
 from fxport.ops.facts import Facts
 from fxport.ops.params import AttentionParams
 from fxport.ops.reference import reference_attention
+
+pytestmark = pytest.mark.usefixtures("nothing_judged")
 
 P = AttentionParams
 ROUNDING = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -35,14 +36,6 @@ COVERED = (
     Case("packed-full", batch=1, rows=733, columns=733, size=64, cu_seqlens=(0, 200, 733)),
     Case("long", batch=1, rows=1500, columns=2333, size=256, params=P(0.06, True, q_offset=833)),
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _nothing_judged() -> Iterator[None]:
-    """Tests here change what the judgement of a call rests on."""
-    plans._judge.cache_clear()
-    yield
-    plans._judge.cache_clear()
 
 
 def _facts(needs: tuple[bool, ...] | None = None, **changes: Any) -> Facts:

@@ -1,0 +1,232 @@
+"""`fxport::attention` by FlashAttention-4's kernels for Hopper, where they were measured faster.
+
+The package is flash-attn-4 (``flash_attn.cute``): kernels in a language of their own, made on
+their first use, which takes seconds for each kind of call. It is a beta, so only releases are used
+whose results this project has compared with its reference on a GPU; `_CHECKED` lists them.
+
+The kernels align causality at the bottom right, ``j <= i + (Tk - Tq)``. Their backward adds up dq
+in no fixed order, so calls under ``torch.use_deterministic_algorithms`` are left to our own.
+Source: https://github.com/Dao-AILab/flash-attention; Shah et al., "FlashAttention-3"
+(arXiv:2407.08608), for the algorithm.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+from fxport.ops.band import Band, band_of
+from fxport.ops.facts import Facts
+from fxport.ops.fused import not_for_libraries
+from fxport.ops.layout import addressable, in_heads_layout, in_row_major_layout
+from fxport.ops.params import AttentionParams
+
+__all__ = ["backward", "forward", "refuses"]
+
+_CHECKED = frozenset({"4.0.0b8", "4.0.0b36"})
+
+
+@dataclass(frozen=True)
+class _Faster:
+    """From which length on the kernels beat cuDNN's, and ours; None: not at every length.
+
+    Windows and packed sequences, which only our kernels compute beside these, have an entry of
+    their own.
+    """
+
+    cudnn: int | None
+    triton: int | None
+    parts: int | None
+
+
+# By compute capability, direction and head size; `python -m fxport.tools.bench_dispatcher_gpu`
+# shows the figures (docs/performance.md). What is not here was not measured, or is not faster.
+_FORWARD: dict[tuple[int, int], dict[int, _Faster]] = {
+    (9, 0): {
+        64: _Faster(8192, 512, None),
+        96: _Faster(4096, 512, None),
+        128: _Faster(4096, 64, 128),
+        256: _Faster(2048, 128, 512),
+    },
+}
+_BACKWARD: dict[tuple[int, int], dict[int, _Faster]] = {
+    (9, 0): {64: _Faster(128, 64, 128), 96: _Faster(512, 512, None), 128: _Faster(128, 64, 128)},
+}
+
+
+class _Seen(TypedDict):
+    """What a row sees, in the library's words: distances from the diagonal, None without limit."""
+
+    causal: bool
+    window_size_left: int | None
+    window_size_right: int | None
+
+
+def refuses(facts: Facts, rival: str) -> str | None:
+    """Why a call is not for these kernels: not covered, not faster than `rival`, not installed.
+
+    Args:
+        facts: the call.
+        rival: what runs otherwise, ``"cudnn"`` or ``"triton"``.
+    """
+    return _not_covered(facts) or _not_faster(facts, rival) or _not_installed()
+
+
+def _not_covered(facts: Facts) -> str | None:
+    if reason := not_for_libraries(facts):
+        return reason
+    if facts.bias_dtype is not None or facts.alibi_slopes or facts.sinks:
+        return "bias, ALiBi and sinks in float32 are not in the kernels"
+    if facts.params.softcap > 0 or facts.params.dropout_p > 0:
+        return "the kernels' tanh is an approximation, and dropout is not in them"
+    if facts.deterministic and facts.needs is not None:
+        return "deterministic algorithms are asked for"
+    if facts.q_shape[3] % 32:
+        return "a head size that 32 divides"  # 72 was seen to fail
+    if _seen(facts.band, facts.q_shape[2], facts.k_shape[2]) is None:
+        return "a row that may see nothing"
+    return None
+
+
+def _not_faster(facts: Facts, rival: str) -> str | None:
+    if not torch.backends.cuda.flash_sdp_enabled():
+        return "FlashAttention is switched off (torch.backends.cuda.enable_flash_sdp)"
+    measured = _FORWARD if facts.needs is None else _BACKWARD
+    entry = measured.get(facts.capability or (0, 0), {}).get(facts.q_shape[3])
+    if entry is None:
+        return "not measured on this GPU or at this head size"
+    in_parts = facts.packed or facts.band.low is not None
+    least = entry.cudnn if rival == "cudnn" else entry.parts if in_parts else entry.triton
+    if least is None or min(facts.q_shape[2], facts.k_shape[2]) < least:
+        return f"not faster than {rival} at this length"
+    return None
+
+
+def _seen(band: Band, rows: int, columns: int) -> _Seen | None:
+    """The band as distances from the diagonal ``j = i + (columns - rows)``.
+
+    None where the diagonal does not lie within the band, or rows at the top have none: such rows
+    may see nothing.
+    """
+    reach = columns - rows
+    left = None if band.low is None else reach - band.low
+    right = None if band.high is None else band.high - reach
+    if band != Band(None, None) and min(reach, left or 0, right or 0) < 0:
+        return None
+    causal = left is None and right == 0
+    return _Seen(causal=causal, window_size_left=left, window_size_right=None if causal else right)
+
+
+@cache
+def _library() -> ModuleType | None:
+    """The package's functions; None where it is missing or another release than those checked."""
+    try:
+        release = version("flash-attn-4")
+    except PackageNotFoundError:
+        return None
+    if release not in _CHECKED:
+        known = ", ".join(sorted(_CHECKED))
+        _warn_left_out(f"{release} was not compared with the reference; those that were: {known}")
+        return None
+    try:
+        from flash_attn.cute import interface
+    except (ImportError, OSError) as error:  # made for another torch or CUDA
+        _warn_left_out(f"{error}")
+        return None
+    found: ModuleType = interface
+    return found
+
+
+def _warn_left_out(reason: str) -> None:
+    warnings.warn(f"flash-attn-4 is not used: {reason}", stacklevel=2)
+
+
+def _not_installed() -> str | None:
+    return "flash-attn-4 is not installed, or not a release checked" if not _library() else None
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    params: AttentionParams,
+) -> tuple[Tensor, Tensor]:
+    """Arguments and results as `fxport::attention`."""
+    library, seen = _chosen(q, k, params)
+    packed = cu_seqlens is not None
+    out, lse, *_ = library._flash_attn_fwd(
+        *(_rows_first(x, packed) for x in (q, k, v)),
+        softmax_scale=params.scale, return_lse=True, **seen, **_borders(cu_seqlens, q, k),
+    )  # fmt: skip
+    return in_heads_layout(_heads_first(out, packed)), in_row_major_layout(lse.view(q.shape[:3]))
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seed: Tensor | None,
+    params: AttentionParams,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k and v, None where `needs` is False; the others are never needed here."""
+    library, seen = _chosen(q, k, params)
+    packed = cu_seqlens is not None
+    grads = library._flash_attn_bwd(
+        *(_rows_first(x, packed) for x in (q, k, v, out, grad_out)),
+        lse[0] if packed else lse,
+        softmax_scale=params.scale,
+        dlse=grad_lse if grad_lse is None or not packed else grad_lse[0],
+        **seen,
+        **_borders(cu_seqlens, q, k),
+    )[:3]
+    found = [
+        in_heads_layout(_heads_first(x, packed)) if need else None
+        for x, need in zip(grads, needs, strict=False)
+    ]
+    return (*found, None, None, None)
+
+
+def _chosen(q: Tensor, k: Tensor, params: AttentionParams) -> tuple[ModuleType, _Seen]:
+    library = _library()
+    seen = _seen(band_of(params, q.shape[2], k.shape[2]), q.shape[2], k.shape[2])
+    if library is None or seen is None:
+        raise RuntimeError("flash-attn-4 was chosen for a call that it refuses")
+    return library, seen
+
+
+def _rows_first(x: Tensor, packed: bool) -> Tensor:
+    """[B, H, T, D] -> [B, T, H, D]; packed: [1, H, T, D] -> [T, H, D]."""
+    x = addressable(x).transpose(1, 2)
+    return x[0] if packed else x
+
+
+def _heads_first(x: Tensor, packed: bool) -> Tensor:
+    return (x[None] if packed else x).transpose(1, 2)
+
+
+def _borders(cu_seqlens: Tensor | None, q: Tensor, k: Tensor) -> dict[str, Tensor | int]:
+    if cu_seqlens is None:
+        return {}
+    borders = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+    return {**borders, "max_seqlen_q": q.shape[2], "max_seqlen_k": k.shape[2]}

@@ -1,0 +1,232 @@
+"""FlashAttention-4 behind `fxport::attention`: which calls it gets, and that they are right."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import Case, assert_same, make, op, op_on_gpu, run
+
+from fxport.ops import dispatch, flash4
+from fxport.ops.band import Band, band_of
+from fxport.ops.facts import Facts
+from fxport.ops.params import AttentionParams
+from fxport.ops.reference import reference_attention
+
+pytestmark = pytest.mark.usefixtures("nothing_judged")
+
+P = AttentionParams
+ROUNDING = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
+CAUSAL = P(0.1, causal=True)
+COVERED = (
+    Case("causal", rows=517, columns=517, size=64, params=CAUSAL),
+    Case("full", rows=389, columns=517, size=128),
+    Case("more-rows", rows=517, columns=389, size=96),
+    Case("fewer-rows", rows=300, columns=517, size=128, params=P(0.1, True, q_offset=217)),
+    Case("mqa", batch=1, q_heads=8, kv_heads=1, rows=260, columns=260, size=128, params=CAUSAL),
+    Case("no-groups", kv_heads=6, rows=333, columns=333, size=256, params=P(0.06, causal=True)),
+    Case("equal", batch=128, q_heads=1, kv_heads=1, rows=128, columns=128, size=128),
+    Case("odd", rows=131, columns=131, size=32, params=CAUSAL),
+    Case("window", rows=701, columns=701, size=128, params=P(0.1, True, window_left=333)),
+    Case("window-of-one", rows=301, columns=301, size=64, params=P(0.1, True, window_left=0)),
+    Case(
+        "window-both", rows=300, columns=517, size=64,
+        params=P(0.1, window_left=70, window_right=31, q_offset=217),
+    ),
+    Case("window-right", rows=300, columns=300, size=128, params=P(0.1, window_right=31)),
+    Case("window-left", rows=300, columns=300, size=96, params=P(0.1, window_left=31)),
+    Case(
+        "packed", batch=1, rows=533, columns=533, size=128, cu_seqlens=(0, 11, 12, 12, 341, 533),
+        params=CAUSAL,
+    ),
+    Case("packed-full", batch=1, rows=733, columns=733, size=64, cu_seqlens=(0, 200, 733)),
+    Case(
+        "packed-window", batch=1, rows=733, columns=733, size=128, cu_seqlens=(0, 200, 733),
+        params=P(0.1, True, window_left=77),
+    ),
+    Case("long", batch=1, rows=1500, columns=2333, size=256, params=P(0.06, True, q_offset=833)),
+)  # fmt: skip
+
+
+def _facts(needs: tuple[bool, ...] | None = None, **changes: Any) -> Facts:
+    q = torch.empty(2, 6, 8192, 128, dtype=torch.bfloat16, device="meta")
+    facts = Facts.of(q, q, q, None, None, None, None, P(0.125, causal=True), needs)
+    return replace(facts, **{"device": "cuda", "capability": (9, 0), **changes})
+
+
+def _sizes(length: int, size: int) -> dict[str, torch.Size]:
+    shape = torch.Size((2, 6, length, size))
+    return {"q_shape": shape, "k_shape": shape, "v_shape": shape}
+
+
+_BACKWARD = (True, True, True, False, False, False)
+_EARLY = {"band": Band(None, 5)}  # some columns beyond the diagonal
+
+
+@pytest.mark.parametrize(
+    ("facts", "rival", "reason"),
+    [
+        (_facts(), "cudnn", None),
+        (_facts(_BACKWARD), "cudnn", None),
+        (_facts(_BACKWARD, lse_gradient=True), "triton", None),
+        (_facts(packed=True), "triton", None),
+        (_facts(band=Band(-1023, 0)), "triton", None),
+        (_facts(**_EARLY), "triton", None),
+        (_facts(deterministic=True), "cudnn", None),  # forward always adds in the same order
+        (_facts(_BACKWARD, deterministic=True), "cudnn", "deterministic"),
+        (_facts(_BACKWARD, **_sizes(128, 128)), "cudnn", None),
+        (_facts(_BACKWARD, **_sizes(127, 128)), "cudnn", "not faster than cudnn"),
+        (_facts(**_sizes(2048, 128)), "cudnn", "not faster than cudnn"),
+        (_facts(**_sizes(2048, 128)), "triton", None),
+        (_facts(**_sizes(8192, 64)), "triton", None),
+        (_facts(packed=True, **_sizes(8192, 64)), "triton", "not faster than triton"),
+        (_facts(band=Band(-9, 0), **_sizes(8192, 64)), "triton", "not faster than triton"),
+        (_facts(_BACKWARD, **_sizes(8192, 256)), "cudnn", "head size"),
+        (_facts(**_sizes(8192, 160)), "cudnn", "at this head size"),
+        (_facts(**_sizes(8192, 72)), "cudnn", "32 divides"),
+        (_facts(band=Band(None, -1)), "triton", "see nothing"),
+        (_facts(band=Band(1, None)), "triton", "see nothing"),
+        (_facts(dtype=torch.float32), "triton", "float32"),
+        (_facts(sinks=True), "triton", "sinks"),
+        (_facts(alibi_slopes=True), "triton", "ALiBi"),
+        (_facts(bias_dtype=torch.bool, bias_shape=(512,)), "triton", "bias"),
+        (_facts(params=P(0.1, softcap=2.0)), "triton", "tanh"),
+        (_facts(params=P(0.1, dropout_p=0.1)), "triton", "dropout"),
+        (_facts(params=P(-0.1, causal=True)), "triton", "scale"),
+        (_facts(v_shape=torch.Size((2, 6, 8192, 64))), "triton", "head size"),
+        (_facts(capability=(10, 0)), "triton", "not measured"),
+        (_facts(q_shape=torch.Size((2, 6, 0, 128))), "triton", "empty"),
+    ],
+)
+def test_refusals(
+    facts: Facts, rival: str, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flash4, "_not_installed", lambda: None)
+    found = flash4.refuses(facts, rival)
+    assert (found is None) == (reason is None) and (reason or "") in (found or "")
+
+
+def test_switched_off_or_not_installed() -> None:
+    torch.backends.cuda.enable_flash_sdp(False)
+    try:
+        assert "switched off" in (flash4.refuses(_facts(), "cudnn") or "")
+    finally:
+        torch.backends.cuda.enable_flash_sdp(True)
+    found = flash4.refuses(_facts(), "cudnn")
+    assert found is None or "not installed" in found
+
+
+def test_a_release_that_was_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash4, "version", lambda name: "4.0.0b1")
+    flash4._library.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=r"4\.0\.0b1 was not compared"):
+            assert "not a release checked" in (flash4.refuses(_facts(), "cudnn") or "")
+    finally:
+        flash4._library.cache_clear()
+
+
+@pytest.mark.parametrize("rows", [1, 4, 6])
+@pytest.mark.parametrize("columns", [1, 4, 7])
+def test_only_what_the_library_means(rows: int, columns: int) -> None:
+    """Every small call that is put to the library sees just the columns that the library does."""
+    i, j = torch.arange(rows)[:, None], torch.arange(columns)
+    diagonal = i + columns - rows
+    found: Counter[bool] = Counter()
+    sides = range(-1, columns + 1)
+    for causal, left, right, offset in product((False, True), sides, sides, range(-3, columns + 2)):
+        params = P(1.0, causal, left, right, q_offset=offset)
+        put = flash4._seen(band_of(params, rows, columns), rows, columns)
+        found[put is None] += 1
+        if put is None:
+            continue
+        a = i + offset
+        seen = (
+            ~(causal & (j > a)) & ((j >= a - left) | (left < 0)) & ((j <= a + right) | (right < 0))
+        )
+        lower, upper = put["window_size_left"], 0 if put["causal"] else put["window_size_right"]
+        meant = torch.ones(rows, columns, dtype=torch.bool)
+        if lower is not None:
+            meant &= j >= diagonal - lower
+        if upper is not None:
+            meant &= j <= diagonal + upper
+        assert torch.equal(seen, meant), params
+        assert seen.any(1).all(), params
+    assert found[True] and found[False]
+
+
+# -- on a GPU ----------------------------------------------------------------------------------
+
+
+def _usable() -> bool:
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        return False
+    return flash4._not_installed() is None
+
+
+library = pytest.mark.skipif(not _usable(), reason="needs a Hopper GPU and flash-attn-4")
+
+
+@pytest.fixture
+def _always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the length: the sizes here are small."""
+    monkeypatch.setattr(flash4, "_not_faster", lambda facts, rival: None)
+
+
+@pytest.mark.gpu
+@library
+@pytest.mark.usefixtures("_always")
+@pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
+@pytest.mark.parametrize("case", COVERED, ids=str)
+def test_against_reference(case: Case, dtype: torch.dtype) -> None:
+    """Forward and backward by the library; cuDNN's results for backward have no gradient of lse."""
+    arguments = make(case, dtype)
+    want = run(reference_attention, arguments.to(torch.float64))
+    before = dispatch.calls.copy()
+    assert_same(run(op_on_gpu, arguments), want, ROUNDING[dtype])
+    assert dispatch.calls - before == {"flash4.forward": 1, "flash4.backward": 1}
+
+
+@pytest.mark.gpu
+@library
+@pytest.mark.usefixtures("_always")
+def test_backward_of_another_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backward takes (out, lse) from whatever made them: up to 4,096 tokens that is cuDNN."""
+    monkeypatch.setattr(flash4, "_FORWARD", {})
+    monkeypatch.setattr(
+        flash4, "_not_faster", lambda facts, rival: "here" if facts.needs is None else None
+    )
+    arguments = make(COVERED[0], torch.bfloat16)
+    want = run(reference_attention, arguments.to(torch.float64), with_lse=False)
+    before = dispatch.calls.copy()
+    assert_same(run(op_on_gpu, arguments, with_lse=False), want, ROUNDING[torch.bfloat16])
+    assert dispatch.calls - before == {"cudnn.forward": 1, "flash4.backward": 1}
+
+
+@pytest.mark.gpu
+@library
+@pytest.mark.usefixtures("_always")
+def test_layouts_and_bits() -> None:
+    """Whatever the inputs' strides: the promised strides, and the same bits each time."""
+    generator = torch.Generator("cuda").manual_seed(3)
+    options = {"generator": generator, "device": "cuda", "dtype": torch.bfloat16}
+    plain = [torch.randn(3, 4, 192, 64, **options) for _ in range(3)]
+    fused = torch.randn(3, 192, 3 * 4 * 64, **options)
+    for inputs in (
+        plain,
+        [x.transpose(1, 2).contiguous().transpose(1, 2) for x in plain],
+        [x.transpose(2, 3).contiguous().transpose(2, 3) for x in plain],
+        [torch.cat([x[..., :1], x], -1)[..., 1:] for x in plain],
+        [x.view(3, 192, 4, 64).transpose(1, 2) for x in fused.split(256, -1)],
+        [x[:1].expand(3, 4, 192, 64) for x in plain],
+    ):
+        before = dispatch.calls.copy()
+        out, lse = op(*inputs, *[None] * 5, CAUSAL)
+        again = op(*(x.contiguous() for x in inputs), *[None] * 5, CAUSAL)
+        assert dispatch.calls - before == {"flash4.forward": 2}
+        assert out.transpose(1, 2).is_contiguous() and lse.is_contiguous()
+        assert torch.equal(out, again[0]) and torch.equal(lse, again[1])
