@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, set_proxy_slot
 
 from fxport.capture.caches import read_what_was_written
 from fxport.capture.clone import watch_attributes
@@ -168,7 +169,8 @@ def _watched(model: nn.Module) -> Iterator[list[Reason]]:
         state = State(model)  # of the trace: torch.export has put its own tensors in place
         with _unnoticed():
             for other in earlier:
-                call(other)
+                with _nodes_kept(model):
+                    call(other)
             result = call(ids)
         changed.extend(_as_reason(model, path) for path in state.changes())
         state.restore()
@@ -185,6 +187,22 @@ def _watched(model: nn.Module) -> Iterator[list[Reason]]:
         del vars(model)["forward"]
         if own is not None:
             vars(model)["forward"] = own
+
+
+@contextmanager
+def _nodes_kept(model: nn.Module) -> Iterator[None]:
+    """What a call gets back unchanged (``weight.float()``) keeps its node for the next call.
+
+    Torch renames it, and the next call would be ``weight.float().float()``.
+    """
+    mode = get_proxy_mode()
+    assert mode is not None
+    tensors = (*model.parameters(), *model.buffers())
+    slots = [(t, get_proxy_slot(t, mode.tracer, None)) for t in tensors]
+    yield
+    for tensor, slot in slots:
+        if slot is not None:
+            set_proxy_slot(tensor, mode.tracer, slot)
 
 
 @contextmanager
