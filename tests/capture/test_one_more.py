@@ -53,13 +53,13 @@ def test_the_longest_is_captured_from_four_lengths():
         torch.testing.assert_close(packed([ids[0]])[0], model(ids)[0])
 
 
-class _Cropped(_Model):
+class _Cropped(Masked):
     """Of more tokens than it can take it answers the last; a table is named as vLLM's input is."""
 
     def __init__(self) -> None:
         super().__init__(lambda x: x)
-        self.register_buffer("positions", torch.arange(_LONGEST))
-        self.places = nn.Embedding(_LONGEST, _WIDTH)
+        self.register_buffer("positions", torch.arange(LONGEST))
+        self.places = nn.Embedding(LONGEST, _WIDTH)
         self.register_buffer("places_weight", torch.tensor(0.5))
 
     def enter(self, ids: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class _Cropped(_Model):
         return self.embed(ids) + places * self.places_weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        return super().forward(ids[:, -_LONGEST:])
+        return super().forward(ids[:, -LONGEST:])
 
 
 def test_what_is_cut_off_is_beyond_the_limit():
@@ -75,7 +75,7 @@ def test_what_is_cut_off_is_beyond_the_limit():
     torch.manual_seed(0)
     model = _Cropped().double().eval()
     captured = capture(model)
-    assert captured.limit == _LONGEST - 1
+    assert captured.limit == LONGEST - 1
     packed = PackedModel(lower_for_serving(captured, None).serving, captured.parameters)
     for length in (2, 60, 95):
         ids = torch.randint(_VOCAB, (1, length))
