@@ -25,6 +25,7 @@ from fxport.capture.location import forward_line
 from fxport.capture.questions import Asked, ask, by_shapes, first_change, numbers_in
 from fxport.capture.recurrence import refuse_recurrence
 from fxport.capture.sample import Sample, device_of, take_sample
+from fxport.capture.sizes import at_sizes
 from fxport.capture.trace import token_argument
 from fxport.capture.traced import Traced
 from fxport.capture.unify import NeedsTable, Unified, unify
@@ -49,11 +50,12 @@ def continues(model: nn.Module, limit: int) -> bool:
     return _runs(model, limit + 1, limit)
 
 
-def trace_one_more(model: nn.Module, limit: int) -> Traced | None:
+def trace_one_more(model: nn.Module, symbolic: Traced, limit: int) -> Traced | None:
     """Captures a clone of which a symbolic graph holds up to `limit`, one less than it takes.
 
     Torch takes ``mask[:, :, :T, :T]`` for shorter than the mask. What forward asks below is known
-    then to have one answer, and four lengths are enough: two usual ones and both sides of `limit`.
+    then to have one answer: up to `limit` the symbolic graph says what a trace would give, at two
+    usual lengths and at `limit`. What is beyond is traced.
 
     Returns:
         None where forward takes still longer ones, or the graphs differ.
@@ -61,35 +63,38 @@ def trace_one_more(model: nn.Module, limit: int) -> Traced | None:
     usual = [n for n in _LENGTHS if n < limit][:2]
     if len(usual) < 2 or _runs(model, limit + 2, limit):
         return None
-    lengths = (*usual, limit, limit + 1)
+    below = (*usual, limit)
     try:
-        samples = [take_sample(model, _batch(n), n) for n in lengths]
+        samples = [at_sizes(symbolic, _batch(n), n) for n in below]
+        samples.append(take_sample(model, _batch(limit + 1), limit + 1))
         samples.append(take_sample(model, 1, limit + 1))  # ``T > limit * B`` is asked there alone
         unified, longest = _unified(model, samples, (), limit + 1)
     except (PortError, NeedsTable):  # every question that forward asks is looked at instead
         return None
-    return _traced(unified, samples[0], lengths, longest)
+    traced = _traced(unified, samples[0], (*below, limit + 1), longest)
+    return replace(traced, symbolic=True)
 
 
-def trace_at_lengths(model: nn.Module, *, every_pair: bool = True) -> Traced:
+def trace_at_lengths(model: nn.Module, *, every_pair: bool = True, needed: int = 0) -> Traced:
     """Captures a clone at several lengths and unifies the graphs.
 
     Args:
         every_pair: for the first length, see `without_selections`.
+        needed: see `trace_symbolically`.
 
     Raises:
         PortError: forward cannot be traced at a plain length, its result depends on earlier
             calls, or the graphs differ in more than sizes and constants.
     """
     token_argument(model)
-    fresh = _first(model, every_pair)
+    fresh = _first(model, every_pair, needed)
     second = _second(model, fresh)
     refuse_recurrence(fresh, second)  # before the search for the longest length: that runs loops
     limit = _longest(model, fresh.length)
     found = _lengths(model, limit)
     lengths, limit = found.samples, found.limit
-    history = _history(model, fresh, limit or _UNBOUNDED)
-    taken = {} if history else {s.length: s for s in (fresh, second) if s is not None}
+    history, after = _history(model, fresh, limit or _UNBOUNDED)
+    taken = {s.length: s for s in (after, None if history else second) if s is not None}
     samples = [taken.get(n) or take_sample(model, _batch(n), n, history) for n in lengths]
     samples += [take_sample(model, b, n, history) for b, n in found.together]
     try:
@@ -129,12 +134,17 @@ def _unified(
         longest = limit or _UNBOUNDED
         if needed.axes > 1:
             longest = min(longest, _UNBOUNDED)
-        whole = take_sample(model, _batch(longest), longest, history)
-        *samples, whole = masks_at_every_length([*samples, whole])
+        first, *others = samples  # the first gives the hints
+        sizes = _batch(longest), longest
+        whole = next((s for s in others if (s.batch, s.length) == sizes), None)
+        whole = whole or take_sample(model, *sizes, history)
+        *samples, whole = masks_at_every_length(
+            [first, *(s for s in others if s is not whole), whole]
+        )
         return unify(samples, whole), longest
 
 
-def _first(model: nn.Module, every_pair: bool) -> Sample:
+def _first(model: nn.Module, every_pair: bool, needed: int) -> Sample:
     """A sample at the first usual length that forward takes.
 
     Raises:
@@ -146,6 +156,8 @@ def _first(model: nn.Module, every_pair: bool) -> Sample:
             return take_sample(model, _batch(length), length, every_pair=every_pair)
         except PortError as error:
             errors.append(error)
+            if length <= needed:
+                break
     raise errors[0]
 
 
@@ -204,7 +216,7 @@ def _lengths(model: nn.Module, limit: int | None) -> _Lengths:
     pending = {n for n in _chased(asked, allowed[0]) if n <= longest}
     while pending and len(known) < _MOST_PATHS:
         hint = pending.pop()
-        asked = ask(model, hint)
+        asked = ask(model, hint, known=one.of)
         counted |= asked.counted
         pending |= {n for n in _chased(asked, hint) - known if n <= longest}
         known |= asked.sides
@@ -253,7 +265,7 @@ def _together(
     model: nn.Module, first: int, one: Asked, longest: int
 ) -> tuple[tuple[int, int], ...]:
     """Where one row is asked something else than two: ``T > 100 * B``, ``B == 1 and T > 100``."""
-    two = ask(model, first, 2)
+    two = ask(model, first, 2, one.of)
     pairs = {
         (rows, n)
         for rows, asked, other in ((1, one, two), (2, two, one))
@@ -320,8 +332,10 @@ def _bound(unified: Unified) -> int | None:
 # --- earlier calls -------------------------------------------------------------------------------
 
 
-def _history(model: nn.Module, fresh: Sample, longest: int) -> tuple[int, ...]:
+def _history(model: nn.Module, fresh: Sample, longest: int) -> tuple[tuple[int, ...], Sample]:
     """Earlier calls to make before each sample: none, or one of the longest length.
+
+    And what `fresh` is after these.
 
     A model that keeps nothing between calls has no history. One that does must give the same
     graph after any history: none, a longer call, a shorter and a longer one.
@@ -330,11 +344,11 @@ def _history(model: nn.Module, fresh: Sample, longest: int) -> tuple[int, ...]:
         PortError: the result depends on earlier calls.
     """
     if not fresh.changed:
-        return ()
+        return (), fresh
     histories = ((longest,), (2, longest))
     samples = [take_sample(model, fresh.batch, fresh.length, h) for h in histories]
     try:
         unify([fresh, *samples])
     except (PortError, NeedsTable) as error:
         raise PortError(writes_to_state(fresh) or fresh.changed) from error
-    return (longest,)
+    return histories[0], samples[0]

@@ -21,9 +21,6 @@ from fxport.capture.location import is_library
 
 __all__ = ["nothing_remembered", "own_files"]
 
-# A larger mapping is data, and no memory of calls.
-_LARGEST = 1000
-
 
 def own_files(model: nn.Module) -> list[ModuleType]:
     """The user's files that define the model's modules."""
@@ -85,4 +82,4 @@ def _memos(names: dict[str, Any]) -> Iterator[Any]:
 
 
 def _is_memory(value: Any) -> bool:
-    return type(value) is dict and len(value) <= _LARGEST
+    return type(value) is dict

@@ -30,29 +30,34 @@ from fxport.ops.params import AttentionParams
 
 __all__ = ["backward", "forward", "refuses"]
 
-_CHECKED = frozenset({"4.0.0b8"})
+_CHECKED = frozenset({"4.0.0b8", "4.0.0b36"})
 
 
 @dataclass(frozen=True)
 class _Faster:
-    """From which length on the kernels beat cuDNN's, and ours; None: not at every length."""
+    """From which length on the kernels beat cuDNN's, and ours; None: not at every length.
+
+    Windows and packed sequences, which only our kernels compute beside these, have an entry of
+    their own.
+    """
 
     cudnn: int | None
     triton: int | None
+    parts: int | None
 
 
 # By compute capability, direction and head size; `python -m fxport.tools.bench_dispatcher_gpu`
 # shows the figures (docs/performance.md). What is not here was not measured, or is not faster.
 _FORWARD: dict[tuple[int, int], dict[int, _Faster]] = {
     (9, 0): {
-        64: _Faster(8192, None),
-        96: _Faster(4096, 512),
-        128: _Faster(4096, 128),
-        256: _Faster(2048, 128),
+        64: _Faster(8192, 512, None),
+        96: _Faster(4096, 512, None),
+        128: _Faster(4096, 64, 128),
+        256: _Faster(2048, 128, 512),
     },
 }
 _BACKWARD: dict[tuple[int, int], dict[int, _Faster]] = {
-    (9, 0): {64: _Faster(128, 128), 96: _Faster(512, 512), 128: _Faster(128, 128)},
+    (9, 0): {64: _Faster(128, 64, 128), 96: _Faster(512, 512, None), 128: _Faster(128, 64, 128)},
 }
 
 
@@ -83,8 +88,8 @@ def _not_covered(facts: Facts) -> str | None:
         return "the kernels' tanh is an approximation, and dropout is not in them"
     if facts.deterministic and facts.needs is not None:
         return "deterministic algorithms are asked for"
-    if facts.q_shape[3] % 8:
-        return "a head size that 8 divides"
+    if facts.q_shape[3] % 32:
+        return "a head size that 32 divides"  # 72 was seen to fail
     if _seen(facts.band, facts.q_shape[2], facts.k_shape[2]) is None:
         return "a row that may see nothing"
     return None
@@ -97,7 +102,8 @@ def _not_faster(facts: Facts, rival: str) -> str | None:
     entry = measured.get(facts.capability or (0, 0), {}).get(facts.q_shape[3])
     if entry is None:
         return "not measured on this GPU or at this head size"
-    least = entry.cudnn if rival == "cudnn" else entry.triton
+    in_parts = facts.packed or facts.band.low is not None
+    least = entry.cudnn if rival == "cudnn" else entry.parts if in_parts else entry.triton
     if least is None or min(facts.q_shape[2], facts.k_shape[2]) < least:
         return f"not faster than {rival} at this length"
     return None
