@@ -26,7 +26,7 @@ from fxport.capture.state import State
 from fxport.capture.trace import aliases_of, explain_failure, export, graph_of
 from fxport.errors import PortError, Reason, ReasonCode
 
-__all__ = ["Sample", "analysed_again", "device_of", "sample_of", "take_sample"]
+__all__ = ["Sample", "analysed_again", "device_of", "sample_of", "stored", "take_sample"]
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Sample:
             if node in self.data or node in self.learned or node not in self.needed:
                 continue
             if node.op in ("placeholder", "get_attr"):
-                value = _stored(node)
+                value = stored(node)
                 # The model's own memory stays as it is.
                 self._values[node] = value.clone() if self.memory.written_by(node) else value
             elif node.op == "call_function":
@@ -137,7 +137,7 @@ class _Made:
     identity: int
 
 
-def _stored(node: fx.Node) -> torch.Tensor:
+def stored(node: fx.Node) -> torch.Tensor:
     if node.op == "get_attr":
         value = operator.attrgetter(str(node.target))(node.graph.owning_module)
     else:
