@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._pytree import tree_leaves
 
 from fxport.capture.batches import asked_about_rows, require_every_batch
 from fxport.capture.causal_calls import masks_at_every_length
@@ -46,7 +47,7 @@ _MOST_PATHS = 24
 
 def continues(model: nn.Module, limit: int) -> bool:
     """Whether forward also runs beyond a limit: then it was the graph's, not the model's."""
-    return _runs(model, limit + 1)
+    return _runs(model, limit + 1, limit)
 
 
 def trace_one_more(model: nn.Module, symbolic: Traced, limit: int) -> Traced | None:
@@ -60,7 +61,7 @@ def trace_one_more(model: nn.Module, symbolic: Traced, limit: int) -> Traced | N
         None where forward takes still longer ones, or the graphs differ.
     """
     usual = [n for n in _LENGTHS if n < limit][:2]
-    if len(usual) < 2 or _runs(model, limit + 2):
+    if len(usual) < 2 or _runs(model, limit + 2, limit):
         return None
     below = (*usual, limit)
     try:
@@ -274,17 +275,27 @@ def _together(
     return tuple(sorted((b, n) for b, n in pairs if 2 < n <= longest)[:_MOST_PATHS])
 
 
-def _runs(model: nn.Module, length: int) -> bool:
-    """Whether forward accepts this many tokens, by shapes alone."""
+def _runs(model: nn.Module, length: int, usual: int) -> bool:
+    """Whether forward takes this many tokens as it takes the `usual` number, by shapes alone.
+
+    It may take more and cut off the first, ``ids[:, -limit:]``: the others are not answered.
+    """
+    sizes = _sizes(model, length)
+    return sizes is not None and (length in sizes or usual not in (_sizes(model, usual) or ()))
+
+
+def _sizes(model: nn.Module, length: int) -> set[int] | None:
+    """Every size of what forward gives for this many tokens; None where it does not take them."""
     ids = torch.zeros(1, length, dtype=torch.long, device=device_of(model))
     # Sizes that depend on data, such as how many experts were chosen, are symbols.
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
     with by_shapes(model, mode):
         try:
-            model(mode.from_tensor(ids))
+            outputs = model(mode.from_tensor(ids))
         except Exception:  # an assertion, an index, a shape: the model does not take it
-            return False
-    return True
+            return None
+    tensors = [t for t in tree_leaves(outputs) if isinstance(t, torch.Tensor)]
+    return {size for t in tensors for size in t.shape if isinstance(size, int)}
 
 
 def _longest(model: nn.Module, known: int) -> int | None:
@@ -293,9 +304,9 @@ def _longest(model: nn.Module, known: int) -> int | None:
     Raises:
         PortError: forward cannot be run on shapes alone.
     """
-    if _runs(model, _UNBOUNDED + 1):
+    if _runs(model, _UNBOUNDED + 1, known):
         return None
-    if not _runs(model, known):  # a trace at this very length succeeded
+    if _sizes(model, known) is None:  # a trace at this very length succeeded
         reason = Reason(
             ReasonCode.LENGTH_SPECIALISED,
             "the longest sequence is unknown: forward looks at values, so it cannot be asked "
@@ -307,7 +318,7 @@ def _longest(model: nn.Module, known: int) -> int | None:
     low, high = known, _UNBOUNDED + 1
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if _runs(model, middle) else (low, middle)
+        low, high = (middle, high) if _runs(model, middle, known) else (low, middle)
     return low
 
 
@@ -339,5 +350,5 @@ def _history(model: nn.Module, fresh: Sample, longest: int) -> tuple[tuple[int, 
     try:
         unify([fresh, *samples])
     except (PortError, NeedsTable) as error:
-        raise PortError(fresh.changed) from error
+        raise PortError(writes_to_state(fresh) or fresh.changed) from error
     return histories[0], samples[0]

@@ -29,6 +29,7 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 from fxport.capture.emitter import symbolic_tokens
 from fxport.capture.memos import nothing_remembered, own_files
 from fxport.capture.moving import with_length
+from fxport.capture.row_numbers import lists_of_rows
 from fxport.capture.sample import device_of
 from fxport.capture.selected import EverySelected
 from fxport.capture.state import State
@@ -253,7 +254,8 @@ def forward_only(model: nn.Module) -> Iterator[None]:
 def by_shapes(model: nn.Module, mode: FakeTensorMode) -> Iterator[EverySelected]:
     """Runs on tensors of `mode`, which have shapes and no numbers; yields what answers for them."""
     selected = EverySelected(is_fake)
-    with forward_only(model), mode, enable_python_dispatcher(), selected:
+    lists = lists_of_rows(selected.found)
+    with forward_only(model), mode, enable_python_dispatcher(), selected, lists:
         yield selected
 
 

@@ -5,7 +5,6 @@ model, B=3, T=53  ->  Sample(graph of plain sizes, what depends on tokens, const
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -13,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, set_proxy_slot
 
 from fxport.capture.caches import read_what_was_written
 from fxport.capture.clone import watch_attributes
+from fxport.capture.constants import run_constants
 from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.location import forward_line, user_location
 from fxport.capture.logits import keep_logits
@@ -26,7 +27,7 @@ from fxport.capture.state import State
 from fxport.capture.trace import aliases_of, explain_failure, export, graph_of
 from fxport.errors import PortError, Reason, ReasonCode
 
-__all__ = ["Sample", "analysed_again", "device_of", "sample_of", "stored", "take_sample"]
+__all__ = ["Sample", "analysed_again", "device_of", "sample_of", "take_sample"]
 
 
 @dataclass(frozen=True)
@@ -69,46 +70,19 @@ class Sample:
         Raises:
             PortError: it is written to after something that is no constant has read it.
         """
-        if not self._values:
-            self._run_constants()
+        if node not in self._values:
+            constants = [n for n in self.graph.graph.nodes if self._is_constant(n)]
+            passing = {n for n in constants if self._is_read_by_constants_alone(n)} - {node}
+            self._values.update(run_constants(constants, self.memory, passing))
         self._check_order(node)
         return self._values[node]
 
-    def _run_constants(self) -> None:
-        """Everything that depends on neither tokens nor parameters, in order, writes included.
+    def _is_constant(self, node: fx.Node) -> bool:
+        varies = node in self.data or node in self.learned or node.op == "output"
+        return node in self.needed and not varies
 
-        What every layer makes alike (a table of all positions) is made once.
-        """
-        made: dict[object, Any] = {}
-        for node in self.graph.graph.nodes:
-            if node in self.data or node in self.learned or node not in self.needed:
-                continue
-            if node.op in ("placeholder", "get_attr"):
-                value = stored(node)
-                # The model's own memory stays as it is.
-                self._values[node] = value.clone() if self.memory.written_by(node) else value
-            elif node.op == "call_function":
-                args, kwargs = fx.node.map_arg(
-                    (node.args, dict(node.kwargs)), lambda n: self._values[n]
-                )
-                key = self._key(node)
-                if key is None or key not in made:
-                    target: Any = node.target
-                    with torch.no_grad():
-                        made[key] = target(*args, **kwargs)
-                self._values[node] = made[key]
-
-    def _key(self, node: fx.Node) -> object:
-        """The same for calls that give the same; None where that is not known.
-
-        Values are told apart by identity: all that were made are kept as long as the sample.
-        What is written to has another value later.
-        """
-        changing = any(self.memory.written_by(n) for n in (node, *node.all_input_nodes))
-        if changing or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            return None
-        given = fx.node.map_arg((node.args, node.kwargs), lambda n: _Made(id(self._values[n])))
-        return node.target, repr(given)
+    def _is_read_by_constants_alone(self, node: fx.Node) -> bool:
+        return all(self._is_constant(user) for user in node.users if user in self.needed)
 
     def _check_order(self, node: fx.Node) -> None:
         writes = self.memory.written_by(node)
@@ -128,22 +102,6 @@ class Sample:
                     "use the out-of-place operation",
                 )
                 raise PortError([reason])
-
-
-@dataclass(frozen=True)
-class _Made:
-    """Stands for a value among the arguments of a call."""
-
-    identity: int
-
-
-def stored(node: fx.Node) -> torch.Tensor:
-    if node.op == "get_attr":
-        value = operator.attrgetter(str(node.target))(node.graph.owning_module)
-    else:
-        value = graph_input(node).value
-    assert isinstance(value, torch.Tensor), node
-    return value
 
 
 def take_sample(
@@ -211,7 +169,8 @@ def _watched(model: nn.Module) -> Iterator[list[Reason]]:
         state = State(model)  # of the trace: torch.export has put its own tensors in place
         with _unnoticed():
             for other in earlier:
-                call(other)
+                with _nodes_kept(model):
+                    call(other)
             result = call(ids)
         changed.extend(_as_reason(model, path) for path in state.changes())
         state.restore()
@@ -228,6 +187,22 @@ def _watched(model: nn.Module) -> Iterator[list[Reason]]:
         del vars(model)["forward"]
         if own is not None:
             vars(model)["forward"] = own
+
+
+@contextmanager
+def _nodes_kept(model: nn.Module) -> Iterator[None]:
+    """What a call gets back unchanged (``weight.float()``) keeps its node for the next call.
+
+    Torch renames it, and the next call would be ``weight.float().float()``.
+    """
+    mode = get_proxy_mode()
+    assert mode is not None
+    tensors = (*model.parameters(), *model.buffers())
+    slots = [(t, get_proxy_slot(t, mode.tracer, None)) for t in tensors]
+    yield
+    for tensor, slot in slots:
+        if slot is not None:
+            set_proxy_slot(tensor, mode.tracer, slot)
 
 
 @contextmanager

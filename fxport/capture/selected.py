@@ -2,6 +2,7 @@
 
     x[mask]            every row
     torch.where(mask)  the numbers of all elements
+    rows.tolist()      an index: see `row_numbers`
     if mask.any():     yes
     if count == 0:     no
     counts.numpy()     of tokens sorted by expert: the first expert got them all
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from fxport.capture.row_numbers import with_rows
 from fxport.capture.run_lengths import array_of
 
 __all__ = ["SORTS", "EverySelected"]
@@ -46,6 +48,7 @@ class EverySelected(TorchFunctionMode):
         self._zeros: dict[int, Tensor] = {}
         # Entries of counts, and the number of each.
         self._numbers: dict[int, tuple[Tensor, Any]] = {}
+        self._found: dict[int, Tensor] = {}  # rows that were looked for
         self._sorted: Any = None  # how many there were, the last time that any were
 
     def __torch_function__(
@@ -53,7 +56,7 @@ class EverySelected(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if args and isinstance(args[0], Tensor):
-            if func is torch.where and len(args) == 1 and self._is_mask(args[0]):
+            if func is torch.where and len(args) == 1 and self._numberless(args[0]):
                 return self._rows(args[0])
             if func in _ROWS and self._numberless(args[0]):
                 rows = self._rows(args[0])
@@ -69,7 +72,7 @@ class EverySelected(TorchFunctionMode):
             if func in SORTS:
                 self._sorted = args[0].shape[-1]
             if func in (Tensor.__getitem__, Tensor.__setitem__):
-                args = (args[0], self._by_rows(args[1]), *args[2:])
+                args = (args[0], self._by_rows(with_rows(args[1])), *args[2:])
         result = func(*args, **kwargs)
         if func in _EQUALS and type(args[1]) is int and args[1] == 0:
             self._zeros[id(result)] = result
@@ -103,7 +106,13 @@ class EverySelected(TorchFunctionMode):
         sizes, rank = tuple(mask.shape), mask.dim()
         counted = [torch.arange(size, device=mask.device) for size in sizes]
         placed = [c.view([-1 if i == a else 1 for i in range(rank)]) for a, c in enumerate(counted)]
-        return tuple(c.expand(sizes).reshape(-1) for c in placed)
+        rows = tuple(c.expand(sizes).reshape(-1) for c in placed)
+        self._found.update((id(r), r) for r in rows)
+        return rows
+
+    def found(self, tensor: Tensor) -> bool:
+        """Whether these are rows that were looked for."""
+        return id(tensor) in self._found
 
     def _by_rows(self, index: Any) -> Any:
         items = index if isinstance(index, tuple) else (index,)

@@ -2,6 +2,7 @@
 
     if not mask.any(): continue          "no" is assumed, and a marker with its number is left
     rows, slot = torch.where(mask)       at least one row; `rows.numel() == 0` is then False
+    x[None, rows.tolist()]               x[None, rows]
     for expert in hit.nonzero(): ...     every expert, one after the other
     for expert in chosen.unique(): ...   again
     y[mask] += f(x[mask])                through rows: index and index_put by integers
@@ -34,6 +35,7 @@ from fxport.capture.mask_facts import (
     rows_source,
     values_of,
 )
+from fxport.capture.row_numbers import with_rows
 from fxport.capture.run_lengths import NumbersTaken
 from fxport.capture.selected import SORTS
 
@@ -76,6 +78,7 @@ class Selections(TorchFunctionMode):
         # kept so that its identity is not given away.
         self._known: dict[int, tuple[Tensor, int]] = {}
         self._hits: dict[int, tuple[Tensor, Tensor]] = {}
+        self._found: dict[int, Tensor] = {}  # rows that a mask gave
         self._classes: dict[int, tuple[Tensor, list[int]]] = {}  # what `unique` gave
         self._sorts = SortedExperts(_node, self._number_of, self._is_empty, self._rows)
 
@@ -85,6 +88,8 @@ class Selections(TorchFunctionMode):
         kwargs = kwargs or {}
         if get_proxy_mode() is None or not args:
             return func(*args, **kwargs)
+        if func in (Tensor.__getitem__, Tensor.__setitem__):
+            args = (args[0], with_rows(args[1]), *args[2:])
         found = self._sorts.call(func, args, kwargs)
         if found is NotImplemented and isinstance(args[0], Tensor):
             handler = self._handler(func, args, kwargs)
@@ -255,7 +260,12 @@ class Selections(TorchFunctionMode):
         if source in self._sizes:
             torch._check(size == self._sizes[source])
         self._sizes.setdefault(source, size)
+        self._found.update((id(r), r) for r in rows)
         return rows
+
+    def found(self, tensor: Tensor) -> bool:
+        """Whether these are rows that a mask gave."""
+        return id(tensor) in self._found
 
     def _nonzero(self, mask: Tensor, *, as_tuple: bool = False) -> Any:
         node = _node(mask)

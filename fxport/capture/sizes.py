@@ -13,8 +13,9 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fxport.capture.constants import stored
 from fxport.capture.inputs import InputKind, graph_input
-from fxport.capture.sample import Sample, sample_of, stored
+from fxport.capture.sample import Sample, sample_of
 from fxport.capture.trace import explain_failure
 from fxport.capture.traced import Traced
 from fxport.errors import PortError

@@ -28,6 +28,7 @@ from fxport.capture.inputs import GraphInput, InputKind
 from fxport.capture.location import location_in, record_user_lines
 from fxport.capture.memos import nothing_remembered
 from fxport.capture.rephrase import rephrased
+from fxport.capture.row_numbers import lists_of_rows
 from fxport.capture.selections import Empties, NumbersTaken, Selections, is_marker
 from fxport.capture.unwritten import require_unwritten
 from fxport.errors import PortError, Reason, ReasonCode
@@ -68,12 +69,14 @@ def export(
     Raises:
         Exception: whatever the user's code or torch raises; see `explain_failure`.
     """
+    selections = Selections(empty)
     with (
         as_traced(),
         nothing_remembered(model),
         _without_partial_graph(),
         record_user_lines(),
-        Selections(empty),
+        selections,
+        lists_of_rows(selections.found),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")

@@ -28,13 +28,16 @@ class Masked(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         b, t = ids.shape
-        x = self.embed(ids)
+        x = self.enter(ids)
         for qkv in self.qkv:
             q, k, v = qkv(x).view(b, t, 3, _HEADS, -1).permute(2, 0, 3, 1, 4).unbind(0)
             scores = q @ k.mT / (_WIDTH // _HEADS) ** 0.5
             scores = scores.masked_fill(self.mask[:t, :t], -torch.inf)
             x = x + (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
         return self.head(self.change(x))
+
+    def enter(self, ids: Tensor) -> Tensor:
+        return self.embed(ids)
 
 
 def test_the_longest_is_captured_from_four_lengths():
@@ -46,6 +49,35 @@ def test_the_longest_is_captured_from_four_lengths():
     serving = lower_for_serving(captured, None).serving
     packed = PackedModel(serving, captured.parameters)
     for length in (2, 5, 60, 95, 96):
+        ids = torch.randint(_VOCAB, (1, length))
+        torch.testing.assert_close(packed([ids[0]])[0], model(ids)[0])
+
+
+class _Cropped(Masked):
+    """Of more tokens than it can take it answers the last; a table is named as vLLM's input is."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda x: x)
+        self.register_buffer("positions", torch.arange(LONGEST))
+        self.places = nn.Embedding(LONGEST, _WIDTH)
+        self.register_buffer("places_weight", torch.tensor(0.5))
+
+    def enter(self, ids: Tensor) -> Tensor:
+        places = self.places(self.positions[: ids.shape[1]])
+        return self.embed(ids) + places * self.places_weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids[:, -LONGEST:])
+
+
+def test_what_is_cut_off_is_beyond_the_limit():
+    """The last length is left out, too: there the cut is no slice from the first on to torch."""
+    torch.manual_seed(0)
+    model = _Cropped().double().eval()
+    captured = capture(model)
+    assert captured.limit == LONGEST - 1
+    packed = PackedModel(lower_for_serving(captured, None).serving, captured.parameters)
+    for length in (2, 60, 95):
         ids = torch.randint(_VOCAB, (1, length))
         torch.testing.assert_close(packed([ids[0]])[0], model(ids)[0])
 

@@ -63,6 +63,23 @@ class MixtralStyle(Routed):
         return final
 
 
+class ListStyle(Routed):
+    """Hugging Face's very first Mixtral: the rows as lists, as an index."""
+
+    def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        final = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+        expert_mask = F.one_hot(chosen, num_classes=EXPERTS).permute(2, 1, 0)
+        for expert_idx in range(EXPERTS):
+            idx, top_x = torch.where(expert_mask[expert_idx])
+            rows, slots = top_x.tolist(), idx.tolist()
+            if not rows or len(slots) == 0:
+                continue
+            current = x[None, rows].reshape(-1, x.shape[-1])
+            current = self.experts[expert_idx](current) * weights[rows, slots, None]
+            final.index_add_(0, top_x, current)
+        return final
+
+
 class HitStyle(Routed):
     """Hugging Face's later Mixtral: a loop over the experts that any token chose."""
 
@@ -242,6 +259,7 @@ class TwoRoutersBySlot(TwoRouters):
 EXACT: dict[str, Callable[[], nn.Module]] = {
     "indexed add": MistralStyle,
     "one-hot": MixtralStyle,
+    "lists of rows": ListStyle,
     "hit experts": HitStyle,
     "stacked weights": StackedStyle,
     "one class more": OneClassMore,
@@ -269,6 +287,31 @@ class CountScaled(NumelStyle):
             rows, slot = torch.where(chosen == i)
             out = expert(x[rows]) / rows.shape[0]  # HERE
             y.index_add_(0, rows, out * weights[rows, slot, None])
+        return y
+
+
+class ListCounted(ListStyle):
+    """A list of rows says how many they are."""
+
+    def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            rows, slot = torch.where(chosen == i)
+            out = expert(x[rows]) / max(len(rows.tolist()), 1)  # HERE
+            y.index_add_(0, rows, out * weights[rows, slot, None])
+        return y
+
+
+class ListThenWritten(ListStyle):
+    """The list keeps what the tensor then loses."""
+
+    def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            rows, slot = torch.where(chosen == i)
+            numbers = rows.tolist()
+            rows.zero_()  # HERE
+            y[numbers] += expert(x[numbers]) * weights[numbers, slot, None]
         return y
 
 
@@ -475,6 +518,8 @@ class BatchNormExpert(Routed):
 
 MIXING: dict[str, Callable[[], nn.Module]] = {
     "count": CountScaled,
+    "count of a list": ListCounted,
+    "rows written after the list": ListThenWritten,
     "mean of the selected": Centred,
     "softmax over the selected": Normed,
     "capacity": Capacity,
@@ -516,5 +561,5 @@ def _mixed(*styles: str) -> Callable[[], nn.Module]:
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "indices": _mixed("indexed add", "one-hot", "hit experts", "stacked weights"),
     "masks": _mixed("boolean masks", "flat boolean", "one expert", "batch and token"),
-    "counts": _mixed("bincount", "numel", "compared", "hit experts"),
+    "counts": _mixed("bincount", "numel", "compared", "lists of rows"),
 }
