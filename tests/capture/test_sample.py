@@ -12,7 +12,7 @@ from torch import Tensor
 from fxport.capture.clone import clone_for_capture
 from fxport.capture.export import capture
 from fxport.capture.inputs import graph_input
-from fxport.capture.sample import Sample, take_sample
+from fxport.capture.sample import take_sample
 from fxport.capture.sizes import at_sizes
 from fxport.capture.symbolic import trace_symbolically
 from tests.zoo.awkward import LIMIT
@@ -66,8 +66,8 @@ def test_what_is_not_made_alike_is_not_shared(made):
     assert one.shape != other.shape or not torch.equal(one, other)
 
 
-def row_by_row(n: int, by: int = 4) -> Tensor:
-    return torch.stack([torch.full((1,), i / by) for i in range(n)])
+def row_by_row(n: int) -> Tensor:
+    return torch.stack([torch.full((1,), i / 4) for i in range(n)])
 
 
 def test_what_every_layer_makes_is_one_table_of_the_port():
@@ -75,23 +75,6 @@ def test_what_every_layer_makes_is_one_table_of_the_port():
     inputs = map(graph_input, capture(model).graph.graph.find_nodes(op="placeholder"))
     tables = [i.value for i in inputs if i.name.startswith("constant_")]
     assert sum(t is not None and t.shape == (LIMIT, 1) for t in tables) == 1
-
-
-class TwoTables(Tiny):
-    def forward(self, ids: Tensor) -> Tensor:
-        length = ids.shape[1]
-        return (super().forward(ids) + row_by_row(length)) * row_by_row(length, 2)
-
-
-def test_tables_are_told_apart_where_values_are_let_go(monkeypatch):
-    """An identity that is free again is given to the next value."""
-    value = Sample.value
-    monkeypatch.setattr(Sample, "value", lambda *given: value(*given).clone())
-    inputs = map(graph_input, capture(TwoTables().eval()).graph.graph.find_nodes(op="placeholder"))
-    tables = [i.value for i in inputs if i.name.startswith("constant_")]
-    for by in (4, 2):
-        wanted = row_by_row(LIMIT, by)
-        assert any(t.shape == wanted.shape and torch.equal(t, wanted) for t in tables)
 
 
 def test_a_symbolic_graph_at_plain_sizes_is_the_plain_graph():
