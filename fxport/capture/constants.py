@@ -16,7 +16,7 @@ from torch import fx
 from fxport.capture.inputs import graph_input
 from fxport.capture.memory import Memory
 
-__all__ = ["run_constants"]
+__all__ = ["run_constants", "stored"]
 
 _LARGE = 2**20  # bytes
 
@@ -58,7 +58,7 @@ def _made_alike(nodes: Sequence[fx.Node], memory: Memory) -> dict[fx.Node, fx.No
         key: object = node
         if not any(memory.written_by(n) for n in (node, *node.all_input_nodes)):
             if node.op != "call_function":
-                key = id(_stored(node))
+                key = id(stored(node))
             elif torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
                 given = fx.node.map_arg((node.args, node.kwargs), first.__getitem__)
                 key = node.target, repr(given)  # a node is printed as its name
@@ -68,7 +68,7 @@ def _made_alike(nodes: Sequence[fx.Node], memory: Memory) -> dict[fx.Node, fx.No
 
 def _run(node: fx.Node, memory: Memory, values: Mapping[fx.Node, Any]) -> Any:
     if node.op != "call_function":
-        value = _stored(node)
+        value = stored(node)
         # The model's own memory stays as it is.
         return value.clone() if memory.written_by(node) else value
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
@@ -77,7 +77,7 @@ def _run(node: fx.Node, memory: Memory, values: Mapping[fx.Node, Any]) -> Any:
         return target(*args, **kwargs)
 
 
-def _stored(node: fx.Node) -> torch.Tensor:
+def stored(node: fx.Node) -> torch.Tensor:
     if node.op == "get_attr":
         value = operator.attrgetter(str(node.target))(node.graph.owning_module)
     else:

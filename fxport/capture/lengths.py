@@ -216,7 +216,7 @@ def _lengths(model: nn.Module, limit: int | None) -> _Lengths:
     pending = {n for n in _chased(asked, allowed[0]) if n <= longest}
     while pending and len(known) < _MOST_PATHS:
         hint = pending.pop()
-        asked = ask(model, hint, known=one.of)
+        asked = ask(model, hint, 1, one.of)
         counted |= asked.counted
         pending |= {n for n in _chased(asked, hint) - known if n <= longest}
         known |= asked.sides

@@ -67,7 +67,8 @@ class _Unifier:
         self.longest = longest
         self.mapped: dict[tuple[fx.Node, ...], fx.Node] = {}
         self.emitter = Emitter(self.samples)
-        self.tables: dict[tuple[int, ...], fx.Node] = {}  # by the identities of the values
+        # By the identities of the values, which are kept: another could get that of one let go.
+        self.tables: dict[tuple[int, ...], tuple[list[torch.Tensor], fx.Node]] = {}
 
     def run(self) -> Unified:
         emitter = self.emitter
@@ -196,7 +197,7 @@ class _Unifier:
         values = [s.value(n) for s, n in zip(self.samples, nodes, strict=True)]
         same = tuple(map(id, values))  # what every layer makes alike is compared and kept once
         if same in self.tables:
-            return self.tables[same]
+            return self.tables[same][1]
         if not all(isinstance(v, torch.Tensor) for v in values):
             raise PortError([self._refusal(nodes[0], "a constant that is no tensor")])
         if len({(v.dtype, v.device, v.dim()) for v in values}) > 1:
@@ -207,7 +208,7 @@ class _Unifier:
         if any(size is None for size in sizes):
             raise PortError([self._refusal(nodes[0], "the size of a constant")])
         new = self._table(nodes, values, [s for s in sizes if s is not None])
-        self.tables[same] = new
+        self.tables[same] = values, new
         return new
 
     def _table(
