@@ -19,7 +19,9 @@ from torch._dynamo.exc import ShortenTraceback
 from fxport.backends.inductor import check_options, compile_with_inductor
 from fxport.backends.relied import watch_buffers
 from fxport.capture.dynamo import lower
-from fxport.errors import FxportWarning, PortError, Reason
+from fxport.capture.location import location_of_stack
+from fxport.capture.trace import first_line
+from fxport.errors import FxportWarning, PortError, Reason, ReasonCode
 from fxport.explain_records import Site
 from fxport.explain_text import left_text
 from fxport.passes.decisions import sites_of
@@ -49,7 +51,8 @@ def vllm_generic(
 
     Warns:
         FxportWarning: once per compilation, with a summary, when something was left as it was
-            or is slower than it could be; silent when all is well.
+            or is slower than it could be, and where Dynamo broke the graph off; silent when all
+            is well.
 
     Raises:
         PortError: ``strict``, and an attention was left as it was.
@@ -69,11 +72,26 @@ def vllm_generic(
     else:
         compiled = compile_with_inductor(gm, example_inputs, chosen.inductor)
     # Not earlier: Dynamo may restart the compilation from within Inductor.
-    untraced = [d.reason for d in lowered.decisions if d.reason is not None]
+    untraced = [d.reason for d in lowered.decisions if d.reason is not None] + _broken_off(gm)
     if untraced or any(s.outcome is Outcome.LEFT or s.notes for s in sites):
         text = f"vllm_generic: {left_text(sites, untraced)}"
         warnings.warn(text, FxportWarning, stacklevel=2)
     return compiled
+
+
+def _broken_off(gm: fx.GraphModule) -> list[Reason]:
+    """Where Dynamo ended the graph before forward did: what it does not resume, no pass sees."""
+    ended = getattr(gm, "compile_subgraph_reason", None)
+    if ended is None or not ended.graph_break:
+        return []
+    said = f"torch.compile breaks the graph here ({first_line(ended.reason)})"
+    reason = Reason(
+        ReasonCode.CAPTURE_FAILED,
+        f"{said}, and attention after it may stay as it is",
+        location_of_stack(ended.user_stack),
+        "keep it out of forward; fxport.explain(model, tokens) says what is left",
+    )
+    return [reason]
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,7 @@ def _batch_first(model: nn.Module, max_seq_len: int | None) -> Port:
         message = "the model has no attention, and vLLM serves what keeps keys and values"
         raise PortError([Reason(ReasonCode.UNSUPPORTED_FEATURE, message)])
     checked = _self_check(model, serving, captured)
-    half, half_decision = _half(model, serving)
+    half, half_decision = _half(model, serving, captured)
     respelled = (*_experts(captured.experts), *_unkept(captured.unkept), *_walked(captured.walked))
     decisions = (*respelled, *selections, *lowered.decisions, half_decision, checked)
     facts: dict[str, str | int | float | bool | None] = {
@@ -226,7 +226,9 @@ def _stated_length(model: nn.Module) -> int | None:
     return found if isinstance(found, int) and found > 0 else None
 
 
-def _half(model: nn.Module, serving: ServingGraph) -> tuple[ServingGraph | None, Decision]:
+def _half(
+    model: nn.Module, serving: ServingGraph, own: Captured
+) -> tuple[ServingGraph | None, Decision]:
     """The graph for half precision: vLLM serves float32 checkpoints so unless told otherwise.
 
     Traced as if the model had been converted, so that its own casts mean what they say.
@@ -242,7 +244,9 @@ def _half(model: nn.Module, serving: ServingGraph) -> tuple[ServingGraph | None,
     refused: PortError | None = None
     for buffers in (False, True):
         try:
-            captured = capture(model, torch.bfloat16, convert_buffers=buffers)
+            captured = capture(
+                model, torch.bfloat16, convert_buffers=buffers, own=own, needed=length
+            )
             half = lower_for_serving(captured, length).serving
         except PortError as error:
             refused = refused or error

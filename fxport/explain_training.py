@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from traceback import FrameSummary
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from fxport.capture.location import is_library, location_at
+from fxport.capture.location import location_at, location_of_stack
 from fxport.capture.trace import first_line
-from fxport.errors import Location, Reason
+from fxport.errors import Reason
 from fxport.explain_records import Door, Explanation, GraphBreak, Site
 
 __all__ = ["Observed", "explain_training", "observe"]
@@ -77,7 +76,9 @@ def observe(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
     earlier = get_compilation_metrics()
     try:
         torch.compile(target, backend=record)(*args, **kwargs)
-        split = [GraphBreak(first_line(b.reason), _line(b.user_stack)) for b in breaks_so_far]
+        split = [
+            GraphBreak(first_line(b.reason), location_of_stack(b.user_stack)) for b in breaks_so_far
+        ]
         # A frame given up altogether (a break inside of a loop) is recorded elsewhere.
         skipped = [_given_up(m) for m in get_compilation_metrics() if m not in earlier]
     finally:
@@ -99,10 +100,3 @@ def _given_up(metrics: Any) -> GraphBreak | None:
         first_line(metrics.fail_reason or metrics.fail_type),
         location_at(file, line, metrics.co_name),
     )
-
-
-def _line(stack: Sequence[FrameSummary]) -> Location | None:
-    for frame in reversed(stack):
-        if not is_library(frame.filename):
-            return location_at(frame.filename, frame.lineno or 0, frame.name)
-    return None

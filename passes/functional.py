@@ -27,7 +27,7 @@ from fxport.capture.memory import Memory, is_fresh, is_mutation
 from fxport.capture.written import reason_of_write
 from fxport.errors import PortError, Reason, ReasonCode
 from fxport.passes.slice_writes import join_written_pieces
-from fxport.passes.view_writes import apart, parts_above, write_parts
+from fxport.passes.view_writes import apart, drop_ways_back, parts_above, write_parts
 
 __all__ = ["drop_whole_slices", "functionalise", "replace_mutation"]
 
@@ -56,6 +56,7 @@ def functionalise(gm: fx.GraphModule) -> None:
                 reasons.append(reason)
     if reasons:
         raise PortError(reasons)
+    drop_ways_back(gm)
     gm.graph.eliminate_dead_code()
     gm.recompile()
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from fxport.capture.inputs import add_input
 from fxport.capture.location import module_of, user_location
 from fxport.passes.tokens.locality import Locality, Rows
 from fxport.report import Decision, Outcome
@@ -31,7 +32,7 @@ def gather_by_position(
         buffers of the module, named ``constant_<n>``.
     """
     with gm.graph.inserting_after(tokens):
-        positions = gm.graph.placeholder("positions")
+        positions = add_input(gm.graph, "positions")
     positions.meta["val"] = torch.empty(7, dtype=torch.int64, device="meta")
     decisions = []
     for node, rows in locality.rows.items():

@@ -24,6 +24,7 @@ from fxport.passes.attention.lse import sinks_as_columns
 from fxport.passes.attention.rewrite import rewrite_attention
 from fxport.passes.axes import Axes, Axis, Symbols
 from fxport.passes.constants import depends_on
+from fxport.passes.decisions import sites_of
 from fxport.passes.experts.loops import run_chosen_experts
 from fxport.passes.experts.products import multiply_by_expert
 from fxport.passes.functional import functionalise
@@ -32,6 +33,7 @@ from fxport.passes.known_values import fold_known_values
 from fxport.passes.limits import longest_sequence
 from fxport.passes.lookups import look_up_first
 from fxport.passes.masked_caches import read_under_masks
+from fxport.passes.obstacles import obstacles
 from fxport.passes.positions import gather_by_position
 from fxport.passes.split import (
     Splitter,
@@ -102,7 +104,7 @@ def lower_for_serving(
     _no_attention_in(head, gm)
     embedding = token_embedding(tokens)
     locality = analyse(gm, symbols, max_seq_len)
-    reasons = _obstacles(attention.decisions, locality)
+    reasons = obstacles(gm, sites_of(attention.decisions), locality)
     if not reasons:
         reasons = _check_output(locality, head.logits) + _check_short_lengths(captured)
     if reasons:
@@ -152,15 +154,6 @@ def _no_attention_in(head: Head, gm: fx.GraphModule) -> None:
     if any(node.target is target for node in computed):
         inputs = [n for n in head.logits.all_input_nodes if n in data]
         raise PortError([no_projection(head.logits, len(inputs))])
-
-
-def _obstacles(decisions: tuple[Decision, ...], locality: Locality) -> list[Reason]:
-    """An attention that was left mixes tokens: why it was left says more than that it does."""
-    if not locality.reasons:
-        return []
-    left = [d.reason for d in decisions if d.outcome is Outcome.LEFT and d.reason is not None]
-    attention = [r for r in left if r.code is not ReasonCode.NOT_ATTENTION]
-    return attention or list(locality.reasons)
 
 
 def _as_proven(decision: Decision) -> Decision:

@@ -6,29 +6,29 @@ that `fxport.explain` can list all of it. Nothing comes out that could be served
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from fxport.capture.arguments import arguments
 from fxport.capture.export import Captured
 from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.location import module_of, user_location
-from fxport.errors import Location, PortError, Reason, ReasonCode
+from fxport.errors import PortError, Reason
 from fxport.explain_records import PositionSite, Site
 from fxport.passes.attention.lse import sinks_as_columns
 from fxport.passes.attention.rewrite import rewrite_attention
 from fxport.passes.axes import Symbols
-from fxport.passes.constants import depends_on, is_symbolic
+from fxport.passes.constants import depends_on
 from fxport.passes.decisions import sites_of
 from fxport.passes.functional import functionalise
 from fxport.passes.head import find_head
 from fxport.passes.limits import longest_sequence
 from fxport.passes.lookups import look_up_first
 from fxport.passes.masked_caches import read_under_masks
+from fxport.passes.obstacles import obstacles
 from fxport.passes.split import token_embedding
 from fxport.passes.table_lookups import look_up_in_tables
 from fxport.passes.tokens.locality import Locality, Rows, analyse
@@ -77,16 +77,7 @@ def survey(captured: Captured) -> Survey:
         token_embedding(tokens)
     locality = analyse(gm, symbols, limit)
     sites = sites_of(attention.decisions)
-    if locality.reasons:
-        left = [s for s in sites if s.outcome is Outcome.LEFT]
-        reasons += [s.reason for s in left if s.reason is not None]
-        biases, lines = _dense_biases(gm)
-        reasons += biases
-        reasons += [note for s in sites for note in s.notes]
-        for reason in locality.reasons:
-            if not _follows(reason, left) and _line(reason.location) not in lines:
-                reasons.append(reason)
-        reasons = reasons or list(locality.reasons)
+    reasons += obstacles(gm, sites, locality)
     # The mask of an attention that was left is cut to the length, too; that says nothing new.
     modules = {s.module for s in sites if s.outcome is Outcome.LEFT}
     positions = tuple(p for p in _positions(gm, locality) if p.module not in modules)
@@ -96,66 +87,6 @@ def survey(captured: Captured) -> Survey:
         if site.alibi
     )
     return Survey(sites, positions, tuple(reasons))
-
-
-def _dense_biases(gm: fx.GraphModule) -> tuple[list[Reason], set[tuple[str, int] | None]]:
-    """Attentions whose mask is a tensor, which vLLM cannot express, and the lines that make it.
-
-    The reason is put where data or a parameter enters the mask: its constant part is harmless.
-    """
-    data, learned = depends_on(gm, InputKind.DATA), depends_on(gm, InputKind.PARAMETER)
-    reasons: list[Reason] = []
-    lines: set[tuple[str, int] | None] = set()
-    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.fxport.attention.default):
-        bias = arguments(node)["bias"]
-        if bias is None:
-            continue
-        if bias not in data | learned:  # constant: the pass said why no flag expresses it
-            lines |= {_line(user_location(n)) for n in _made_of(bias, set())[0]}
-            continue
-        varying = data if bias in data else learned
-        made, enters = _made_of(bias, varying)
-        lines |= {_line(user_location(n)) for n in made if n not in data}
-        what = "depends on data" if varying is data else "is learned"
-        reason = Reason(
-            ReasonCode.MASK_DATA_DEPENDENT if varying is data else ReasonCode.UNSUPPORTED_FEATURE,
-            f"the mask or bias of an attention {what}, which vLLM's attention cannot express",
-            user_location(enters) or user_location(node),
-            "use a mask of positions alone: causal, a window, ALiBi",
-        )
-        reasons.append(reason)
-    return list(dict.fromkeys(reasons)), lines
-
-
-def _made_of(bias: fx.Node, varying: set[fx.Node]) -> tuple[set[fx.Node], fx.Node]:
-    """What a mask is computed from, and the last operation that `varying` enters it by."""
-    made, pending, enters = {bias}, [bias], bias
-    joined = False
-    while pending:
-        node = pending.pop(0)
-        inputs = [n for n in node.all_input_nodes if not is_symbolic(n)]
-        mixed = node in varying and any(n not in varying for n in inputs)
-        if mixed and not joined:
-            enters, joined = node, True
-        for source in inputs:
-            if source not in made and source.op == "call_function":
-                made.add(source)
-                pending.append(source)
-    return made, enters
-
-
-def _line(location: Location | None) -> tuple[str, int] | None:
-    return (location.file, location.line) if location is not None else None
-
-
-def _follows(reason: Reason, left: Sequence[Site]) -> bool:
-    """An attention that was left mixes tokens: why it was left says more than that it does."""
-    here = reason.location
-    return here is not None and any(
-        s.location is not None
-        and (s.location.file, s.location.function) == (here.file, here.function)
-        for s in left
-    )
 
 
 @contextmanager

@@ -7,6 +7,10 @@ Before                                      After
                                                 y = cat([slice(x, 0, 0, 1), new], 0)
     f(part), g(x)                               f(new), g(y)
 
+    flat = view(x, [-1, C])    [B * T, C]       flat = view(x, [-1, C])
+    index_put_(flat, [mask], z)                 new = index_put(flat, [mask], z)
+    g(x)                                        g(view(new, [B, T, C]))
+
 Sound only while nothing else that may show the part is read afterwards: every view on the way from
 the tensor to the part gets its new value, and other views made before may not be used again.
 """
@@ -25,7 +29,7 @@ from fxport.capture.arguments import arguments, shape_of
 from fxport.capture.memory import Memory, is_fresh
 from fxport.passes.attention.emit import Emitter
 
-__all__ = ["PartOf", "apart", "parts_above", "write_parts"]
+__all__ = ["PartOf", "Reshaped", "apart", "drop_ways_back", "parts_above", "write_parts"]
 
 aten = torch.ops.aten
 
@@ -53,7 +57,15 @@ class PartOf:
     drops: bool
 
 
-def parts_above(view: fx.Node, mutation: fx.Node) -> list[PartOf] | None:
+@dataclass(frozen=True)
+class Reshaped:
+    """A view that shows all of another tensor, in another shape."""
+
+    view: fx.Node
+    whole: fx.Node
+
+
+def parts_above(view: fx.Node, mutation: fx.Node) -> list[PartOf | Reshaped] | None:
     """The parts that must be written anew with `view`; None where others may see the change.
 
     Innermost first. Empty where nothing but `view` itself is read after `mutation`.
@@ -68,7 +80,7 @@ def parts_above(view: fx.Node, mutation: fx.Node) -> list[PartOf] | None:
         for n in shared
         if n < mutation and any(mutation < u for u in n.users) and not apart(n, view)
     }
-    found = []
+    found: list[PartOf | Reshaped] = []
     while read_later:
         part = _part(view)
         if part is None:
@@ -79,7 +91,9 @@ def parts_above(view: fx.Node, mutation: fx.Node) -> list[PartOf] | None:
     return found
 
 
-def _part(view: fx.Node) -> PartOf | None:
+def _part(view: fx.Node) -> PartOf | Reshaped | None:
+    if view.target is aten.view.default:
+        return Reshaped(view, arguments(view)["self"])
     if view.target not in (aten.slice.Tensor, aten.select.int):
         return None
     given = arguments(view)
@@ -101,28 +115,50 @@ def _part(view: fx.Node) -> PartOf | None:
     return PartOf(view, whole, dim, kept.start, kept.stop, drops=False) if len(kept) else None
 
 
-def write_parts(gm: fx.GraphModule, new: fx.Node, parts: list[PartOf], mutation: fx.Node) -> None:
+def write_parts(
+    gm: fx.GraphModule, new: fx.Node, parts: list[PartOf | Reshaped], mutation: fx.Node
+) -> None:
     """Makes every tensor above a written view anew, for those who read it after `mutation`.
 
     Args:
         new: what the innermost view holds now.
     """
-    emitter = Emitter(gm, mutation, [new])
+    emitter = Emitter(gm, mutation, [new, *(part.whole for part in parts)])
     for part in parts:
-        dim, size = part.dim, shape_of(part.whole)[part.dim]
-        if part.drops:
-            new = emitter.call(aten.unsqueeze.default, new, dim)
-        pieces = [new]
-        if part.start > 0:
-            before = emitter.call(aten.slice.Tensor, part.whole, dim, 0, part.start)
-            pieces.insert(0, before)
-        if part.end < size:
-            pieces.append(emitter.call(aten.slice.Tensor, part.whole, dim, part.end, size))
-        if len(pieces) > 1:
-            new = emitter.call(aten.cat.default, pieces, dim)
+        new = _around(emitter, part, new)
         for user in list(part.whole.users):
             if mutation < user:
                 user.replace_input_with(part.whole, new)
+
+
+def _around(emitter: Emitter, part: PartOf | Reshaped, new: fx.Node) -> fx.Node:
+    """The tensor that `part` is a view of, made of what the view holds now."""
+    if isinstance(part, Reshaped):
+        shape = emitter.sizes(shape_of(part.whole))
+        return emitter.call(aten.view.default, new, shape)
+    dim, size = part.dim, shape_of(part.whole)[part.dim]
+    if part.drops:
+        new = emitter.call(aten.unsqueeze.default, new, dim)
+    pieces = [new]
+    if part.start > 0:
+        pieces.insert(0, emitter.call(aten.slice.Tensor, part.whole, dim, 0, part.start))
+    if part.end < size:
+        pieces.append(emitter.call(aten.slice.Tensor, part.whole, dim, part.end, size))
+    return pieces[0] if len(pieces) == 1 else emitter.call(aten.cat.default, pieces, dim)
+
+
+def drop_ways_back(gm: fx.GraphModule) -> None:
+    """A tensor that is viewed in another shape and back is the tensor itself.
+
+    Where nothing is written any more: the one would show what is written to the other.
+    """
+    for node in gm.graph.find_nodes(op="call_function", target=aten.view.default):
+        there = arguments(node)["self"]
+        if there.target is aten.view.default:
+            source = arguments(there)["self"]
+            if shape_of(source) == shape_of(node):
+                node.replace_all_uses_with(source)
+                gm.graph.erase_node(node)
 
 
 def apart(one: fx.Node, other: fx.Node) -> bool:

@@ -28,6 +28,7 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from fxport.capture.aliases import plain_names
 from fxport.capture.dynamo_inputs import body_input, describe_input
 from fxport.capture.location import module_of, user_location
+from fxport.capture.rephrase import rephrase_for_dynamo
 from fxport.capture.trace_call import (
     CallTracer,
     TraceError,
@@ -52,6 +53,8 @@ _PLAIN_BODIES = frozenset(
     }
 )
 _LOWERED = "fxport_lowered"
+
+rephrase_for_dynamo()  # the backend's import is the last moment before Dynamo traces
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 
 from fxport.capture.arguments import shape_of, shape_of_tensor
-from fxport.capture.inputs import GraphInput, InputKind, graph_input
+from fxport.capture.inputs import GraphInput, InputKind, add_input, graph_input
 from fxport.capture.location import user_location
 from fxport.capture.rows import EVERY_ROW
 from fxport.capture.sample import Sample
@@ -91,7 +91,7 @@ class Emitter:
     def placeholder(self, source: GraphInput, fake: Any = None) -> fx.Node:
         """An input of the graph, after those that exist."""
         with self.graph.inserting_after(self._last_input()):
-            node = self.graph.placeholder(_identifier(source.name))
+            node = add_input(self.graph, _identifier(source.name))
         if fake is None:
             assert source.value is not None
             fake = self.mode.from_tensor(source.value, static_shapes=True)

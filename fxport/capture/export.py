@@ -49,6 +49,7 @@ class Captured:
         doubtful, walked, unseen: see `Traced`.
         experts: the implementation of experts that was captured as a loop instead, or "".
         untrainable: why the graph has another gradient than the model.
+        symbolic: see `Traced`.
     """
 
     graph: fx.GraphModule
@@ -69,6 +70,7 @@ class Captured:
     unseen: str = ""
     experts: str = ""
     untrainable: tuple[Reason, ...] = ()
+    symbolic: bool = False
 
 
 def capture(
@@ -77,6 +79,8 @@ def capture(
     *,
     convert_buffers: bool = False,
     own_modes: bool = False,
+    own: Captured | None = None,
+    needed: int = 0,
 ) -> Captured:
     """Captures `model(tokens)` in eval mode, without gradient, for dynamic batch and length.
 
@@ -86,6 +90,9 @@ def capture(
         dtype: capture as if the parameters had this dtype; they have no values then.
         convert_buffers: with `dtype`, convert floating point buffers too.
         own_modes: leave every module in the mode it is in, training or eval.
+        own: with `dtype`, the model as captured in its own dtype: if plain lengths were the way
+            then, a symbolic length is not tried again.
+        needed: see `trace_symbolically`.
 
     Raises:
         PortError: when the model cannot be captured as one graph that holds for every length.
@@ -99,7 +106,8 @@ def capture(
         convert(clone, dtype, buffers=convert_buffers)
         parameters = dict(clone.named_parameters(remove_duplicate=True))
     with watch_gradients(model) as untrainable:
-        traced = _trace(clone, every_pair=dtype is None)
+        plain = own is not None and not own.symbolic
+        traced = _trace(clone, every_pair=dtype is None, plain=plain, needed=needed)
     return Captured(
         graph=traced.graph,
         tokens=traced.tokens.name,
@@ -119,6 +127,7 @@ def capture(
         unseen=traced.unseen,
         experts=experts,
         untrainable=tuple(untrainable),
+        symbolic=traced.symbolic,
     )
 
 
@@ -130,16 +139,18 @@ def ready(clone: nn.Module) -> str:
     return experts_by_row(clone)
 
 
-def _trace(clone: nn.Module, *, every_pair: bool) -> Traced:
+def _trace(clone: nn.Module, *, every_pair: bool, plain: bool, needed: int) -> Traced:
     """Symbolically where that holds for every length, else at several plain lengths."""
+    if plain:
+        return trace_at_lengths(clone, every_pair=every_pair, needed=needed)
     try:
-        symbolic = trace_symbolically(clone, every_pair=every_pair)
+        symbolic = trace_symbolically(clone, every_pair=every_pair, needed=needed)
         if symbolic.shortest == 2:
             if symbolic.limit is None or not continues(clone, symbolic.limit):
                 return symbolic
-            one_more = trace_one_more(clone, symbolic.limit)
+            one_more = trace_one_more(clone, symbolic, symbolic.limit)
             if one_more is not None:
                 return one_more
     except PortError:  # plain lengths cope with more; what they cannot cope with, they say
         pass
-    return trace_at_lengths(clone, every_pair=every_pair)
+    return trace_at_lengths(clone, every_pair=every_pair, needed=needed)

@@ -45,6 +45,7 @@ def bind_to_copy(clone: nn.Module, model: nn.Module) -> None:
             binding.within(container)
 
 
+_HOLDERS = (FunctionType, MethodType, functools.partial)
 # What most large containers hold: vocabularies, token counts.
 _PLAIN = frozenset({str, bytes, int, float, bool, type(None)})
 
@@ -167,14 +168,28 @@ def _refuse_numbers(model: nn.Module, modules: Mapping[int, nn.Module]) -> None:
 
 
 def _plain(value: Any, seen: set[int]) -> Iterator[Any]:
-    """Numbers in containers and objects, and weak references that are keys."""
-    yield value if type(value) is int else None
-    for _, container in containers("", value, seen):
-        if isinstance(container, dict):
-            yield from (key for key in container if isinstance(key, int | weakref.ref))
-            yield from (held for held in container.values() if type(held) is int)
+    """Numbers and weak references that are keys: in containers, objects, and what functions hold.
+
+    Args:
+        seen: the numbers of what was looked at; added to.
+    """
+    pending = [value]
+    while pending:
+        value = pending.pop()
+        if type(value) is int:
+            yield value
+        elif isinstance(value, _HOLDERS):
+            if id(value) not in seen:
+                seen.add(id(value))
+                pending += _held(value)
         else:
-            yield from (held for held in container if type(held) is int)
+            for _, container in containers("", value, seen):
+                mapping = isinstance(container, dict)
+                if mapping:
+                    yield from (key for key in container if isinstance(key, int | weakref.ref))
+                for held in container.values() if mapping else container:
+                    if type(held) is int or isinstance(held, _HOLDERS):
+                        pending.append(held)
 
 
 def _refuse_globals(model: nn.Module, modules: Mapping[int, nn.Module]) -> None:

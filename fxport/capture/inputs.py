@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-__all__ = ["GraphInput", "InputKind", "graph_input"]
+__all__ = ["GraphInput", "InputKind", "add_input", "graph_input"]
 
 
 class InputKind(enum.StrEnum):
@@ -43,3 +43,10 @@ def graph_input(node: fx.Node) -> GraphInput:
     found = node.meta["input"]
     assert isinstance(found, GraphInput)
     return found
+
+
+def add_input(graph: fx.Graph, name: str) -> fx.Node:
+    """A new placeholder, named like no other node: FX takes the names of arguments as they are."""
+    node = graph.placeholder(name)
+    node.target = node.name
+    return node

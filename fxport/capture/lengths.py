@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._pytree import tree_leaves
 
 from fxport.capture.batches import asked_about_rows, require_every_batch
 from fxport.capture.causal_calls import masks_at_every_length
@@ -24,6 +25,7 @@ from fxport.capture.location import forward_line
 from fxport.capture.questions import Asked, ask, by_shapes, first_change, numbers_in
 from fxport.capture.recurrence import refuse_recurrence
 from fxport.capture.sample import Sample, device_of, take_sample
+from fxport.capture.sizes import at_sizes
 from fxport.capture.trace import token_argument
 from fxport.capture.traced import Traced
 from fxport.capture.unify import NeedsTable, Unified, unify
@@ -47,50 +49,54 @@ _MOST_PATHS = 24
 
 def continues(model: nn.Module, limit: int) -> bool:
     """Whether forward also runs beyond a limit: then it was the graph's, not the model's."""
-    return _runs(model, limit + 1)
+    return _runs(model, limit + 1, limit)
 
 
-def trace_one_more(model: nn.Module, limit: int) -> Traced | None:
+def trace_one_more(model: nn.Module, symbolic: Traced, limit: int) -> Traced | None:
     """Captures a clone of which a symbolic graph holds up to `limit`, one less than it takes.
 
     Torch takes ``mask[:, :, :T, :T]`` for shorter than the mask. What forward asks below is known
-    then to have one answer, and four lengths are enough: two usual ones and both sides of `limit`.
+    then to have one answer: up to `limit` the symbolic graph says what a trace would give, at two
+    usual lengths and at `limit`. What is beyond is traced.
 
     Returns:
         None where forward takes still longer ones, or the graphs differ.
     """
     usual = [n for n in _LENGTHS if n < limit][:2]
-    if len(usual) < 2 or _runs(model, limit + 2):
+    if len(usual) < 2 or _runs(model, limit + 2, limit):
         return None
-    lengths = (*usual, limit, limit + 1)
+    below = (*usual, limit)
     try:
-        samples = [take_sample(model, _batch(n), n) for n in lengths]
+        samples = [at_sizes(symbolic, _batch(n), n) for n in below]
+        samples.append(take_sample(model, _batch(limit + 1), limit + 1))
         samples.append(take_sample(model, 1, limit + 1))  # ``T > limit * B`` is asked there alone
         unified, longest = _unified(model, samples, (), limit + 1)
     except (PortError, NeedsTable):  # every question that forward asks is looked at instead
         return None
-    return _traced(unified, samples[0], lengths, longest)
+    traced = _traced(unified, samples[0], (*below, limit + 1), longest)
+    return replace(traced, symbolic=True)
 
 
-def trace_at_lengths(model: nn.Module, *, every_pair: bool = True) -> Traced:
+def trace_at_lengths(model: nn.Module, *, every_pair: bool = True, needed: int = 0) -> Traced:
     """Captures a clone at several lengths and unifies the graphs.
 
     Args:
         every_pair: for the first length, see `without_selections`.
+        needed: see `trace_symbolically`.
 
     Raises:
         PortError: forward cannot be traced at a plain length, its result depends on earlier
             calls, or the graphs differ in more than sizes and constants.
     """
     token_argument(model)
-    fresh = _first(model, every_pair)
+    fresh = _first(model, every_pair, needed)
     second = _second(model, fresh)
     refuse_recurrence(fresh, second)  # before the search for the longest length: that runs loops
     limit = _longest(model, fresh.length)
     found = _lengths(model, limit)
     lengths, limit = found.samples, found.limit
-    history = _history(model, fresh, limit or _UNBOUNDED)
-    taken = {} if history else {s.length: s for s in (fresh, second) if s is not None}
+    history, after = _history(model, fresh, limit or _UNBOUNDED)
+    taken = {s.length: s for s in (after, None if history else second) if s is not None}
     samples = [taken.get(n) or take_sample(model, _batch(n), n, history) for n in lengths]
     samples += [take_sample(model, b, n, history) for b, n in found.together]
     try:
@@ -130,15 +136,20 @@ def _unified(
         longest = limit or _UNBOUNDED
         if needed.axes > 1:
             longest = min(longest, _UNBOUNDED)
-        whole = take_sample(model, _batch(longest), longest, history)
+        first, *others = samples  # the first gives the hints
+        sizes = _batch(longest), longest
+        whole = next((s for s in others if (s.batch, s.length) == sizes), None)
+        whole = whole or take_sample(model, *sizes, history)
         if longest > _UNBOUNDED and whole.largest > _MOST_BYTES:
             longest = _UNBOUNDED
             whole = take_sample(model, _batch(longest), longest, history)
-        *samples, whole = masks_at_every_length([*samples, whole])
+        *samples, whole = masks_at_every_length(
+            [first, *(s for s in others if s is not whole), whole]
+        )
         return unify(samples, whole), longest
 
 
-def _first(model: nn.Module, every_pair: bool) -> Sample:
+def _first(model: nn.Module, every_pair: bool, needed: int) -> Sample:
     """A sample at the first usual length that forward takes.
 
     Raises:
@@ -150,6 +161,8 @@ def _first(model: nn.Module, every_pair: bool) -> Sample:
             return take_sample(model, _batch(length), length, every_pair=every_pair)
         except PortError as error:
             errors.append(error)
+            if length <= needed:
+                break
     raise errors[0]
 
 
@@ -208,7 +221,7 @@ def _lengths(model: nn.Module, limit: int | None) -> _Lengths:
     pending = {n for n in _chased(asked, allowed[0]) if n <= longest}
     while pending and len(known) < _MOST_PATHS:
         hint = pending.pop()
-        asked = ask(model, hint)
+        asked = ask(model, hint, known=one.of)
         counted |= asked.counted
         pending |= {n for n in _chased(asked, hint) - known if n <= longest}
         known |= asked.sides
@@ -257,7 +270,7 @@ def _together(
     model: nn.Module, first: int, one: Asked, longest: int
 ) -> tuple[tuple[int, int], ...]:
     """Where one row is asked something else than two: ``T > 100 * B``, ``B == 1 and T > 100``."""
-    two = ask(model, first, 2)
+    two = ask(model, first, 2, one.of)
     pairs = {
         (rows, n)
         for rows, asked, other in ((1, one, two), (2, two, one))
@@ -267,17 +280,27 @@ def _together(
     return tuple(sorted((b, n) for b, n in pairs if 2 < n <= longest)[:_MOST_PATHS])
 
 
-def _runs(model: nn.Module, length: int) -> bool:
-    """Whether forward accepts this many tokens, by shapes alone."""
+def _runs(model: nn.Module, length: int, usual: int) -> bool:
+    """Whether forward takes this many tokens as it takes the `usual` number, by shapes alone.
+
+    It may take more and cut off the first, ``ids[:, -limit:]``: the others are not answered.
+    """
+    sizes = _sizes(model, length)
+    return sizes is not None and (length in sizes or usual not in (_sizes(model, usual) or ()))
+
+
+def _sizes(model: nn.Module, length: int) -> set[int] | None:
+    """Every size of what forward gives for this many tokens; None where it does not take them."""
     ids = torch.zeros(1, length, dtype=torch.long, device=device_of(model))
     # Sizes that depend on data, such as how many experts were chosen, are symbols.
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
     with by_shapes(model, mode):
         try:
-            model(mode.from_tensor(ids))
+            outputs = model(mode.from_tensor(ids))
         except Exception:  # an assertion, an index, a shape: the model does not take it
-            return False
-    return True
+            return None
+    tensors = [t for t in tree_leaves(outputs) if isinstance(t, torch.Tensor)]
+    return {size for t in tensors for size in t.shape if isinstance(size, int)}
 
 
 def _longest(model: nn.Module, known: int) -> int | None:
@@ -286,9 +309,9 @@ def _longest(model: nn.Module, known: int) -> int | None:
     Raises:
         PortError: forward cannot be run on shapes alone.
     """
-    if _runs(model, _UNBOUNDED + 1):
+    if _runs(model, _UNBOUNDED + 1, known):
         return None
-    if not _runs(model, known):  # a trace at this very length succeeded
+    if _sizes(model, known) is None:  # a trace at this very length succeeded
         reason = Reason(
             ReasonCode.LENGTH_SPECIALISED,
             "the longest sequence is unknown: forward looks at values, so it cannot be asked "
@@ -300,7 +323,7 @@ def _longest(model: nn.Module, known: int) -> int | None:
     low, high = known, _UNBOUNDED + 1
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if _runs(model, middle) else (low, middle)
+        low, high = (middle, high) if _runs(model, middle, known) else (low, middle)
     return low
 
 
@@ -314,8 +337,10 @@ def _bound(unified: Unified) -> int | None:
 # --- earlier calls -------------------------------------------------------------------------------
 
 
-def _history(model: nn.Module, fresh: Sample, longest: int) -> tuple[int, ...]:
+def _history(model: nn.Module, fresh: Sample, longest: int) -> tuple[tuple[int, ...], Sample]:
     """Earlier calls to make before each sample: none, or one of the longest length.
+
+    And what `fresh` is after these.
 
     A model that keeps nothing between calls has no history. One that does must give the same
     graph after any history: none, a longer call, a shorter and a longer one.
@@ -324,11 +349,11 @@ def _history(model: nn.Module, fresh: Sample, longest: int) -> tuple[int, ...]:
         PortError: the result depends on earlier calls.
     """
     if not fresh.changed:
-        return ()
+        return (), fresh
     histories = ((longest,), (2, longest))
     samples = [take_sample(model, fresh.batch, fresh.length, h) for h in histories]
     try:
         unify([fresh, *samples])
     except (PortError, NeedsTable) as error:
-        raise PortError(fresh.changed) from error
-    return (longest,)
+        raise PortError(writes_to_state(fresh) or fresh.changed) from error
+    return histories[0], samples[0]

@@ -14,9 +14,10 @@ import linecache
 import re
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import FrameSummary
 from types import FrameType
 from typing import Any
 
@@ -36,6 +37,7 @@ __all__ = [
     "line_of_user",
     "location_at",
     "location_in",
+    "location_of_stack",
     "module_of",
     "record_user_lines",
     "user_location",
@@ -145,6 +147,14 @@ def _line_of(frame: FrameType) -> tuple[str, int, str]:
 def location_at(file: str, line: int, function: str) -> Location:
     """A location with its source line read from the file."""
     return Location(file, line, function, linecache.getline(file, line).strip())
+
+
+def location_of_stack(stack: Sequence[FrameSummary]) -> Location | None:
+    """The innermost of the user's frames in a stack that was recorded."""
+    for frame in reversed(stack):
+        if not is_library(frame.filename):
+            return location_at(frame.filename, frame.lineno or 0, frame.name)
+    return None
 
 
 @contextmanager

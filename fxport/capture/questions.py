@@ -8,8 +8,9 @@ for i in range(T)   ->  T is taken as a plain number: what is asked about that, 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import CodeType, FunctionType
@@ -27,6 +28,7 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from fxport.capture.emitter import symbolic_tokens
 from fxport.capture.memos import nothing_remembered, own_files
+from fxport.capture.moving import with_length
 from fxport.capture.row_numbers import lists_of_rows
 from fxport.capture.sample import device_of
 from fxport.capture.selected import EverySelected
@@ -73,11 +75,31 @@ class Asked:
         return frozenset(n for sides in self.of.values() for n in sides)
 
 
-def ask(model: nn.Module, hint: int, batch: int = 1) -> Asked:
+def ask(model: nn.Module, hint: int, batch: int = 1, known: Container[str] = ()) -> Asked:
     """Runs forward on `batch` rows of `hint` tokens, by shapes alone.
 
-    What was asked before forward failed counts.
+    What was asked before forward failed counts. Where the length is taken as a plain number, two
+    more lengths tell which numbers are made of it, see `fxport.capture.moving`.
+
+    Args:
+        known: questions in words that name no such number.
     """
+    questions, length, counted = _heard(model, hint, batch)
+    if counted and any(str(q) not in known and _sides(q, length) for q in dict.fromkeys(questions)):
+        for steps in ((1, 2), (-1, -2)):
+            others = [_heard(model, hint + step, batch)[0] for step in steps]
+            if (moved := with_length(questions, others, steps, hint, length)) is not None:
+                questions = moved
+                break
+    of: dict[str, frozenset[int]] = {}
+    for question in dict.fromkeys(questions):
+        if not isinstance(question, sympy.Eq) or question.subs({length: hint}) != sympy.true:
+            of[str(question)] = _sides(question, length)
+    return Asked(of, counted)
+
+
+def _heard(model: nn.Module, hint: int, batch: int) -> tuple[list[sympy.Rel], sympy.Symbol, bool]:
+    """The comparisons that are about the length alone, its symbol, and `Asked.counted`."""
     shapes = _Open()
     mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
     ids = torch.zeros(batch, hint, dtype=torch.long, device=device_of(model))
@@ -88,16 +110,9 @@ def ask(model: nn.Module, hint: int, batch: int = 1) -> Asked:
     with by_shapes(model, mode) as selected, contextlib.suppress(Exception):
         model(fake)
         counted = selected.answered  # else it came to its end: what it asked later was seen, too
-    of: dict[str, frozenset[int]] = {}
-    for question in dict.fromkeys(shapes.questions):
-        if question.free_symbols != {length}:
-            continue
-        if not isinstance(question, sympy.Rel):
-            counted = True
-        elif not isinstance(question, sympy.Eq) or question.subs({length: hint}) != sympy.true:
-            with quiet():
-                of[str(question)] = frozenset(_flips(question, length))
-    return Asked(of, counted)
+    about = [q for q in shapes.questions if q.free_symbols == {length}]
+    comparisons = [q for q in about if isinstance(q, sympy.Rel)]
+    return comparisons, length, counted or len(comparisons) < len(about)
 
 
 class _Open(ShapeEnv):
@@ -120,14 +135,17 @@ class _Open(ShapeEnv):
         return orig_expr.subs(self.sizes)
 
 
-def _flips(question: sympy.Rel, length: sympy.Symbol) -> set[int]:
+@functools.lru_cache(maxsize=1024)  # the runs and the captures of a model ask alike
+def _sides(question: sympy.Rel, length: sympy.Symbol) -> frozenset[int]:
     """Neighbouring lengths with different answers; of an answer that comes and goes, some.
 
     Those near the numbers that the question names, and the first few.
     """
     ends = set(near(question))
-    pairs = _changes(question, length, _FAR)
-    return {n for i, pair in enumerate(pairs) for n in pair if i < _FIRST or ends.issuperset(pair)}
+    with quiet():
+        pairs = _changes(question, length, _FAR)
+    found = (p for i, p in enumerate(pairs) if i < _FIRST or ends.issuperset(p))
+    return frozenset(n for pair in found for n in pair)
 
 
 def near(question: sympy.Basic) -> list[int]:

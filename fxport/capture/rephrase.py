@@ -1,4 +1,4 @@
-"""What torch.export cannot trace, said in a way that it can, with the same meaning.
+"""What torch.export and Dynamo cannot trace, said in a way that they can, with the same meaning.
 
 x.data                                       ->  x.detach()
 F.pad(x, (0, 0))                             ->  x.clone()
@@ -10,13 +10,15 @@ nn.TransformerEncoder(...)(x, mask=m)        ->  the same, without looking into 
 torch.vmap(head)(q, k)                       ->  a loop over the rows, stacked
 x.data = y                                   ->  refused: a trace would go on with the old x
 f"{x.shape[1]}"                              ->  f"{int(x.shape[1])}": not the symbol's name
+
+Dynamo is told of the encoder (and decoder) alone; the rest it traces, or says.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -29,7 +31,7 @@ from fxport.capture.location import is_library, line_of_user
 from fxport.capture.vmapped import vmap_as_loop
 from fxport.errors import PortError, Reason, ReasonCode
 
-__all__ = ["rephrased"]
+__all__ = ["rephrase_for_dynamo", "rephrased"]
 
 
 @contextmanager
@@ -54,6 +56,16 @@ def rephrased() -> Iterator[None]:
 def _as_stated(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
     """Torch compares values to save work; what the mask is gets proven later, from the graph."""
     return is_causal is True
+
+
+def rephrase_for_dynamo() -> None:
+    """For every later trace of Dynamo's in this process, whatever its backend.
+
+    It would break the graph where values are compared, and what follows, torch's own layers, is
+    no code that it compiles by itself: attention would stay as it is, and nobody would be told.
+    """
+    with suppress(ValueError):  # somebody has told it already
+        torch.compiler.substitute_in_graph(transformer._detect_is_causal_mask)(_as_stated)
 
 
 class _Rephrase(TorchFunctionMode):

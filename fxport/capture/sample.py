@@ -5,7 +5,6 @@ model, B=3, T=53  ->  Sample(graph of plain sizes, what depends on tokens, const
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -13,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, set_proxy_slot
 
 from fxport.capture.caches import read_what_was_written
 from fxport.capture.clone import watch_attributes
+from fxport.capture.constants import run_constants
 from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.location import forward_line, user_location
 from fxport.capture.logits import keep_logits
@@ -26,9 +27,7 @@ from fxport.capture.state import State
 from fxport.capture.trace import aliases_of, explain_failure, export, graph_of
 from fxport.errors import PortError, Reason, ReasonCode
 
-__all__ = ["Sample", "analysed_again", "device_of", "take_sample"]
-
-_LARGE = 2**20  # bytes
+__all__ = ["Sample", "analysed_again", "device_of", "sample_of", "take_sample"]
 
 
 @dataclass(frozen=True)
@@ -72,24 +71,11 @@ class Sample:
             PortError: it is written to after something that is no constant has read it.
         """
         if node not in self._values:
-            self._run_constants(node)
+            constants = [n for n in self.graph.graph.nodes if self._is_constant(n)]
+            passing = {n for n in constants if self._is_read_by_constants_alone(n)} - {node}
+            self._values.update(run_constants(constants, self.memory, passing))
         self._check_order(node)
         return self._values[node]
-
-    def _run_constants(self, wanted: fx.Node) -> None:
-        """Everything that depends on neither tokens nor parameters, in order, writes included.
-
-        What is large and read by nobody else is let go: masks are made of many of their size.
-        """
-        nodes = [n for n in self.graph.graph.nodes if self._is_constant(n)]
-        last = {used: node for node in nodes for used in node.all_input_nodes}
-        values: dict[fx.Node, Any] = {}
-        for node in nodes:
-            values[node] = self._run(node, values)
-            for used in dict.fromkeys(node.all_input_nodes):
-                if last[used] is node and used is not wanted and self._passes(used, values[used]):
-                    del values[used]
-        self._values.update((node, _alone(value)) for node, value in values.items())
 
     @property
     def largest(self) -> int:
@@ -101,22 +87,8 @@ class Sample:
         varies = node in self.data or node in self.learned or node.op == "output"
         return node in self.needed and not varies
 
-    def _run(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-        if node.op in ("placeholder", "get_attr"):
-            value = _stored(node)
-            # The model's own memory stays as it is.
-            return value.clone() if self.memory.written_by(node) else value
-        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
-        target: Any = node.target
-        with torch.no_grad():
-            return target(*args, **kwargs)
-
-    def _passes(self, node: fx.Node, value: Any) -> bool:
-        """Whether a value is large, and only other constants are made of it."""
-        is_large = isinstance(value, torch.Tensor) and value.nbytes > _LARGE
-        readers = (user for user in node.users if user in self.needed)
-        made = node.op == "call_function" and is_large
-        return made and all(map(self._is_constant, readers))
+    def _is_read_by_constants_alone(self, node: fx.Node) -> bool:
+        return all(self._is_constant(user) for user in node.users if user in self.needed)
 
     def _check_order(self, node: fx.Node) -> None:
         writes = self.memory.written_by(node)
@@ -136,23 +108,6 @@ class Sample:
                     "use the out-of-place operation",
                 )
                 raise PortError([reason])
-
-
-def _alone(value: Any) -> Any:
-    """A copy of a small part of something large, without the rest."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    held = value.untyped_storage().nbytes()
-    return value.clone() if held > max(_LARGE, 2 * value.nbytes) else value
-
-
-def _stored(node: fx.Node) -> torch.Tensor:
-    if node.op == "get_attr":
-        value = operator.attrgetter(str(node.target))(node.graph.owning_module)
-    else:
-        value = graph_input(node).value
-    assert isinstance(value, torch.Tensor), node
-    return value
 
 
 def take_sample(
@@ -220,7 +175,8 @@ def _watched(model: nn.Module) -> Iterator[list[Reason]]:
         state = State(model)  # of the trace: torch.export has put its own tensors in place
         with _unnoticed():
             for other in earlier:
-                call(other)
+                with _nodes_kept(model):
+                    call(other)
             result = call(ids)
         changed.extend(_as_reason(model, path) for path in state.changes())
         state.restore()
@@ -237,6 +193,22 @@ def _watched(model: nn.Module) -> Iterator[list[Reason]]:
         del vars(model)["forward"]
         if own is not None:
             vars(model)["forward"] = own
+
+
+@contextmanager
+def _nodes_kept(model: nn.Module) -> Iterator[None]:
+    """What a call gets back unchanged (``weight.float()``) keeps its node for the next call.
+
+    Torch renames it, and the next call would be ``weight.float().float()``.
+    """
+    mode = get_proxy_mode()
+    assert mode is not None
+    tensors = (*model.parameters(), *model.buffers())
+    slots = [(t, get_proxy_slot(t, mode.tracer, None)) for t in tensors]
+    yield
+    for tensor, slot in slots:
+        if slot is not None:
+            set_proxy_slot(tensor, mode.tracer, slot)
 
 
 @contextmanager
@@ -266,6 +238,13 @@ def analysed_again(sample: Sample) -> Sample:
         sample.graph, sample.batch, sample.length, sample.logits, list(sample.changed)
     )
     return replace(again, unkept=sample.unkept)
+
+
+def sample_of(
+    gm: fx.GraphModule, batch: int, length: int, logits: str, unkept: tuple[str, ...]
+) -> Sample:
+    """The sample that a graph of plain sizes is, of a model that keeps nothing between calls."""
+    return replace(_analysed(gm, batch, length, logits, []), unkept=unkept)
 
 
 def _analysed(

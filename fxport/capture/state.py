@@ -22,6 +22,7 @@ _LEAVES = (
     torch.dtype,
     torch.device,
 )
+_ATOMS = frozenset({str, bytes, int, float, bool, type(None)})  # most entries of large ones
 
 
 class State:
@@ -100,11 +101,15 @@ def containers(path: str, value: Any, seen: set[int]) -> Iterator[tuple[str, Any
     if isinstance(value, dict):
         yield path, value
         for key, held in list(value.items()):
+            if isinstance(held, _LEAVES) or type(held) in _ATOMS:
+                continue
             # The registries of a module are containers of the module itself.
             yield from containers(f"{path}.{key}".removeprefix("."), held, seen)
     elif isinstance(value, list | set | tuple):
         yield path, value
         for index, held in enumerate(value):
+            if isinstance(held, _LEAVES) or type(held) in _ATOMS:
+                continue
             yield from containers(f"{path}.{index}", held, seen)
     elif isinstance(getattr(value, "__dict__", None), dict):
         yield from containers(path, vars(value), seen)

@@ -40,18 +40,20 @@ _BATCH = 2
 _LENGTHS = (37, 23, 11, 5, 3)
 
 
-def trace_symbolically(model: nn.Module, *, every_pair: bool = True) -> Traced:
+def trace_symbolically(model: nn.Module, *, every_pair: bool = True, needed: int = 0) -> Traced:
     """Captures a clone for all lengths at once.
 
     Args:
         every_pair: see `without_selections`.
+        needed: a graph of shorter sequences is of no use: where forward fails at a length up to
+            this one, none shorter is tried.
 
     Raises:
         PortError: tracing failed, the length was specialised, or forward changes the model.
     """
     state = State(model)
     with watch_attributes(model) as changed, user_questions() as questions:
-        exported, hint = _export(model)
+        exported, hint = _export(model, needed)
     paths = state.changes()
     state.restore()
     if changed:
@@ -82,6 +84,7 @@ def trace_symbolically(model: nn.Module, *, every_pair: bool = True) -> Traced:
         output=output,
         way="torch.export with a symbolic length",
         unkept=unkept,
+        symbolic=True,
     )
 
 
@@ -100,7 +103,7 @@ def _export_at(model: nn.Module, length: int) -> torch.export.ExportedProgram:
     return export(model, (ids,), {token_argument(model): dynamic})
 
 
-def _export(model: nn.Module) -> tuple[torch.export.ExportedProgram, int]:
+def _export(model: nn.Module, needed: int) -> tuple[torch.export.ExportedProgram, int]:
     """The exported model, and the length at which it was traced."""
     errors: list[Exception] = []
     for length in _LENGTHS:
@@ -108,6 +111,8 @@ def _export(model: nn.Module) -> tuple[torch.export.ExportedProgram, int]:
             return _export_at(model, length), length
         except Exception as error:  # any failure of user code; all of them are reported below
             errors.append(error)
+            if length <= needed:
+                break
     # The shortest length failed too: the cause is not a limit. The first error is the plainest.
     raise PortError([explain_failure(errors[0])]) from errors[0]
 

@@ -31,6 +31,7 @@ class Traced:
             takes the length as a plain number.
         walked: what was seen of the lengths then; None where that was not needed or not possible.
         unseen: what that leaves open, in words; "" where nothing.
+        symbolic: whether a symbolic trace gave it, but perhaps for the longest sequence.
     """
 
     graph: fx.GraphModule
@@ -46,3 +47,4 @@ class Traced:
     doubtful: tuple[int, ...] = ()
     walked: Walked | None = None
     unseen: str = ""
+    symbolic: bool = False

@@ -67,7 +67,7 @@ class _Unifier:
         self.longest = longest
         self.mapped: dict[tuple[fx.Node, ...], fx.Node] = {}
         self.emitter = Emitter(self.samples)
-        self.tables: dict[tuple[fx.Node, ...], fx.Node] = {}
+        self.tables: dict[tuple[int, ...], fx.Node] = {}  # by the identities of the values
 
     def run(self) -> Unified:
         emitter = self.emitter
@@ -193,9 +193,10 @@ class _Unifier:
             raise _Differ from error
 
     def _by_value(self, nodes: tuple[fx.Node, ...]) -> fx.Node:
-        if nodes in self.tables:
-            return self.tables[nodes]
         values = [s.value(n) for s, n in zip(self.samples, nodes, strict=True)]
+        same = tuple(map(id, values))  # what every layer makes alike is compared and kept once
+        if same in self.tables:
+            return self.tables[same]
         if not all(isinstance(v, torch.Tensor) for v in values):
             raise PortError([self._refusal(nodes[0], "a constant that is no tensor")])
         if len({(v.dtype, v.device, v.dim()) for v in values}) > 1:
@@ -206,7 +207,7 @@ class _Unifier:
         if any(size is None for size in sizes):
             raise PortError([self._refusal(nodes[0], "the size of a constant")])
         new = self._table(nodes, values, [s for s in sizes if s is not None])
-        self.tables[nodes] = new
+        self.tables[same] = new
         return new
 
     def _table(
@@ -281,5 +282,7 @@ def _ends_with(whole: torch.Tensor, part: torch.Tensor, axis: int) -> bool:
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Bitwise, but for the payload of NaN."""
     if one.is_floating_point() or one.is_complex():
-        return torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
+        return torch.equal(one, other) or torch.allclose(
+            one, other, rtol=0.0, atol=0.0, equal_nan=True
+        )
     return torch.equal(one, other)

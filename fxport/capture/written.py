@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from fxport.capture.inputs import graph_input
+from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.location import user_location
 from fxport.capture.sample import Sample
 from fxport.errors import Reason, ReasonCode
@@ -24,10 +24,13 @@ def writes_to_state(sample: Sample) -> list[Reason]:
 
 def reason_of_write(written: fx.Node, at: fx.Node) -> Reason:
     """The operation `at` writes to the placeholder `written`."""
+    hint = "compute the value in __init__, or pass it through forward"
+    if graph_input(written).kind is InputKind.PARAMETER:
+        hint = "change parameters outside forward; an nn.Embedding with max_norm changes its own"
     return Reason(
         ReasonCode.MUTATED_STATE,
         f"forward writes to `{graph_input(written).name}`, "
         "so its result may depend on earlier calls",
         user_location(at),
-        "compute the value in __init__, or pass it through forward",
+        hint,
     )

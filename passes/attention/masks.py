@@ -84,7 +84,8 @@ def plan_masks(
         Source.DATA in f and not (s.adds and _is_learned_product(facts, s.tensor))
         for s, f in zip(match.steps, sources, strict=True)
     )
-    proof = prover.prove(fixed, frame, match.zero_rows or from_data)
+    anchored = match.sinks is not None
+    proof = prover.prove(fixed, frame, match.zero_rows or from_data, anchored)
     _check_again(prover, facts, match, frame, fixed, proof, from_data)
     dense = list(match.steps)
     band, slopes, unproven, spread = FULL, None, "", None
@@ -170,7 +171,7 @@ def _check_again(
         return
     constant = again.tensor is not None and _source(facts, again) in Source.BUFFER
     if constant and not from_data and not proof.rest:
-        both = prover.prove([*fixed, again], frame, True)
+        both = prover.prove([*fixed, again], frame, True, match.sinks is not None)
         if not both.rest and both.band == proof.band:
             return
     raise Left(

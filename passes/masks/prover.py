@@ -92,8 +92,14 @@ class Prover:
         self._keys = Keys(facts.gm)
         self._proofs: dict[Any, Proof | Left] = {}
 
-    def prove(self, steps: Sequence[MaskStep], frame: Frame, zero_rows: bool) -> Proof:
+    def prove(
+        self, steps: Sequence[MaskStep], frame: Frame, zero_rows: bool, anchored: bool = False
+    ) -> Proof:
         """The joint effect of constant steps.
+
+        Args:
+            anchored: scores are also compared with something else than those of their row (a
+                sink), so that a number added to a whole row matters.
 
         Raises:
             Left: some row has no allowed key, where the original gives NaN or a mean.
@@ -109,10 +115,11 @@ class Prover:
             ),
             lengths,
             zero_rows,
+            anchored,
         )
         if key not in self._proofs:
             try:
-                self._proofs[key] = _prove(steps, recipes, lengths, zero_rows)
+                self._proofs[key] = _prove(steps, recipes, lengths, zero_rows, anchored)
             except Left as left:
                 self._proofs[key] = left
         found = self._proofs[key]
@@ -135,9 +142,10 @@ def _prove(
     recipes: Sequence[Recipe | None],
     lengths: Lengths,
     zero_rows: bool,
+    anchored: bool,
 ) -> Proof:
     tensors = [s.tensor for s in steps if s.tensor is not None]
-    points, why = _points(tensors, lengths)
+    points, why = _points(tensors, lengths, () if anchored else _added(steps))
     if not points:
         return Proof(None, rest=True, why=why, known=False)
     found: Proof | None = None
@@ -150,7 +158,7 @@ def _prove(
                 None if s.tensor is None or r is None else _value(s.tensor, r, sizes)
                 for s, r in zip(steps, recipes, strict=True)
             ]
-            effect = joint_effect(steps, values, rows, columns)
+            effect = joint_effect(steps, values, rows, columns, anchored)
         # Running the user's operations at a length that they may not support.
         except (ValueError, RuntimeError, IndexError) as error:
             return Proof(None, rest=True, why=f"the mask has no value: {error}", known=False)
@@ -199,8 +207,18 @@ def _number(size: Size, sizes: dict[sympy.Symbol, int]) -> int:
 # -- which sizes to look at ------------------------------------------------------------------------
 
 
+def _added(steps: Sequence[MaskStep]) -> list[fx.Node]:
+    """Masks that are added, where no number that is filled in is compared with the sums."""
+    filled = (MaskKind.FILL, MaskKind.FLOOR)
+    if any(s.kind in filled and s.number > hard_limit(s.node) for s in steps):
+        return []
+    if any(s.kind is MaskKind.MULTIPLY for s in steps):
+        return []
+    return [s.tensor for s in steps if s.kind is MaskKind.ADD and s.tensor is not None]
+
+
 def _points(
-    tensors: Sequence[fx.Node], lengths: Lengths
+    tensors: Sequence[fx.Node], lengths: Lengths, added: Sequence[fx.Node]
 ) -> tuple[list[dict[sympy.Symbol, int]], str]:
     """Sizes that decide all, largest first; or none, and why."""
     symbols = _symbols(tensors, lengths)
@@ -210,7 +228,7 @@ def _points(
     others = {s: 2 for s in symbols if s not in of_length}
     if not of_length:
         return [others], ""
-    scope = scope_of(tensors, of_length)
+    scope = scope_of(tensors, of_length, added)
     return [others | point for point in scope.points], scope.why
 
 
@@ -240,6 +258,7 @@ class Effect:
         raw: the same, with what is added to forbidden ones.
         finite, lowered, ceiling: see `Proof`.
         rounding, eps: of what is added, see `slopes_of`.
+        anchored: see `Prover.prove`.
     """
 
     allowed: Tensor
@@ -250,12 +269,13 @@ class Effect:
     ceiling: float
     rounding: float
     eps: float
+    anchored: bool
 
     def proof(self) -> Proof:
         found = Proof(None, None, False, "", True, self.finite, self.lowered, self.ceiling)
-        slopes = (
-            None if self.raw is None else slopes_of(self.raw, self.allowed, self.rounding, self.eps)
-        )
+        slopes = None
+        if self.raw is not None:
+            slopes = slopes_of(self.raw, self.allowed, self.rounding, self.eps, self.anchored)
         band = band_of(_only(self.allowed))
         if slopes is not None and band is not None:
             return replace(found, band=band, slopes=slopes)
@@ -298,18 +318,23 @@ class Effect:
         if proof.slopes is None:
             return self.bias is None and same_keys
         same = self.raw is not None and same_slopes(
-            proof.slopes, self.raw, self.allowed, self.rounding, self.eps
+            proof.slopes, self.raw, self.allowed, self.rounding, self.eps, self.anchored
         )
         return same and same_keys
 
 
 def joint_effect(
-    steps: Sequence[MaskStep], values: Sequence[Tensor | None], rows: int, columns: int
+    steps: Sequence[MaskStep],
+    values: Sequence[Tensor | None],
+    rows: int,
+    columns: int,
+    anchored: bool,
 ) -> Effect | None:
     """The effect of masks one after the other; None for combinations without a rule.
 
     Args:
         values: per step its tensor, broadcastable to ``[b, h, rows, columns]``.
+        anchored: see `Prover.prove`.
     """
     allowed = torch.ones(1, 1, 1, 1, dtype=torch.bool).expand(1, 1, rows, columns)
     zeroed = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
@@ -360,9 +385,8 @@ def joint_effect(
     if bool((zeroed & allowed).any()):
         return None
     nothing = bias is None or not bool(((bias != 0) & allowed).any())
-    return Effect(
-        allowed, None if nothing else bias, bias, finite or lowered, lowered, ceiling, rounding, eps
-    )
+    adds, finite = None if nothing else bias, finite or lowered
+    return Effect(allowed, adds, bias, finite, lowered, ceiling, rounding, eps, anchored)
 
 
 def _rounding(step: MaskStep) -> float:

@@ -20,6 +20,7 @@ from torch import fx
 from fxport.capture.arguments import arguments, shape_of
 from fxport.passes.attention.views import CASTS, moved_input, overload_packet
 from fxport.passes.constants import is_symbolic
+from fxport.passes.masks.counted import without_constant
 from fxport.passes.masks.values import constant_value
 
 __all__ = ["PRODUCTS", "is_plain_position", "reach", "unbounded"]
@@ -224,6 +225,8 @@ def _numbers(node: fx.Node) -> list[float]:
     for name, value in given.items():
         if name in ("dim", "alpha", "step") or isinstance(value, bool):
             continue
+        if isinstance(value, fx.Node) and is_symbolic(value):  # 5 in ``i >= j - T + 5``
+            value = without_constant(value)[1]
         numbers = value if isinstance(value, list | tuple) and name != "size" else [value]
         found += [float(n) for n in numbers if isinstance(n, int | float)]
     return [c for c in found if math.isfinite(c)]

@@ -9,13 +9,14 @@ within a bound on the constants (`reach`). A slice ``table[:T, :T]`` bounds T by
 length there, and the table is looked at whole. Nothing is claimed of what differs by the place in
 the batch.
 
-Where T itself enters as a number (``i - j + T``), or an operation is none of these, all lengths
-that can occur are looked at if they are few; otherwise nothing is claimed.
+Where T itself enters as a number (``i - j + T``) that does not cancel (`counted`), or an operation
+is none of these, all lengths that can occur are looked at if they are few; otherwise nothing is
+claimed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ from fxport.capture.arguments import arguments, shape_of
 from fxport.passes.attention.views import overload_packet
 from fxport.passes.constants import is_symbolic
 from fxport.passes.graph_facts import reachable, value_inputs
+from fxport.passes.masks.counted import counts_from_end, length_free
 from fxport.passes.masks.reach import PRODUCTS, is_plain_position, reach, unbounded
 
 __all__ = ["Scope", "scope_of", "upper_bound"]
@@ -86,11 +88,14 @@ def upper_bound(symbol: sympy.Symbol, nodes: Iterable[fx.Node]) -> int | None:
     return None
 
 
-def scope_of(tensors: Sequence[fx.Node], symbols: Sequence[sympy.Symbol]) -> Scope:
+def scope_of(
+    tensors: Sequence[fx.Node], symbols: Sequence[sympy.Symbol], added: Collection[fx.Node] = ()
+) -> Scope:
     """The scope of the masks that `tensors` are.
 
     Args:
         symbols: those that the lengths of queries and keys are made of; at least one.
+        added: see `length_free`.
     """
     nodes = reachable(tensors, _plain_inputs)
     foreign = next((n for n in nodes if _varies_along_others(n, symbols)), None)
@@ -98,7 +103,9 @@ def scope_of(tensors: Sequence[fx.Node], symbols: Sequence[sympy.Symbol]) -> Sco
         return Scope(why=f"`{_name(foreign)}` may treat every entry of the batch differently")
     tables = _table_lengths(nodes)
     bounds = {s: b for s in symbols if (b := _bound(s, nodes, tables)) is not None}
-    strange = next((n for n in nodes if not _is_local(n, symbols)), None) or unbounded(nodes)
+    free = length_free(nodes, tensors, added)
+    strange = next((n for n in nodes if n not in free and not _is_local(n, symbols)), None)
+    strange = strange or unbounded(nodes)
     if strange is None:
         strange = next((n for n in tables if not tables[n][0].is_Symbol), None)
     if strange is not None:
@@ -169,6 +176,8 @@ def _is_local(node: fx.Node, symbols: Sequence[sympy.Symbol]) -> bool:
     if not any(packet in group for group in known):
         return False
     given = arguments(node)
+    if packet in (aten.slice, aten.select, aten.narrow) and counts_from_end(given):
+        return False
     return not any(_varies(value) for name, value in given.items() if name not in _SHAPE_ARGUMENTS)
 
 

@@ -13,13 +13,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["same_slopes", "slopes_of"]
+__all__ = ["FINE", "same_slopes", "slopes_of"]
 
 
 FINE = torch.finfo(torch.float32).eps
 
 
-def slopes_of(raw: Tensor, seen: Tensor, rounding: float, eps: float = FINE) -> Tensor | None:
+def slopes_of(
+    raw: Tensor, seen: Tensor, rounding: float, eps: float = FINE, anchored: bool = False
+) -> Tensor | None:
     """The slopes, float64 ``[h]``, or None.
 
     Args:
@@ -27,11 +29,14 @@ def slopes_of(raw: Tensor, seen: Tensor, rounding: float, eps: float = FINE) -> 
         seen: where it counts, bool, broadcastable with `raw`.
         rounding: unit roundoff of the bias where it was stored and added, 0 for float32 and up.
         eps: of the dtype that decides then.
+        anchored: no constant per row is left out: every row is 0 at its own key.
     """
     if raw.shape[-1] < 2 or not bool((raw == raw[:1]).all()):
         return None
+    if anchored and seen.shape[-2] != seen.shape[-1]:
+        return None  # which key is a row's own is another question
     table, counts = _together(raw, seen)
-    exact = _linear(table, counts, eps)
+    exact = _linear(table, counts, eps, anchored)
     if exact is not None or rounding == 0:
         return exact
     lower, upper = _interval(table, counts, rounding)
@@ -40,10 +45,15 @@ def slopes_of(raw: Tensor, seen: Tensor, rounding: float, eps: float = FINE) -> 
 
 
 def same_slopes(
-    slopes: Tensor, raw: Tensor, seen: Tensor, rounding: float, eps: float = FINE
+    slopes: Tensor,
+    raw: Tensor,
+    seen: Tensor,
+    rounding: float,
+    eps: float = FINE,
+    anchored: bool = False,
 ) -> bool:
     """Whether slopes found at one length are those of the bias at another."""
-    own = slopes_of(raw, seen, rounding, eps)
+    own = slopes_of(raw, seen, rounding, eps, anchored)
     if own is None:
         return False
     if torch.allclose(own, slopes, rtol=8 * eps, atol=0):
@@ -60,7 +70,7 @@ def _together(raw: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
     return table[0], counts[0]
 
 
-def _linear(table: Tensor, counts: Tensor, eps: float) -> Tensor | None:
+def _linear(table: Tensor, counts: Tensor, eps: float, anchored: bool) -> Tensor | None:
     """Slopes of a table ``[h, Tq, Tk]`` in float32 or finer."""
     # The longest stretch of allowed neighbours is in the last row or in the first.
     row = -1 if bool((counts[0, -1, 1:] & counts[0, -1, :-1]).any()) else 0
@@ -69,9 +79,10 @@ def _linear(table: Tensor, counts: Tensor, eps: float) -> Tensor | None:
         return None
     first, last = int(pairs[0]), int(pairs[-1]) + 1
     slopes = (table[:, row, last] - table[:, row, first]) / (last - first)
-    line = slopes[:, None, None] * torch.arange(table.shape[-1], dtype=torch.float64)
-    rest = torch.where(counts, table - line, torch.nan)
+    rest = torch.where(counts, table - slopes[:, None, None] * _distance(table), torch.nan)
     spread = rest.nan_to_num(-torch.inf).amax(-1) - rest.nan_to_num(torch.inf).amin(-1)
+    if anchored:
+        spread = rest.abs().nan_to_num(0.0).amax(-1)
     bound = 8 * eps * table.abs().amax((-2, -1)).clamp_min(1e-30)
     if not bool((spread.clamp_min(0) <= bound[:, None]).all()) or bool((slopes == 0).all()):
         return None
@@ -80,8 +91,7 @@ def _linear(table: Tensor, counts: Tensor, eps: float) -> Tensor | None:
 
 def _interval(table: Tensor, counts: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
     """Slopes ``[h]`` for which every entry is ``slope * (j - i)`` but for its rounding."""
-    rows, columns = table.shape[-2:]
-    distance = torch.arange(columns, dtype=torch.float64) - torch.arange(rows)[:, None]
+    distance = _distance(table)
     # In the direction of the distance, so that the slope's own sign is that of the ratio.
     ratio = table / distance
     ends = torch.stack((ratio / (1 + rounding), ratio / (1 - rounding)))
@@ -91,3 +101,9 @@ def _interval(table: Tensor, counts: Tensor, rounding: float) -> tuple[Tensor, T
     on_diagonal = torch.where(counts & (distance == 0), table.abs(), 0.0).amax((-2, -1))
     empty = on_diagonal > 0
     return torch.where(empty, torch.inf, low), torch.where(empty, -torch.inf, high)
+
+
+def _distance(table: Tensor) -> Tensor:
+    """From each row's own column, ``[Tq, Tk]``."""
+    rows, columns = table.shape[-2:]
+    return torch.arange(columns, dtype=torch.float64) - torch.arange(rows)[:, None]

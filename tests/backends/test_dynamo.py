@@ -268,6 +268,66 @@ def test_graph_breaks() -> None:
     assert max(relative(actual[n], expected[n]) for n in expected) < 1e-5
 
 
+def test_a_graph_break_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxport.backends.dynamo.compile_with_inductor", lambda gm, *_: gm.forward)
+
+    def attend(q: Tensor, broken: bool) -> Tensor:
+        out = (q @ q.mT).softmax(-1) @ q
+        if broken:
+            torch._dynamo.graph_break()  # BREAK
+        return out * 2
+
+    q = torch.randn(1, 2, 5, 16)
+    torch.compile(attend, backend="vllm_generic")(q, False)  # a warning would be an error
+    with pytest.warns(
+        FxportWarning, match=r"test_dynamo\.py:\d+: torch.compile breaks the graph"
+    ) as w:
+        torch.compile(attend, backend="vllm_generic")(q, True)
+    assert "# BREAK" in str(w[0].message)
+
+
+class Encoder(nn.Module):
+    """torch's own layers are given a mask alone, and ask its values whether it is causal."""
+
+    def __init__(self, kind: str, diagonal: int) -> None:
+        super().__init__()
+        self.wte, self.diagonal = nn.Embedding(SIZES.vocab, 16), diagonal
+        sizes = {"dim_feedforward": 24, "dropout": 0.0, "batch_first": True}
+        if kind == "encoder":
+            layer = nn.TransformerEncoderLayer(16, 2, **sizes)
+            self.layers = nn.TransformerEncoder(layer, 4)
+        else:
+            self.layers = nn.TransformerDecoder(nn.TransformerDecoderLayer(16, 2, **sizes), 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x, length = self.wte(ids), ids.shape[1]
+        mask = torch.full((length, length), -torch.inf, dtype=x.dtype).triu(self.diagonal)
+        encoder = isinstance(self.layers, nn.TransformerEncoder)
+        out = self.layers(x, mask) if encoder else self.layers(x, x, mask, mask)
+        return F.linear(out, self.wte.weight)
+
+
+@pytest.mark.parametrize(("kind", "count"), [("encoder", 4), ("decoder", 8)])
+@pytest.mark.parametrize("diagonal", [1, 3])
+def test_layers_that_ask_whether_a_mask_is_causal(kind: str, count: int, diagonal: int) -> None:
+    """In one graph; a mask that lets two later tokens through stays a bias."""
+    torch.manual_seed(0)
+    model = Encoder(kind, diagonal).double()
+    found: list[str] = []
+
+    def door(gm: fx.GraphModule, _: Any) -> Any:
+        graph = lower(gm).graph
+        found.extend(d.detail for d in training_pipeline(graph).decisions if d.detail)
+        return graph.forward
+
+    inputs = batch(11)[:1]
+    expected = step(model, model, *inputs)
+    actual = step(torch.compile(model, backend=door, fullgraph=True), model, *inputs)
+    assert max(relative(actual[n], expected[n]) for n in expected) < 1e-12
+    assert len(found) == count
+    assert all(("causal" in f) == (diagonal == 1) for f in found), found
+
+
 def test_the_graph_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     """With all nodes that were erased from it, it would stay as long as the compiled code."""
     seen: list[weakref.ref[fx.GraphModule]] = []

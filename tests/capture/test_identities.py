@@ -115,6 +115,35 @@ def functions_in_a_list(model: Model) -> None:
     model.step = lambda layer, x: model.steps[0](layer, x)
 
 
+class Steps(list[Any]):
+    """A list of their own kind."""
+
+
+def functions_in_a_list_of_their_own(model: Model) -> None:
+    second = model.layers[1]
+    model.steps = Steps([lambda layer, x: layer(x) * (2.0 if layer is second else 1.0)])
+    model.step = lambda layer, x: model.steps[0](layer, x)
+
+
+def attribute_of_a_function(model: Model) -> None:
+    second = model.layers[1]
+
+    def step(layer: nn.Module, x: Tensor) -> Tensor:
+        return layer(x) * (step.factor if layer is second else 1.0)  # type: ignore[attr-defined]
+
+    step.factor = 2.0  # type: ignore[attr-defined]
+    model.step = step
+
+
+def name_not_assigned_yet(model: Model) -> None:
+    layers = model.layers
+    model.step = lambda layer, x: (
+        never(layer) if x is None else (layer(x) * (2.0 if layer is layers[1] else 1.0))
+    )
+    if model is None:
+        never = Model  # a cell without a value
+
+
 def hook(model: Model) -> None:
     second = model.layers[1]
     for layer in model.layers:
@@ -142,7 +171,8 @@ SPELLINGS = [
     closure, closure_over_the_model, closure_over_a_large_mapping, closure_over_a_list,
     inner_function, calls_itself, default,
     keyword_default, partial, function_of_an_object, functions_in_a_list, hook, other_forward,
-    weak_reference,
+    weak_reference, functions_in_a_list_of_their_own, name_not_assigned_yet,
+    attribute_of_a_function,
 ]  # fmt: skip
 
 
@@ -187,6 +217,29 @@ def by_number(model: Model) -> None:
     model.step = lambda layer, x: layer(x) * (2.0 if id(layer) in model.twice else 1.0)
 
 
+def by_number_as_a_key(model: Model) -> None:
+    model.factors = {id(model.layers[1]): 2.0}
+    model.step = lambda layer, x: layer(x) * model.factors.get(id(layer), 1.0)
+
+
+def by_number_in_a_closure(model: Model) -> None:
+    second = id(model.layers[1])
+    model.step = lambda layer, x: layer(x) * (2.0 if id(layer) == second else 1.0)
+
+
+def by_number_in_a_default(model: Model) -> None:
+    def step(layer: nn.Module, x: Tensor, factors: Any = {id(model.layers[1]): 2.0}) -> Tensor:  # noqa: B006, B008
+        return layer(x) * factors.get(id(layer), 1.0)
+
+    model.steps = [step]
+    model.step = lambda layer, x: model.steps[0](layer, x)
+
+
+def by_weak_key_in_a_closure(model: Model) -> None:
+    factors = weakref.WeakKeyDictionary({model.layers[1]: 2.0})
+    model.step = lambda layer, x: layer(x) * factors.get(layer, 1.0)
+
+
 def by_weak_key(model: Model) -> None:
     model.factors = weakref.WeakKeyDictionary({model.layers[1]: 2.0})
     model.step = lambda layer, x: layer(x) * model.factors.get(layer, 1.0)
@@ -216,14 +269,32 @@ def by_class(model: Model) -> None:
     model.__class__ = Other
 
 
+def by_class_through_a_function(model: Model) -> None:
+    second = model.layers[1]
+
+    def is_second(layer: nn.Module) -> bool:
+        return layer is second
+
+    class Other(Model):
+        def step(self, layer: nn.Module, x: Tensor) -> Tensor:
+            return layer(x) * (2.0 if is_second(layer) else 1.0)
+
+    model.__class__ = Other
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (by_number, r"`twice` knows `layers\.1` by its id"),
+        (by_number_as_a_key, r"`factors` knows `layers\.1` by its id"),
+        (by_number_in_a_closure, r"`step` knows `layers\.1` by its id"),
+        (by_number_in_a_default, r"`steps` knows `layers\.1` by its id"),
+        (by_weak_key_in_a_closure, r"`step` knows `layers\.1` by its id or a weak key"),
         (by_weak_key, r"`factors` knows `layers\.1` by its id or a weak key"),
         (by_global, r"the global `SECOND`, which is a part of the model"),
         (by_global_of_a_function, r"the global `LIST`, which is a part of the model"),
         (by_class, r"step` closes over a module of the model"),
+        (by_class_through_a_function, r"is_second` closes over a module of the model"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -239,7 +310,7 @@ def test_what_a_copy_has_no_part_in_is_refused(
 def test_globals_that_forward_does_not_read_are_nobodys_business(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = built(lambda _: None)
+    model = built(closure)
     monkeypatch.setitem(globals(), "SECOND", model)
     ids = torch.arange(5)[None]
     assert torch.equal(clone_for_capture(model)(ids), model(ids))

@@ -331,6 +331,9 @@ def test_a_mask_that_serving_cannot_express_names_its_line(
     (reason,) = found.obstacles
     assert reason.code is code and reason.location is not None
     assert reason.location.line == line_of(marker), reason
+    with pytest.raises(PortError) as caught:
+        fxport.port(Masked(kind))
+    assert caught.value.reasons == (reason,)
 
 
 class DataDependent(Model):

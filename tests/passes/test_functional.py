@@ -127,7 +127,18 @@ def part_of_a_part(x: Tensor) -> Tensor:
     return y[..., 1, :] * q + y[..., 0, :] + y.sum(-2)
 
 
+def reshaped(x: Tensor) -> Tensor:
+    """A mixture of experts adds to the rows of ``out.view(-1, WIDTH)``, for one after the other."""
+    q, k, v = x.reshape(-1, 3 * WIDTH).chunk(3, -1)
+    out = torch.zeros_like(x[..., :WIDTH])
+    out.view(-1, WIDTH).add_(q * k)
+    total = out.sum(-1, keepdim=True)
+    out.view(-1, WIDTH).add_(v)
+    return out * total
+
+
 REPLACED = [
+    reshaped,
     one_of_three,
     through_views,
     unbound,
@@ -243,7 +254,16 @@ def part_of_it(x: Tensor) -> Tensor:
     return y
 
 
+def reshaped_beside_a_part(x: Tensor) -> Tensor:
+    out = x[..., :WIDTH] + 1
+    first = out[..., :1]
+    flat = out.view(-1, WIDTH)
+    flat *= 0.5
+    return out * first
+
+
 REFUSED = [
+    reshaped_beside_a_part,
     overlapping,
     an_earlier_part_read_after,
     earlier_view_read_after,
