@@ -41,6 +41,8 @@ _LENGTHS = (37, 53, 41, 29, 23, 17, 11, 7, 5, 3)
 _BATCHES = (2, 3, 4)  # few: a cache may have no more rows
 # Without a limit in the model, tables are made up to here; also the longest [T, T] constant.
 _UNBOUNDED = 4096
+# For longer tables no constant may be larger than this.
+_MOST_BYTES = 2**31
 # What a forward asks beyond this about the length is answered by numbers alone.
 _MOST_PATHS = 24
 
@@ -138,6 +140,9 @@ def _unified(
         sizes = _batch(longest), longest
         whole = next((s for s in others if (s.batch, s.length) == sizes), None)
         whole = whole or take_sample(model, *sizes, history)
+        if longest > _UNBOUNDED and whole.largest > _MOST_BYTES:
+            longest = _UNBOUNDED
+            whole = take_sample(model, _batch(longest), longest, history)
         *samples, whole = masks_at_every_length(
             [first, *(s for s in others if s is not whole), whole]
         )

@@ -77,6 +77,12 @@ class Sample:
         self._check_order(node)
         return self._values[node]
 
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest constant, before any is made."""
+        values = (n.meta.get("val") for n in self.graph.graph.nodes if self._is_constant(n))
+        return max((v.nbytes for v in values if isinstance(v, torch.Tensor)), default=0)
+
     def _is_constant(self, node: fx.Node) -> bool:
         varies = node in self.data or node in self.learned or node.op == "output"
         return node in self.needed and not varies

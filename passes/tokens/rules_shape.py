@@ -159,6 +159,17 @@ def _permute(call: Call) -> Axes:
     return tuple(axes[d] for d in call.arguments["dims"])
 
 
+@rule(aten.diagonal)
+def _diagonal(call: Call) -> Axes:
+    """Entries with equal places in two dimensions, as the last one."""
+    axes = call.of("self")
+    ends = {call.dim("dim1", len(axes)), call.dim("dim2", len(axes))}
+    for index in ends:
+        free(axes[index], "diagonal")
+    rest = tuple(dim for index, dim in enumerate(axes) if index not in ends)
+    return (*rest, call.symbols.factor(call.sizes()[-1]))
+
+
 @rule(aten.movedim)
 def _movedim(call: Call) -> Axes:
     axes = call.of("self")

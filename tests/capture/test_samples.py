@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from fxport.capture import lengths
 from fxport.capture.clone import clone_for_capture
 from fxport.capture.sample import Sample, take_sample
+from fxport.capture.unify import NeedsTable
 from tests.zoo.awkward import LIMIT, Decoder
 
 COPIES = 60
@@ -58,3 +61,20 @@ def test_one_that_was_let_go_is_made_again() -> None:
     assert repeated not in sample._values
     whole = torch.ones(2 * LIMIT, 2 * LIMIT).triu(1).expand(COPIES, -1, -1)
     assert torch.equal(sample.value(repeated), whole)
+
+
+@pytest.mark.parametrize(("most", "longest"), [(2**20, 64), (2**31, LIMIT)])
+def test_tables_are_as_long_as_memory_allows(monkeypatch, most: int, longest: int) -> None:
+    """Of a model that takes up to `LIMIT`; without a limit they would be made up to 64."""
+    monkeypatch.setattr(lengths, "_UNBOUNDED", 64)
+    monkeypatch.setattr(lengths, "_MOST_BYTES", most)
+    monkeypatch.setattr(lengths, "unify", with_tables_alone)
+    clone = clone_for_capture(Decoder(mask=GrownMask).eval())
+    samples = [take_sample(clone, batch, length) for batch, length in ((3, 37), (2, 53))]
+    assert lengths._unified(clone, samples, (), LIMIT) == (longest, longest)
+
+
+def with_tables_alone(samples: list[Sample], whole: Sample | None = None) -> int:
+    if whole is None:
+        raise NeedsTable(1)
+    return whole.length

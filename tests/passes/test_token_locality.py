@@ -152,6 +152,11 @@ def similarity_over_tokens(self, x, idx):
     return x * F.cosine_similarity(x, x.exp(), dim=1)[:, None]  # HERE
 
 
+def diagonal_over_tokens(self, x, idx):
+    picked = x.repeat(1, 1, 3).diagonal(dim1=1, dim2=2)  # HERE
+    return x * picked.mean(-1)[:, None, None]
+
+
 def largest_so_far(self, x, idx):
     return x.cummax(1).values  # HERE
 
@@ -162,6 +167,7 @@ MIXING = [
     (tensor_product_over_tokens, ReasonCode.MIXES_TOKENS),
     (group_norm_over_tokens, ReasonCode.MIXES_TOKENS),
     (similarity_over_tokens, ReasonCode.MIXES_TOKENS),
+    (diagonal_over_tokens, ReasonCode.MIXES_TOKENS),
     (largest_so_far, ReasonCode.MIXES_TOKENS),
     (conv, ReasonCode.MIXES_TOKENS),
     (cumulative_mean, ReasonCode.MIXES_TOKENS),
@@ -277,6 +283,10 @@ def time_first(self, x, idx):
     return self.mix(x.transpose(0, 1)).transpose(0, 1).contiguous()
 
 
+def diagonals(self, x, idx):
+    return x * self.mix(x).unflatten(-1, (4, 6)).diagonal(1, -2, -1).mean(-1, keepdim=True)
+
+
 def per_head(self, x, idx):
     parts = [x[..., 6 * h : 6 * h + 6] * (h + 1) for h in range(4)]
     return torch.stack(parts, 2).flatten(2)
@@ -339,6 +349,7 @@ LOCAL = [
     (buffer_rows, 1), (narrowed, 1), (on_the_fly, 1), (einsum_angles, 1), (like_zeros, 0),
     (squeezed_by_name, 0), (squeezed_gain, 0),
     (folded, 0), (time_first, 0), (per_head, 0), (routed, 0), (in_place, 0),
+    (diagonals, 0),
 ]  # fmt: skip
 
 
