@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.export.graph_signature import InputKind as ExportInput
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
@@ -169,6 +170,15 @@ def explain_failure(error: Exception) -> Reason:
             where,
             hint="keep them in tensors; experts can take their tokens by masks: "
             "rows, slot = torch.where(chosen == i)",
+        )
+    if isinstance(error, TorchDynamoException):
+        return Reason(
+            ReasonCode.CAPTURE_FAILED,
+            "forward compiles a part of itself while it runs (flex_attention does, where nothing "
+            "around it is compiled), which no trace of the whole can look into",
+            where,
+            hint="serve it with scaled_dot_product_attention and the same mask; training keeps "
+            "it: torch.compile(model, backend='vllm_generic')",
         )
     return Reason(ReasonCode.CAPTURE_FAILED, in_one_line(error), where)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import fxport
 from fxport.backends.torch import PackedModel
@@ -83,3 +84,25 @@ def test_other_calls_are_refused(name: str) -> None:
     with pytest.raises(PortError) as caught:
         fxport.port({**REFUSED, **REALLY_KEPT}[name]().double().eval())
     assert caught.value.reasons[0].code is CODES[name]
+
+
+class CompilesItself(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, 32)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)[:, None]
+        causal = create_block_mask(
+            lambda b, h, i, j: i >= j, None, None, ids.shape[1], ids.shape[1], device="cpu"
+        )
+        return flex_attention(x, x, x, block_mask=causal)[:, 0] @ self.embed.weight.T
+
+
+def test_a_forward_that_compiles_a_part_of_itself_is_refused_in_plain_words() -> None:
+    with pytest.raises(PortError) as refused:
+        fxport.port(CompilesItself().eval())
+    (reason,) = refused.value.reasons
+    assert reason.code is ReasonCode.CAPTURE_FAILED
+    assert "compiles a part of itself" in reason.message
+    assert reason.location is not None and "flex_attention(x" in reason.location.source
