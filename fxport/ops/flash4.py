@@ -137,8 +137,8 @@ def _library() -> ModuleType | None:
         return None
     try:
         from flash_attn.cute import interface
-    except (ImportError, OSError) as error:  # made for another torch or CUDA
-        _warn_left_out(f"{error}")
+    except Exception as error:  # whatever it raises where torch, CUDA or its compiler do not fit
+        _warn_left_out(f"{type(error).__name__}: {error}")
         return None
     found: ModuleType = interface
     return found

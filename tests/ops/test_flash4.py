@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -128,6 +130,25 @@ def test_a_release_that_was_not_checked(monkeypatch: pytest.MonkeyPatch) -> None
             assert "not a release checked" in (flash4.refuses(_facts(), "cudnn") or "")
     finally:
         flash4._library.cache_clear()
+
+
+def test_a_package_that_does_not_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with an nvidia-cutlass-dsl that does not fit."""
+    package = tmp_path / "flash_attn" / "cute"
+    package.mkdir(parents=True)
+    (package / "interface.py").write_text("import torch\ntorch.no_such_name\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(flash4, "version", lambda name: "4.0.0b36")
+    for name in [n for n in sys.modules if n.split(".")[0] == "flash_attn"]:
+        monkeypatch.delitem(sys.modules, name)
+    flash4._library.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="not used: AttributeError"):
+            assert flash4._not_installed() is not None
+    finally:
+        flash4._library.cache_clear()
+        for name in [n for n in sys.modules if n.split(".")[0] == "flash_attn"]:
+            del sys.modules[name]
 
 
 @pytest.mark.parametrize("rows", [1, 4, 6])
