@@ -24,7 +24,7 @@ from tests.zoo.awkward import LIMIT, VOCAB, WIDTH
 def float_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half precision is captured in the same way."""
     decision = Decision("precision", Outcome.PROVEN, "serving dtype")
-    monkeypatch.setattr(api, "_half", lambda model, serving: (None, decision))
+    monkeypatch.setattr(api, "_half", lambda *_: (None, decision))
 
 
 def check(port: fxport.Port, logits_of: Callable[[Tensor], Tensor], longest: int = 50) -> None:

@@ -76,7 +76,7 @@ class Cached(nn.Module):
 @pytest.fixture(autouse=True)
 def float_only(monkeypatch: pytest.MonkeyPatch) -> None:
     decision = Decision("precision", Outcome.PROVEN, "serving dtype")
-    monkeypatch.setattr(api, "_half", lambda model, serving: (None, decision))
+    monkeypatch.setattr(api, "_half", lambda *_: (None, decision))
 
 
 def double(**kinds: object) -> Cached:
