@@ -59,7 +59,7 @@ EXACT = {
 }
 REFUSED = {
     "x: learned relative positions": (
-        lambda: x_transformers(rel_pos_bias=True), ReasonCode.MIXES_TOKENS,
+        lambda: x_transformers(rel_pos_bias=True), ReasonCode.UNSUPPORTED_FEATURE,
     ),
     "x: token shift": (lambda: x_transformers(shift_tokens=1), ReasonCode.MIXES_TOKENS),
     "x: memory tokens": (
