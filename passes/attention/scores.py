@@ -21,6 +21,7 @@ from fxport.passes.attention.softmax import subtracted_maximum
 from fxport.passes.attention.views import number, overload_packet
 from fxport.passes.constants import is_symbolic
 from fxport.passes.graph_facts import GraphFacts, Source
+from fxport.passes.masks.prover import hard_limit
 from fxport.passes.masks.values import constant_value
 
 __all__ = ["Scores"]
@@ -129,8 +130,21 @@ class Scores:
                 ReasonCode.ORDER_OF_OPS,
                 f"the scores are shifted before {what} applied",
                 self.shift,
-                "take the maximum over the scores and the sinks; add no number before a softcap",
+                "take the maximum over the scores and the sinks; add no number before a softcap; "
+                "mask with float('-inf')",
             )
+
+    def _meets(self, node: fx.Node, masked: float) -> None:
+        """A finite number stands beside scores that may have been shifted: which is lower?
+
+        One that is as low as -inf is lower, unless a number was what the scores were shifted by.
+
+        Raises:
+            Left: it cannot be told.
+        """
+        by_number = self.shift is not None and not subtracted_maximum(self.shift)
+        if masked != -math.inf and (by_number or masked > hard_limit(node)):
+            self._needs_no_shift("a mask with a finite number is")
 
     # -- operations ------------------------------------------------------------------------------
 
@@ -171,11 +185,11 @@ class Scores:
         return found if found is not None and 0 < found < math.inf else None
 
     def _scale_keys(self, node: fx.Node, factor: fx.Node, divide: bool) -> None:
+        self._needs_no_shift("a factor for each key is")
         if not divide and self._facts.source(factor) in Source.BUFFER:
             self.steps.append(MaskStep(MaskKind.MULTIPLY, node, self.dims, factor))
             return
         self._needs_raw_scores(node, "a factor for each key")
-        self._needs_no_shift("a factor for each key is")
         parts = list(outer_factors(factor))
         for part, below in parts:
             self._scale(node, part, divide != below)
@@ -291,6 +305,7 @@ class Scores:
                 node,
                 "use float('-inf') or torch.finfo(dtype).min",
             )
+        self._meets(node, constant)
         self.steps.append(MaskStep(MaskKind.FILL, node, self.dims, mask, constant, inverted))
 
     def _maximum(self, node: fx.Node, carrier: fx.Node) -> None:
@@ -315,6 +330,7 @@ class Scores:
         lowest = number(arguments(node).get("neginf"))
         if lowest is None:
             lowest = torch.finfo(carrier.meta["val"].dtype).min
+        self._meets(node, lowest)
         numbers = [lowest if s.number == -math.inf else s.number for s in self.steps]
         self.steps = [replace(s, number=n) for s, n in zip(self.steps, numbers, strict=True)]
         self.finite = node
@@ -323,6 +339,7 @@ class Scores:
         constant = self.constant(value)
         if constant is None:
             raise Left(ReasonCode.UNSUPPORTED_FEATURE, "the scores are clamped", node)
+        self._meets(node, constant)
         self.steps.append(MaskStep(MaskKind.FLOOR, node, self.dims, None, constant))
 
 
