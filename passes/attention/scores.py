@@ -18,10 +18,11 @@ from fxport.passes.attention.made import filled_with
 from fxport.passes.attention.paths import PADS
 from fxport.passes.attention.site import Left, MaskKind, MaskStep, RowScale
 from fxport.passes.attention.softmax import subtracted_maximum
+from fxport.passes.attention.trace import trace
 from fxport.passes.attention.views import number, overload_packet
 from fxport.passes.constants import is_symbolic
 from fxport.passes.graph_facts import GraphFacts, Source
-from fxport.passes.masks.prover import hard_limit
+from fxport.passes.masks.prover import hard_limit, is_forbidding
 from fxport.passes.masks.values import constant_value
 
 __all__ = ["Scores"]
@@ -72,9 +73,10 @@ class Scores:
         elif overload_packet(node) is aten.cat:
             along = arguments(node)["dim"] % len(dims)
             other = next(t for t in arguments(node)["tensors"] if t is not carrier)
-            self._needs_no_shift("the sinks are")
             same = filled_with(other)
-            self.sinks = (other, (*dims[:along], (), *dims[along + 1 :])) if same is None else same
+            self.add_sink(
+                node, (other, (*dims[:along], (), *dims[along + 1 :])) if same is None else same
+            )
         elif overload_packet(node) in PADS:
             self.add_sink(node, number(arguments(node).get("value")) or 0.0)
 
@@ -82,12 +84,29 @@ class Scores:
         """A sink that is one known number, or a tensor with its dimensions.
 
         Raises:
-            Left: the scores were shifted, or there are other sinks.
+            Left: the scores were shifted, there are other sinks, or it is no higher than what is
+                masked: a row without any key is then more than the sink.
         """
         self._needs_no_shift("the sinks are")
-        if self.sinks is not None or (isinstance(sink, float) and not math.isfinite(sink)):
-            raise Left(ReasonCode.UNSUPPORTED_FEATURE, "two sinks, or one that is infinite", node)
+        low, high = self._range_of(sink)
+        if self.sinks is not None or is_forbidding(low) or not high < math.inf:
+            text = "two sinks, or one that is infinite or as low as masked scores"
+            raise Left(ReasonCode.UNSUPPORTED_FEATURE, text, node)
         self.sinks = sink
+
+    def _range_of(self, sink: float | tuple[fx.Node, Dims]) -> tuple[float, float]:
+        """The lowest and highest constant sink; 0 for what is learned."""
+        if isinstance(sink, float):
+            return sink, sink
+        value = trace(sink[0])[0].node
+        if self._facts.source(value) not in Source.BUFFER:
+            return 0.0, 0.0
+        self.read.append(value)
+        try:
+            found = constant_value(value, {})
+        except ValueError:  # a size enters it
+            return -math.inf, math.inf
+        return float(found.min()), float(found.max())
 
     # -- numbers ---------------------------------------------------------------------------------
 
