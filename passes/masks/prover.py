@@ -111,7 +111,7 @@ class Prover:
         recipes = [_recipe(step, frame) for step in steps]
         key = (
             tuple(
-                (s.kind, self._keys.of(s.tensor), s.number, s.inverted, r)
+                (s.kind, self._keys.of(s.tensor), s.number, s.inverted, r, s.node.meta["val"].dtype)
                 for s, r in zip(steps, recipes, strict=True)
             ),
             lengths,
