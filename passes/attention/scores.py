@@ -84,8 +84,7 @@ class Scores:
         """A sink that is one known number, or a tensor with its dimensions.
 
         Raises:
-            Left: the scores were shifted, there are other sinks, or it is no higher than what is
-                masked: a row without any key is then more than the sink.
+            Left: the scores were shifted, there are other sinks, or masked scores are as high.
         """
         self._needs_no_shift("the sinks are")
         low, high = self._range_of(sink)
@@ -156,12 +155,13 @@ class Scores:
     def _meets(self, node: fx.Node, masked: float) -> None:
         """A finite number stands beside scores that may have been shifted: which is lower?
 
-        One that is as low as -inf is lower, unless a number was what the scores were shifted by.
+        One as low as -inf is lower, unless the scores were shifted by a number.
 
         Raises:
             Left: it cannot be told.
         """
-        by_number = self.shift is not None and not subtracted_maximum(self.shift)
+        maxima = () if self.shift is None else subtracted_maximum(self.shift)
+        by_number = not maxima or any(overload_packet(n) in _CLAMPS for n in maxima)
         if masked != -math.inf and (by_number or masked > hard_limit(node)):
             self._needs_no_shift("a mask with a finite number is")
 
@@ -381,6 +381,7 @@ def _scaled(step: MaskStep, factor: float) -> MaskStep:
     return replace(step, number=step.number * factor)
 
 
+_CLAMPS = {aten.clamp, aten.clamp_min}
 _ONE_SIDED = {MaskKind.FLOOR, MaskKind.CAUSAL}  # a minimum becomes a maximum
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from spellings_base import causal_bool, finish, heads_first, parameter
 from torch import Tensor
 from tricky_spellings import DIRECT, tricky
@@ -106,6 +107,15 @@ def maximum_before_a_fill(qkv: Tensor) -> Tensor:
     return finish(s.masked_fill(~causal_bool(q.size(2)), -1e4).softmax(-1), v)
 
 
+@tricky("order-of-operations", among=DIRECT)
+def bounded_maximum_before_a_fill(qkv: Tensor) -> Tensor:
+    """The bound is what is subtracted."""
+    q, k, v = heads_first(qkv)
+    s = q @ k.transpose(-1, -2)
+    s = s - s.amax(-1, keepdim=True).clamp(min=2e9)
+    return finish(s.masked_fill(~causal_bool(q.size(2)), -1e9).softmax(-1), v)
+
+
 @tricky(found="causal", among=DIRECT)
 def maximum_before_a_fill_that_forbids(qkv: Tensor) -> Tensor:
     q, k, v = heads_first(qkv)
@@ -156,3 +166,16 @@ def slopes_from_the_first_key_before_a_fill(qkv: Tensor) -> Tensor:
 @tricky(found="ALiBi", among=DIRECT)
 def slopes_from_each_rows_own_key_before_a_fill(qkv: Tensor) -> Tensor:
     return slopes_and_a_fill(qkv, lambda i, j: 0.5 * (j - i))
+
+
+@tricky("unsupported-feature", among=DIRECT)
+def scaled_by_a_negative_number(qkv: Tensor) -> Tensor:
+    """NaN, or the attention of -q, as torch picks its kernel."""
+    q, k, v = heads_first(qkv)
+    return F.scaled_dot_product_attention(q, k, v, scale=-0.3).transpose(1, 2)
+
+
+@tricky("unsupported-feature", among=DIRECT)
+def scaled_by_nothing(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    return F.scaled_dot_product_attention(q, k, v, scale=0.0, is_causal=True).transpose(1, 2)
