@@ -142,3 +142,15 @@ def test_a_learned_choice_of_keys_may_leave_a_row_without_any(low: float) -> Non
     rewritten = rewrite(trace_directly(module, data))
     assert rewritten.count == 1, rewritten.result.decisions
     compare(module, rewritten.graph, data, nan_spreads=True)
+
+
+def test_constant_sinks_may_be_made_in_the_shape_of_the_scores() -> None:
+    """Their values then cannot be told at no length at all. The pass ended with an error."""
+
+    def function(x: Tensor) -> Tensor:
+        q, k, v = heads_first(x)
+        column = torch.zeros_like(q[..., :1]) + torch.arange(4.0, dtype=x.dtype).view(1, -1, 1, 1)
+        return finish(torch.cat([q @ k.mT, column], -1).softmax(-1)[..., :-1], v)
+
+    rewritten = rewrite(trace_directly(Site(function), [example(3, 6)], {0: (1, 2)}))
+    assert rewritten.count == 0 and rewritten.left() == ["unsupported-feature"]
