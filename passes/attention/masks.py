@@ -81,8 +81,9 @@ def plan_masks(
     fixed = [s for s, f in zip(match.steps, sources, strict=True) if f in Source.BUFFER]
     open_ = [s for s, f in zip(match.steps, sources, strict=True) if f not in Source.BUFFER]
     from_data = any(
-        Source.DATA in f and not (s.adds and _is_learned_product(facts, s.tensor))
+        not (s.adds and _is_learned_product(facts, s.tensor)) if Source.DATA in f else not s.adds
         for s, f in zip(match.steps, sources, strict=True)
+        if s in open_
     )
     anchored = match.sinks is not None
     proof = prover.prove(fixed, frame, match.zero_rows or from_data, anchored)

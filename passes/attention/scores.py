@@ -18,9 +18,11 @@ from fxport.passes.attention.made import filled_with
 from fxport.passes.attention.paths import PADS
 from fxport.passes.attention.site import Left, MaskKind, MaskStep, RowScale
 from fxport.passes.attention.softmax import subtracted_maximum
+from fxport.passes.attention.trace import trace
 from fxport.passes.attention.views import number, overload_packet
 from fxport.passes.constants import is_symbolic
 from fxport.passes.graph_facts import GraphFacts, Source
+from fxport.passes.masks.prover import hard_limit, is_forbidding
 from fxport.passes.masks.values import constant_value
 
 __all__ = ["Scores"]
@@ -71,9 +73,10 @@ class Scores:
         elif overload_packet(node) is aten.cat:
             along = arguments(node)["dim"] % len(dims)
             other = next(t for t in arguments(node)["tensors"] if t is not carrier)
-            self._needs_no_shift("the sinks are")
             same = filled_with(other)
-            self.sinks = (other, (*dims[:along], (), *dims[along + 1 :])) if same is None else same
+            self.add_sink(
+                node, (other, (*dims[:along], (), *dims[along + 1 :])) if same is None else same
+            )
         elif overload_packet(node) in PADS:
             self.add_sink(node, number(arguments(node).get("value")) or 0.0)
 
@@ -81,12 +84,28 @@ class Scores:
         """A sink that is one known number, or a tensor with its dimensions.
 
         Raises:
-            Left: the scores were shifted, or there are other sinks.
+            Left: the scores were shifted, there are other sinks, or masked scores are as high.
         """
         self._needs_no_shift("the sinks are")
-        if self.sinks is not None or (isinstance(sink, float) and not math.isfinite(sink)):
-            raise Left(ReasonCode.UNSUPPORTED_FEATURE, "two sinks, or one that is infinite", node)
+        low, high = self._range_of(sink)
+        if self.sinks is not None or is_forbidding(low) or not high < math.inf:
+            text = "two sinks, or one that is infinite or as low as masked scores"
+            raise Left(ReasonCode.UNSUPPORTED_FEATURE, text, node)
         self.sinks = sink
+
+    def _range_of(self, sink: float | tuple[fx.Node, Dims]) -> tuple[float, float]:
+        """The lowest and highest constant sink; 0 for what is learned."""
+        if isinstance(sink, float):
+            return sink, sink
+        value = trace(sink[0])[0].node
+        if self._facts.source(value) not in Source.BUFFER:
+            return 0.0, 0.0
+        self.read.append(value)
+        try:
+            found = constant_value(value, {})
+        except ValueError:  # a size enters it
+            return -math.inf, math.inf
+        return float(found.min()), float(found.max())
 
     # -- numbers ---------------------------------------------------------------------------------
 
@@ -129,8 +148,22 @@ class Scores:
                 ReasonCode.ORDER_OF_OPS,
                 f"the scores are shifted before {what} applied",
                 self.shift,
-                "take the maximum over the scores and the sinks; add no number before a softcap",
+                "take the maximum over the scores and the sinks; add no number before a softcap; "
+                "mask with float('-inf')",
             )
+
+    def _meets(self, node: fx.Node, masked: float) -> None:
+        """A finite number stands beside scores that may have been shifted: which is lower?
+
+        One as low as -inf is lower, unless the scores were shifted by a number.
+
+        Raises:
+            Left: it cannot be told.
+        """
+        maxima = () if self.shift is None else subtracted_maximum(self.shift)
+        by_number = not maxima or any(overload_packet(n) in _CLAMPS for n in maxima)
+        if masked != -math.inf and (by_number or masked > hard_limit(node)):
+            self._needs_no_shift("a mask with a finite number is")
 
     # -- operations ------------------------------------------------------------------------------
 
@@ -171,11 +204,11 @@ class Scores:
         return found if found is not None and 0 < found < math.inf else None
 
     def _scale_keys(self, node: fx.Node, factor: fx.Node, divide: bool) -> None:
+        self._needs_no_shift("a factor for each key is")
         if not divide and self._facts.source(factor) in Source.BUFFER:
             self.steps.append(MaskStep(MaskKind.MULTIPLY, node, self.dims, factor))
             return
         self._needs_raw_scores(node, "a factor for each key")
-        self._needs_no_shift("a factor for each key is")
         parts = list(outer_factors(factor))
         for part, below in parts:
             self._scale(node, part, divide != below)
@@ -291,6 +324,7 @@ class Scores:
                 node,
                 "use float('-inf') or torch.finfo(dtype).min",
             )
+        self._meets(node, constant)
         self.steps.append(MaskStep(MaskKind.FILL, node, self.dims, mask, constant, inverted))
 
     def _maximum(self, node: fx.Node, carrier: fx.Node) -> None:
@@ -315,6 +349,7 @@ class Scores:
         lowest = number(arguments(node).get("neginf"))
         if lowest is None:
             lowest = torch.finfo(carrier.meta["val"].dtype).min
+        self._meets(node, lowest)
         numbers = [lowest if s.number == -math.inf else s.number for s in self.steps]
         self.steps = [replace(s, number=n) for s, n in zip(self.steps, numbers, strict=True)]
         self.finite = node
@@ -323,6 +358,7 @@ class Scores:
         constant = self.constant(value)
         if constant is None:
             raise Left(ReasonCode.UNSUPPORTED_FEATURE, "the scores are clamped", node)
+        self._meets(node, constant)
         self.steps.append(MaskStep(MaskKind.FLOOR, node, self.dims, None, constant))
 
 
@@ -345,6 +381,7 @@ def _scaled(step: MaskStep, factor: float) -> MaskStep:
     return replace(step, number=step.number * factor)
 
 
+_CLAMPS = {aten.clamp, aten.clamp_min}
 _ONE_SIDED = {MaskKind.FLOOR, MaskKind.CAUSAL}  # a minimum becomes a maximum
 
 

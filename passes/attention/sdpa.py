@@ -46,6 +46,13 @@ def match_sdpa(facts: GraphFacts, node: fx.Node) -> Match:
         scale = 1 / math.sqrt(size)
     if number(scale) is None:
         raise Left(ReasonCode.UNSUPPORTED_FEATURE, "the scale is symbolic", node)
+    if not scale > 0:  # some of torch's kernels take its square root
+        raise Left(
+            ReasonCode.UNSUPPORTED_FEATURE,
+            "the scale is negative or 0, where torch gives NaN or not, as the kernel will have it",
+            node,
+            "negate q",
+        )
     k_dims, v_dims = k[-1].dims, v[-1].dims
     if given.get("enable_gqa"):
         k_dims, v_dims = (_grouped(q[-1].dims, dims, node) for dims in (k_dims, v_dims))

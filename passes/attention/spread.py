@@ -290,12 +290,13 @@ def _directly_selected(node: fx.Node) -> _Selection | None:
     parts = node.args[0] if node.target is operator.getitem else None
     if not isinstance(parts, fx.Node) or not isinstance(node.args[1], int):
         return None
-    given, packet = arguments(parts), overload_packet(parts)
-    if packet is aten.unbind:
-        return _one_of(given["self"], (parts, node), given["dim"], node.args[1])
-    if packet not in _PIECES:
-        return None
+    packet = overload_packet(parts)
+    if packet is not aten.unbind and packet not in _PIECES:
+        return None  # of a checkpoint or an autograd.Function, say
+    given = arguments(parts)
     base = given["self"]
+    if packet is aten.unbind:
+        return _one_of(base, (parts, node), given["dim"], node.args[1])
     dim = given["dim"] % len(shape_of(base))
     size, count = shape_of(node)[dim], len(parts.meta["val"])
     if not isinstance(size, int) or shape_of(base)[dim] != count * size:

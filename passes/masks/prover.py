@@ -99,18 +99,19 @@ class Prover:
 
         Args:
             anchored: scores are also compared with something else than those of their row (a
-                sink), so that a number added to a whole row matters.
+                sink, or a number that is filled in), so that a number added to a whole row matters.
 
         Raises:
             Left: some row has no allowed key, where the original gives NaN or a mean.
         """
         if not steps:
             return Proof(FULL)
+        anchored = anchored or _meets_numbers(steps)
         lengths = product(frame.query), product(frame.key)
         recipes = [_recipe(step, frame) for step in steps]
         key = (
             tuple(
-                (s.kind, self._keys.of(s.tensor), s.number, s.inverted, r)
+                (s.kind, self._keys.of(s.tensor), s.number, s.inverted, r, s.node.meta["val"].dtype)
                 for s, r in zip(steps, recipes, strict=True)
             ),
             lengths,
@@ -145,7 +146,8 @@ def _prove(
     anchored: bool,
 ) -> Proof:
     tensors = [s.tensor for s in steps if s.tensor is not None]
-    points, why = _points(tensors, lengths, () if anchored else _added(steps))
+    added = [s.tensor for s in steps if s.kind is MaskKind.ADD and s.tensor is not None]
+    points, why = _points(tensors, lengths, () if anchored else added)
     if not points:
         return Proof(None, rest=True, why=why, known=False)
     found: Proof | None = None
@@ -207,14 +209,11 @@ def _number(size: Size, sizes: dict[sympy.Symbol, int]) -> int:
 # -- which sizes to look at ------------------------------------------------------------------------
 
 
-def _added(steps: Sequence[MaskStep]) -> list[fx.Node]:
-    """Masks that are added, where no number that is filled in is compared with the sums."""
+def _meets_numbers(steps: Sequence[MaskStep]) -> bool:
+    """Whether a number that is filled in is compared with scores to which others are added."""
     filled = (MaskKind.FILL, MaskKind.FLOOR)
-    if any(s.kind in filled and s.number > hard_limit(s.node) for s in steps):
-        return []
-    if any(s.kind is MaskKind.MULTIPLY for s in steps):
-        return []
-    return [s.tensor for s in steps if s.kind is MaskKind.ADD and s.tensor is not None]
+    low = all(s.number <= hard_limit(s.node) for s in steps if s.kind in filled)
+    return not low or any(s.kind is MaskKind.MULTIPLY for s in steps)
 
 
 def _points(

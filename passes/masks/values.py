@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch.utils._python_dispatch import _disable_current_modes
@@ -50,7 +51,7 @@ def _lending(node: fx.Node) -> list[fx.Node]:
 
 
 def _from_shape(node: fx.Node, sizes: Sizes, known: dict[fx.Node, Any]) -> torch.Tensor:
-    shape = [s if isinstance(s, int) else int(s.subs(dict(sizes))) for s in shape_of(node)]
+    shape = [s if isinstance(s, int) else _number(s, sizes) for s in shape_of(node)]
     dtype, device = node.meta["val"].dtype, node.meta["val"].device
     packet = overload_packet(node)
     if packet in (aten.ones_like, aten.new_ones):
@@ -68,3 +69,10 @@ def _from_shape(node: fx.Node, sizes: Sizes, known: dict[fx.Node, Any]) -> torch
     if packet is aten.type_as:
         return value.to(dtype)
     return value.expand(shape) if packet is aten.expand_as else value.reshape(shape)
+
+
+def _number(size: sympy.Expr, sizes: Sizes) -> int:
+    found = size.subs(dict(sizes))
+    if not found.is_Integer:
+        raise ValueError(f"the size {size} is not known")
+    return int(found)

@@ -44,4 +44,6 @@ def test_tricky(case: Tricky) -> None:
     if case.reason:
         assert rewritten.count == 0 and softmax_count(rewritten.graph) == before
         assert case.reason in rewritten.left(), rewritten.result.decisions
+    assert all(case.found in str(site) for site in rewritten.result.sites), rewritten.result.sites
+    assert not case.found or rewritten.count == 1
     compare(module, rewritten.graph, [example(2, 15)])

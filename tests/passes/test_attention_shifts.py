@@ -104,3 +104,53 @@ def test_attention_under_vmap_is_reported() -> None:
     (reason,) = [d.reason for d in rewritten.result.decisions if d.reason is not None]
     assert "inside torch.vmap" in reason.message and reason.location is not None
     compare(module, rewritten.graph, [example(2, 7)])
+
+
+SINKS: dict[str, tuple[float, Callable[[Tensor], Tensor]]] = {
+    # what masked scores are, and the sinks of four heads
+    "no sink at all": (INF, lambda x: x.new_full((4,), INF)),
+    "none for one head": (INF, lambda x: torch.arange(4.0, dtype=x.dtype).log()),
+    "a number like masked scores": (-1e9, lambda x: x.new_full((1,), -1e9)),
+    "numbers like masked scores": (-1e9, lambda x: torch.arange(4.0, dtype=x.dtype) - 1e9),
+}
+
+
+@pytest.mark.parametrize("name", SINKS)
+def test_a_sink_as_low_as_masked_scores_is_left(name: str) -> None:
+    """In rows without a key it is no longer all there is: NaN, or a part of the mean."""
+    fill, sinks = SINKS[name]
+
+    def function(x: Tensor, pad: Tensor) -> Tensor:
+        q, k, v = heads_first(x)
+        s = (q @ k.mT).masked_fill(pad[:, None, None, :] == 0, fill)
+        column = sinks(x).view(1, -1, 1, 1).expand(*s.shape[:3], 1)
+        return finish(torch.cat([s, column], -1).softmax(-1)[..., :-1], v)
+
+    module, data = Site(function), [example(3, 6), torch.arange(3)[:, None].expand(3, 6)]
+    rewritten = rewrite(trace_directly(module, data))
+    assert rewritten.count == 0 and rewritten.left() == ["unsupported-feature"]
+
+
+@pytest.mark.parametrize("low", [-1e9, INF], ids=str)
+def test_a_learned_choice_of_keys_may_leave_a_row_without_any(low: float) -> None:
+    def function(x: Tensor, wanted: Tensor) -> Tensor:
+        q, k, v = heads_first(x)
+        return finish((q @ k.mT).masked_fill(wanted < 0, low).softmax(-1), v)
+
+    wanted = torch.linspace(-1, 1, 36, dtype=torch.float64).view(6, 6)
+    module, data = Site(function, [wanted]), [example(3, 6)]
+    rewritten = rewrite(trace_directly(module, data))
+    assert rewritten.count == 1, rewritten.result.decisions
+    compare(module, rewritten.graph, data, nan_spreads=True)
+
+
+def test_constant_sinks_may_be_made_in_the_shape_of_the_scores() -> None:
+    """Their values then cannot be told at no length at all. The pass ended with an error."""
+
+    def function(x: Tensor) -> Tensor:
+        q, k, v = heads_first(x)
+        column = torch.zeros_like(q[..., :1]) + torch.arange(4.0, dtype=x.dtype).view(1, -1, 1, 1)
+        return finish(torch.cat([q @ k.mT, column], -1).softmax(-1)[..., :-1], v)
+
+    rewritten = rewrite(trace_directly(Site(function), [example(3, 6)], {0: (1, 2)}))
+    assert rewritten.count == 0 and rewritten.left() == ["unsupported-feature"]

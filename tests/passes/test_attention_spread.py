@@ -6,7 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from attention_graphs import ATTENTION, Site, compare, rewrite, trace_directly
+from attention_graphs import (
+    ATTENTION,
+    Site,
+    compare,
+    rewrite,
+    trace_directly,
+    trace_training,
+)
 from spellings_base import finish, heads_first
 from spellings_spread import causal, two_weights
 from torch import Tensor
@@ -111,3 +118,29 @@ def test_halves_of_the_keys_are_no_heads() -> None:
     rewritten = rewrite(trace_directly(module, [data]))
     assert rewritten.count == 0
     compare(module, rewritten.graph, [data])
+
+
+class Tripled(torch.autograd.Function):
+    """The identity, with another gradient."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return 3 * grad
+
+
+def test_what_an_autograd_function_gives_is_no_part_of_weights() -> None:
+    """Its results are items of a tuple, as pieces of a tensor are. The pass ended with an error."""
+
+    def function(qkv: Tensor, learned: Tensor) -> Tensor:
+        q, k, v = heads_first(qkv)
+        v = Tripled.apply(v * learned)  # type: ignore[no-untyped-call]
+        return finish(causal(q @ k.mT).softmax(-1), v)
+
+    module = Site(function, [torch.tensor(0.7, dtype=torch.float64)])
+    rewritten = rewrite(trace_training(module, [example()]))
+    assert rewritten.count == 1, rewritten.result.decisions
+    compare(module, rewritten.graph, [example()])

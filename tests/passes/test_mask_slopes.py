@@ -106,3 +106,23 @@ def test_a_rounded_table_counts_only_where_the_scores_are_as_coarse(rounded_sum:
     (attention,) = found.result.sites
     assert bool(attention.alibi) == rounded_sum
     compare(site, found.graph, [x], 0.02)
+
+
+def test_a_proof_holds_for_scores_of_one_dtype() -> None:
+    """A line that bfloat16 rounds is one to scores that are rounded as well, and to no others."""
+    rounded = table(torch.float64, 29).to(torch.bfloat16)[0]
+    blocked = ~seen(29)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return (q @ k.mT + bias).masked_fill(blocked, float("-inf")).softmax(-1) @ v
+
+    def function(x: Tensor, bias: Tensor) -> Tensor:
+        q, k, v = x.unbind(0)
+        coarse = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), bias)
+        return coarse.float() * 1e-6 + attend(q, k, v, bias)
+
+    data = torch.randn(3, 2, HEADS, 29, 8, generator=torch.Generator().manual_seed(3))
+    module = Site(function, buffers=[rounded])
+    rewritten = rewrite(trace_training(module, [data]))
+    assert [site.alibi for site in rewritten.result.sites] == [True, False]
+    compare(module, rewritten.graph, [data], 1e-5)
