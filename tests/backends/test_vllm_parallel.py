@@ -77,6 +77,7 @@ LONG = {
     "gemma": Case(Gemma, {"RowParallelLinear": 8}),
     "qwen3": Case(STYLES["qwen3"], {"RowParallelLinear": 8}),
     "olmo2": Case(STYLES["olmo2"], {"RowParallelLinear": 8}),
+    "beside": Case(STYLES["weights beside modules"], {}),
 }
 
 
