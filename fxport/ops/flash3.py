@@ -13,7 +13,6 @@ Source: Shah et al., "FlashAttention-3" (arXiv:2407.08608).
 from __future__ import annotations
 
 import importlib.util
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from fxport.ops.band import Band, band_of
 from fxport.ops.facts import Facts
-from fxport.ops.fused import not_for_libraries
+from fxport.ops.fused import flash_switched_off, not_for_flash, warn_left_out
 from fxport.ops.layout import addressable, in_heads_layout, in_row_major_layout
 from fxport.ops.params import AttentionParams
 
@@ -80,20 +79,16 @@ def refuses(facts: Facts, rival: str) -> str | None:
 def _not_covered(facts: Facts) -> str | None:
     if facts.needs is not None:
         return "there is no backward kernel"
-    if reason := not_for_libraries(facts):
+    if reason := not_for_flash(facts):
         return reason
-    if facts.bias_dtype is not None or facts.alibi_slopes or facts.sinks:
-        return "bias and ALiBi are not in the kernels, and sinks are in bfloat16 alone"
-    if facts.params.softcap > 0 or facts.params.dropout_p > 0:
-        return "the kernels' tanh is an approximation, and dropout is not in them"
     if _is_causal(facts.band, facts.q_shape[2], facts.k_shape[2]) is None:
         return "used for all columns, or causal up to the last; windows were seen to go wrong"
     return None
 
 
 def _not_faster(facts: Facts, rival: str) -> str | None:
-    if not torch.backends.cuda.flash_sdp_enabled():
-        return "FlashAttention is switched off (torch.backends.cuda.enable_flash_sdp)"
+    if reason := flash_switched_off():
+        return reason
     entry = _MEASURED.get(facts.capability or (0, 0), {}).get(facts.q_shape[3])
     if entry is None:
         return "not measured on this GPU or at this head size"
@@ -132,16 +127,12 @@ def _load(library: Path) -> Callable[..., list[Tensor]] | None:
         kernel: Callable[..., list[Tensor]] = torch.ops._vllm_fa3_C.fwd.default
         names = tuple(a.name for a in torch.ops._vllm_fa3_C.fwd.default._schema.arguments)
     except (OSError, AttributeError) as error:  # made for another torch
-        _warn_left_out(f"{error}")
+        warn_left_out("vLLM's FlashAttention-3", f"{error}")
         return None
     if names != _ARGUMENTS:
-        _warn_left_out(f"its operator takes other arguments: {names}")
+        warn_left_out("vLLM's FlashAttention-3", f"its operator takes other arguments: {names}")
         return None
     return kernel
-
-
-def _warn_left_out(reason: str) -> None:
-    warnings.warn(f"vLLM's FlashAttention-3 is not used: {reason}", stacklevel=2)
 
 
 def _not_installed() -> str | None:

@@ -12,19 +12,17 @@ Source: https://github.com/Dao-AILab/flash-attention; Shah et al., "FlashAttenti
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import TypedDict
 
-import torch
 from torch import Tensor
 
 from fxport.ops.band import Band, band_of
 from fxport.ops.facts import Facts
-from fxport.ops.fused import not_for_libraries
+from fxport.ops.fused import flash_switched_off, not_for_flash, warn_left_out
 from fxport.ops.layout import addressable, in_heads_layout, in_row_major_layout
 from fxport.ops.params import AttentionParams
 
@@ -80,12 +78,8 @@ def refuses(facts: Facts, rival: str) -> str | None:
 
 
 def _not_covered(facts: Facts) -> str | None:
-    if reason := not_for_libraries(facts):
+    if reason := not_for_flash(facts):
         return reason
-    if facts.bias_dtype is not None or facts.alibi_slopes or facts.sinks:
-        return "bias, ALiBi and sinks in float32 are not in the kernels"
-    if facts.params.softcap > 0 or facts.params.dropout_p > 0:
-        return "the kernels' tanh is an approximation, and dropout is not in them"
     if facts.deterministic and facts.needs is not None:
         return "deterministic algorithms are asked for"
     if facts.q_shape[3] % 32:
@@ -96,8 +90,8 @@ def _not_covered(facts: Facts) -> str | None:
 
 
 def _not_faster(facts: Facts, rival: str) -> str | None:
-    if not torch.backends.cuda.flash_sdp_enabled():
-        return "FlashAttention is switched off (torch.backends.cuda.enable_flash_sdp)"
+    if reason := flash_switched_off():
+        return reason
     measured = _FORWARD if facts.needs is None else _BACKWARD
     entry = measured.get(facts.capability or (0, 0), {}).get(facts.q_shape[3])
     if entry is None:
@@ -133,19 +127,16 @@ def _library() -> ModuleType | None:
         return None
     if release not in _CHECKED:
         known = ", ".join(sorted(_CHECKED))
-        _warn_left_out(f"{release} was not compared with the reference; those that were: {known}")
+        reason = f"{release} was not compared with the reference; those that were: {known}"
+        warn_left_out("flash-attn-4", reason)
         return None
     try:
         from flash_attn.cute import interface
     except Exception as error:  # whatever it raises where torch, CUDA or its compiler do not fit
-        _warn_left_out(f"{type(error).__name__}: {error}")
+        warn_left_out("flash-attn-4", f"{type(error).__name__}: {error}")
         return None
     found: ModuleType = interface
     return found
-
-
-def _warn_left_out(reason: str) -> None:
-    warnings.warn(f"flash-attn-4 is not used: {reason}", stacklevel=2)
 
 
 def _not_installed() -> str | None:

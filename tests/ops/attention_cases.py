@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxport.ops.facts import Facts
 from fxport.ops.params import AttentionParams
 
 NAMES = ("q", "k", "v", "bias", "sinks", "alibi_slopes")
@@ -59,6 +60,13 @@ class Arguments:
             for x in self.tensors
         )
         return replace(self, tensors=tensors)
+
+
+def hopper_facts(needs: tuple[bool, ...] | None = None, **changes: Any) -> Facts:
+    """A causal bf16 call of 8192 rows as on a Hopper GPU, which need not be there."""
+    q = torch.empty(2, 6, 8192, 128, dtype=torch.bfloat16, device="meta")
+    facts = Facts.of(q, q, q, None, None, None, None, AttentionParams(0.125, causal=True), needs)
+    return replace(facts, **{"device": "cuda", "capability": (9, 0), **changes})
 
 
 def make(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0) -> Arguments:

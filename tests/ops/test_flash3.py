@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from itertools import product
-from typing import Any
 
 import pytest
 import torch
-from attention_cases import Case, assert_same, make, op, op_on_gpu, run
+from attention_cases import Case, assert_same, hopper_facts, make, op, op_on_gpu, run
 
 from fxport.ops import dispatch, flash3
 from fxport.ops.band import Band, band_of
@@ -38,12 +36,6 @@ COVERED = (
 )  # fmt: skip
 
 
-def _facts(needs: tuple[bool, ...] | None = None, **changes: Any) -> Facts:
-    q = torch.empty(2, 6, 8192, 128, dtype=torch.bfloat16, device="meta")
-    facts = Facts.of(q, q, q, None, None, None, None, P(0.125, causal=True), needs)
-    return replace(facts, **{"device": "cuda", "capability": (9, 0), **changes})
-
-
 def _sizes(length: int, size: int, group: int = 1) -> dict[str, torch.Size]:
     shape = torch.Size((2, 6, length, size))
     return {"q_shape": torch.Size((2, 6 * group, length, size)), "k_shape": shape, "v_shape": shape}
@@ -55,31 +47,31 @@ _BACKWARD = (True, True, True, False, False, False)
 @pytest.mark.parametrize(
     ("facts", "rival", "reason"),
     [
-        (_facts(), "cudnn", None),
-        (_facts(packed=True), "triton", None),
-        (_facts(deterministic=True), "triton", None),  # forward always adds in the same order
-        (_facts(**_sizes(512, 128)), "triton", None),
-        (_facts(**_sizes(512, 128)), "cudnn", "not faster than cudnn"),
-        (_facts(**_sizes(4096, 64, 8)), "cudnn", None),
-        (_facts(**_sizes(4096, 64, 7)), "cudnn", "not faster than cudnn"),
-        (_facts(**_sizes(4095, 64, 8)), "cudnn", "not faster than cudnn"),
-        (_facts(**_sizes(511, 64, 8)), "triton", "not faster than triton"),
-        (_facts(**_sizes(64, 128)), "triton", "not faster than triton"),
-        (_facts(**_sizes(8192, 96)), "triton", "head size"),
-        (_facts(_BACKWARD), "triton", "backward"),
-        (_facts(band=Band(-1023, 0)), "triton", "windows"),
-        (_facts(band=Band(None, 5)), "triton", "windows"),
-        (_facts(band=Band(None, -1)), "triton", "windows"),
-        (_facts(dtype=torch.float32), "triton", "float32"),
-        (_facts(sinks=True), "triton", "sinks"),
-        (_facts(alibi_slopes=True), "triton", "ALiBi"),
-        (_facts(bias_dtype=torch.bool, bias_shape=(512,)), "triton", "bias"),
-        (_facts(params=P(0.1, softcap=2.0)), "triton", "tanh"),
-        (_facts(params=P(0.1, dropout_p=0.1)), "triton", "dropout"),
-        (_facts(params=P(-0.1, causal=True)), "triton", "scale"),
-        (_facts(v_shape=torch.Size((2, 6, 8192, 64))), "triton", "head size"),
-        (_facts(capability=(8, 0)), "triton", "not measured"),
-        (_facts(q_shape=torch.Size((2, 6, 0, 128))), "triton", "empty"),
+        (hopper_facts(), "cudnn", None),
+        (hopper_facts(packed=True), "triton", None),
+        (hopper_facts(deterministic=True), "triton", None),  # forward always adds in the same order
+        (hopper_facts(**_sizes(512, 128)), "triton", None),
+        (hopper_facts(**_sizes(512, 128)), "cudnn", "not faster than cudnn"),
+        (hopper_facts(**_sizes(4096, 64, 8)), "cudnn", None),
+        (hopper_facts(**_sizes(4096, 64, 7)), "cudnn", "not faster than cudnn"),
+        (hopper_facts(**_sizes(4095, 64, 8)), "cudnn", "not faster than cudnn"),
+        (hopper_facts(**_sizes(511, 64, 8)), "triton", "not faster than triton"),
+        (hopper_facts(**_sizes(64, 128)), "triton", "not faster than triton"),
+        (hopper_facts(**_sizes(8192, 96)), "triton", "head size"),
+        (hopper_facts(_BACKWARD), "triton", "backward"),
+        (hopper_facts(band=Band(-1023, 0)), "triton", "windows"),
+        (hopper_facts(band=Band(None, 5)), "triton", "windows"),
+        (hopper_facts(band=Band(None, -1)), "triton", "windows"),
+        (hopper_facts(dtype=torch.float32), "triton", "float32"),
+        (hopper_facts(sinks=True), "triton", "sinks"),
+        (hopper_facts(alibi_slopes=True), "triton", "ALiBi"),
+        (hopper_facts(bias_dtype=torch.bool, bias_shape=(512,)), "triton", "bias"),
+        (hopper_facts(params=P(0.1, softcap=2.0)), "triton", "tanh"),
+        (hopper_facts(params=P(0.1, dropout_p=0.1)), "triton", "dropout"),
+        (hopper_facts(params=P(-0.1, causal=True)), "triton", "scale"),
+        (hopper_facts(v_shape=torch.Size((2, 6, 8192, 64))), "triton", "head size"),
+        (hopper_facts(capability=(8, 0)), "triton", "not measured"),
+        (hopper_facts(q_shape=torch.Size((2, 6, 0, 128))), "triton", "empty"),
     ],
 )
 def test_refusals(
@@ -93,10 +85,10 @@ def test_refusals(
 def test_switched_off_or_not_installed() -> None:
     torch.backends.cuda.enable_flash_sdp(False)
     try:
-        assert "switched off" in (flash3.refuses(_facts(), "cudnn") or "")
+        assert "switched off" in (flash3.refuses(hopper_facts(), "cudnn") or "")
     finally:
         torch.backends.cuda.enable_flash_sdp(True)
-    found = flash3.refuses(_facts(), "cudnn")
+    found = flash3.refuses(hopper_facts(), "cudnn")
     assert found is None or "not installed" in found
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from attention_cases import Case, assert_same, make, op, op_on_gpu, run
+from attention_cases import Case, assert_same, hopper_facts, make, op, op_on_gpu, run
 
 from fxport.ops import dispatch, flash4
 from fxport.ops.band import Band, band_of
@@ -54,12 +52,6 @@ COVERED = (
 )  # fmt: skip
 
 
-def _facts(needs: tuple[bool, ...] | None = None, **changes: Any) -> Facts:
-    q = torch.empty(2, 6, 8192, 128, dtype=torch.bfloat16, device="meta")
-    facts = Facts.of(q, q, q, None, None, None, None, P(0.125, causal=True), needs)
-    return replace(facts, **{"device": "cuda", "capability": (9, 0), **changes})
-
-
 def _sizes(length: int, size: int) -> dict[str, torch.Size]:
     shape = torch.Size((2, 6, length, size))
     return {"q_shape": shape, "k_shape": shape, "v_shape": shape}
@@ -72,36 +64,36 @@ _EARLY = {"band": Band(None, 5)}  # some columns beyond the diagonal
 @pytest.mark.parametrize(
     ("facts", "rival", "reason"),
     [
-        (_facts(), "cudnn", None),
-        (_facts(_BACKWARD), "cudnn", None),
-        (_facts(_BACKWARD, lse_gradient=True), "triton", None),
-        (_facts(packed=True), "triton", None),
-        (_facts(band=Band(-1023, 0)), "triton", None),
-        (_facts(**_EARLY), "triton", None),
-        (_facts(deterministic=True), "cudnn", None),  # forward always adds in the same order
-        (_facts(_BACKWARD, deterministic=True), "cudnn", "deterministic"),
-        (_facts(_BACKWARD, **_sizes(128, 128)), "cudnn", None),
-        (_facts(_BACKWARD, **_sizes(127, 128)), "cudnn", "not faster than cudnn"),
-        (_facts(**_sizes(2048, 128)), "cudnn", "not faster than cudnn"),
-        (_facts(**_sizes(2048, 128)), "triton", None),
-        (_facts(**_sizes(8192, 64)), "triton", None),
-        (_facts(packed=True, **_sizes(8192, 64)), "triton", "not faster than triton"),
-        (_facts(band=Band(-9, 0), **_sizes(8192, 64)), "triton", "not faster than triton"),
-        (_facts(_BACKWARD, **_sizes(8192, 256)), "cudnn", "head size"),
-        (_facts(**_sizes(8192, 160)), "cudnn", "at this head size"),
-        (_facts(**_sizes(8192, 72)), "cudnn", "32 divides"),
-        (_facts(band=Band(None, -1)), "triton", "see nothing"),
-        (_facts(band=Band(1, None)), "triton", "see nothing"),
-        (_facts(dtype=torch.float32), "triton", "float32"),
-        (_facts(sinks=True), "triton", "sinks"),
-        (_facts(alibi_slopes=True), "triton", "ALiBi"),
-        (_facts(bias_dtype=torch.bool, bias_shape=(512,)), "triton", "bias"),
-        (_facts(params=P(0.1, softcap=2.0)), "triton", "tanh"),
-        (_facts(params=P(0.1, dropout_p=0.1)), "triton", "dropout"),
-        (_facts(params=P(-0.1, causal=True)), "triton", "scale"),
-        (_facts(v_shape=torch.Size((2, 6, 8192, 64))), "triton", "head size"),
-        (_facts(capability=(10, 0)), "triton", "not measured"),
-        (_facts(q_shape=torch.Size((2, 6, 0, 128))), "triton", "empty"),
+        (hopper_facts(), "cudnn", None),
+        (hopper_facts(_BACKWARD), "cudnn", None),
+        (hopper_facts(_BACKWARD, lse_gradient=True), "triton", None),
+        (hopper_facts(packed=True), "triton", None),
+        (hopper_facts(band=Band(-1023, 0)), "triton", None),
+        (hopper_facts(**_EARLY), "triton", None),
+        (hopper_facts(deterministic=True), "cudnn", None),  # forward always adds in the same order
+        (hopper_facts(_BACKWARD, deterministic=True), "cudnn", "deterministic"),
+        (hopper_facts(_BACKWARD, **_sizes(128, 128)), "cudnn", None),
+        (hopper_facts(_BACKWARD, **_sizes(127, 128)), "cudnn", "not faster than cudnn"),
+        (hopper_facts(**_sizes(2048, 128)), "cudnn", "not faster than cudnn"),
+        (hopper_facts(**_sizes(2048, 128)), "triton", None),
+        (hopper_facts(**_sizes(8192, 64)), "triton", None),
+        (hopper_facts(packed=True, **_sizes(8192, 64)), "triton", "not faster than triton"),
+        (hopper_facts(band=Band(-9, 0), **_sizes(8192, 64)), "triton", "not faster than triton"),
+        (hopper_facts(_BACKWARD, **_sizes(8192, 256)), "cudnn", "head size"),
+        (hopper_facts(**_sizes(8192, 160)), "cudnn", "at this head size"),
+        (hopper_facts(**_sizes(8192, 72)), "cudnn", "32 divides"),
+        (hopper_facts(band=Band(None, -1)), "triton", "see nothing"),
+        (hopper_facts(band=Band(1, None)), "triton", "see nothing"),
+        (hopper_facts(dtype=torch.float32), "triton", "float32"),
+        (hopper_facts(sinks=True), "triton", "sinks"),
+        (hopper_facts(alibi_slopes=True), "triton", "ALiBi"),
+        (hopper_facts(bias_dtype=torch.bool, bias_shape=(512,)), "triton", "bias"),
+        (hopper_facts(params=P(0.1, softcap=2.0)), "triton", "tanh"),
+        (hopper_facts(params=P(0.1, dropout_p=0.1)), "triton", "dropout"),
+        (hopper_facts(params=P(-0.1, causal=True)), "triton", "scale"),
+        (hopper_facts(v_shape=torch.Size((2, 6, 8192, 64))), "triton", "head size"),
+        (hopper_facts(capability=(10, 0)), "triton", "not measured"),
+        (hopper_facts(q_shape=torch.Size((2, 6, 0, 128))), "triton", "empty"),
     ],
 )
 def test_refusals(
@@ -115,10 +107,10 @@ def test_refusals(
 def test_switched_off_or_not_installed() -> None:
     torch.backends.cuda.enable_flash_sdp(False)
     try:
-        assert "switched off" in (flash4.refuses(_facts(), "cudnn") or "")
+        assert "switched off" in (flash4.refuses(hopper_facts(), "cudnn") or "")
     finally:
         torch.backends.cuda.enable_flash_sdp(True)
-    found = flash4.refuses(_facts(), "cudnn")
+    found = flash4.refuses(hopper_facts(), "cudnn")
     assert found is None or "not installed" in found
 
 
@@ -127,7 +119,7 @@ def test_a_release_that_was_not_checked(monkeypatch: pytest.MonkeyPatch) -> None
     flash4._library.cache_clear()
     try:
         with pytest.warns(UserWarning, match=r"4\.0\.0b1 was not compared"):
-            assert "not a release checked" in (flash4.refuses(_facts(), "cudnn") or "")
+            assert "not a release checked" in (flash4.refuses(hopper_facts(), "cudnn") or "")
     finally:
         flash4._library.cache_clear()
 
