@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxport.ops import dispatch
 from fxport.ops.facts import Facts
 from fxport.ops.params import AttentionParams
 
@@ -130,6 +131,36 @@ def op_on_gpu(*arguments: Any) -> tuple[Tensor, Tensor]:
     *tensors, params = arguments
     out, lse = op(*(None if x is None else x.cuda() for x in tensors), params)
     return out.cpu(), lse.cpu()
+
+
+def layouts(count: int, device: str = "cuda") -> dict[str, list[Tensor]]:
+    """`count` bf16 tensors ``[3, 4, 192, 64]`` in every layout that calls are seen to have."""
+    generator, shape = torch.Generator(device).manual_seed(3), (3, 4, 192, 64)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
+
+    plain = [normal(*shape) for _ in range(count)]
+    fused = normal(3, 192, count * 4 * 64)
+    return {
+        "new": plain,
+        "rows first": [x.transpose(1, 2).contiguous().transpose(1, 2) for x in plain],
+        "last stride": [x.transpose(2, 3).contiguous().transpose(2, 3) for x in plain],
+        "misaligned": [torch.cat([x[..., :1], x], -1)[..., 1:] for x in plain],
+        "one projection": [x.view(3, 192, 4, 64).transpose(1, 2) for x in fused.split(256, -1)],
+        "expanded": [x[:1].expand(shape) for x in plain],
+    }
+
+
+def assert_layouts_and_bits(ran: str, params: AttentionParams, device: str = "cuda") -> None:
+    """Forward by `ran`: the promised strides in every layout, and the same bits each time."""
+    for name, inputs in layouts(3, device).items():
+        before = dispatch.calls.copy()
+        out, lse = op(*inputs, *[None] * 5, params)
+        again = op(*(x.contiguous() for x in inputs), *[None] * 5, params)
+        assert dispatch.calls - before == {ran: 2}, name
+        assert out.transpose(1, 2).is_contiguous() and lse.is_contiguous(), name
+        assert torch.equal(out, again[0]) and torch.equal(lse, again[1]), name
 
 
 def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], relative: float) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import Case, assert_same, make, op_on_gpu, run
+from attention_cases import Case, assert_same, layouts, make, op_on_gpu, run
 from torch import Tensor
 
 from fxport.ops import attention, cudnn, dispatch
@@ -118,18 +118,7 @@ def _training_call(inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
 @hopper
 def test_layouts() -> None:
     """Whatever the strides of the inputs, results have those that the op promises."""
-    generator = torch.Generator("cuda").manual_seed(3)
-    shape = (3, 4, 192, 64)
-    options = {"generator": generator, "device": "cuda", "dtype": torch.bfloat16}
-    plain = [torch.randn(shape, **options) for _ in range(4)]
-    fused = torch.randn(3, 192, 4 * 4 * 64, **options)
-    changes = {
-        "rows first": [x.transpose(1, 2).contiguous().transpose(1, 2) for x in plain],
-        "last stride": [x.transpose(2, 3).contiguous().transpose(2, 3) for x in plain],
-        "misaligned": [torch.cat([x[..., :1], x], -1)[..., 1:] for x in plain],
-        "one projection": [x.view(3, 192, 4, 64).transpose(1, 2) for x in fused.split(256, -1)],
-        "expanded": [x[:1].expand(shape) for x in plain],
-    }
+    changes = layouts(4)
     before = dispatch.calls.copy()
     for name, inputs in changes.items():
         *qkv, grad = inputs

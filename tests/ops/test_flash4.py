@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from attention_cases import Case, assert_same, hopper_facts, make, op, op_on_gpu, run
+from attention_cases import (
+    Case,
+    assert_layouts_and_bits,
+    assert_same,
+    hopper_facts,
+    make,
+    op_on_gpu,
+    run,
+)
 
 from fxport.ops import dispatch, flash4
 from fxport.ops.band import Band, band_of
@@ -225,21 +233,4 @@ def test_backward_of_another_forward(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_always")
 def test_layouts_and_bits() -> None:
     """Whatever the inputs' strides: the promised strides, and the same bits each time."""
-    generator = torch.Generator("cuda").manual_seed(3)
-    options = {"generator": generator, "device": "cuda", "dtype": torch.bfloat16}
-    plain = [torch.randn(3, 4, 192, 64, **options) for _ in range(3)]
-    fused = torch.randn(3, 192, 3 * 4 * 64, **options)
-    for inputs in (
-        plain,
-        [x.transpose(1, 2).contiguous().transpose(1, 2) for x in plain],
-        [x.transpose(2, 3).contiguous().transpose(2, 3) for x in plain],
-        [torch.cat([x[..., :1], x], -1)[..., 1:] for x in plain],
-        [x.view(3, 192, 4, 64).transpose(1, 2) for x in fused.split(256, -1)],
-        [x[:1].expand(3, 4, 192, 64) for x in plain],
-    ):
-        before = dispatch.calls.copy()
-        out, lse = op(*inputs, *[None] * 5, CAUSAL)
-        again = op(*(x.contiguous() for x in inputs), *[None] * 5, CAUSAL)
-        assert dispatch.calls - before == {"flash4.forward": 2}
-        assert out.transpose(1, 2).is_contiguous() and lse.is_contiguous()
-        assert torch.equal(out, again[0]) and torch.equal(lse, again[1])
+    assert_layouts_and_bits("flash4.forward", CAUSAL)
