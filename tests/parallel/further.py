@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from tests.parallel.models import HEAD, HIDDEN, VOCAB, WIDTH, Block, Mlp, Separate, attend
 from tests.parallel.wider import CHOSEN, EXPERTS, DenseExperts, weight
@@ -225,6 +226,14 @@ def convolved(module: nn.Module, kernel: int = 1) -> nn.Module:
     return module
 
 
+def normed(module: nn.Module) -> nn.Module:
+    """Rows of a length of their own: every rank makes all of a weight, and takes its part."""
+    for child in list(module.children()):
+        if isinstance(child, nn.Linear):
+            weight_norm(child)
+    return module
+
+
 class ResultByHead(Separate):
     """What every head adds to the residual stream, looked at and then summed."""
 
@@ -325,6 +334,7 @@ FURTHER: dict[str, Callable[[], nn.Module]] = {
     "scaled": lambda: OneLayer(Scaled(), Mlp()),
     "grouped": lambda: OneLayer(Grouped(6, 2), Mlp()),
     "convolutions over one": lambda: OneLayer(convolved(Separate(4, 2)), convolved(Mlp())),
+    "normed weights": lambda: OneLayer(Separate(), normed(Mlp())),
     "result by head": lambda: OneLayer(ResultByHead(), Mlp()),
     "tied by a product": lambda: TiedByProduct(Separate(), Mlp()),
     "gated heads": lambda: OneLayer(GatedHeads(), Mlp()),

@@ -27,6 +27,7 @@ PRICE = {
     "scaled": (2, 2),
     "grouped": (2, 2),
     "convolutions over one": (2, 2),
+    "normed weights": (2, 4),  # and the gradients of two whole weights
     "result by head": (2, 2),
     "tied by a product": (2, 2),
     "parts of one weight": (2, 2),
@@ -48,6 +49,7 @@ DIVIDED = {
     "scaled": ("attention.heat", (2,)),
     "grouped": ("attention.out.weight", (WIDTH, 3 * HEAD)),
     "convolutions over one": ("mlp.down.conv.weight", (WIDTH, HIDDEN // 2, 1)),
+    "normed weights": ("mlp.up.parametrizations.weight.original1", (HIDDEN, WIDTH)),
     "result by head": ("attention.out", (2, HEAD, WIDTH)),
     "tied by a product": ("mlp.up.weight", (HIDDEN // 2, WIDTH)),
     "parts of one weight": ("attention.bias", (3 * 2 * HEAD,)),
