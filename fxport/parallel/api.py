@@ -192,7 +192,9 @@ def gather_state_dict(plan: Plan, shards: Sequence[Mapping[str, Tensor]]) -> dic
                 torch.arange(n) if index is None else torch.tensor(index, dtype=torch.int64)
                 for n, index in zip(shard.shape, shard.indices[rank], strict=True)
             ]
-            full[torch.meshgrid(*grid, indexing="ij")] = part.detach().to(full.device)
+            # one number has no dimension, and `meshgrid` wants one
+            places = torch.meshgrid(*grid, indexing="ij") if grid else ()
+            full[places] = part.detach().to(full.device)
         for name, value in shards[0].items():
             if value is shards[0][shard.name] or _same(value, shards[0][shard.name]):
                 result[name] = full

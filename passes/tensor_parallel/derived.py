@@ -77,6 +77,8 @@ def _write(e: Emission, node: fx.Node, kind: str, wanted: Boxes) -> fx.Node:
 
 
 def _operands(node: fx.Node, wanted: Boxes) -> dict[fx.Node, Boxes] | None:
+    if node.target is aten.zeros_like.default:  # of the keys' bias, between those of q and v
+        return _pointwise(node, wanted)
     if KINDS.get(node.target) is Kind.POINTWISE and node.target is not aten.dropout.default:
         return _pointwise(node, wanted)
     rule = _RULES.get(node.target)

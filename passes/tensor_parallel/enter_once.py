@@ -29,7 +29,9 @@ _VIEWS = {
     aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim,
     aten.transpose.int, aten.permute.default, aten.flatten.using_ints,
 }  # fmt: skip
-_MASKED = {aten.where.ScalarOther, aten.sum.dim_IntList}  # the gate of one expert
+_MASKED = {  # the gate of one expert
+    aten.where.ScalarOther, aten.mul.Tensor, aten.sum.dim_IntList,
+}  # fmt: skip
 _COPIES = {aten.expand.default, aten.repeat.default, aten.repeat_interleave.self_int}
 _PARTS = {aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.chunk.default}
 
@@ -38,8 +40,9 @@ _MOVABLE = _PICKS | _VIEWS | _COPIES | _PARTS | _MASKED
 
 def enter_once(emission: Emission) -> None:
     """Rewrites the emitted graph in place."""
+    learned = _learned(emission.graph)
     chains = {
-        node: _chain(node.args[0])  # type: ignore[arg-type]
+        node: _chain(node.args[0], learned)  # type: ignore[arg-type]
         for node in emission.graph.nodes
         if node.op == "call_module" and isinstance(emission.modules[node.target], CopyTo)
     }
@@ -69,19 +72,29 @@ def _upto(chain: list[fx.Node], source: fx.Node) -> list[fx.Node]:
     return chain[: chain.index(source) + 1]
 
 
-def _chain(value: fx.Node) -> list[fx.Node]:
+def _learned(graph: fx.Graph) -> set[fx.Node]:
+    """What may have a gradient: a mask of token numbers has none, in whatever dtype."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        made = node.op != "call_function" or not found.isdisjoint(node.all_input_nodes)
+        if made and _has_gradient(node):
+            found.add(node)
+    return found
+
+
+def _chain(value: fx.Node, learned: set[fx.Node]) -> list[fx.Node]:
     """From what enters back to what it is taken from."""
     chain = [value]
     while True:
         node = chain[-1]
         if node.op != "call_function" or node.target not in _MOVABLE:
             return chain
-        learned = [i for i in node.all_input_nodes if _has_gradient(i)]
-        if len(learned) != 1 or (node.target is aten.slice.Tensor and not _is_run(node)):
+        given = [i for i in node.all_input_nodes if i in learned]
+        if len(given) != 1 or (node.target is aten.slice.Tensor and not _is_run(node)):
             return chain
-        if node.target is operator.getitem and learned[0].target not in _PARTS:
+        if node.target is operator.getitem and given[0].target not in _PARTS:
             return chain
-        chain.append(learned[0])
+        chain.append(given[0])
 
 
 def _is_run(node: fx.Node) -> bool:

@@ -84,6 +84,8 @@ class Labels:
     full: list[tuple[Tensor, fx.Node, str]] = field(default_factory=list)
     leaves: dict[fx.Node, Tensor] = field(default_factory=dict)
     linears: list[Linear] = field(default_factory=list)
+    shared: list[list[Linear]] = field(default_factory=list)
+    """Products with a weight for each expert, or for each head."""
     attentions: list[Attention] = field(default_factory=list)
     reductions: list[tuple[fx.Node, Tensor, Tensor]] = field(default_factory=list)
     """(node, atoms reduced ``[groups, n]``, atoms of the results ``[groups]``)."""
@@ -324,11 +326,13 @@ def _contraction(labels: Labels, node: fx.Node) -> None:
             labels.classes.pair(pairs[0][0], one)
             labels.classes.pair(pairs[0][1], other)
         pairs, rows = pairs[:1], 1
-    for one, other in pairs:
-        if rows == 1:
-            labels.linears.append(Linear(node, one, other))
-        else:  # one small projection for each head
+    if rows > 1:  # one small projection for each head
+        for one, other in pairs:
             labels.classes.union_all(torch.cat([one, other]))
+    elif shared > 1:
+        labels.shared.append([Linear(node, one, other) for one, other in pairs])
+    else:
+        labels.linears += [Linear(node, one, other) for one, other in pairs]
 
 
 def _norm(labels: Labels, node: fx.Node) -> None:
@@ -401,8 +405,31 @@ def _attention(labels: Labels, node: fx.Node, world_size: int) -> None:
     labels.attentions.append(Attention(node, q, k, v, shared))
 
 
+def _by_head(labels: Labels, products: list[Linear]) -> bool:
+    """Whether one side of each product is one class, and it has become that of the other, too."""
+    sides = ([p.inputs for p in products], [p.outputs for p in products])
+    if not any(all(len(a) > 1 and len(labels.classes.of(a)) == 1 for a in side) for side in sides):
+        return False
+    for product in products:
+        labels.classes.union_all(torch.cat([product.inputs, product.outputs]))
+    return True
+
+
 def _settle(labels: Labels) -> None:
-    """A statistic over positions of one class belongs to it; any other is everybody's."""
+    """What depends on the classes, once they are known.
+
+    The result of a head's own product belongs to the head; that of an expert's hidden features
+    does not, as they may be divided. A statistic over positions of one class belongs to it; any
+    other is everybody's.
+    """
+    waiting = labels.shared
+    while waiting:
+        left = [products for products in waiting if not _by_head(labels, products)]
+        if len(left) == len(waiting):
+            break
+        waiting = left
+    for products in waiting:
+        labels.linears += products
     for node, groups, results in labels.reductions:
         for group, result in zip(groups, results.tolist(), strict=True):
             if len(labels.classes.of(group)) == 1:

@@ -36,6 +36,7 @@ _STRUCTURE = (
     aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim, aten.flatten.using_ints,
     aten.unflatten.int, aten.t.default, aten.movedim.int, aten.view_as.default,
     aten.expand_as.default,
+    aten.movedim.intlist, aten.squeeze.dims, aten.mH.default,
     aten.mT.default, aten.narrow.default, aten.repeat.default, aten.repeat_interleave.self_int,
 )  # fmt: skip
 # Pointwise ops that do not carry the tag: they are compositions, or keep the dtype only.

@@ -172,6 +172,10 @@ class _Origins:
         return None
 
     def _structure(self, node: fx.Node) -> Any:
+        tensors = [i for i in node.all_input_nodes if isinstance(i.meta.get("val"), Tensor)]
+        if any(self.names.get(i) is None and i not in self.constants for i in tensors):
+            return None
+
         def known(value: fx.Node) -> Any:
             if value in self.constants:
                 return self.constants[value]

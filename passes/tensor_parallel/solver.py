@@ -3,7 +3,8 @@
 Components are sets of classes that stand or fall together: the hidden units of one MLP, the
 heads of one attention, the channels of the residual stream. Two components on the two sides of
 one projection cannot both be divided without a reduce-scatter, so the residual stream (many wide
-projections read it) loses against the narrow results of heads and hidden units.
+projections read it) loses against the narrow results of heads and hidden units. What is so narrow
+that a rank would send more than it saves stays whole: the few features of a low-rank gate, say.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class Component:
         leaves: the ops that make its values.
         weight: elements of the projections that would be divided.
         cost: elements reduced per token if it is divided.
+        attends: it has the heads of an attention.
         kept: why it is replicated; empty when it is divided.
     """
 
@@ -36,6 +38,7 @@ class Component:
     leaves: list[fx.Node]
     weight: int = 0
     cost: int = 1
+    attends: bool = False
     neighbours: set[int] = field(default_factory=set)
     kept: str = ""
 
@@ -71,6 +74,8 @@ def solve(labels: Labels, world_size: int) -> Solution:
             component.kept = "a projection maps it to itself"
         elif not component.weight:
             component.kept = "nothing to gain"
+        elif not component.attends and 2 * component.weight <= component.cost**2:
+            component.kept = "less to gain than to send"
         elif component.neighbours & taken:
             component.kept = "the values on the other side of its projections are divided"
         else:
@@ -113,6 +118,9 @@ def _components(labels: Labels) -> list[Component]:
 
 def _weigh(labels: Labels, components: list[Component]) -> None:
     by_class = {c: i for i, comp in enumerate(components) for c in comp.classes}
+    for attention in labels.attentions:
+        for i in {by_class[c] for c in labels.classes.of(attention.q)}:
+            components[i].attends = True
 
     def home(atoms: Tensor) -> set[int]:
         return {by_class[c] for c in labels.classes.of(atoms) if c in by_class}

@@ -7,10 +7,13 @@ Before                                        After
     y = einsum("bthd,hdc->bthc", z, W).sum(2)     y = einsum("bthd,hdc->btc", z, W)
     y = conv1d(x, W [N, K, 1], b)                 y = linear(x.mT, W[:, :, 0], b).mT
     k = y[..., [-1], :]                           k = slice(y, -2, 3, 4)
+    g, u = tensor_split(y [.., 90], 2, -1)        g, u = split(y, [45, 45], -1)
+    y = einsum("bhtd->bthd", x)                   y = permute(x, [0, 2, 1, 3])
+    y = where(m, x + v, x)                        y = x + where(m, v, 0)
 
 All are common: GPT-2's weights are stored the other way round, a head is the token embedding,
 Falcon's keys are taken by a list, the results of heads are added up, a convolution over one token
-is a projection.
+is a projection, ``y[rows] += expert(x[rows])`` gives each expert's result to its rows.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxport.capture.arguments import arguments, shape_of
+from fxport.capture.arguments import arguments, shape_of, shape_of_tensor
 from fxport.capture.inputs import InputKind, graph_input
 from fxport.passes.constants import depends_on
 from fxport.passes.tensor_parallel.contraction import contraction
@@ -33,6 +36,7 @@ _PRODUCTS: dict[Any, Any] = {
     aten.addmm.default: aten.mm.default,
     aten.baddbmm.default: aten.bmm.default,
 }
+_SPLITS = (aten.tensor_split.sections, aten.tensor_split.indices)
 _TURNED = ([1, 0], [-1, 0], [1, -2], [-1, -2])
 
 
@@ -50,6 +54,12 @@ def one_spelling(gm: fx.GraphModule) -> None:
             _projection(node, data)
         elif node.target is aten.index.Tensor:
             _slice(gm.graph, node)
+        elif node.target in _SPLITS:
+            _split(node)
+        elif node.target is aten.broadcast_to.default:
+            node.target = aten.expand.default
+        elif node.target is aten.where.self:
+            _selected_sum(gm.graph, node)
     gm.graph.eliminate_dead_code()
     gm.recompile()
 
@@ -100,6 +110,8 @@ def _sum_of_products(node: fx.Node, data: set[fx.Node]) -> None:
 
 def _projection(node: fx.Node, data: set[fx.Node]) -> None:
     """A product with the rows of a matrix."""
+    if _permuted(node):
+        return
     found = contraction(node, data)
     if found is None or found.of_data != found.rows + found.summed or len(found.summed) != 1:
         return
@@ -121,6 +133,50 @@ def _turns(node: fx.Node) -> bool:
         found = arguments(node)
         return {found["dim0"] % 2, found["dim1"] % 2} == {0, 1}
     return node.target is aten.permute.default and list(arguments(node)["dims"]) in _TURNED
+
+
+def _permuted(node: fx.Node) -> bool:
+    """An einsum of one operand that sums nothing only names its dimensions in another order."""
+    found = arguments(node)
+    if node.target is not aten.einsum.default or len(found["tensors"]) != 1:
+        return False
+    before, arrow, after = found["equation"].replace(" ", "").partition("->")
+    if not arrow or not before.isalpha() or len(set(before)) < len(before):
+        return False
+    if sorted(before) != sorted(after):
+        return False
+    node.target, node.kwargs = aten.permute.default, {}
+    node.args = (found["tensors"][0], [before.index(letter) for letter in after])
+    return True
+
+
+def _split(node: fx.Node) -> None:
+    """Parts of sizes that do not depend on the tokens."""
+    found = arguments(node)
+    value, dim = found["self"], found["dim"]
+    size = shape_of(value)[dim]
+    parts = [shape_of_tensor(part)[dim] for part in node.meta["val"]]
+    if isinstance(size, int) and all(isinstance(n, int) for n in parts) and sum(parts) == size:
+        node.target = aten.split_with_sizes.default
+        node.args, node.kwargs = (value, parts, dim), {}
+
+
+def _selected_sum(graph: fx.Graph, node: fx.Node) -> None:
+    """Where something is added, or nothing: so it can be added up before it is chosen."""
+    found = arguments(node)
+    total, base = found["self"], found["other"]
+    if total.target is not aten.add.Tensor or len(total.users) > 1:
+        return
+    given = arguments(total)
+    operands = [given["self"], given["other"]]
+    if given["alpha"] != 1 or operands.count(base) != 1:
+        return
+    added = operands[1 - operands.index(base)]
+    if not isinstance(added, fx.Node) or shape_of(added) != shape_of(node):
+        return
+    with graph.inserting_before(node):
+        chosen = write(graph, node, aten.where.ScalarOther, found["condition"], added, 0)
+    node.target, node.args, node.kwargs = aten.add.Tensor, (base, chosen), {}
 
 
 def _slice(graph: fx.Graph, node: fx.Node) -> None:

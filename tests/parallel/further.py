@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from tests.parallel.models import HEAD, HIDDEN, VOCAB, WIDTH, Block, Mlp, Separate, attend
 from tests.parallel.wider import CHOSEN, EXPERTS, DenseExperts, weight
@@ -155,6 +156,37 @@ class StackedExperts(DenseExperts):
         return result.view_as(x)
 
 
+class MaskedExperts(DenseExperts):
+    """All experts compute; the gate of each is made of a mask, of numbers or not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gates, chosen = self.router(x).softmax(-1).topk(CHOSEN, dim=-1)
+        result, gates = torch.zeros_like(x), gates / gates.sum(-1, keepdim=True)
+        for i in range(EXPERTS):
+            mask = (chosen == i).to(x.dtype) if i else chosen == i
+            gate = (gates * mask).sum(-1, keepdim=True)
+            result = result + gate * (F.silu(x @ self.up[i]) @ self.down[i])
+        return result
+
+
+class GivenExperts(DenseExperts):
+    """A module for each expert; what it makes is added to the rows that chose it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.up, self.down
+        self.experts = nn.ModuleList(Mlp() for _ in range(EXPERTS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)
+        gates, chosen = self.router(flat).softmax(-1).topk(CHOSEN, dim=-1)
+        result = torch.zeros_like(flat)
+        for i, expert in enumerate(self.experts):
+            token, place = torch.where(chosen == i)
+            result[token] += gates[token, place, None] * expert(flat[token])
+        return result.view_as(x)
+
+
 class ViewedExperts(StackedExperts):
     """Rows of all experts in one matrix, as DBRX has them."""
 
@@ -194,6 +226,14 @@ def convolved(module: nn.Module, kernel: int = 1) -> nn.Module:
     return module
 
 
+def normed(module: nn.Module) -> nn.Module:
+    """Rows of a length of their own: every rank makes all of a weight, and takes its part."""
+    for child in list(module.children()):
+        if isinstance(child, nn.Linear):
+            weight_norm(child)
+    return module
+
+
 class ResultByHead(Separate):
     """What every head adds to the residual stream, looked at and then summed."""
 
@@ -218,6 +258,40 @@ class Grouped(Separate):
         after = torch.ones(t, t, dtype=torch.bool).triu(1)
         weights = scores.masked_fill(after, -torch.inf).softmax(-1)
         return self.out(torch.einsum("bgrts,bsgd->btgrd", weights, v).reshape(b, t, -1))
+
+
+class GatedHeads(nn.Module):
+    """A gate from each head's query; biases of queries and values only; dimensions by name."""
+
+    def __init__(self, heads: int = 4) -> None:
+        super().__init__()
+        size = heads * HEAD
+        self.heads, self.qkv = heads, weight(3 * size, WIDTH)
+        self.of_q, self.of_v, self.gate = weight(size), weight(size), weight(heads, HEAD)
+        self.turn, self.out = weight(heads, HEAD, HEAD), nn.Linear(size, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = torch.cat([self.of_q, torch.zeros_like(self.of_v), self.of_v])
+        q, k, v = F.linear(x, self.qkv, bias).tensor_split(3, dim=-1)
+        q, k, v = (torch.einsum("bthd->bhtd", p.unflatten(-1, (self.heads, HEAD)))
+                   for p in (q, k, v))  # fmt: skip
+        gate = torch.einsum("bhtd,hd->bht", q, self.gate).sigmoid()
+        q = torch.einsum("bhtd,hde->bhte", q, self.turn)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True) * gate[..., None]
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class Narrow(Mlp):
+    """Beside the MLP a few features that look at its result: sending costs more than they do."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.less, self.more = nn.Linear(WIDTH, features), nn.Linear(features, WIDTH)
+        self.rate = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y + self.rate * self.more(F.gelu(self.less(y)))
 
 
 class TiedByProduct(OneLayer):
@@ -260,8 +334,12 @@ FURTHER: dict[str, Callable[[], nn.Module]] = {
     "scaled": lambda: OneLayer(Scaled(), Mlp()),
     "grouped": lambda: OneLayer(Grouped(6, 2), Mlp()),
     "convolutions over one": lambda: OneLayer(convolved(Separate(4, 2)), convolved(Mlp())),
+    "normed weights": lambda: OneLayer(Separate(), normed(Mlp())),
     "result by head": lambda: OneLayer(ResultByHead(), Mlp()),
     "tied by a product": lambda: TiedByProduct(Separate(), Mlp()),
+    "gated heads": lambda: OneLayer(GatedHeads(), Mlp()),
+    "gates by masks": lambda: OneLayer(Separate(), MaskedExperts()),
+    "experts that add to their rows": lambda: OneLayer(Separate(), GivenExperts()),
     "selected experts": lambda: OneLayer(Separate(), SelectedExperts()),
     "stacked experts": lambda: OneLayer(Separate(), StackedExperts()),
     "parts of one weight": lambda: OneLayer(Parts(stacked=False), Mlp()),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+import fxport
 from fxport.parallel.modules import CopyTo, ReduceFrom
 from fxport.passes.tensor_parallel.build import prepare
 from fxport.passes.tensor_parallel.checker import check
 from fxport.passes.tensor_parallel.parts import WHOLE
-from tests.parallel.further import FURTHER, Heads, OneLayer, OtherHeads, convolved
+from tests.parallel.further import FURTHER, Heads, Narrow, OneLayer, OtherHeads, convolved
 from tests.parallel.models import HEAD, HIDDEN, VOCAB, WIDTH, Mlp, Separate
 from tests.parallel.simulation import Ranks, compare, make_once, randomised
 from tests.parallel.wider import EXPERTS
@@ -26,10 +27,14 @@ PRICE = {
     "scaled": (2, 2),
     "grouped": (2, 2),
     "convolutions over one": (2, 2),
+    "normed weights": (2, 4),  # and the gradients of two whole weights
     "result by head": (2, 2),
     "tied by a product": (2, 2),
     "parts of one weight": (2, 2),
     "stacked weights": (2, 2),
+    "gated heads": (2, 2),
+    "gates by masks": (2, 3),
+    "experts that add to their rows": (2, 3),
     "selected experts": (2, 3),  # a gate is one number per expert and token
     "stacked experts": (2, 3),
     "experts in one matrix": (2, 3),
@@ -44,10 +49,14 @@ DIVIDED = {
     "scaled": ("attention.heat", (2,)),
     "grouped": ("attention.out.weight", (WIDTH, 3 * HEAD)),
     "convolutions over one": ("mlp.down.conv.weight", (WIDTH, HIDDEN // 2, 1)),
+    "normed weights": ("mlp.up.parametrizations.weight.original1", (HIDDEN, WIDTH)),
     "result by head": ("attention.out", (2, HEAD, WIDTH)),
     "tied by a product": ("mlp.up.weight", (HIDDEN // 2, WIDTH)),
     "parts of one weight": ("attention.bias", (3 * 2 * HEAD,)),
     "stacked weights": ("attention.qkv", (3, 2 * HEAD, WIDTH)),
+    "gated heads": ("attention.turn", (2, HEAD, HEAD)),
+    "gates by masks": ("mlp.up", (EXPERTS, WIDTH, HIDDEN // 2)),
+    "experts that add to their rows": ("mlp.experts.0.up.weight", (HIDDEN // 2, WIDTH)),
     "selected experts": ("mlp.up", (EXPERTS, WIDTH, HIDDEN // 2)),
     "stacked experts": ("mlp.down", (EXPERTS, WIDTH, HIDDEN // 2)),
     "experts in one matrix": ("mlp.down", (EXPERTS * HIDDEN // 2, WIDTH)),
@@ -81,6 +90,22 @@ def test_heads_that_are_alike_become_one_attention_and_others_do_not() -> None:
     (ranks,) = make_once(model, 2)
     assert compare(model, ranks).gradient < 1e-12
     assert any("fewer units" in r.reason for r in ranks.modules[0].plan.replicated)
+
+
+@pytest.mark.parametrize(("features", "price"), [(WIDTH // 4, 2), (WIDTH // 4 + 1, 3)])
+def test_what_is_narrow_is_not_worth_a_reduction(features: int, price: int) -> None:
+    model = randomised(OneLayer(Separate(), Narrow(features)))
+    (ranks,) = make_once(model, 2)
+    assert compare(model, ranks).gradient < 1e-12
+    plan = ranks.modules[0].plan
+    assert plan.count("forward") - 1 == price
+    whole = plan.shard("block.mlp.less.weight").kind == "replicated"
+    said = any(r.reason == "less to gain than to send" for r in plan.replicated)
+    assert whole == said == (price == 2)
+    # `rate` is one number
+    full = fxport.gather_state_dict(plan, [m.state_dict() for m in ranks.modules])
+    for name, value in model.state_dict().items():
+        assert torch.equal(full[name], value), name
 
 
 def test_what_an_op_without_a_rule_reads_is_whole_and_said_to_be() -> None:

@@ -127,6 +127,49 @@ def test_sums_over_what_both_operands_have(name: str, left: int) -> None:
     assert _sums(gm) == left and error < 1e-12
 
 
+CHOSEN: dict[str, Product] = {
+    "something or nothing added": lambda x, w: torch.where(x[..., :1] > 0, x + x @ w, x),
+    "the other way round": lambda x, w: torch.where(x[..., :1] > 0, x @ w + x, x),
+}
+NOT_CHOSEN: dict[str, Product] = {
+    "another base": lambda x, w: torch.where(x[..., :1] > 0, x + x @ w, x @ w),
+    "added twice": lambda x, w: torch.where(x[..., :1] > 0, torch.add(x, x @ w, alpha=2), x),
+    "the base itself": lambda x, w: torch.where(x[..., :1] > 0, x + x, x),
+    "used otherwise, too": lambda x, w: torch.where(x > 0, (y := x + x @ w), x) * y,
+}
+
+
+@pytest.mark.parametrize("name", [*CHOSEN, *NOT_CHOSEN])
+def test_sums_that_are_chosen(name: str) -> None:
+    error, *_, gm = respelled({**CHOSEN, **NOT_CHOSEN}[name])
+    moved = any(n.target is aten.where.ScalarOther for n in gm.graph.nodes)
+    assert moved == (name in CHOSEN) and error < 1e-12
+
+
+NAMED: dict[str, Product] = {
+    "permuted by names": lambda x, w: torch.einsum("bti->bit", x @ w).mT,
+    "split into parts of two sizes": lambda x, w: _joined(*(x @ w).tensor_split(5, -1)[::-1]),
+    "split at places": lambda x, w: _joined(*(x @ w).tensor_split([3, 4], -1)[::-1]),
+    "spread": lambda x, w: (x @ w)[:, :, None].broadcast_to(*x.shape[:2], 2, WIDTH).sum(2),
+}
+OF_OTHER_MEANING: dict[str, Product] = {
+    "summed by names": lambda x, w: x @ w + torch.einsum("bti->bt", x)[..., None],
+    "the diagonal": lambda x, w: x @ w + torch.einsum("bii->bi", x[:, :1, :1])[..., None],
+    "split at places, some twice": lambda x, w: _joined(*(x @ w).tensor_split([8, 4, 8], -1))[
+        ..., :WIDTH
+    ],
+}
+_RESPELLED = {aten.einsum.default, aten.tensor_split.sections, aten.tensor_split.indices,
+              aten.broadcast_to.default}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*NAMED, *OF_OTHER_MEANING])
+def test_dimensions_by_name_and_parts(name: str) -> None:
+    error, *_, gm = respelled({**NAMED, **OF_OTHER_MEANING}[name])
+    left = any(n.target in _RESPELLED for n in gm.graph.nodes)
+    assert left == (name in OF_OTHER_MEANING) and error < 1e-12
+
+
 def _joined(*parts: Tensor) -> Tensor:
     return torch.cat(parts, -1)
 
