@@ -1,7 +1,7 @@
 """From a captured model to the graphs that vLLM runs: the serving passes in order.
 
-capture -> known values -> look-ups -> head -> sinks -> attention -> token locality (proof)
--> positions -> experts -> split
+capture -> known values -> look-ups -> head -> sinks -> attention -> fixed keys
+-> token locality (proof) -> positions -> experts -> split
 """
 
 from __future__ import annotations
