@@ -29,7 +29,7 @@ from fxport.errors import PortError, Reason, ReasonCode
 from fxport.passes.slice_writes import join_written_pieces
 from fxport.passes.view_writes import apart, drop_ways_back, parts_above, write_parts
 
-__all__ = ["drop_whole_slices", "functionalise", "replace_mutation"]
+__all__ = ["drop_whole_slices", "functionalise", "replace_mutation", "write_anew"]
 
 aten = torch.ops.aten
 
@@ -51,12 +51,11 @@ def functionalise(gm: fx.GraphModule) -> None:
     reasons: list[Reason] = []
     for node in list(gm.graph.nodes):
         if is_mutation(node):
-            reason = replace_mutation(gm, node)
-            if reason is not None and not _write_parts(gm, node):
-                reasons.append(reason)
+            reason = write_anew(gm, node)
+            reasons += [] if reason is None else [reason]
     if reasons:
         raise PortError(reasons)
-    drop_ways_back(gm)
+    drop_ways_back(gm.graph)
     gm.graph.eliminate_dead_code()
     gm.recompile()
 
@@ -81,6 +80,12 @@ def replace_mutation(gm: fx.GraphModule, node: fx.Node) -> Reason | None:
     return None
 
 
+def write_anew(gm: fx.GraphModule, node: fx.Node) -> Reason | None:
+    """Rewrites one in-place op, and the tensors that it writes a part of."""
+    reason = replace_mutation(gm, node)
+    return None if reason is None or _write_parts(gm, node) else reason
+
+
 def _write_parts(gm: fx.GraphModule, node: fx.Node) -> bool:
     """The same where what `changed` is a part of is read afterwards: it is made anew."""
     changed = arguments(node).get("self")
@@ -91,7 +96,7 @@ def _write_parts(gm: fx.GraphModule, node: fx.Node) -> bool:
     if parts is None or not isinstance(changed.meta["val"], FakeTensor):  # its pieces need shapes
         return False
     new = _new_value(gm, node, changed, functional)
-    write_parts(gm, new, parts, node)
+    write_parts(gm, changed, new, parts, node)
     _replace(gm, node, changed, new)
     return True
 

@@ -62,7 +62,8 @@ def _dense_biases(gm: fx.GraphModule) -> tuple[list[Reason], set[tuple[str, int]
             ReasonCode.MASK_DATA_DEPENDENT if varying is data else ReasonCode.UNSUPPORTED_FEATURE,
             f"the mask or bias of an attention {what}, which vLLM's attention cannot express",
             user_location(enters) or user_location(node),
-            "use a mask of positions alone: causal, a window, ALiBi",
+            "use a mask of positions alone: causal, a window, ALiBi (vLLM's sequences hold no "
+            "padding: forward may leave a mask of padding out)",
         )
         reasons.append(reason)
     return list(dict.fromkeys(reasons)), lines

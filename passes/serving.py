@@ -1,7 +1,7 @@
 """From a captured model to the graphs that vLLM runs: the serving passes in order.
 
-capture -> known values -> look-ups -> head -> sinks -> attention -> token locality (proof)
--> positions -> experts -> split
+capture -> known values -> look-ups -> head -> sinks -> attention -> fixed keys
+-> token locality (proof) -> positions -> experts -> split
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from fxport.passes.constants import depends_on
 from fxport.passes.decisions import sites_of
 from fxport.passes.experts.loops import run_chosen_experts
 from fxport.passes.experts.products import multiply_by_expert
+from fxport.passes.fixed_keys import attend_to_fixed_keys
 from fxport.passes.functional import functionalise
 from fxport.passes.head import Head, between, find_head, no_projection
 from fxport.passes.known_values import fold_known_values
@@ -100,7 +101,8 @@ def lower_for_serving(
         sinks_as_columns(gm)
     with recorder.stage("attention") as stage:
         attention = rewrite_attention(gm, assume_spread=True)
-        stage.note(attention.decisions)
+        fixed = attend_to_fixed_keys(gm, symbols)
+        stage.note((*attention.decisions, *fixed))
     _no_attention_in(head, gm)
     embedding = token_embedding(tokens)
     locality = analyse(gm, symbols, max_seq_len)
@@ -128,6 +130,7 @@ def lower_for_serving(
         *caches,
         *head.decisions,
         *map(_as_proven, attention.decisions),
+        *fixed,
         proven,
         *gathered,
         *experts,

@@ -12,7 +12,8 @@ Before                                      After
     g(x)                                        g(view(new, [B, T, C]))
 
 Sound only while nothing else that may show the part is read afterwards: every view on the way from
-the tensor to the part gets its new value, and other views made before may not be used again.
+the tensor to the part gets its new value, as does what shows all of one of them in another shape;
+other views made before may not be used again.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class PartOf:
 
 @dataclass(frozen=True)
 class Reshaped:
-    """A view that shows all of another tensor, in another shape."""
+    """A view and another tensor that show the same, in two shapes."""
 
     view: fx.Node
     whole: fx.Node
@@ -68,27 +69,39 @@ class Reshaped:
 def parts_above(view: fx.Node, mutation: fx.Node) -> list[PartOf | Reshaped] | None:
     """The parts that must be written anew with `view`; None where others may see the change.
 
-    Innermost first. Empty where nothing but `view` itself is read after `mutation`.
+    Innermost first, and what shows all of such a part in another shape. Empty where nothing but
+    `view` itself is read after `mutation`.
     """
     memory = Memory(mutation.graph)
     place = memory.shared(view)
     shared = [n for n in mutation.graph.nodes if memory.shared(n) is place and n is not view]
     if any(n.op != "call_function" for n in (view, *shared)):
         return None
-    read_later = {
+    read_later = [
         n
         for n in shared
         if n < mutation and any(mutation < u for u in n.users) and not apart(n, view)
-    }
+    ]
     found: list[PartOf | Reshaped] = []
+    above, shown = view, {view}
     while read_later:
-        part = _part(view)
+        beside = next((p for n in read_later if (p := _beside(n, shown)) is not None), None)
+        part = beside or _part(above)
         if part is None:
             return None
+        if beside is None:
+            above = part.whole
         found.append(part)
-        view = part.whole
-        read_later.discard(view)
+        shown.add(part.whole)
+        read_later = [n for n in read_later if n is not part.whole]
     return found
+
+
+def _beside(node: fx.Node, shown: set[fx.Node]) -> Reshaped | None:
+    """`node` as all of a tensor that is made anew, in another shape."""
+    if node.target is not aten.view.default or arguments(node)["self"] not in shown:
+        return None
+    return Reshaped(arguments(node)["self"], node)
 
 
 def _part(view: fx.Node) -> PartOf | Reshaped | None:
@@ -116,19 +129,30 @@ def _part(view: fx.Node) -> PartOf | Reshaped | None:
 
 
 def write_parts(
-    gm: fx.GraphModule, new: fx.Node, parts: list[PartOf | Reshaped], mutation: fx.Node
+    gm: fx.GraphModule,
+    view: fx.Node,
+    new: fx.Node,
+    parts: list[PartOf | Reshaped],
+    mutation: fx.Node,
 ) -> None:
     """Makes every tensor above a written view anew, for those who read it after `mutation`.
 
     Args:
-        new: what the innermost view holds now.
+        new: what `view` holds now.
     """
-    emitter = Emitter(gm, mutation, [new, *(part.whole for part in parts)])
+    # Sizes of inputs first: no size then keeps what was there before the write.
+    inputs = [n for n in gm.graph.find_nodes(op="placeholder") if _is_tensor(n)]
+    emitter = Emitter(gm, mutation, [*inputs, new, *(part.whole for part in parts)])
+    made = {view: new}
     for part in parts:
-        new = _around(emitter, part, new)
+        made[part.whole] = _around(emitter, part, made[part.view])
         for user in list(part.whole.users):
             if mutation < user:
-                user.replace_input_with(part.whole, new)
+                user.replace_input_with(part.whole, made[part.whole])
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def _around(emitter: Emitter, part: PartOf | Reshaped, new: fx.Node) -> fx.Node:
@@ -147,18 +171,15 @@ def _around(emitter: Emitter, part: PartOf | Reshaped, new: fx.Node) -> fx.Node:
     return pieces[0] if len(pieces) == 1 else emitter.call(aten.cat.default, pieces, dim)
 
 
-def drop_ways_back(gm: fx.GraphModule) -> None:
-    """A tensor that is viewed in another shape and back is the tensor itself.
-
-    Where nothing is written any more: the one would show what is written to the other.
-    """
-    for node in gm.graph.find_nodes(op="call_function", target=aten.view.default):
+def drop_ways_back(graph: fx.Graph) -> None:
+    """A tensor that is viewed in another shape and back is the tensor itself."""
+    for node in graph.find_nodes(op="call_function", target=aten.view.default):
         there = arguments(node)["self"]
         if there.target is aten.view.default:
             source = arguments(there)["self"]
             if shape_of(source) == shape_of(node):
                 node.replace_all_uses_with(source)
-                gm.graph.erase_node(node)
+                graph.erase_node(node)
 
 
 def apart(one: fx.Node, other: fx.Node) -> bool:

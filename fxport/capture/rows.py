@@ -122,16 +122,18 @@ def _record(count: int, module: str, line: Location | None) -> Decision:
 
 def _without_mutation(gm: fx.GraphModule) -> None:
     """In-place operations on selected rows, and in-place ways back, as out-of-place ones."""
-    from fxport.passes.functional import replace_mutation  # core loads no pass at import
+    from fxport.passes.functional import write_anew  # core loads no pass at import
+    from fxport.passes.view_writes import drop_ways_back
 
     reasons = []
     for node in list(gm.graph.nodes):
         if is_mutation(node):
             inputs = [node, *node.all_input_nodes]
-            reason = replace_mutation(gm, node) if any(map(_counts, inputs)) else None
+            reason = write_anew(gm, node) if any(map(_counts, inputs)) else None
             reasons += [] if reason is None else [reason]
     if reasons:
         raise PortError(reasons)
+    drop_ways_back(gm.graph)
 
 
 class _Rewriting:

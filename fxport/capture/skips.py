@@ -22,7 +22,7 @@ from fxport.capture.arguments import shape_of
 from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.location import user_location
 from fxport.capture.mask_facts import Emptiness, emptiness, question
-from fxport.capture.memory import Memory
+from fxport.capture.memory import Memory, is_mutation
 from fxport.capture.repeated import merge_repeated, selects_rows
 from fxport.capture.rows import ADDS, dense_rows, without_empty_rows
 from fxport.capture.selections import Empties, is_marker, marked
@@ -141,6 +141,8 @@ class _Program:
     """What a graph computes in the end, in order, with some selections taken to be empty."""
 
     def __init__(self, gm: fx.GraphModule, asked: list[Emptiness], empty: set[Emptiness]) -> None:
+        from fxport.passes.view_writes import drop_ways_back  # core loads no pass at import
+
         copied: dict[fx.Node, fx.Node] = {}
         graph = fx.Graph()
         result = graph.graph_copy(gm.graph, copied)
@@ -154,17 +156,40 @@ class _Program:
         for node in list(graph.nodes):
             if is_marker(node):
                 graph.erase_node(node)
+        drop_ways_back(graph)  # where nothing was put back in between
         needed = Memory(graph).needed(graph)
         self.graph = graph
-        self.nodes = [n for n in graph.nodes if n in needed and n.op not in _INPUTS]
+        nodes = [n for n in graph.nodes if n in needed]
+        if not any(map(is_mutation, nodes)):
+            nodes = _as_read(graph)
+        self.nodes = [n for n in nodes if n.op not in _INPUTS]
         self.asked = asked
 
 
 _INPUTS = ("placeholder", "get_attr")
 
 
+def _as_read(graph: fx.Graph) -> list[fx.Node]:
+    """What the output is made of, in the order in which that names it.
+
+    So that a view that is made sooner in one program, of the same values, makes no difference.
+    """
+    order: dict[fx.Node, None] = {}
+    waiting = [next(n for n in graph.nodes if n.op == "output")]
+    while waiting:
+        node = waiting[-1]
+        missing = [] if node in order else [n for n in node.all_input_nodes if n not in order]
+        waiting += reversed(missing)
+        if not missing:
+            order.setdefault(waiting.pop())
+    return list(order)
+
+
 class _Comparison:
-    """Two programs are equal when they make the same calls on the same values in one order."""
+    """Two programs are equal when they make the same calls on the same values in one order.
+
+    That of the graph where one writes; else that in which the output names them.
+    """
 
     def __init__(self, one: fx.GraphModule, two: fx.GraphModule) -> None:
         self.one, self.two = one, two

@@ -196,6 +196,33 @@ class FlatBoolean(Routed):
         return y
 
 
+class ViewedStyle(Routed):
+    """The output keeps its shape; rows are added through a view, made anew for each expert."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat, out = x.view(-1, WIDTH), torch.zeros_like(x)
+        weights, chosen = self.route(flat)
+        for i, expert in enumerate(self.experts):
+            hit = (chosen == i).any(-1)
+            if hit.any():
+                share = (weights * (chosen == i)).sum(-1)
+                out.view(-1, WIDTH)[hit] += expert(flat[hit]) * share[hit].unsqueeze(-1)
+        return out
+
+
+class KeptView(Routed):
+    """.. or through one view for all of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat, out = x.view(-1, WIDTH), torch.zeros_like(x)
+        weights, chosen = self.route(flat)
+        rows_out = out.view(-1, WIDTH)
+        for i, expert in enumerate(self.experts):
+            rows, slot = torch.where(chosen == i)
+            rows_out[rows] += expert(flat[rows]) * weights[rows, slot, None]
+        return out
+
+
 class SwitchStyle(Routed):
     """One expert per token, its result written rather than added."""
 
@@ -272,6 +299,8 @@ EXACT: dict[str, Callable[[], nn.Module]] = {
     "compared": ComparedStyle,
     "twice the same expert": TwoRouters,
     "twice, slots last": TwoRoutersBySlot,
+    "viewed": ViewedStyle,
+    "kept view": KeptView,
 }
 
 
@@ -421,6 +450,20 @@ class WritesTwice(Routed):
         return y
 
 
+class ViewShared(Routed):
+    """What an expert has put into the output so far is shared out among its tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat, out = x.view(-1, WIDTH), torch.zeros_like(x)
+        _, chosen = self.route(flat)
+        for i, expert in enumerate(self.experts):
+            hit = (chosen == i).any(-1)
+            out.view(-1, WIDTH)[hit] += expert(flat[hit])
+            seen = out.view(-1, WIDTH)[hit]
+            out.view(-1, WIDTH)[hit] += seen.mean(0)  # HERE
+        return out
+
+
 class OtherWhenEmpty(Routed):
     """An expert without tokens changes every token."""
 
@@ -529,6 +572,7 @@ MIXING: dict[str, Callable[[], nn.Module]] = {
     "another row": Neighbour,
     "written twice": WritesTwice,
     "last slot wins": LastSlotWins,
+    "shared through a view": ViewShared,
     "empty changes all": OtherWhenEmpty,
     "active experts": CountsActive,
     "one empty, one not": PairOfEmpty,
@@ -562,4 +606,5 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "indices": _mixed("indexed add", "one-hot", "hit experts", "stacked weights"),
     "masks": _mixed("boolean masks", "flat boolean", "one expert", "batch and token"),
     "counts": _mixed("bincount", "numel", "compared", "lists of rows"),
+    "views": _mixed("viewed", "kept view", "viewed", "kept view"),
 }
