@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
+from torch.utils._sympy.functions import CeilToInt, FloatTrueDiv, ToFloat
 
 __all__ = ["arguments", "shape_of", "shape_of_tensor"]
 
@@ -37,4 +39,11 @@ def shape_of_tensor(value: torch.Tensor) -> tuple[Any, ...]:
 
 def _expression(size: torch.SymInt) -> Any:
     expression = size.node.expr
+    if expression.has(ToFloat):
+        expression = expression.replace(_WHOLE, lambda counted: counted)
     return int(expression) if expression.is_Integer else expression
+
+
+# How torch writes the size of `arange(T + 0.0)` and `arange(0, T, step=1.0)`: T itself.
+_COUNTED = sympy.Wild("counted", properties=[lambda size: size.is_integer])
+_WHOLE = CeilToInt(FloatTrueDiv(ToFloat(_COUNTED), sympy.Float(1.0)))

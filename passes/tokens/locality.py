@@ -150,8 +150,9 @@ def _source(node: fx.Node, symbols: Symbols) -> Rows | None:
     if target in (aten.arange.default, aten.arange.start, aten.arange.start_step):
         bound = arguments(node)
         start, step = bound.get("start", 0), bound.get("step", 1)
-        if shape_of(node) == (symbols.length,) and isinstance(start, int) and step == 1:
-            return Rows(None, 0, start)
+        whole = isinstance(start, (int, float)) and float(start).is_integer()
+        if shape_of(node) == (symbols.length,) and whole and step == 1:
+            return Rows(None, 0, int(start))
         if all(isinstance(size, int) for size in shape_of(node)):
             return None
         if shape_of(node) == (symbols.batch,):

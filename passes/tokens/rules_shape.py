@@ -305,6 +305,8 @@ def _unbind(call: Call) -> tuple[Axes, ...]:
 @rule(aten.cat, aten.concat, aten.concatenate)
 def _cat(call: Call) -> Axes:
     operands = [call.axes[t] for t in call.arguments["tensors"]]
+    if len(operands) == 1:
+        return operands[0]
     index = call.dim("dim", len(operands[0]))
     for operand in operands:
         if has_axis(operand[index]):

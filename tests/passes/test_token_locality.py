@@ -106,6 +106,10 @@ def reversed_positions(self, x, idx):
     return x + self.wpe(torch.arange(T - 1, -1, -1))  # HERE
 
 
+def every_second_position(self, x, idx):
+    return x + torch.arange(0, 2.0 * idx.shape[1], step=2.0)[:, None]  # HERE
+
+
 def last_rows_of_a_table(self, x, idx):
     return x + self.pe[:, 64 - x.size(1) :]  # HERE
 
@@ -182,6 +186,7 @@ MIXING = [
     (length_as_a_number_of_a_tensor, ReasonCode.DEPENDS_ON_LENGTH),
     (scrambled, ReasonCode.MIXES_TOKENS),
     (reversed_positions, ReasonCode.POSITION_UNKNOWN),
+    (every_second_position, ReasonCode.POSITION_UNKNOWN),
     (last_rows_of_a_table, ReasonCode.DEPENDS_ON_LENGTH),
     (rows_that_start_at_the_length, ReasonCode.POSITION_UNKNOWN),
     (padded_on_the_left, ReasonCode.DEPENDS_ON_LENGTH),
@@ -216,6 +221,20 @@ def learned_offset(self, x, idx):
 
 def learned_rows(self, x, idx):
     return x + self.wpe.weight[: idx.shape[1]]
+
+
+def float_positions(self, x, idx):
+    cached = 0.0
+    angles = torch.outer(torch.arange(idx.shape[1] + cached), self.inv_freq)
+    return x * torch.cat((angles.cos(), angles.sin()), -1)
+
+
+def counted_by_a_float(self, x, idx):
+    return x + torch.arange(0.0, idx.shape[1], step=1.0)[:, None]
+
+
+def joined_alone(self, x, idx):
+    return torch.cat([self.mix(x)], dim=-2)
 
 
 def expanded(self, x, idx):
@@ -344,6 +363,7 @@ LOCAL = [
     (einsum_with_dots, 0), (vector_products, 0), (tensor_product, 0), (group_norm, 0),
     (similarity, 0), (slopes, 0),
     (statistics, 0),
+    (float_positions, 1), (counted_by_a_float, 1), (joined_alone, 0),
     (learned, 1), (learned_offset, 1), (learned_rows, 1), (expanded, 1), (counted, 1),
     (inv_freq_in_forward, 1), (unknown_op_on_constants, 0), (padded_features, 0),
     (buffer_rows, 1), (narrowed, 1), (on_the_fly, 1), (einsum_angles, 1), (like_zeros, 0),
@@ -366,6 +386,15 @@ def test_token_local_models_are_proven(between, rows):
 def test_offset_of_positions_is_kept():
     model = type("Model", (Base,), {"between": learned_offset})()
     assert [r.offset for r in run(model).rows.values()] == [2]
+
+
+def test_positions_that_start_at_a_fraction_are_no_whole_ones():
+    def between(self, x, idx):
+        return x + torch.arange(0.5, idx.shape[1] + 0.5)[:, None]
+
+    (rows,) = run(type("Model", (Base,), {"between": between})()).rows.values()
+    assert isinstance(rows.table, torch.Tensor)
+    assert rows.table[:3].tolist() == [0.5, 1.5, 2.5]
 
 
 def test_limit_of_a_learned_table_without_an_assertion():
