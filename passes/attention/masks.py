@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from fxport.capture.arguments import arguments
 from fxport.errors import ReasonCode
+from fxport.passes.attention.checks import check_filled
 from fxport.passes.attention.factors import is_finite
 from fxport.passes.attention.frame import Frame
 from fxport.passes.attention.made import filled_with
@@ -86,7 +87,9 @@ def plan_masks(
         if s in open_
     )
     anchored = match.sinks is not None
-    proof = prover.prove(fixed, frame, match.zero_rows or from_data, anchored)
+    check_filled(match, from_data)
+    zero_rows = from_data or (match.zero_rows and not match.infinite_rows)
+    proof = prover.prove(fixed, frame, zero_rows, anchored, match.infinite_rows)
     _check_again(prover, facts, match, frame, fixed, proof, from_data)
     dense = list(match.steps)
     band, slopes, unproven, spread = FULL, None, "", None
@@ -94,7 +97,7 @@ def plan_masks(
         band, dense, spread = proof.likely, [], proof.spread - _MARGIN
     elif proof.rest:
         unproven = proof.why
-    elif not (from_data and _matters(match) and _mixes_finite(proof, open_)):
+    elif not (from_data and _mixes_finite(proof, open_)):
         assert proof.band is not None
         band, slopes, dense = proof.band, proof.slopes, open_
     if not _expressible(band, match):
@@ -215,11 +218,6 @@ def _source(facts: GraphFacts, step: MaskStep) -> Source:
             "build the mask without in-place assignment (torch.where, tril, comparisons)",
         )
     return source
-
-
-def _matters(match: Match) -> bool:
-    """Whether more than a row's emptiness may depend on a finite number: sinks excuse no more."""
-    return not match.zero_rows or match.sinks is not None
 
 
 def _mixes_finite(proof: Proof, open_: list[MaskStep]) -> bool:

@@ -179,7 +179,7 @@ def _match_path(facts: GraphFacts, softmax: Softmax, path: list[fx.Node], look: 
         scores=tuple(d for d in _score_dims(walked) if resolve(d) != key),
         key=key,
         head=resolve_all(contraction.summed),
-        value=_value_dims(out, forward, v),
+        value=_value_dims(out, walked, v),
         out_dims=resolve_all(out.result),
         scale=scores.scale,
         softcap=scores.softcap,
@@ -193,6 +193,7 @@ def _match_path(facts: GraphFacts, softmax: Softmax, path: list[fx.Node], look: 
         zero_rows=softmax.zero_rows
         or zeroed
         or (scores.sinks is not None and softmax.sink is None),
+        infinite_rows=softmax.zero_rows and not zeroed and scores.sinks is None,
         again=again,
         without_nan=forward.without_nan,
         out_scales=forward.out_scales,
@@ -281,15 +282,18 @@ def _contract_values(facts: GraphFacts, forward: Forward, v: tuple[Step, ...]) -
     return out
 
 
-def _value_dims(out: Contraction, forward: Forward, v: tuple[Step, ...]) -> Dims:
-    """What one value vector is made of: the result's dimensions that come from V alone."""
-    of_weights = set(axes_of(forward.dims))
+def _value_dims(out: Contraction, walked: Walk, v: tuple[Step, ...]) -> Dims:
+    """What one value vector is made of: the result's axes that come from V alone.
+
+    Copies of the weights are no other weights: axes that V has where they were repeated are its.
+    """
+    of_scores = set(axes_of(_score_dims(walked)))
     of_v = set(axes_of(v[-1].dims))
-    return tuple(
-        d
+    own = (
+        tuple(f for f in d if f.axis in of_v and f.axis not in of_scores)
         for d in resolve_all(out.result)
-        if d and all(f.axis in of_v and f.axis not in of_weights for f in d)
     )
+    return tuple(d for d in own if d)
 
 
 # -- checks ----------------------------------------------------------------------------------------

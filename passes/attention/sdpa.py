@@ -18,6 +18,7 @@ from fxport.passes.attention.products import contract
 from fxport.passes.attention.site import Left, MaskKind, MaskStep, Match
 from fxport.passes.attention.trace import trace
 from fxport.passes.attention.views import number, overload_packet
+from fxport.passes.attention.weights import check_dropout
 from fxport.passes.graph_facts import GraphFacts
 
 __all__ = ["is_sdpa", "match_sdpa"]
@@ -53,6 +54,7 @@ def match_sdpa(facts: GraphFacts, node: fx.Node) -> Match:
             node,
             "negate q",
         )
+    check_dropout(float(given["dropout_p"]), node)
     k_dims, v_dims = k[-1].dims, v[-1].dims
     if given.get("enable_gqa"):
         k_dims, v_dims = (_grouped(q[-1].dims, dims, node) for dims in (k_dims, v_dims))
@@ -79,6 +81,7 @@ def match_sdpa(facts: GraphFacts, node: fx.Node) -> Match:
         steps=_masks(node, scored.result),
         dropout_p=float(given["dropout_p"]),
         zero_rows=True,
+        infinite_rows=True,
     )
 
 
