@@ -14,7 +14,7 @@ demo: env  ## train a plain GPT, port it, generate with vLLM; leaves pictures an
 	$(BIN)/python examples/train_then_serve.py --out out
 
 test: lint  ## everything; ARGS="-k attention" narrows it
-	$(BIN)/python -m pytest $(ARGS)
+	tools/run_tests.sh $(ARGS)
 
 lint: env
 	$(BIN)/ruff check .

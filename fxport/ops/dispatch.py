@@ -3,7 +3,7 @@
 All implementations mean the same by (out, lse), so forward and backward choose independently. A
 choice depends on the call's facts and on torch's settings, never on values, timings or earlier
 calls. On CUDA: cuDNN where it covers the call and was measured faster (`fxport.ops.cudnn`), else
-our Triton kernels; instead of either FlashAttention-3, then FlashAttention-4, where it is installed
+our Triton kernels; instead of either FlashAttention-3 or FlashAttention-4, where it is installed
 and was measured faster (`fxport.ops.flash3`, `fxport.ops.flash4`); else, with a warning, the
 blocked path.
 """
@@ -107,6 +107,10 @@ def _choose_cuda(facts: Facts) -> Implementation:
 
 
 def _or_flash(rival: Implementation, facts: Facts) -> Implementation:
-    if flash3.refuses(facts, rival.name) is None:
-        return _FLASH3
-    return rival if flash4.refuses(facts, rival.name) else _FLASH4
+    flashes = [(flash3.refuses, _FLASH3), (flash4.refuses, _FLASH4)]
+    if flash4.before_flash3(facts):
+        flashes.reverse()
+    for refuses, implementation in flashes:
+        if refuses(facts, rival.name) is None:
+            return implementation
+    return rival

@@ -45,12 +45,14 @@ _NO_CACHE = (None,) * 9  # page table to the scales of fp8, after the two longes
 class _Faster:
     """From which length on the forward kernel beats cuDNN's, and ours; None: never.
 
-    It gains where many query heads share a key head: `grouped` is its length against cuDNN from
-    `_MANY` heads a group on, where that was measured.
+    Packed sequences, which only ours compute beside it, have an entry of their own. It gains where
+    many query heads share a key head: `grouped` is its length against cuDNN from `_MANY` heads a
+    group on, where that was measured.
     """
 
     cudnn: int | None
     triton: int | None
+    packed: int | None
     grouped: int | None = None
 
 
@@ -59,9 +61,9 @@ _MANY = 8
 # figures (docs/performance.md). What is not here was not measured.
 _MEASURED: dict[tuple[int, int], dict[int, _Faster]] = {
     (9, 0): {
-        64: _Faster(8192, 512, grouped=4096),
-        128: _Faster(4096, 128),
-        256: _Faster(2048, 256),
+        64: _Faster(8192, 512, None, grouped=4096),
+        128: _Faster(4096, 128, 128),
+        256: _Faster(2048, 256, 256),
     },
 }
 
@@ -92,7 +94,7 @@ def _not_faster(facts: Facts, rival: str) -> str | None:
     entry = _MEASURED.get(facts.capability or (0, 0), {}).get(facts.q_shape[3])
     if entry is None:
         return "not measured on this GPU or at this head size"
-    least = entry.cudnn if rival == "cudnn" else entry.triton
+    least = entry.cudnn if rival == "cudnn" else entry.packed if facts.packed else entry.triton
     if rival == "cudnn" and entry.grouped and facts.q_shape[1] >= _MANY * facts.k_shape[1]:
         least = entry.grouped
     if least is None or min(facts.q_shape[2], facts.k_shape[2]) < least:

@@ -26,7 +26,7 @@ from fxport.ops.fused import flash_switched_off, not_for_flash, warn_left_out
 from fxport.ops.layout import addressable, in_heads_layout, in_row_major_layout
 from fxport.ops.params import AttentionParams
 
-__all__ = ["backward", "forward", "refuses"]
+__all__ = ["backward", "before_flash3", "forward", "refuses"]
 
 _CHECKED = frozenset({"4.0.0b8", "4.0.0b36"})
 
@@ -57,6 +57,7 @@ _FORWARD: dict[tuple[int, int], dict[int, _Faster]] = {
 _BACKWARD: dict[tuple[int, int], dict[int, _Faster]] = {
     (9, 0): {64: _Faster(128, 64, 128), 96: _Faster(512, 512, None), 128: _Faster(128, 64, 128)},
 }
+_PACKED_BEFORE_FLASH3 = frozenset({128})  # head sizes; at 256 it was not measured beside it
 
 
 class _Seen(TypedDict):
@@ -75,6 +76,11 @@ def refuses(facts: Facts, rival: str) -> str | None:
         rival: what runs otherwise, ``"cudnn"`` or ``"triton"``.
     """
     return _not_covered(facts) or _not_faster(facts, rival) or _not_installed()
+
+
+def before_flash3(facts: Facts) -> bool:
+    """Whether a call that both take was measured to be no slower here than in FlashAttention-3."""
+    return facts.packed and facts.q_shape[3] in _PACKED_BEFORE_FLASH3
 
 
 def _not_covered(facts: Facts) -> str | None:

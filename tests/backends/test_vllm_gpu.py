@@ -78,9 +78,13 @@ def test_greedy_tokens_with_chunked_prefill(
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("options", [EAGER, GRAPHS], ids=["eager", "graphs"])
 def test_two_gpus(
-    case: tuple[Path, list[list[int]], list[Generated]], options: dict[str, Any]
+    case: tuple[Path, list[list[int]], list[Generated]],
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The model divided over two GPUs: the tokens of the original, as closely as on one."""
+    # this process has used CUDA, which a forked worker cannot use again
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     directory, prompts, expected = case
     settings = {"attention_backend": "FLEX_ATTENTION", "gpu_memory_utilization": 0.2, **options}
     settings |= {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}

@@ -65,6 +65,8 @@ _BACKWARD = (True, True, True, False, False, False)
         (hopper_facts(**_sizes(4095, 64, 8)), "cudnn", "not faster than cudnn"),
         (hopper_facts(**_sizes(511, 64, 8)), "triton", "not faster than triton"),
         (hopper_facts(**_sizes(64, 128)), "triton", "not faster than triton"),
+        (hopper_facts(packed=True, **_sizes(512, 128)), "triton", None),
+        (hopper_facts(packed=True, **_sizes(8192, 64)), "triton", "not faster than triton"),
         (hopper_facts(**_sizes(8192, 96)), "triton", "head size"),
         (hopper_facts(_BACKWARD), "triton", "backward"),
         (hopper_facts(band=Band(-1023, 0)), "triton", "windows"),

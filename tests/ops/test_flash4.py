@@ -19,7 +19,7 @@ from attention_cases import (
     run,
 )
 
-from fxport.ops import dispatch, flash4
+from fxport.ops import dispatch, flash3, flash4
 from fxport.ops.band import Band, band_of
 from fxport.ops.facts import Facts
 from fxport.ops.params import AttentionParams
@@ -112,6 +112,25 @@ def test_refusals(
     assert (found is None) == (reason is None) and (reason or "") in (found or "")
 
 
+@pytest.mark.parametrize(
+    ("facts", "name"),
+    [
+        (hopper_facts(), "flash3"),
+        (hopper_facts(packed=True), "flash4"),
+        (hopper_facts(packed=True, **_sizes(8192, 256)), "flash3"),
+        (hopper_facts(packed=True, **_sizes(8192, 64)), "triton"),
+        (hopper_facts(band=Band(-1023, 0)), "flash4"),
+        (hopper_facts(_BACKWARD), "flash4"),
+    ],
+)
+def test_which_of_both_flashes(facts: Facts, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With both installed, instead of our own kernels."""
+    for flash in (flash3, flash4):
+        monkeypatch.setattr(flash, "_not_installed", lambda: None)
+    ours = dispatch.Implementation("triton", lambda _: None, reference_attention, lambda *_: ())
+    assert dispatch._or_flash(ours, facts).name == name
+
+
 def test_switched_off_or_not_installed() -> None:
     torch.backends.cuda.enable_flash_sdp(False)
     try:
@@ -136,6 +155,8 @@ def test_a_package_that_does_not_import(tmp_path: Path, monkeypatch: pytest.Monk
     """As with an nvidia-cutlass-dsl that does not fit."""
     package = tmp_path / "flash_attn" / "cute"
     package.mkdir(parents=True)
+    (package / "__init__.py").touch()  # else the real one, where it is installed, comes first
+    (package.parent / "__init__.py").touch()
     (package / "interface.py").write_text("import torch\ntorch.no_such_name\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(flash4, "version", lambda name: "4.0.0b36")
@@ -194,8 +215,9 @@ library = pytest.mark.skipif(not _usable(), reason="needs a Hopper GPU and flash
 
 @pytest.fixture
 def _always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the length: the sizes here are small."""
+    """Whatever the length, since the sizes here are small, and whatever else is installed."""
     monkeypatch.setattr(flash4, "_not_faster", lambda facts, rival: None)
+    monkeypatch.setattr(flash3, "_not_installed", lambda: "left out for this test")
 
 
 @pytest.mark.gpu
