@@ -13,7 +13,15 @@ from torch import fx
 
 from fxport.capture.arguments import arguments, shape_of
 from fxport.errors import ReasonCode
-from fxport.passes.attention.layout import Axis, Dims, Factor, LayoutError, axes_of, resolve_all
+from fxport.passes.attention.layout import (
+    Axis,
+    Dims,
+    Factor,
+    LayoutError,
+    axes_of,
+    own_dims,
+    resolve_all,
+)
 from fxport.passes.attention.products import contract
 from fxport.passes.attention.site import Left, MaskKind, MaskStep, Match
 from fxport.passes.attention.trace import trace
@@ -75,7 +83,7 @@ def match_sdpa(facts: GraphFacts, node: fx.Node) -> Match:
         scores=resolve_all(scored.result[:-1]),
         key=resolve_all(scored.result)[-1],
         head=resolve_all(scored.summed),
-        value=resolve_all(out.result[-1:]),
+        value=own_dims(out.result, v_dims, scored.result),
         out_dims=resolve_all(out.result),
         scale=float(scale),
         steps=_masks(node, scored.result),

@@ -43,6 +43,10 @@ def values_repeated_as_well(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return w @ v[:, :1].expand(-1, HEADS, -1, -1)
 
 
+def of_a_call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q[:1, :1], k[:1, :1], v, is_causal=True, scale=0.3)
+
+
 def operands() -> list[Tensor]:
     generator = torch.Generator().manual_seed(3)
     shapes = [(BATCH, HEADS, LENGTH, size) for size in (6, 6, 5)]
@@ -62,6 +66,7 @@ def rewritten(function: Callable[..., Tensor], data: list[Tensor] | None = None)
         for_the_whole_batch,
         of_one_head_for_everything,
         values_repeated_as_well,
+        of_a_call,
     ],
 )
 def test_copies_of_the_weights(function: Callable[..., Tensor]) -> None:
