@@ -13,7 +13,7 @@
                terms, join, factors    .. sums of products, several values, factors of single keys
     axes       views, layout           what every dimension is made of
                products, frame         .. and what it is: batch, head, query, key, size
-    masks      masks                   a flag, slopes or a bias (proofs: `fxport.passes.masks`)
+    masks      masks, learned          a flag, slopes or a bias (proofs: `fxport.passes.masks`)
     emit       checks, emit            may one call stand here; the call
                bias, sinks             .. and what no flag says
     say        site, records           what was found, for other passes and for the report

@@ -26,6 +26,7 @@ __all__ = [
     "divides",
     "fresh_dims",
     "is_one",
+    "own_dims",
     "product",
     "regroup",
     "resolve",
@@ -105,6 +106,13 @@ def resolve_all(dims: Dims) -> Dims:
 def axes_of(dims: Iterable[Dim], repeated: bool = True) -> list[Axis]:
     """All axes in order; without those that are only repeated along if `repeated` is False."""
     return [f.axis for dim in dims for f in resolve(dim) if repeated or not f.repeated]
+
+
+def own_dims(result: Dims, of: Dims, others: Dims) -> Dims:
+    """What a product's result has from one operand alone: axes of `of` that `others` lack."""
+    wanted = set(axes_of(of)) - set(axes_of(others))
+    own = (tuple(f for f in dim if f.axis in wanted) for dim in resolve_all(result))
+    return tuple(dim for dim in own if dim)
 
 
 def product(axes: Iterable[Axis]) -> Size:

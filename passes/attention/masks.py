@@ -8,24 +8,21 @@ learned, or from the data         bias
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
-from fxport.capture.arguments import arguments
 from fxport.errors import ReasonCode
+from fxport.passes.attention.checks import check_filled
 from fxport.passes.attention.factors import is_finite
 from fxport.passes.attention.frame import Frame
-from fxport.passes.attention.made import filled_with
-from fxport.passes.attention.products import as_product
+from fxport.passes.attention.learned import is_learned_product, lowest_of
 from fxport.passes.attention.site import Left, MaskKind, MaskStep, Match, Shift
-from fxport.passes.attention.terms import LARGEST_FACTOR
-from fxport.passes.attention.views import moved_input, number, overload_packet
 from fxport.passes.graph_facts import GraphFacts, Source
 from fxport.passes.masks.bands import FULL, Band
 from fxport.passes.masks.prover import Proof, Prover, hard_limit, is_forbidding
-from fxport.passes.masks.values import constant_value
 
 __all__ = ["MaskPlan", "plan_masks"]
 
@@ -81,12 +78,15 @@ def plan_masks(
     fixed = [s for s, f in zip(match.steps, sources, strict=True) if f in Source.BUFFER]
     open_ = [s for s, f in zip(match.steps, sources, strict=True) if f not in Source.BUFFER]
     from_data = any(
-        not (s.adds and _is_learned_product(facts, s.tensor)) if Source.DATA in f else not s.adds
-        for s, f in zip(match.steps, sources, strict=True)
-        if s in open_
+        _may_empty(facts, s, f) for s, f in zip(match.steps, sources, strict=True) if s in open_
+    )
+    low = any(
+        s in open_ and s.adds and _is_low(f, s) for s, f in zip(match.steps, sources, strict=True)
     )
     anchored = match.sinks is not None
-    proof = prover.prove(fixed, frame, match.zero_rows or from_data, anchored)
+    check_filled(match, from_data)
+    zero_rows = from_data or (match.zero_rows and not match.infinite_rows)
+    proof = prover.prove(fixed, frame, zero_rows, anchored, match.infinite_rows)
     _check_again(prover, facts, match, frame, fixed, proof, from_data)
     dense = list(match.steps)
     band, slopes, unproven, spread = FULL, None, "", None
@@ -94,7 +94,7 @@ def plan_masks(
         band, dense, spread = proof.likely, [], proof.spread - _MARGIN
     elif proof.rest:
         unproven = proof.why
-    elif not (from_data and _matters(match) and _mixes_finite(proof, open_)):
+    elif not ((from_data or low) and _mixes_finite(proof, open_)):
         assert proof.band is not None
         band, slopes, dense = proof.band, proof.slopes, open_
     if not _expressible(band, match):
@@ -131,9 +131,9 @@ def plan_masks(
     sure = [
         s
         for s, f in zip(match.steps, sources, strict=True)
-        if s.adds and (_never_low(f, lowering) or _is_learned_product(facts, s.tensor))
+        if s.adds and _never_low(facts, s, f, lowering)
     ]
-    if from_data and not match.zero_rows:
+    if (from_data or low) and not match.zero_rows:
         _check_emptied(dense, sure)
     if exact_rows:
         _check_shift(match, sure)
@@ -217,11 +217,6 @@ def _source(facts: GraphFacts, step: MaskStep) -> Source:
     return source
 
 
-def _matters(match: Match) -> bool:
-    """Whether more than a row's emptiness may depend on a finite number: sinks excuse no more."""
-    return not match.zero_rows or match.sinks is not None
-
-
 def _mixes_finite(proof: Proof, open_: list[MaskStep]) -> bool:
     """Rows that data may empty depend on every finite fill, constant ones included."""
     return proof.finite or any(s.kind is MaskKind.FILL and s.number != float("-inf") for s in open_)
@@ -302,60 +297,29 @@ def _check_keys(match: Match, dense: list[MaskStep]) -> None:
             )
 
 
-def _never_low(source: Source, lowering: bool) -> bool:
+def _may_empty(facts: GraphFacts, step: MaskStep, source: Source) -> bool:
+    """Whether a step that is not constant may leave rows without any key."""
+    if not step.adds or step.tensor is None:
+        return True
+    if Source.DATA in source:
+        return not is_learned_product(facts, step.tensor)
+    return lowest_of(step.tensor) == -math.inf
+
+
+def _never_low(facts: GraphFacts, step: MaskStep, source: Source, lowering: bool) -> bool:
     """Whether adding this value forbids no key: learned, or a constant that was looked at."""
-    return Source.DATA not in source and (Source.PARAMETER in source or not lowering)
+    if Source.DATA in source or step.tensor is None:
+        return is_learned_product(facts, step.tensor)
+    if Source.PARAMETER in source:
+        return not _is_low(source, step)
+    return not lowering
 
 
-_MOVES_VALUES = {
-    aten.gather, aten.slice, aten.select, aten.index, aten.index_select, aten.narrow, aten.neg,
-    aten.sum,
-}  # fmt: skip
-
-
-def _is_learned_product(facts: GraphFacts, node: fx.Node | None) -> bool:
-    """Whether a bias is made of products like q.k, of weights and data: relative positions.
-
-    Or of squares of what is: -|q - k|^2 as 2 q.k - |q|^2 - |k|^2.
-    """
-    if node is None:
+def _is_low(source: Source, step: MaskStep) -> bool:
+    """Whether a learned bias holds a mask as well."""
+    if Source.DATA in source or Source.PARAMETER not in source or step.tensor is None:
         return False
-    packet, inputs = overload_packet(node), node.args
-    if packet is aten.linear or as_product(node) is not None:
-        return Source.DATA | Source.PARAMETER in facts.source(node)
-    if packet is aten.cat:  # shifted by a column of zeros
-        parts = arguments(node)["tensors"]
-        return all(filled_with(n) == 0 or _is_learned_product(facts, n) for n in parts)
-    if packet in (aten.add, aten.sub) and not node.kwargs:
-        return all(
-            _is_learned_product(facts, n) if isinstance(n, fx.Node) else number(n) == 0
-            for n in inputs[:2]
-        )
-    if packet is aten.mul and inputs[0] is inputs[1]:
-        moved: object = inputs[0]
-    elif packet in (aten.mul, aten.div):
-        factor = _fixed_number(facts, inputs[1])
-        size = None if not factor else abs(factor if packet is aten.mul else 1 / factor)
-        moved = None if size is None or size > LARGEST_FACTOR else inputs[0]
-    elif packet is aten.pow:
-        moved = inputs[0] if number(inputs[1]) == 2 else None
-    else:
-        moved = inputs[0] if packet in _MOVES_VALUES else moved_input(node)
-    return isinstance(moved, fx.Node) and _is_learned_product(facts, moved)
-
-
-def _fixed_number(facts: GraphFacts, value: object) -> float | None:
-    if not isinstance(value, fx.Node):
-        return number(value)
-    found = value.meta.get("val")
-    if not isinstance(found, Tensor) or found.dim() or not facts.only_lifted(value):
-        return None
-    if facts.source(value) & ~Source.BUFFER:
-        return None
-    try:
-        return float(constant_value(value, {}))
-    except ValueError:  # a size enters it
-        return None
+    return is_forbidding(min(lowest_of(step.tensor), -abs(step.number)))
 
 
 def _check_emptied(dense: list[MaskStep], sure: list[MaskStep]) -> None:

@@ -20,7 +20,15 @@ from fxport.errors import ReasonCode
 from fxport.passes.attention.checks import check_closed, check_grad_mode, check_rounding
 from fxport.passes.attention.factors import is_gate, is_truth, with_value_scales
 from fxport.passes.attention.frame import frame_of, query_axes
-from fxport.passes.attention.layout import Axis, Dims, LayoutError, axes_of, resolve, resolve_all
+from fxport.passes.attention.layout import (
+    Axis,
+    Dims,
+    LayoutError,
+    axes_of,
+    own_dims,
+    resolve,
+    resolve_all,
+)
 from fxport.passes.attention.paths import Walk, obstacles, paths, product_behind, walk
 from fxport.passes.attention.products import Contraction, as_product, contract, sums_products
 from fxport.passes.attention.scores import Scores
@@ -179,7 +187,8 @@ def _match_path(facts: GraphFacts, softmax: Softmax, path: list[fx.Node], look: 
         scores=tuple(d for d in _score_dims(walked) if resolve(d) != key),
         key=key,
         head=resolve_all(contraction.summed),
-        value=_value_dims(out, forward, v),
+        # Copies of the weights are no other weights: where they were repeated, values differ.
+        value=own_dims(out.result, v[-1].dims, _score_dims(walked)),
         out_dims=resolve_all(out.result),
         scale=scores.scale,
         softcap=scores.softcap,
@@ -193,6 +202,7 @@ def _match_path(facts: GraphFacts, softmax: Softmax, path: list[fx.Node], look: 
         zero_rows=softmax.zero_rows
         or zeroed
         or (scores.sinks is not None and softmax.sink is None),
+        infinite_rows=softmax.zero_rows and not zeroed and scores.sinks is None,
         again=again,
         without_nan=forward.without_nan,
         out_scales=forward.out_scales,
@@ -279,17 +289,6 @@ def _contract_values(facts: GraphFacts, forward: Forward, v: tuple[Step, ...]) -
             "softmax over the keys: the axis that is contracted with v",
         )
     return out
-
-
-def _value_dims(out: Contraction, forward: Forward, v: tuple[Step, ...]) -> Dims:
-    """What one value vector is made of: the result's dimensions that come from V alone."""
-    of_weights = set(axes_of(forward.dims))
-    of_v = set(axes_of(v[-1].dims))
-    return tuple(
-        d
-        for d in resolve_all(out.result)
-        if d and all(f.axis in of_v and f.axis not in of_weights for f in d)
-    )
 
 
 # -- checks ----------------------------------------------------------------------------------------

@@ -13,11 +13,20 @@ from torch import fx
 
 from fxport.capture.arguments import arguments, shape_of
 from fxport.errors import ReasonCode
-from fxport.passes.attention.layout import Axis, Dims, Factor, LayoutError, axes_of, resolve_all
+from fxport.passes.attention.layout import (
+    Axis,
+    Dims,
+    Factor,
+    LayoutError,
+    axes_of,
+    own_dims,
+    resolve_all,
+)
 from fxport.passes.attention.products import contract
 from fxport.passes.attention.site import Left, MaskKind, MaskStep, Match
 from fxport.passes.attention.trace import trace
 from fxport.passes.attention.views import number, overload_packet
+from fxport.passes.attention.weights import check_dropout
 from fxport.passes.graph_facts import GraphFacts
 
 __all__ = ["is_sdpa", "match_sdpa"]
@@ -53,6 +62,7 @@ def match_sdpa(facts: GraphFacts, node: fx.Node) -> Match:
             node,
             "negate q",
         )
+    check_dropout(float(given["dropout_p"]), node)
     k_dims, v_dims = k[-1].dims, v[-1].dims
     if given.get("enable_gqa"):
         k_dims, v_dims = (_grouped(q[-1].dims, dims, node) for dims in (k_dims, v_dims))
@@ -73,12 +83,13 @@ def match_sdpa(facts: GraphFacts, node: fx.Node) -> Match:
         scores=resolve_all(scored.result[:-1]),
         key=resolve_all(scored.result)[-1],
         head=resolve_all(scored.summed),
-        value=resolve_all(out.result[-1:]),
+        value=own_dims(out.result, v_dims, scored.result),
         out_dims=resolve_all(out.result),
         scale=float(scale),
         steps=_masks(node, scored.result),
         dropout_p=float(given["dropout_p"]),
         zero_rows=True,
+        infinite_rows=True,
     )
 
 

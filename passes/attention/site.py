@@ -126,6 +126,7 @@ class Match:
         steps: masks and biases, in the order in which they apply.
         sinks: tensor whose only axis is (part of) the heads, with its dimensions; or a number.
         zero_rows: a row without an allowed key gives zeros in the original already.
+        infinite_rows: but only one of -inf: one of finite numbers is a softmax like any other.
         again: a mask on the weights after the softmax, which must change nothing any more.
         without_nan: weights that are NaN are replaced by 0.
         out_scales: factors that go onto the output.
@@ -156,6 +157,7 @@ class Match:
     sinks: tuple[fx.Node, Dims] | float | None = None
     dropout_p: float = 0.0
     zero_rows: bool = False
+    infinite_rows: bool = False
     again: MaskStep | None = None
     without_nan: bool = False
     out_scales: tuple[RowScale, ...] = ()

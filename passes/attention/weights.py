@@ -17,7 +17,7 @@ from torch._ops import OpOverload
 
 from fxport.capture.arguments import arguments, shape_of
 from fxport.errors import ReasonCode
-from fxport.passes.attention.layout import Axis, Dims, LayoutError, is_one, resolve
+from fxport.passes.attention.layout import Axis, Dims, LayoutError, axes_of, is_one, resolve
 from fxport.passes.attention.paths import Walk
 from fxport.passes.attention.products import Product, as_product, factors_of
 from fxport.passes.attention.quotient import kept_by
@@ -26,7 +26,7 @@ from fxport.passes.attention.softmax import Softmax
 from fxport.passes.attention.views import moved_input, number, overload_packet, view_dims
 from fxport.passes.graph_facts import lends_shape_only, only_checks
 
-__all__ = ["Forward", "to_values"]
+__all__ = ["Forward", "check_dropout", "to_values"]
 
 aten = torch.ops.aten
 
@@ -118,7 +118,7 @@ class _Follower:
     def _step(self, node: fx.Node, current: fx.Node, tests: list[fx.Node]) -> None:
         packet = overload_packet(node)
         if packet is aten.dropout:
-            self.dropout_p = _dropout(node, self.dropout_p)
+            self._drop(node)
         elif packet is aten.slice and self.has_sink:
             self.dims = _drop_sink(node, self.walked, self.dims, self.softmax)
             self.key_dim, self.has_sink = self.walked.key_without_sink, False
@@ -133,6 +133,22 @@ class _Follower:
             self._mask(node, current)
         else:
             self.dims = _moved(node, current, self.dims)
+
+    def _drop(self, node: fx.Node) -> None:
+        given = arguments(node)
+        p = float(given["p"]) if given["train"] else 0.0
+        if p and self.dropout_p:
+            raise Left(ReasonCode.UNSUPPORTED_FEATURE, "dropout twice on the weights", node)
+        check_dropout(p, node)
+        own = axes_of([*self.walked.dims[-1], self.walked.key_without_sink])
+        if p and set(axes_of(self.dims)) - set(own):
+            raise Left(
+                ReasonCode.UNSUPPORTED_FEATURE,
+                "dropout comes after the weights are repeated: each copy drops others",
+                node,
+                "repeat q or the scores instead, or drop first",
+            )
+        self.dropout_p = p or self.dropout_p
 
     def _needs_whole_weights(self, node: fx.Node) -> None:
         softmax = self.softmax
@@ -225,14 +241,14 @@ def _is_pointwise(node: fx.Node) -> bool:
     return pointwise or overload_packet(node) is aten.dropout
 
 
-def _dropout(node: fx.Node, before: float) -> float:
-    given = arguments(node)
-    p = float(given["p"]) if given["train"] else 0.0
-    if p and before:
-        raise Left(ReasonCode.UNSUPPORTED_FEATURE, "dropout twice on the weights", node)
+def check_dropout(p: float, node: fx.Node) -> None:
+    """Whether the op drops with this probability.
+
+    Raises:
+        Left: nothing would be kept.
+    """
     if p >= 1:
         raise Left(ReasonCode.UNSUPPORTED_FEATURE, "dropout of everything", node)
-    return p or before
 
 
 def _drop_sink(node: fx.Node, walked: Walk, dims: Dims, softmax: Softmax) -> Dims:

@@ -93,11 +93,18 @@ class Prover:
         self._proofs: dict[Any, Proof | Left] = {}
 
     def prove(
-        self, steps: Sequence[MaskStep], frame: Frame, zero_rows: bool, anchored: bool = False
+        self,
+        steps: Sequence[MaskStep],
+        frame: Frame,
+        zero_rows: bool,
+        anchored: bool = False,
+        infinite_rows: bool = False,
     ) -> Proof:
         """The joint effect of constant steps.
 
         Args:
+            zero_rows: rows without a key may be.
+            infinite_rows: they may be where all of their scores are -inf.
             anchored: scores are also compared with something else than those of their row (a
                 sink, or a number that is filled in), so that a number added to a whole row matters.
 
@@ -117,10 +124,13 @@ class Prover:
             lengths,
             zero_rows,
             anchored,
+            infinite_rows,
         )
         if key not in self._proofs:
             try:
-                self._proofs[key] = _prove(steps, recipes, lengths, zero_rows, anchored)
+                self._proofs[key] = _prove(
+                    steps, recipes, lengths, zero_rows, anchored, infinite_rows
+                )
             except Left as left:
                 self._proofs[key] = left
         found = self._proofs[key]
@@ -144,6 +154,7 @@ def _prove(
     lengths: Lengths,
     zero_rows: bool,
     anchored: bool,
+    infinite_rows: bool,
 ) -> Proof:
     tensors = [s.tensor for s in steps if s.tensor is not None]
     added = [s.tensor for s in steps if s.kind is MaskKind.ADD and s.tensor is not None]
@@ -167,10 +178,11 @@ def _prove(
         if effect is None:
             why = "masks are combined in a way that is not understood"
             return Proof(None, rest=True, why=why, known=False)
-        if (
-            not zero_rows
-            and not effect.allowed.expand(*effect.allowed.shape[:-1], columns).any(-1).all()
-        ):
+        excused = zero_rows or (infinite_rows and not effect.finite)
+        if not excused and effect.empties_rows(columns):
+            if infinite_rows and all(s.kind is MaskKind.ADD for s in steps):
+                why = "a finite number forbids all keys of a row, which come out with weights"
+                return Proof(None, rest=True, why=why, finite=True, lowered=True)
             raise Left(
                 ReasonCode.EMPTY_ROW,
                 "the mask leaves some query without any key",
@@ -269,6 +281,11 @@ class Effect:
     rounding: float
     eps: float
     anchored: bool
+
+    def empties_rows(self, columns: int) -> bool:
+        """Whether some row has no allowed key."""
+        rows = self.allowed.expand(*self.allowed.shape[:-1], columns).any(-1)
+        return not bool(rows.all())
 
     def proof(self) -> Proof:
         found = Proof(None, None, False, "", True, self.finite, self.lowered, self.ceiling)
