@@ -114,6 +114,44 @@ def test_a_wrong_attention_call_is_caught(monkeypatch, name, changes):
     assert caught.value.reasons[0].code is ReasonCode.SELF_CHECK
 
 
+@pytest.mark.parametrize("changes", [{"scale": lambda s: 1.0}, {"window_left": lambda w: 9}])
+def test_a_wrong_attention_call_is_caught_in_half_precision(monkeypatch, changes):
+    _mutate(monkeypatch, **changes)
+    with pytest.raises(PortError, match="differs from the model") as caught:
+        fxport.port(GPT(block_size=40).half())
+    assert caught.value.reasons[0].code is ReasonCode.SELF_CHECK
+
+
+class Recurrent(nn.Module):
+    """Few blocks, large weights, many rounds: what rounding does to one grows in the next."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gpt = GPT(block_size=40)
+        with torch.no_grad():
+            for block in self.gpt.transformer.h:
+                block.mlp.c_fc.weight.mul_(12)
+                block.attn.c_attn.weight.mul_(12)
+
+    def forward(self, ids):
+        parts = self.gpt.transformer
+        x = parts.wte(ids) + parts.wpe(torch.arange(ids.shape[1]))
+        for _ in range(3):
+            for block in parts.h:
+                x = block(x)
+        return self.gpt.lm_head(parts.ln_f(x))
+
+
+def test_rounding_that_a_model_multiplies_is_no_difference(monkeypatch):
+    """More than the usual bound, and less than a wrong call makes."""
+    (check,) = [d for d in fxport.port(Recurrent()).report.decisions if d.pass_name == "self-check"]
+    assert 2000 * torch.finfo(torch.float32).eps < float(check.detail.split()[-1]) < 1e-2
+    _mutate(monkeypatch, scale=lambda s: s * 1.05)
+    with pytest.raises(PortError, match=r"rounding would be below 1.0e-02"):
+        fxport.port(Recurrent())
+
+
 def test_a_window_off_by_one_is_caught(monkeypatch):
     _mutate(monkeypatch, window_left=lambda w: w + 1 if w >= 0 else w)
     with pytest.raises(PortError, match="differs from the model"):
