@@ -1,6 +1,7 @@
 """A symbolic graph at plain sizes: what tracing at these sizes would give, without another trace.
 
     sym_size(ids, 1)   view(x, [B, T, 64])      After, B = 2, T = 37:   view(x, [2, 37, 64])
+    x[:, [-1]]:   index(slice(x), ...)                                  index(x, ...)
 
 Only for sizes that the symbolic graph holds for.
 """
@@ -21,6 +22,8 @@ from fxport.capture.traced import Traced
 from fxport.errors import PortError
 
 __all__ = ["at_sizes"]
+
+_SLICE = torch.ops.aten.slice.Tensor
 
 
 def at_sizes(traced: Traced, batch: int, length: int) -> Sample:
@@ -53,6 +56,9 @@ def _graph(symbolic: fx.Graph, batch: int, length: int) -> fx.Graph:
             value = node.target(*values[0], **values[1])
         if isinstance(value, int | float):
             plain[node] = value
+            continue
+        if node.target is _SLICE and value.shape == values[0][0].shape:
+            plain[node] = args[0]  # indexing leaves out what takes all, where sizes are numbers
             continue
         plain[node] = graph.call_function(node.target, args, kwargs)
         plain[node].meta = {**node.meta, "val": value}
