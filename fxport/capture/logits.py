@@ -12,6 +12,7 @@ from torch import fx
 
 from fxport.capture.arguments import arguments
 from fxport.capture.inputs import InputKind, graph_input
+from fxport.capture.location import user_location
 from fxport.capture.unread import refuse_read
 from fxport.errors import PortError, Reason, ReasonCode
 
@@ -72,9 +73,12 @@ def _over_the_vocabulary(
         wider = [candidate for width, candidate in fixed if width > max(rows)]
         fitting = [c for c in wider if others <= _made_of(c[1])]
     if len(fitting) != 1:
+        sizes = " and ".join(f"[.., {width}]" for width, _ in widths)
+        below = f", for ids below {max(rows)}" if rows else ""
         reason = Reason(
             ReasonCode.NO_LOGITS,
-            f"forward returns {len(found)} tensors that could be the logits",
+            f"forward returns {len(found)} tensors that could be the logits: {sizes}{below}",
+            user_location((fitting or found)[-1][1]),
             hint="return the logits of the next token alone: generation uses no other head",
         )
         raise PortError([reason])

@@ -12,7 +12,7 @@ from fxport.backends.torch import PackedModel
 from fxport.capture.export import capture
 from fxport.errors import PortError, ReasonCode
 from tests.zoo import caches, older
-from tests.zoo.awkward import VOCAB
+from tests.zoo.awkward import VOCAB, WIDTH
 from tests.zoo.calls import EXACT, IMAGE, REFUSED
 from tests.zoo.gpt import GPT
 
@@ -83,7 +83,11 @@ CODES = {
 def test_other_calls_are_refused(name: str) -> None:
     with pytest.raises(PortError) as caught:
         fxport.port({**REFUSED, **REALLY_KEPT}[name]().double().eval())
-    assert caught.value.reasons[0].code is CODES[name]
+    reason = caught.value.reasons[0]
+    assert reason.code is CODES[name]
+    if reason.code is ReasonCode.NO_LOGITS:
+        assert reason.location is not None and "tests/zoo" in reason.location.file
+        assert f"] and [.., {WIDTH if 'short' in name else VOCAB}], for ids below" in reason.message
 
 
 class CompilesItself(nn.Module):
