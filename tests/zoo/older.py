@@ -219,12 +219,12 @@ class OtherNames(Regions):
 
 
 class _OwnWeight(nn.Module):
-    """A weight of its own beside a child, which is called first."""
+    """A weight of its own beside a child, which is called first; wide enough to be divided."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(3 * WIDTH, WIDTH) / math.sqrt(WIDTH))
-        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.weight = nn.Parameter(torch.randn(3 * WIDTH, 2 * WIDTH) / math.sqrt(2 * WIDTH))
+        self.linear = nn.Linear(WIDTH, 2 * WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(self.linear(x), self.weight)
