@@ -70,6 +70,20 @@ def hopper_facts(needs: tuple[bool, ...] | None = None, **changes: Any) -> Facts
     return replace(facts, **{"device": "cuda", "capability": (9, 0), **changes})
 
 
+# What no FlashAttention takes, whatever else would run, and a word of the reason.
+NOT_FOR_FLASH: tuple[tuple[Facts, str], ...] = (
+    (hopper_facts(dtype=torch.float32), "float32"),
+    (hopper_facts(sinks=True), "sinks"),
+    (hopper_facts(alibi_slopes=True), "ALiBi"),
+    (hopper_facts(bias_dtype=torch.bool, bias_shape=(512,)), "bias"),
+    (hopper_facts(params=AttentionParams(0.1, softcap=2.0)), "tanh"),
+    (hopper_facts(params=AttentionParams(0.1, dropout_p=0.1)), "dropout"),
+    (hopper_facts(params=AttentionParams(-0.1, causal=True)), "scale"),
+    (hopper_facts(v_shape=torch.Size((2, 6, 8192, 64))), "head size"),
+    (hopper_facts(q_shape=torch.Size((2, 6, 0, 128))), "empty"),
+)
+
+
 def make(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0) -> Arguments:
     """Normal q, k, v and bias; sinks around 0; slopes in [0, 0.5)."""
     generator = torch.Generator().manual_seed(seed)

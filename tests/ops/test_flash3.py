@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 import torch
 from attention_cases import (
+    NOT_FOR_FLASH,
     Case,
     assert_layouts_and_bits,
     assert_same,
@@ -72,16 +73,8 @@ _BACKWARD = (True, True, True, False, False, False)
         (hopper_facts(band=Band(-1023, 0)), "triton", "windows"),
         (hopper_facts(band=Band(None, 5)), "triton", "windows"),
         (hopper_facts(band=Band(None, -1)), "triton", "windows"),
-        (hopper_facts(dtype=torch.float32), "triton", "float32"),
-        (hopper_facts(sinks=True), "triton", "sinks"),
-        (hopper_facts(alibi_slopes=True), "triton", "ALiBi"),
-        (hopper_facts(bias_dtype=torch.bool, bias_shape=(512,)), "triton", "bias"),
-        (hopper_facts(params=P(0.1, softcap=2.0)), "triton", "tanh"),
-        (hopper_facts(params=P(0.1, dropout_p=0.1)), "triton", "dropout"),
-        (hopper_facts(params=P(-0.1, causal=True)), "triton", "scale"),
-        (hopper_facts(v_shape=torch.Size((2, 6, 8192, 64))), "triton", "head size"),
         (hopper_facts(capability=(8, 0)), "triton", "not measured"),
-        (hopper_facts(q_shape=torch.Size((2, 6, 0, 128))), "triton", "empty"),
+        *((facts, "triton", reason) for facts, reason in NOT_FOR_FLASH),
     ],
 )
 def test_refusals(
