@@ -20,7 +20,6 @@ from fxport.passes.attention.site import Left, MaskKind, MaskStep, RowScale
 from fxport.passes.attention.softmax import subtracted_maximum
 from fxport.passes.attention.trace import trace
 from fxport.passes.attention.views import number, overload_packet
-from fxport.passes.constants import is_symbolic
 from fxport.passes.graph_facts import GraphFacts, Source
 from fxport.passes.masks.prover import hard_limit, is_forbidding
 from fxport.passes.masks.values import constant_value
@@ -116,10 +115,14 @@ class Scores:
             allowed = Source.BUFFER
             if not isinstance(tensor, torch.Tensor) or not _is_single(tensor):
                 return None
-            if self._facts.source(value) & ~allowed or _has_symbols(value):
+            if self._facts.source(value) & ~allowed:
+                return None
+            try:
+                found = float(constant_value(value, {}))
+            except ValueError:  # a size enters it
                 return None
             self.read.append(value)
-            return float(constant_value(value, {}))
+            return found
         return number(value)
 
     def _is_fixed(self, factor: object) -> bool:
@@ -369,10 +372,6 @@ def _as_stored(value: float | None, node: fx.Node) -> float | None:
 
 def _is_single(tensor: torch.Tensor) -> bool:
     return all(is_one(s) for s in tensor.shape)
-
-
-def _has_symbols(node: fx.Node) -> bool:
-    return any(is_symbolic(n) for n in node.all_input_nodes)
 
 
 def _scaled(step: MaskStep, factor: float) -> MaskStep:

@@ -298,3 +298,11 @@ def squared_distances_under_a_finite_fill(qkv: Tensor, w: Tensor) -> Tensor:
     q, k = (torch.nn.functional.linear(x, w) for x in (q, k))
     s = -((q**2).sum(-1)[..., None] - 2 * q @ k.mT + (k * k).sum(-1)[:, :, None])
     return finish(s.masked_fill(~causal_bool(q.size(2)), -1e30).softmax(-1), v)
+
+
+@legal(among=DIRECT)
+def scaled_by_a_tensor_that_a_length_is_put_into(qkv: Tensor) -> Tensor:
+    """Was an error: its root has no size for an argument, only the tensor that it is taken of."""
+    q, k, v = heads_first(qkv)
+    s = q @ k.transpose(-1, -2) / torch.full((), q.size(2), dtype=q.dtype).sqrt()
+    return finish(s.masked_fill(~causal_bool(q.size(2)), INF).softmax(-1), v)
