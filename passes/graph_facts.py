@@ -201,8 +201,8 @@ def _written_arguments(node: fx.Node) -> list[fx.Node]:
     for index, argument in enumerate(target._schema.arguments):
         given = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
         written = argument.alias_info is not None and argument.alias_info.is_write
-        if written and isinstance(given, fx.Node):
-            found.append(given)
+        if written:
+            fx.node.map_arg(given, found.append)  # there may be a list of them
     return found
 
 

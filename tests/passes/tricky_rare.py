@@ -225,3 +225,12 @@ def scores_rectified_and_squared(qkv: Tensor) -> Tensor:
     """Two unknown operations in a row."""
     q, k, v = heads_first(qkv)
     return finish((torch.relu(q @ k.mT) ** 2).softmax(-1), v)
+
+
+@tricky("changed-in-place", among=DIRECT)
+def mask_changed_among_several(qkv: Tensor) -> Tensor:
+    """What writes is given a list; nothing is masked."""
+    q, k, v = heads_first(qkv)
+    mask = torch.full((q.size(2), q.size(2)), -1e9, dtype=q.dtype).triu(1)
+    torch._foreach_mul_([mask], 0.0)
+    return finish((q @ k.mT + mask).softmax(-1), v)
