@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import HigherOrderOperator, OpOverload
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from fxport.capture.inputs import InputKind, graph_input
@@ -33,6 +33,11 @@ aten = torch.ops.aten
 # In place by name, but the values stay.
 _HARMLESS = {aten.detach_, aten.requires_grad_}
 _SWITCHES = {torch._C._set_grad_enabled}
+# Methods that end like those that write.
+_OPERATORS = {
+    "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__and__", "__or__", "__xor__",
+    "__invert__",
+}  # fmt: skip
 
 
 class Source(enum.Flag):
@@ -187,23 +192,40 @@ def _written_arguments(node: fx.Node) -> list[fx.Node]:
     """Values that a call writes into. A call nobody has rules for may write into all it gets."""
     target: Any = node.target
     if node.op == "call_method":
-        return node.all_input_nodes if str(target).endswith("_") else []
+        writes = str(target).endswith("_") and target not in _OPERATORS
+        return node.all_input_nodes if writes else []
     if node.op == "call_module":
         return node.all_input_nodes
     if node.op != "call_function" or isinstance(target, HigherOrderOperator):
         return []
-    if not isinstance(target, OpOverload):
+    if not isinstance(target, OpOverload | OpOverloadPacket):
         known = getattr(target, "__module__", "") in ("_operator", "math", "builtins")
         return [] if known and target is not operator.setitem else node.all_input_nodes
-    if not target._schema.is_mutable or target.overloadpacket in _HARMLESS:
+    if _packet(target) in _HARMLESS:
         return []
     found: list[fx.Node] = []
-    for index, argument in enumerate(target._schema.arguments):
-        given = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
-        written = argument.alias_info is not None and argument.alias_info.is_write
-        if written:
-            fx.node.map_arg(given, found.append)  # there may be a list of them
+    for schema in _schemas(node):
+        for index, argument in enumerate(schema.arguments):
+            given = node.kwargs.get(argument.name)
+            if index < len(node.args) and not argument.kwarg_only:
+                given = node.args[index]
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written:
+                fx.node.map_arg(given, found.append)  # there may be a list of them
     return found
+
+
+def _packet(target: OpOverload | OpOverloadPacket) -> OpOverloadPacket:
+    return target.overloadpacket if isinstance(target, OpOverload) else target
+
+
+def _schemas(node: fx.Node) -> list[torch.FunctionSchema]:
+    """Of its operation, or of all that it may turn out to be: inside torch.vmap that stays open."""
+    target: Any = node.target
+    if isinstance(target, OpOverload):
+        return [target._schema]
+    schemas = [getattr(target, name)._schema for name in target.overloads()]
+    return [s for s in schemas if all(a.name in node.kwargs for a in s.arguments if a.is_out)]
 
 
 def computes(node: fx.Node) -> bool:
@@ -267,11 +289,12 @@ _MAYBE_VIEWS = {
 def _may_alias_input(node: fx.Node) -> bool:
     if node.target is operator.getitem:
         return True
-    if not isinstance(node.target, OpOverload) or is_symbolic(node):
+    target = node.target
+    if not isinstance(target, OpOverload | OpOverloadPacket) or is_symbolic(node):
         return False
-    if node.target.overloadpacket in _MAYBE_VIEWS:
+    if _packet(target) in _MAYBE_VIEWS:
         return True
-    return any(r.alias_info is not None for r in node.target._schema.returns)
+    return any(r.alias_info is not None for s in _schemas(node) for r in s.returns)
 
 
 def only_checks(node: fx.Node) -> bool:

@@ -215,6 +215,28 @@ def test_documents(per_batch: bool) -> None:
     compare(reference, found.graph, data)
 
 
+def test_documents_given_to_every_call() -> None:
+    """The block mask is made of the ids inside the model; in its trace nothing writes to them."""
+
+    def ids_of(ids: Tensor) -> Function:
+        return lambda b, h, i, j: (j <= i) & (ids[b, i] == ids[b, j])
+
+    def function(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+        blocks = create_block_mask(ids_of(ids), BATCH, None, LENGTH, LENGTH, device="cpu")
+        return flex_attention(q, k, v, block_mask=blocks)
+
+    def reference(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+        i, b = torch.arange(LENGTH), torch.arange(BATCH)[:, None, None, None]
+        s = (q @ k.mT * SIZE**-0.5).masked_fill(~ids_of(ids)(b, 0, i[:, None], i), -torch.inf)
+        return s.softmax(-1) @ v
+
+    data = [*operands(HEADS), IDS_OF_BATCH]
+    found = rewrite(trace_training(Site(function), data))
+    assert [site.bias for site in found.result.sites] == ["data"]
+    for ids in (IDS_OF_BATCH, IDS_OF_BATCH.flip(0), IDS_OF_BATCH * 0):
+        compare(Site(reference), found.graph, [*data[:3], ids])
+
+
 def test_equal_sizes_confuse_nothing() -> None:
     """B == H == T == D == 4."""
 
