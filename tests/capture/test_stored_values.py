@@ -1,4 +1,4 @@
-"""Forward may ask about the model's own buffers; about nothing else, and not about what it writes."""
+"""Forward may ask about its own buffers; not about anything else, nor about what it writes."""
 
 from __future__ import annotations
 
