@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from fxport.capture.location import direct_caller, location_at
 from fxport.errors import PortError, Reason, ReasonCode
 
 __all__ = [
+    "Attributes",
     "clone_for_capture",
     "clone_to_run",
     "convert",
@@ -178,36 +180,67 @@ def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
 _INTERNAL = {"training", "_parameters", "_buffers", "_modules"}
 
 
+@dataclass
+class Attributes:
+    """What one run of `forward` did with the attributes of modules: (module path, attribute).
+
+    Attributes:
+        changed: those that it changed, each with a reason and the user's line.
+        read: those that it read before it set them; None for all of a module's.
+        set: those that it set.
+    """
+
+    changed: dict[tuple[str, str], Reason] = field(default_factory=dict)
+    read: set[tuple[str, str | None]] = field(default_factory=set)
+    set: set[tuple[str, str]] = field(default_factory=set)
+
+    def kept(self) -> list[Reason]:
+        """Reasons for those changes that the next call would read.
+
+        ``self.aux_loss = ...`` is none if forward sets it before anybody reads it.
+        """
+        read, whole = self.read, {path for path, name in self.read if name is None}
+        return [r for key, r in self.changed.items() if key in read or key[0] in whole]
+
+
 @contextmanager
-def watch_attributes(model: nn.Module) -> Iterator[dict[tuple[str, str], Reason]]:
-    """Collects a reason, with the user's line, for each attribute that `forward` changes.
+def watch_attributes(model: nn.Module) -> Iterator[Attributes]:
+    """Sees each attribute that `forward` changes.
 
     Every module becomes an instance of a subclass that sees assignments: torch.export undoes
     them afterwards, so looking at the attributes before and after finds nothing.
-
-    Yields:
-        (module path, attribute) -> reason; filled while the context is open.
     """
-    changed: dict[tuple[str, str], Reason] = {}
+    seen = Attributes()
     paths = {id(m): path for path, m in model.named_modules()}
     classes = [(module, type(module)) for module in model.modules()]
     for module, cls in classes:
-        module.__class__ = _watching(cls, paths, changed)
+        module.__class__ = _watching(cls, paths, seen)
     try:
-        yield changed
+        yield seen
     finally:
         for module, cls in classes:
             object.__setattr__(module, "__class__", cls)
 
 
-def _watching(
-    cls: type[nn.Module], paths: dict[int, str], changed: dict[tuple[str, str], Reason]
-) -> type[nn.Module]:
+def _watching(cls: type[nn.Module], paths: dict[int, str], seen: Attributes) -> type[nn.Module]:
+    def __getattribute__(self: nn.Module, name: str) -> Any:
+        path = paths.get(id(self), "")
+        if name != "__dict__":  # torch looks there for every parameter
+            if (path, name) not in seen.set:
+                seen.read.add((path, name))
+        elif direct_caller() is not None:
+            seen.read.add((path, None))
+        return cls.__getattribute__(self, name)
+
     def __setattr__(self: nn.Module, name: str, value: Any) -> None:
+        path = paths.get(id(self), "")
+        key = path, name
+        was_read = key in seen.read
         old = getattr(self, name, _MISSING)
+        if not was_read:
+            seen.read.discard(key)
         line = direct_caller()
         if name not in _INTERNAL and line is not None and not _same(old, value):
-            path = paths.get(id(self), "")
             reason = Reason(
                 ReasonCode.MUTATED_STATE,
                 f"forward changes the attribute `{name}` of "
@@ -216,11 +249,13 @@ def _watching(
                 location_at(*line),
                 hint="compute the value in __init__, or pass it through forward",
             )
-            changed.setdefault((path, name), reason)
+            seen.changed.setdefault(key, reason)
         cls.__setattr__(self, name, value)
+        seen.set.add(key)
 
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    return type(cls.__name__, (cls,), {"__setattr__": __setattr__, **names})
+    watched = {"__getattribute__": __getattribute__, "__setattr__": __setattr__}
+    return type(cls.__name__, (cls,), {**watched, **names})
 
 
 _MISSING = object()

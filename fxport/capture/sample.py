@@ -187,7 +187,7 @@ def _watched(model: nn.Module) -> Iterator[list[Reason]]:
     try:
         with watch_attributes(model) as attributes:
             yield changed
-            changed[:0] = attributes.values()
+            changed[:0] = attributes.changed.values()
     finally:
         state.restore()
         del vars(model)["forward"]

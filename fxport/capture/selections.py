@@ -1,5 +1,6 @@
 """Answers what forward asks about the tokens while it is traced: is this selection empty?
 
+    if self.table[0] == 0: ...           see `fxport.capture.stored_values`
     if not mask.any(): continue          "no" is assumed, and a marker with its number is left
     rows, slot = torch.where(mask)       at least one row; `rows.numel() == 0` is then False
     x[None, rows.tolist()]               x[None, rows]
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +40,8 @@ from fxport.capture.mask_facts import (
 from fxport.capture.row_numbers import with_rows
 from fxport.capture.run_lengths import NumbersTaken
 from fxport.capture.selected import SORTS
+from fxport.capture.stored_values import StoredValues
+from fxport.capture.unwritten import mark_unwritten
 
 __all__ = ["Empties", "NumbersTaken", "Selections", "is_marker", "marked"]
 
@@ -47,6 +51,13 @@ _MARK = "fxport question "
 _NONZERO = (torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere)
 _UNIQUE = (torch.unique, Tensor.unique)
 _NUMBERS = (Tensor.item, Tensor.__int__, Tensor.__index__)
+_ASKED: dict[Any, Callable[[Any], Any]] = {
+    Tensor.__bool__: bool,
+    Tensor.__float__: float,
+    Tensor.__int__: int,
+    Tensor.__index__: operator.index,
+    Tensor.item: lambda number: number,
+}
 
 
 def is_marker(node: fx.Node) -> bool:
@@ -67,11 +78,13 @@ class Selections(TorchFunctionMode):
 
     Args:
         empty: which questions, by the order in which they first come up, are answered "empty".
+        stored: what the model's own numbers are.
     """
 
-    def __init__(self, empty: Empties) -> None:
+    def __init__(self, empty: Empties, stored: StoredValues) -> None:
         super().__init__()
         self._empty = empty
+        self._stored = stored
         self._numbers: dict[Emptiness, int] = {}
         self._sizes: dict[fx.Node, Any] = {}
         # Tensors whose value is known here: members of a loop over all classes; the tensor is
@@ -90,6 +103,8 @@ class Selections(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in (Tensor.__getitem__, Tensor.__setitem__):
             args = (args[0], with_rows(args[1]), *args[2:])
+        if func in _ASKED and (number := self._own_number(args[0])) is not None:
+            return _ASKED[func](number)
         found = self._sorts.call(func, args, kwargs)
         if found is NotImplemented and isinstance(args[0], Tensor):
             handler = self._handler(func, args, kwargs)
@@ -128,6 +143,14 @@ class Selections(TorchFunctionMode):
         return handlers.get(func)
 
     # --- answers -------------------------------------------------------------------------------
+
+    def _own_number(self, tensor: Tensor) -> bool | int | float | None:
+        """What is asked about the model's own numbers, which stay what they are."""
+        node = _node(tensor)
+        number = None if node is None else self._stored.number(node)
+        if number is not None:
+            mark_unwritten(tensor, origin=True)
+        return number
 
     def _is_empty(self, asked: Emptiness, witness: Tensor) -> bool:
         """The answer to a question; `witness` marks it in the graph."""

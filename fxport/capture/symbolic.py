@@ -52,12 +52,12 @@ def trace_symbolically(model: nn.Module, *, every_pair: bool = True, needed: int
         PortError: tracing failed, the length was specialised, or forward changes the model.
     """
     state = State(model)
-    with watch_attributes(model) as changed, user_questions() as questions:
+    with watch_attributes(model) as attributes, user_questions() as questions:
         exported, hint = _export(model, needed)
     paths = state.changes()
     state.restore()
-    if changed:
-        raise PortError(list(changed.values()))
+    if kept := attributes.kept():
+        raise PortError(kept)
     if paths:
         raise PortError([_changes(model, path) for path in paths])
     graph = graph_of(exported, aliases_of(model))

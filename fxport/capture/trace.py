@@ -31,6 +31,7 @@ from fxport.capture.memos import nothing_remembered
 from fxport.capture.rephrase import rephrased
 from fxport.capture.row_numbers import lists_of_rows
 from fxport.capture.selections import Empties, NumbersTaken, Selections, is_marker
+from fxport.capture.stored_values import StoredValues
 from fxport.capture.unwritten import require_unwritten
 from fxport.errors import PortError, Reason, ReasonCode
 
@@ -70,7 +71,7 @@ def export(
     Raises:
         Exception: whatever the user's code or torch raises; see `explain_failure`.
     """
-    selections = Selections(empty)
+    selections = Selections(empty, StoredValues(model, plain=dynamic is None))
     with (
         as_traced(),
         nothing_remembered(model),

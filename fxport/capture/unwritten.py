@@ -2,6 +2,8 @@
 
     rows = x[order // K]        marked: their values are known beside the order, too
     rows[:1].mul_(2)            refused, with this line: what is known would be stale
+    if self.ready == 0: ...     marked: the buffer's number was the answer
+    self.ready.fill_(1)         refused
 
 A mark is a node that `require_unwritten` reads off the whole graph, and removes: what is written
 through a view, before the mark or after it, by whatever name, is found by its memory.
@@ -80,8 +82,8 @@ def _origin(node: fx.Node) -> set[fx.Node]:
 def _writes(writer: fx.Node) -> Reason:
     return Reason(
         ReasonCode.CAPTURE_FAILED,
-        "forward writes into tokens sorted by their expert, into their order, or into what "
-        "counts them",
+        "forward writes into numbers that its path follows (a buffer that an `if` asks about), or "
+        "into tokens sorted by their expert, their order, or what counts them",
         user_location(writer),
-        "compute new tensors instead: rows = rows * weights",
+        "compute new tensors instead: rows = rows * weights; keep what changes out of forward",
     )
