@@ -56,7 +56,7 @@ from fxport.passes.attention.repeats import spell_out_repeats
 from fxport.passes.attention.respelled import Respelled
 from fxport.passes.attention.sdpa import is_sdpa, match_sdpa
 from fxport.passes.attention.sinks import emit_sinks
-from fxport.passes.attention.site import AttentionSite, Left, Match
+from fxport.passes.attention.site import AttentionSite, Left, MaskKind, Match
 from fxport.passes.attention.softmax import Softmax, is_softmax_call, softmaxes
 from fxport.passes.attention.spread import respell_uses
 from fxport.passes.attention.terms import emit_terms, join_terms
@@ -209,6 +209,7 @@ def _rewrite(
     check_grad_mode(facts, [step.node for step in moves], match.output)
     frame = frame_of(match)
     plan = plan_masks(prover, facts, match, frame, assume_spread=assume_spread)
+    _check_blocks(match, plan)
     traced = [s.node for trace in (match.q, match.k, match.v) for s in trace]
     emitter = Emitter(gm, match.output, [*traced, *match.interior])
     try:
@@ -222,6 +223,24 @@ def _rewrite(
     _loosen_views(replacement)
     erase_if_unused(gm, [match.output])
     return site, mask_decisions(match, plan, site)
+
+
+def _check_blocks(match: Match, plan: MaskPlan) -> None:
+    """FlexAttention's GPU kernels skip what its mask forbids; a dense mask skips nothing.
+
+    Raises:
+        Left: the call is faster as it is.
+    """
+    on_cpu = match.output.meta["val"].device.type == "cpu"
+    written_as = match.start.meta.get(WRITTEN_AS)
+    fill = next((s.node for s in plan.dense if s.kind is MaskKind.FILL), None)
+    if fill is not None and written_as == "flex_attention" and not on_cpu:
+        raise Left(
+            ReasonCode.MASK_DATA_DEPENDENT if plan.origin == "data" else ReasonCode.MASK_NOT_PROVEN,
+            "no flag says this mask, and FlexAttention skips the blocks that it forbids",
+            fill,
+            "keep FlexAttention here; or pack documents by cu_seqlens (fxport.ops.attention)",
+        )
 
 
 def _loosen_views(value: fx.Node) -> None:

@@ -14,11 +14,14 @@ import pytest
 import torch
 from attention_graphs import Site, compare, rewrite, run_like, trace_serving, trace_training
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.nn.attention.flex_attention import (
     BlockMask,
     create_block_mask,
     flex_attention,
 )
+
+from fxport.passes.attention.flex import is_flex
 
 Function = Callable[..., Any]
 
@@ -235,6 +238,17 @@ def test_documents_given_to_every_call() -> None:
     assert [site.bias for site in found.result.sites] == ["data"]
     for ids in (IDS_OF_BATCH, IDS_OF_BATCH.flip(0), IDS_OF_BATCH * 0):
         compare(Site(reference), found.graph, [*data[:3], ids])
+
+
+def test_blocks_are_skipped_on_a_gpu() -> None:
+    """There a mask that no flag says stays with FlexAttention."""
+    (case,) = (c for c in CASES if c.name == "prefix")
+    graph = trace_training(sites(case)[0], operands(case.kv_heads))
+    for node in graph.graph.nodes:
+        if isinstance(node.meta.get("val"), FakeTensor):
+            node.meta["val"].fake_device = torch.device("cuda", 0)
+    found = rewrite(graph)
+    assert found.count == 0 and sum(map(is_flex, found.graph.graph.nodes)) == 1
 
 
 def test_equal_sizes_confuse_nothing() -> None:
