@@ -9,7 +9,8 @@ model  ->  lengths that matter  ->  a `Sample` of each  ->  one symbolic graph
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 
 import sympy
@@ -24,8 +25,9 @@ from fxport.capture.causal_calls import masks_at_every_length
 from fxport.capture.location import forward_line
 from fxport.capture.questions import Asked, ask, by_shapes, first_change, numbers_in
 from fxport.capture.recurrence import refuse_recurrence
-from fxport.capture.sample import Sample, device_of, take_sample
+from fxport.capture.sample import Sample, device_of, take_sample, with_values
 from fxport.capture.sizes import at_sizes
+from fxport.capture.state import State
 from fxport.capture.trace import token_argument
 from fxport.capture.traced import Traced
 from fxport.capture.unify import NeedsTable, Unified, unify
@@ -77,30 +79,38 @@ def trace_one_more(model: nn.Module, symbolic: Traced, limit: int) -> Traced | N
     return replace(traced, symbolic=True)
 
 
-def trace_at_lengths(model: nn.Module, *, every_pair: bool = True, needed: int = 0) -> Traced:
+def trace_at_lengths(
+    model: nn.Module,
+    *,
+    every_pair: bool = True,
+    needed: int = 0,
+    shown: int = 0,
+    frozen: Set[str] | None = frozenset(),
+) -> Traced:
     """Captures a clone at several lengths and unifies the graphs.
 
     Args:
         every_pair: for the first length, see `without_selections`.
         needed: see `trace_symbolically`.
+        shown: see `Traced`; that is not shown again.
+        frozen: names of parameters that are never trained and have their values: what earlier
+            calls have kept of these is what is computed of them, if the numbers are the same.
+            None: they have no values here, and this was shown of the model as it is.
 
     Raises:
         PortError: forward cannot be traced at a plain length, its result depends on earlier
             calls, or the graphs differ in more than sizes and constants.
     """
     token_argument(model)
-    fresh = _first(model, every_pair, needed)
+    fresh = _first(model, every_pair, needed, shown)
     second = _second(model, fresh)
     refuse_recurrence(fresh, second)  # before the search for the longest length: that runs loops
     limit = _longest(model, fresh.length)
     found = _lengths(model, limit)
     lengths, limit = found.samples, found.limit
-    history, after = _history(model, fresh, limit or _UNBOUNDED)
-    taken = {s.length: s for s in (after, None if history else second) if s is not None}
-    samples = [taken.get(n) or take_sample(model, _batch(n), n, history) for n in lengths]
-    samples += [take_sample(model, b, n, history) for b, n in found.together]
+    histories = _histories(model, fresh, limit or _UNBOUNDED, frozen)
     try:
-        unified, longest = _unified(model, samples, history, limit)
+        samples, unified, longest = _at_all(model, histories, found, limit, (fresh, second), frozen)
     except PortError as error:
         raise PortError(writes_to_state(fresh) or error.reasons) from error
     if every_pair:
@@ -123,6 +133,40 @@ def _traced(unified: Unified, first: Sample, lengths: Sequence[int], longest: in
         way=f"torch.export at the lengths {', '.join(map(str, lengths))}, unified",
         unkept=first.unkept,
     )
+
+
+def _at_all(
+    model: nn.Module,
+    histories: Sequence[tuple[int, ...]],
+    found: _Lengths,
+    limit: int | None,
+    known: Sequence[Sample | None],
+    frozen: Set[str] | None,
+) -> tuple[list[Sample], Unified, int | None]:
+    """The samples, and the graph that they have in common, after the first history that has one.
+
+    Args:
+        known: samples without earlier calls.
+
+    Raises:
+        PortError: they have none after any, or another history gives other numbers somewhere.
+    """
+    tried: list[tuple[list[Sample], PortError]] = []
+    for history in histories:
+        taken = {} if history else {s.length: s for s in known if s is not None}
+        samples = [taken.get(n) or take_sample(model, _batch(n), n, history) for n in found.samples]
+        samples += [take_sample(model, b, n, history) for b, n in found.together]
+        try:
+            unified, longest = _unified(model, samples, history, limit)
+        except PortError as error:
+            tried.append((samples, error))
+            continue
+        for others, why in () if frozen is None else tried:
+            pairs = zip(others, samples, strict=True)
+            if not all(_give_the_same(pair, frozen) for pair in pairs):
+                raise why
+        return samples, unified, longest
+    raise tried[-1][1]
 
 
 def _unified(
@@ -149,7 +193,7 @@ def _unified(
         return unify(samples, whole), longest
 
 
-def _first(model: nn.Module, every_pair: bool, needed: int) -> Sample:
+def _first(model: nn.Module, every_pair: bool, needed: int, shown: int) -> Sample:
     """A sample at the first usual length that forward takes.
 
     Raises:
@@ -158,7 +202,8 @@ def _first(model: nn.Module, every_pair: bool, needed: int) -> Sample:
     errors = []
     for length in _LENGTHS[::3]:
         try:
-            return take_sample(model, _batch(length), length, every_pair=every_pair)
+            pairs = every_pair and length != shown
+            return take_sample(model, _batch(length), length, every_pair=pairs)
         except PortError as error:
             errors.append(error)
             if length <= needed:
@@ -337,23 +382,54 @@ def _bound(unified: Unified) -> int | None:
 # --- earlier calls -------------------------------------------------------------------------------
 
 
-def _history(model: nn.Module, fresh: Sample, longest: int) -> tuple[tuple[int, ...], Sample]:
-    """Earlier calls to make before each sample: none, or one of the longest length.
-
-    And what `fresh` is after these.
+def _histories(
+    model: nn.Module, fresh: Sample, longest: int, frozen: Set[str] | None
+) -> tuple[tuple[int, ...], ...]:
+    """Earlier calls to make before each sample, as they are to be tried: none, or a longest one.
 
     A model that keeps nothing between calls has no history. One that does must give the same
-    graph after any history: none, a longer call, a shorter and a longer one.
+    after any: none, a longer call, a shorter and a longer one. What was kept of frozen parameters
+    is a constant and hides them. So where calls without earlier ones have no graph in common, a
+    longest one makes it anew at every length.
 
     Raises:
         PortError: the result depends on earlier calls.
     """
-    if not fresh.changed:
-        return (), fresh
+    if not fresh.changed and (frozen == set() or not _changes(model, longest)):
+        return ((),)
     histories = ((longest,), (2, longest))
-    samples = [take_sample(model, fresh.batch, fresh.length, h) for h in histories]
+    either = (), histories[0]
+    if frozen is None:
+        return either
+    samples = [fresh, *(take_sample(model, fresh.batch, fresh.length, h) for h in histories)]
+    if fresh.changed and _have_one_graph(samples):
+        return histories[:1]
+    if _give_the_same(samples, frozen):
+        return either
+    if fresh.changed:
+        raise PortError(writes_to_state(fresh) or fresh.changed)
+    return ((),)
+
+
+def _give_the_same(samples: Sequence[Sample], frozen: Set[str] | None) -> bool:
+    """Of samples of one size: whether what they keep of frozen parameters has the same numbers."""
+    return _have_one_graph([with_values(s, frozen or frozenset()) for s in samples])
+
+
+def _have_one_graph(samples: Sequence[Sample]) -> bool:
     try:
-        unify([fresh, *samples])
-    except (PortError, NeedsTable) as error:
-        raise PortError(writes_to_state(fresh) or fresh.changed) from error
-    return histories[0], samples[0]
+        unify(samples)
+    except (PortError, NeedsTable):
+        return False
+    return True
+
+
+def _changes(model: nn.Module, length: int) -> bool:
+    """Whether a call of this length leaves the model another than it was, by shapes alone."""
+    ids = torch.zeros(1, length, dtype=torch.long, device=device_of(model))
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
+    with by_shapes(model, mode):
+        state = State(model)
+        with contextlib.suppress(Exception):  # a trace says what is wrong, if anything is
+            model(mode.from_tensor(ids))
+        return bool(state.changes())
