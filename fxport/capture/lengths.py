@@ -9,8 +9,7 @@ model  ->  lengths that matter  ->  a `Sample` of each  ->  one symbolic graph
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 import sympy
@@ -22,12 +21,12 @@ from torch.utils._pytree import tree_leaves
 
 from fxport.capture.batches import asked_about_rows, require_every_batch
 from fxport.capture.causal_calls import masks_at_every_length
+from fxport.capture.earlier_calls import give_the_same, histories_of
 from fxport.capture.location import forward_line
 from fxport.capture.questions import Asked, ask, by_shapes, first_change, numbers_in
 from fxport.capture.recurrence import refuse_recurrence
-from fxport.capture.sample import Sample, device_of, take_sample, with_values
+from fxport.capture.sample import Sample, device_of, take_sample
 from fxport.capture.sizes import at_sizes
-from fxport.capture.state import State
 from fxport.capture.trace import token_argument
 from fxport.capture.traced import Traced
 from fxport.capture.unify import NeedsTable, Unified, unify
@@ -108,9 +107,11 @@ def trace_at_lengths(
     limit = _longest(model, fresh.length)
     found = _lengths(model, limit)
     lengths, limit = found.samples, found.limit
-    histories = _histories(model, fresh, limit or _UNBOUNDED, frozen)
+    histories = histories_of(model, fresh, limit or _UNBOUNDED, frozen)
+    if () in histories and second is not None:
+        histories[()].append(second)
     try:
-        samples, unified, longest = _at_all(model, histories, found, limit, (fresh, second), frozen)
+        samples, unified, longest = _at_all(model, histories, found, limit, frozen)
     except PortError as error:
         raise PortError(writes_to_state(fresh) or error.reasons) from error
     if every_pair:
@@ -137,23 +138,22 @@ def _traced(unified: Unified, first: Sample, lengths: Sequence[int], longest: in
 
 def _at_all(
     model: nn.Module,
-    histories: Sequence[tuple[int, ...]],
+    histories: Mapping[tuple[int, ...], Sequence[Sample]],
     found: _Lengths,
     limit: int | None,
-    known: Sequence[Sample | None],
     frozen: Set[str] | None,
 ) -> tuple[list[Sample], Unified, int | None]:
     """The samples, and the graph that they have in common, after the first history that has one.
 
     Args:
-        known: samples without earlier calls.
+        histories: with the samples that were taken after each.
 
     Raises:
         PortError: they have none after any, or another history gives other numbers somewhere.
     """
     tried: list[tuple[list[Sample], PortError]] = []
-    for history in histories:
-        taken = {} if history else {s.length: s for s in known if s is not None}
+    for history, known in histories.items():
+        taken = {s.length: s for s in known}
         samples = [taken.get(n) or take_sample(model, _batch(n), n, history) for n in found.samples]
         samples += [take_sample(model, b, n, history) for b, n in found.together]
         try:
@@ -163,7 +163,7 @@ def _at_all(
             continue
         for others, why in () if frozen is None else tried:
             pairs = zip(others, samples, strict=True)
-            if not all(_give_the_same(pair, frozen) for pair in pairs):
+            if not all(give_the_same(pair, frozen) for pair in pairs):
                 raise why
         return samples, unified, longest
     raise tried[-1][1]
@@ -377,59 +377,3 @@ def _bound(unified: Unified) -> int | None:
     guards = [g.expr for g in unified.shapes.guards]
     comparisons = [g for g in guards if isinstance(g, sympy.Rel) and not isinstance(g, sympy.Ne)]
     return first_change(comparisons, unified.length, 2, None)
-
-
-# --- earlier calls -------------------------------------------------------------------------------
-
-
-def _histories(
-    model: nn.Module, fresh: Sample, longest: int, frozen: Set[str] | None
-) -> tuple[tuple[int, ...], ...]:
-    """Earlier calls to make before each sample, as they are to be tried: none, or a longest one.
-
-    A model that keeps nothing between calls has no history. One that does must give the same
-    after any: none, a longer call, a shorter and a longer one. What was kept of frozen parameters
-    is a constant and hides them. So where calls without earlier ones have no graph in common, a
-    longest one makes it anew at every length.
-
-    Raises:
-        PortError: the result depends on earlier calls.
-    """
-    if not fresh.changed and (frozen == set() or not _changes(model, longest)):
-        return ((),)
-    histories = ((longest,), (2, longest))
-    either = (), histories[0]
-    if frozen is None:
-        return either
-    samples = [fresh, *(take_sample(model, fresh.batch, fresh.length, h) for h in histories)]
-    if fresh.changed and _have_one_graph(samples):
-        return histories[:1]
-    if _give_the_same(samples, frozen):
-        return either
-    if fresh.changed:
-        raise PortError(writes_to_state(fresh) or fresh.changed)
-    return ((),)
-
-
-def _give_the_same(samples: Sequence[Sample], frozen: Set[str] | None) -> bool:
-    """Of samples of one size: whether what they keep of frozen parameters has the same numbers."""
-    return _have_one_graph([with_values(s, frozen or frozenset()) for s in samples])
-
-
-def _have_one_graph(samples: Sequence[Sample]) -> bool:
-    try:
-        unify(samples)
-    except (PortError, NeedsTable):
-        return False
-    return True
-
-
-def _changes(model: nn.Module, length: int) -> bool:
-    """Whether a call of this length leaves the model another than it was, by shapes alone."""
-    ids = torch.zeros(1, length, dtype=torch.long, device=device_of(model))
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
-    with by_shapes(model, mode):
-        state = State(model)
-        with contextlib.suppress(Exception):  # a trace says what is wrong, if anything is
-            model(mode.from_tensor(ids))
-        return bool(state.changes())
