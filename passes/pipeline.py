@@ -8,6 +8,7 @@ from torch import fx
 
 from fxport.capture.dynamo import lowered_graphs
 from fxport.passes.attention.rewrite import AttentionSite, rewrite_attention
+from fxport.passes.empty_parts import drop_empty_parts
 from fxport.passes.known_values import fold_known_values
 from fxport.report import Decision
 
@@ -32,6 +33,7 @@ def training_pipeline(gm: fx.GraphModule) -> PipelineResult:
     sites: list[AttentionSite] = []
     decisions: list[Decision] = []
     for graph in lowered_graphs(gm):
+        drop_empty_parts(graph)
         fold_known_values(graph)
         attention = rewrite_attention(graph, check_scores=True)
         sites.extend(attention.sites)

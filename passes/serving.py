@@ -25,6 +25,7 @@ from fxport.passes.attention.rewrite import rewrite_attention
 from fxport.passes.axes import Axes, Axis, Symbols
 from fxport.passes.constants import depends_on
 from fxport.passes.decisions import sites_of
+from fxport.passes.empty_parts import drop_empty_parts
 from fxport.passes.experts.loops import run_chosen_experts
 from fxport.passes.experts.products import multiply_by_expert
 from fxport.passes.fixed_keys import attend_to_fixed_keys
@@ -87,6 +88,7 @@ def lower_for_serving(
         functionalise(gm)
         stage.note(caches)
     with recorder.stage("known values"):
+        drop_empty_parts(gm)
         fold_known_values(gm)
     tokens = next(n for n in gm.graph.nodes if n.name == captured.tokens)
     with recorder.stage("look-ups"):

@@ -5,8 +5,9 @@ Before                                          After
     keys = slice(cache, 1, 0, T)
     f(keys)                                         f(k)
 
-Only where the last write before a use covers all that the use sees. Then it does not matter what
-earlier calls have left in the cache; a write whose memory nothing else needs goes.
+Only where the last write before a use covers all that the use sees; of a part of that it reads the
+same part of what was written. Then it does not matter what earlier calls have left in the cache; a
+write whose memory nothing else needs goes.
 """
 
 from __future__ import annotations
@@ -91,17 +92,45 @@ def _forward(
     if last is None or written is None:
         return
     part, value = written
-    if part != _part(node):
+    read = _part(node)
+    cuts = None if read is None else _cuts(part, read)
+    if cuts is None:
         return
     if memory.shared(value) is memory.shared(node):
         return  # the write may have changed what it read
     if any(order[w] > order[last] for w in memory.written_by(value)):
         return  # the cache has a copy of what the value was
     with gm.graph.inserting_before(user):
-        if value.meta["val"].dtype != node.meta["val"].dtype:
-            value = gm.graph.call_function(aten.to.dtype, (value, node.meta["val"].dtype))
-            value.meta = dict(node.meta)
+        kept = node.meta["val"].dtype
+        if value.meta["val"].dtype != kept:
+            narrower = value.meta["val"].to(kept)
+            value = gm.graph.call_function(aten.to.dtype, (value, kept))
+            value.meta = {**node.meta, "val": narrower}
+        for dim, start, end in cuts:
+            shown = value.meta["val"].narrow(dim, start, end - start)
+            value = gm.graph.call_function(aten.slice.Tensor, (value, dim, start, end))
+            value.meta = {**node.meta, "val": shown}
         user.replace_input_with(node, value)
+
+
+def _cuts(written: _Part, read: _Part) -> list[tuple[int, int, int]] | None:
+    """The slices (dim, start, end) of what fills `written` that `read` sees; None: not only that.
+
+    Sizes that are no plain numbers must be the same.
+    """
+    if (read.base, read.picked) != (written.base, written.picked):
+        return None
+    cuts = []
+    kept = [d for d in range(len(read.sizes)) if d not in read.picked]
+    for dim in range(len(read.sizes)):
+        start, size = read.starts[dim] - written.starts[dim], read.sizes[dim]
+        if start == 0 and size == written.sizes[dim]:
+            continue
+        plain = all(n.is_Integer for n in (start, size, written.sizes[dim]))
+        if not plain or dim in read.picked or not 0 <= start <= written.sizes[dim] - size:
+            return None
+        cuts.append((kept.index(dim), int(start), int(start + size)))
+    return cuts
 
 
 def _written(write: fx.Node) -> tuple[_Part, fx.Node] | None:

@@ -5,6 +5,7 @@ model(tokens[B, T])  ->  Captured(graph: parameters, buffers, tokens -> logits [
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -105,9 +106,11 @@ def capture(
     if dtype is not None:
         convert(clone, dtype, buffers=convert_buffers)
         parameters = dict(clone.named_parameters(remove_duplicate=True))
+    frozen = _frozen(model, dtype)
     with watch_gradients(model) as untrainable:
         plain = own is not None and not own.symbolic
-        traced = _trace(clone, every_pair=dtype is None, plain=plain, needed=needed)
+        every = dtype is None
+        traced = _trace(clone, every_pair=every, plain=plain, needed=needed, frozen=frozen)
     return Captured(
         graph=traced.graph,
         tokens=traced.tokens.name,
@@ -139,12 +142,27 @@ def ready(clone: nn.Module) -> str:
     return experts_by_row(clone)
 
 
-def _trace(clone: nn.Module, *, every_pair: bool, plain: bool, needed: int) -> Traced:
+def _frozen(model: nn.Module, dtype: torch.dtype | None) -> frozenset[str] | None:
+    """See `trace_at_lengths`."""
+    still = [n for n, p in model.named_parameters() if not p.requires_grad]
+    if still and dtype is not None:
+        return None
+    return frozenset(n for n in still if not model.get_parameter(n).is_meta)
+
+
+def _trace(
+    clone: nn.Module, *, every_pair: bool, plain: bool, needed: int, frozen: frozenset[str] | None
+) -> Traced:
     """Symbolically where that holds for every length, else at several plain lengths."""
+    at_lengths = functools.partial(
+        trace_at_lengths, clone, every_pair=every_pair, needed=needed, frozen=frozen
+    )
     if plain:
-        return trace_at_lengths(clone, every_pair=every_pair, needed=needed)
+        return at_lengths()
+    shown = 0
     try:
         symbolic = trace_symbolically(clone, every_pair=every_pair, needed=needed)
+        shown = symbolic.shown
         if symbolic.shortest == 2:
             if symbolic.limit is None or not continues(clone, symbolic.limit):
                 return symbolic
@@ -153,4 +171,4 @@ def _trace(clone: nn.Module, *, every_pair: bool, plain: bool, needed: int) -> T
                 return one_more
     except PortError:  # plain lengths cope with more; what they cannot cope with, they say
         pass
-    return trace_at_lengths(clone, every_pair=every_pair, needed=needed)
+    return at_lengths(shown=shown)

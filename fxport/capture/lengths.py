@@ -9,7 +9,7 @@ model  ->  lengths that matter  ->  a `Sample` of each  ->  one symbolic graph
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 import sympy
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxport.capture.batches import asked_about_rows, require_every_batch
 from fxport.capture.causal_calls import masks_at_every_length
+from fxport.capture.earlier_calls import give_the_same, histories_of
 from fxport.capture.location import forward_line
 from fxport.capture.questions import Asked, ask, by_shapes, first_change, numbers_in
 from fxport.capture.recurrence import refuse_recurrence
@@ -77,30 +78,40 @@ def trace_one_more(model: nn.Module, symbolic: Traced, limit: int) -> Traced | N
     return replace(traced, symbolic=True)
 
 
-def trace_at_lengths(model: nn.Module, *, every_pair: bool = True, needed: int = 0) -> Traced:
+def trace_at_lengths(
+    model: nn.Module,
+    *,
+    every_pair: bool = True,
+    needed: int = 0,
+    shown: int = 0,
+    frozen: Set[str] | None = frozenset(),
+) -> Traced:
     """Captures a clone at several lengths and unifies the graphs.
 
     Args:
         every_pair: for the first length, see `without_selections`.
         needed: see `trace_symbolically`.
+        shown: see `Traced`; that is not shown again.
+        frozen: names of parameters that are never trained and have their values: what earlier
+            calls have kept of these is what is computed of them, if the numbers are the same.
+            None: they have no values here, and this was shown of the model as it is.
 
     Raises:
         PortError: forward cannot be traced at a plain length, its result depends on earlier
             calls, or the graphs differ in more than sizes and constants.
     """
     token_argument(model)
-    fresh = _first(model, every_pair, needed)
+    fresh = _first(model, every_pair, needed, shown)
     second = _second(model, fresh)
     refuse_recurrence(fresh, second)  # before the search for the longest length: that runs loops
     limit = _longest(model, fresh.length)
     found = _lengths(model, limit)
     lengths, limit = found.samples, found.limit
-    history, after = _history(model, fresh, limit or _UNBOUNDED)
-    taken = {s.length: s for s in (after, None if history else second) if s is not None}
-    samples = [taken.get(n) or take_sample(model, _batch(n), n, history) for n in lengths]
-    samples += [take_sample(model, b, n, history) for b, n in found.together]
+    histories = histories_of(model, fresh, limit or _UNBOUNDED, frozen)
+    if () in histories and second is not None:
+        histories[()].append(second)
     try:
-        unified, longest = _unified(model, samples, history, limit)
+        samples, unified, longest = _at_all(model, histories, found, limit, frozen)
     except PortError as error:
         raise PortError(writes_to_state(fresh) or error.reasons) from error
     if every_pair:
@@ -123,6 +134,39 @@ def _traced(unified: Unified, first: Sample, lengths: Sequence[int], longest: in
         way=f"torch.export at the lengths {', '.join(map(str, lengths))}, unified",
         unkept=first.unkept,
     )
+
+
+def _at_all(
+    model: nn.Module,
+    histories: Mapping[tuple[int, ...], Sequence[Sample]],
+    found: _Lengths,
+    limit: int | None,
+    frozen: Set[str] | None,
+) -> tuple[list[Sample], Unified, int | None]:
+    """The samples, and the graph that they have in common, after the first history that has one.
+
+    Args:
+        histories: with the samples that were taken after each.
+
+    Raises:
+        PortError: they have none after any, or another history gives other numbers somewhere.
+    """
+    tried: list[tuple[list[Sample], PortError]] = []
+    for history, known in histories.items():
+        taken = {s.length: s for s in known}
+        samples = [taken.get(n) or take_sample(model, _batch(n), n, history) for n in found.samples]
+        samples += [take_sample(model, b, n, history) for b, n in found.together]
+        try:
+            unified, longest = _unified(model, samples, history, limit)
+        except PortError as error:
+            tried.append((samples, error))
+            continue
+        for others, why in () if frozen is None else tried:
+            pairs = zip(others, samples, strict=True)
+            if not all(give_the_same(pair, frozen) for pair in pairs):
+                raise why
+        return samples, unified, longest
+    raise tried[-1][1]
 
 
 def _unified(
@@ -149,7 +193,7 @@ def _unified(
         return unify(samples, whole), longest
 
 
-def _first(model: nn.Module, every_pair: bool, needed: int) -> Sample:
+def _first(model: nn.Module, every_pair: bool, needed: int, shown: int) -> Sample:
     """A sample at the first usual length that forward takes.
 
     Raises:
@@ -158,7 +202,8 @@ def _first(model: nn.Module, every_pair: bool, needed: int) -> Sample:
     errors = []
     for length in _LENGTHS[::3]:
         try:
-            return take_sample(model, _batch(length), length, every_pair=every_pair)
+            pairs = every_pair and length != shown
+            return take_sample(model, _batch(length), length, every_pair=pairs)
         except PortError as error:
             errors.append(error)
             if length <= needed:
@@ -332,28 +377,3 @@ def _bound(unified: Unified) -> int | None:
     guards = [g.expr for g in unified.shapes.guards]
     comparisons = [g for g in guards if isinstance(g, sympy.Rel) and not isinstance(g, sympy.Ne)]
     return first_change(comparisons, unified.length, 2, None)
-
-
-# --- earlier calls -------------------------------------------------------------------------------
-
-
-def _history(model: nn.Module, fresh: Sample, longest: int) -> tuple[tuple[int, ...], Sample]:
-    """Earlier calls to make before each sample: none, or one of the longest length.
-
-    And what `fresh` is after these.
-
-    A model that keeps nothing between calls has no history. One that does must give the same
-    graph after any history: none, a longer call, a shorter and a longer one.
-
-    Raises:
-        PortError: the result depends on earlier calls.
-    """
-    if not fresh.changed:
-        return (), fresh
-    histories = ((longest,), (2, longest))
-    samples = [take_sample(model, fresh.batch, fresh.length, h) for h in histories]
-    try:
-        unify([fresh, *samples])
-    except (PortError, NeedsTable) as error:
-        raise PortError(writes_to_state(fresh) or fresh.changed) from error
-    return histories[0], samples[0]

@@ -5,7 +5,7 @@ model, B=3, T=53  ->  Sample(graph of plain sizes, what depends on tokens, const
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,7 +27,7 @@ from fxport.capture.state import State
 from fxport.capture.trace import aliases_of, explain_failure, export, graph_of
 from fxport.errors import PortError, Reason, ReasonCode
 
-__all__ = ["Sample", "analysed_again", "device_of", "sample_of", "take_sample"]
+__all__ = ["Sample", "analysed_again", "device_of", "sample_of", "take_sample", "with_values"]
 
 
 @dataclass(frozen=True)
@@ -238,6 +238,15 @@ def analysed_again(sample: Sample) -> Sample:
         sample.graph, sample.batch, sample.length, sample.logits, list(sample.changed)
     )
     return replace(again, unkept=sample.unkept)
+
+
+def with_values(sample: Sample, frozen: Set[str]) -> Sample:
+    """The same sample, to be compared: these parameters are constants that have their values."""
+    inputs = [n for n in sample.graph.graph.nodes if n.op == "placeholder"]
+    trained = [n for n in inputs if graph_input(n).kind is InputKind.PARAMETER]
+    trained = [n for n in trained if graph_input(n).name not in frozen]
+    learned = sample.memory.reaching(trained, sample.graph.graph)
+    return replace(sample, learned=frozenset(learned), _values={})
 
 
 def sample_of(

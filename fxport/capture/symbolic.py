@@ -63,7 +63,8 @@ def trace_symbolically(model: nn.Module, *, every_pair: bool = True, needed: int
     graph = graph_of(exported, aliases_of(model))
     output = keep_logits(graph)
     unkept = read_what_was_written(graph)
-    if general_path(graph):
+    asked = general_path(graph)
+    if asked:
         # The other answers, at these very sizes: plain ones take half the time.
         take_sample(model, _BATCH, hint, every_pair=every_pair)
     tokens = next(
@@ -85,6 +86,7 @@ def trace_symbolically(model: nn.Module, *, every_pair: bool = True, needed: int
         way="torch.export with a symbolic length",
         unkept=unkept,
         symbolic=True,
+        shown=hint if asked and every_pair else 0,
     )
 
 

@@ -32,6 +32,8 @@ class Traced:
         walked: what was seen of the lengths then; None where that was not needed or not possible.
         unseen: what that leaves open, in words; "" where nothing.
         symbolic: whether a symbolic trace gave it, but perhaps for the longest sequence.
+        shown: the length at which any two questions about selections got all their answers, 0
+            where none did.
     """
 
     graph: fx.GraphModule
@@ -48,3 +50,4 @@ class Traced:
     walked: Walked | None = None
     unseen: str = ""
     symbolic: bool = False
+    shown: int = 0

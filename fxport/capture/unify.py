@@ -20,6 +20,7 @@ import sympy
 import torch
 from torch import fx
 
+from fxport.capture.arguments import arguments, shape_of
 from fxport.capture.emitter import Emitter, Unified
 from fxport.capture.inputs import graph_input
 from fxport.capture.location import user_location
@@ -173,7 +174,12 @@ class _Unifier:
                 "use the out-of-place operation",
             )
             raise PortError([reason])
-        return self._node(nodes)
+        found = _part_taken(nodes)
+        if found is None:
+            return self._node(nodes)
+        wholes, dim, ends = found
+        part = self._value(wholes), dim, 0, self._size(ends, nodes)
+        return self.emitter.call(aten.slice.Tensor, part, {}, nodes)
 
     def _constant(self, nodes: tuple[fx.Node, ...]) -> fx.Node:
         if not any(s.memory.written_by(n) for s, n in zip(self.samples, nodes, strict=True)):
@@ -260,6 +266,27 @@ class _Unifier:
             next((at for n in (node, *node.users) if (at := user_location(n))), None),
             "what is computed for a token must not depend on the number of tokens or rows",
         )
+
+
+def _part_taken(
+    nodes: tuple[fx.Node, ...],
+) -> tuple[tuple[fx.Node, ...], int, tuple[int, ...]] | None:
+    """What ``table[:T]`` is cut from, the axis, and the sizes, where some samples do not cut.
+
+    At plain sizes indexing leaves out what takes all, as it does at the length of the table.
+    """
+    cuts = [arguments(n) for n in nodes if n.target is aten.slice.Tensor]
+    if not cuts or len(cuts) == len(nodes):
+        return None
+    dims = {cut["dim"] % len(shape_of(cut["self"])) for cut in cuts}
+    if len(dims) > 1 or any(cut["start"] not in (0, None) or cut["step"] != 1 for cut in cuts):
+        return None
+    dim = dims.pop()
+    if any(len(shape_of(n)) <= dim for n in nodes):
+        return None
+    is_view = (aten.slice.Tensor, aten.alias.default)
+    wholes = tuple(n.args[0] if n.target in is_view else n for n in nodes)
+    return wholes, dim, tuple(shape_of(n)[dim] for n in nodes)  # type: ignore[return-value]
 
 
 def _begins_with(whole: torch.Tensor, part: torch.Tensor) -> bool:

@@ -16,6 +16,7 @@ from fxport.nested import attach
 from fxport.parallel.context import ParallelContext
 from fxport.parallel.plan import Plan, Replicated
 from fxport.passes.attention.rewrite import rewrite_attention
+from fxport.passes.empty_parts import drop_empty_parts
 from fxport.passes.experts.products import multiply_by_expert
 from fxport.passes.functional import functionalise
 from fxport.passes.head import find_head
@@ -73,6 +74,7 @@ def prepare(model: nn.Module, *, own_modes: bool = False) -> Prepared:
     captured = capture(model, own_modes=own_modes)
     gm = captured.graph
     functionalise(gm)
+    drop_empty_parts(gm)
     fold_known_values(gm)
     tokens = next(n for n in gm.graph.nodes if n.name == captured.tokens)
     look_up_in_tables(gm, tokens)

@@ -124,3 +124,45 @@ def test_what_is_not_certain_is_read(function: Function) -> None:
     torch.testing.assert_close(
         gm(cache.clone(), x), function(cache.clone(), x), rtol=0, atol=0, equal_nan=True
     )
+
+
+def part(cache: Tensor, x: Tensor) -> Tensor:
+    cache[:, 2:9] = x.sin()
+    return cache[:, 3:6].transpose(0, 1) * 2
+
+
+def part_of_a_layer(cache: Tensor, x: Tensor) -> Tensor:
+    cache[1, :7] = x[0].sin()
+    return cache[1, 4:7].detach() * 2
+
+
+def part_narrower(cache: Tensor, x: Tensor) -> Tensor:
+    cache[:, 2:9] = x.double().sin() * (1 + 2**-40)
+    return cache[:, 3:6] * 2
+
+
+def reaches_beyond(cache: Tensor, x: Tensor) -> Tensor:
+    cache[:, 2:9] = x.sin()
+    return cache[:, 3:10] * 2
+
+
+def begins_before(cache: Tensor, x: Tensor) -> Tensor:
+    cache[:, 2:9] = x.sin()
+    return cache[:, 1:6] * 2
+
+
+@pytest.mark.parametrize("function", [part, part_of_a_layer, part_narrower])
+def test_a_part_of_what_was_written_is_that_part(function: Function) -> None:
+    cache, x = torch.randn(5, 11, 5), torch.randn(5, 7, 5)
+    gm = traced(function, cache, x)
+    assert read_what_was_written(gm)
+    empty = torch.full_like(cache, float("nan"))
+    torch.testing.assert_close(gm(empty, x), function(cache, x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("function", [reaches_beyond, begins_before])
+def test_more_than_what_was_written_is_read(function: Function) -> None:
+    cache, x = torch.randn(5, 11, 5), torch.randn(5, 7, 5)
+    gm = traced(function, cache, x)
+    assert read_what_was_written(gm) == ()
+    torch.testing.assert_close(gm(cache.clone(), x), function(cache, x), rtol=0, atol=0)

@@ -68,6 +68,28 @@ def test_the_unified_graph_is_the_model_at_every_length(name):
     assert all(layer.params.causal for layer in layers)
 
 
+class LearnedPositions(Decoder):
+    """A parameter cut to the length, and not cut at its own."""
+
+    def __init__(self) -> None:
+        super().__init__(mask=awkward.CachedMask)
+        self.blocks = self.blocks[:1]
+        self.positions = nn.Parameter(torch.randn(LIMIT, awkward.WIDTH))
+        self.embed.register_forward_hook(self.placed)
+
+    def placed(self, _: nn.Module, ids: tuple[Tensor], x: Tensor) -> Tensor:
+        assert x.shape[1] <= LIMIT
+        return x + self.positions[: x.shape[1]]
+
+
+def test_a_learned_table_holds_up_to_its_own_length() -> None:
+    torch.manual_seed(3)
+    model = LearnedPositions().eval()
+    captured = capture(model)
+    assert captured.limit == LIMIT and "unified" in captured.way
+    assert max(differences(model, captured, [2, 37, LIMIT])) < 2e-5
+
+
 def test_a_model_that_was_called_gives_the_same_graph_and_keeps_its_state():
     torch.manual_seed(3)
     model = MODELS["cached mask"]().eval()

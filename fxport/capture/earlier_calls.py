@@ -1,0 +1,79 @@
+"""Which earlier calls a model remembers, and that they make no difference.
+
+self.cos = table(T) if T > len(self.cos) ...    the same after no call, a longest one, any two
+self.kept[:T] = angles of a frozen parameter    a constant in one graph, computed in another
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence, Set
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from fxport.capture.questions import by_shapes
+from fxport.capture.sample import Sample, device_of, take_sample, with_values
+from fxport.capture.state import State
+from fxport.capture.unify import NeedsTable, unify
+from fxport.capture.written import writes_to_state
+from fxport.errors import PortError
+
+__all__ = ["give_the_same", "histories_of"]
+
+
+def histories_of(
+    model: nn.Module, fresh: Sample, longest: int, frozen: Set[str] | None
+) -> dict[tuple[int, ...], list[Sample]]:
+    """Earlier calls to make before each sample, as they are to be tried: none, or a longest one.
+
+    A model that keeps nothing between calls has no history. One that does must give the same
+    after any: none, a longer call, a shorter and a longer one. What was kept of frozen parameters
+    is a constant and hides them. So where calls without earlier ones have no graph in common, a
+    longest one makes it anew at every length.
+
+    Returns:
+        Histories, and the samples that were taken after each.
+
+    Raises:
+        PortError: the result depends on earlier calls.
+    """
+    if not fresh.changed and (frozen == set() or not _changes(model, longest)):
+        return {(): [fresh]}
+    if frozen is None:
+        return {(): [fresh], (longest,): []}
+    histories = ((longest,), (2, longest))
+    after = [take_sample(model, fresh.batch, fresh.length, h) for h in histories]
+    if fresh.changed and _have_one_graph([fresh, *after]):
+        return {histories[0]: after[:1]}
+    if give_the_same([fresh, *after], frozen):
+        return {(): [fresh], histories[0]: after[:1]}
+    if fresh.changed:
+        raise PortError(writes_to_state(fresh) or fresh.changed)
+    return {(): [fresh]}
+
+
+def give_the_same(samples: Sequence[Sample], frozen: Set[str] | None) -> bool:
+    """Of samples of one size: whether what they keep of frozen parameters has the same numbers."""
+    return _have_one_graph([with_values(s, frozen or frozenset()) for s in samples])
+
+
+def _have_one_graph(samples: Sequence[Sample]) -> bool:
+    try:
+        unify(samples)
+    except (PortError, NeedsTable):
+        return False
+    return True
+
+
+def _changes(model: nn.Module, length: int) -> bool:
+    """Whether a call of this length leaves the model another than it was, by shapes alone."""
+    ids = torch.zeros(1, length, dtype=torch.long, device=device_of(model))
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
+    with by_shapes(model, mode):
+        state = State(model)
+        with contextlib.suppress(Exception):  # a trace says what is wrong, if anything is
+            model(mode.from_tensor(ids))
+        return bool(state.changes())
