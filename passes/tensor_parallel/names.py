@@ -2,6 +2,7 @@
 
 W [N, C], rows divided      row i: first(W) + i
 b [N], s [1, H, 1, 1]       position i of the divided dimension: first(b) + i
+a = attention(q, k, v)      channel i of a head: `of_results`, after the head's first query feature
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from fxport.parallel.plan import ParameterShard, Plan
 __all__ = ["Naming", "meetings_are", "sums_are"]
 
 _LARGEST = 2**16  # elements of what is named position by position
+_WIDEST = 2**16  # a head's value size, at most
 Meetings = Sequence[tuple[Tensor, Tensor]]
 Sums = Sequence[tuple[bool, Tensor]]
 
@@ -40,6 +42,7 @@ class Naming:
             self.bases[shard.name], self._shards[shard.name] = first, shard
             first += shard.shape[dim]
         self.count = first
+        self._widest = max(first, _WIDEST)
         self._starts = torch.tensor([*self.bases.values()])
 
     def of_vector(self, name: str, rank: int | None) -> Tensor | None:
@@ -56,17 +59,27 @@ class Naming:
         numbers = torch.tensor(held, dtype=torch.int64) + self.bases[name]
         return numbers.reshape([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape)
 
+    def of_results(self, queries: Tensor, width: int) -> Tensor:
+        """Names of an attention's results ``[.., width]``, from those of its queries ``[.., D]``."""
+        return queries[..., :1] * self._widest + torch.arange(width)
+
+    def of_rows(self, names: Tensor) -> Tensor:
+        """Parameters' positions for what may be named after them."""
+        return torch.where(names < self._widest, names, names // self._widest)
+
     def owner(self, names: Tensor) -> Tensor:
-        """Which parameter each position is of."""
-        return torch.searchsorted(self._starts, names, right=True) - 1
+        """Which parameter each position is of, or the results of whose heads."""
+        owners = torch.searchsorted(self._starts, self.of_rows(names), right=True) - 1
+        return torch.where(names < self._widest, owners, owners + len(self._starts))
 
     def owner_of(self, names: Sequence[int]) -> int:
         """Of the first of some positions."""
         return int(self.owner(torch.tensor(names[0])))
 
     def all_of(self, owner: int, names: Tensor) -> bool:
-        """Whether a choice of names has all of one parameter's."""
+        """Whether a choice of parameters' positions has all of one's."""
         bounds = [*self._starts.tolist(), self.count]
+        owner %= len(self._starts)
         return bool(names[bounds[owner] : bounds[owner + 1]].all())
 
     def held(self, rank: int) -> Tensor:
@@ -92,9 +105,8 @@ def meetings_are(found: Meetings, wanted: Meetings, naming: Naming) -> bool:
     if not found or not wanted:
         return True
     here, there = (_pairs(m) for m in (found, wanted))
-    known = _coded(naming.owner(there), naming.count)
-    here = here[:, torch.isin(_coded(naming.owner(here), naming.count), known)]
-    return bool(torch.isin(_coded(here, naming.count), _coded(there, naming.count)).all())
+    here = here[:, _among(naming.owner(here), naming.owner(there))]
+    return bool(_among(here, there).all())
 
 
 def _pairs(meetings: Meetings) -> Tensor:
@@ -106,8 +118,11 @@ def _pairs(meetings: Meetings) -> Tensor:
     return torch.cat(rows, 1)
 
 
-def _coded(pairs: Tensor, count: int) -> Tensor:
-    return pairs[0] * count + pairs[1]
+def _among(pairs: Tensor, others: Tensor) -> Tensor:
+    """Which columns of ``[2, n]`` are columns of ``[2, m]``."""
+    known, numbers = torch.cat([pairs, others], 1).unique(return_inverse=True)
+    coded = numbers[0] * len(known) + numbers[1]
+    return torch.isin(coded[: pairs.shape[1]], coded[pairs.shape[1] :])
 
 
 def _lines(groups: Tensor) -> list[list[int]]:
@@ -136,8 +151,14 @@ def sums_are(found: Sums, wanted: Sums, naming: Naming, rank: int) -> bool:
             owner = naming.owner_of(group)
             expected = there.get(owner)
             if expected is not None and over_ranks:
-                shares = {tuple(n for n in whole if mine[n]) for whole in expected}
+                shares = {_chosen(whole, mine, naming) for whole in expected}
                 expected = shares if naming.all_of(owner, mine) else shares - expected
             if expected is not None and tuple(group) not in expected:
                 return False
     return True
+
+
+def _chosen(names: tuple[int, ...], mine: Tensor, naming: Naming) -> tuple[int, ...]:
+    """Those of this rank's parts of the parameters."""
+    known = torch.tensor(names)
+    return tuple(known[mine[naming.of_rows(known)]].tolist())

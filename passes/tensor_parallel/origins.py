@@ -30,17 +30,16 @@ from fxport.capture.inputs import InputKind, graph_input
 from fxport.parallel.dropout import KeyedDropout
 from fxport.parallel.modules import CopyTo, SharedGradient
 from fxport.parallel.plan import Plan
-from fxport.passes.tensor_parallel.emission import constant_index
 from fxport.passes.tensor_parallel.factors import unit_value
 from fxport.passes.tensor_parallel.names import Naming, meetings_are, sums_are
 from fxport.passes.tensor_parallel.ops import KINDS, Kind
+from fxport.passes.tensor_parallel.taken import constant_index
 
 __all__ = ["check_origins"]
 
 aten = torch.ops.aten
 _ATTENTION = torch.ops.fxport.attention.default
 _MOVING = (aten.flip.default, aten.roll.default, aten.index_select.default)
-_WIDEST = 2**16  # a head's value size, at most
 
 
 def check_origins(whole: fx.Graph, module: fx.GraphModule, plan: Plan, rank: int) -> list[str]:
@@ -252,5 +251,4 @@ class _Origins:
         for names in (q, k, v):
             places = torch.searchsorted(starts, names.unique(), right=True) - 1
             self.followed.update(ordered[i] for i in places.unique().tolist())
-        first = q[:, :, :, :1] * _WIDEST
-        return [first + torch.arange(v.shape[3]), None]
+        return [self.naming.of_results(q, v.shape[3]), None]
