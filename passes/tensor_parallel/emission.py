@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from fxport.capture.arguments import arguments, shape_of
 from fxport.capture.inputs import InputKind, graph_input
@@ -27,6 +27,7 @@ from fxport.parallel.modules import CopyTo, ReduceFrom, SharedGradient
 from fxport.passes.tensor_parallel.boxes import Box, Boxes, Undividable, positions
 from fxport.passes.tensor_parallel.derived import derived
 from fxport.passes.tensor_parallel.factors import Labels, unit_shape
+from fxport.passes.tensor_parallel.numbers import OF
 from fxport.passes.tensor_parallel.ops import KINDS, Kind
 from fxport.passes.tensor_parallel.postpone import Pending, postpone
 from fxport.passes.tensor_parallel.solver import Solution
@@ -98,6 +99,7 @@ class Emission:
         node = self.graph.call_function(target, args, kwargs)
         assert self._now is not None
         node.meta = {k: v for k, v in self._now.meta.items() if k != "val"}
+        node.meta[OF] = self._now.name
         return node
 
     def collective(self, name: str, module: nn.Module, value: fx.Node) -> fx.Node:
@@ -320,6 +322,7 @@ class Emission:
             if value.op == "placeholder" and value in self._learned:
                 self._whole(value)
         self.env[node] = self.graph.node_copy(node, self.env.__getitem__)
+        self.env[node].meta[OF] = node.name
 
 
 class _Values(dict[fx.Node, fx.Node]):

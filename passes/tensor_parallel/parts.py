@@ -97,4 +97,3 @@ def _joined(given: list[Parts], dim: int) -> Parts | None:
     if len(rest) != 1:
         return None
     return (*given[0][:dim], any(p[dim] for p in given), *given[0][dim + 1 :])
-

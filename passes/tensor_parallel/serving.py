@@ -37,6 +37,7 @@ from fxport.passes.tensor_parallel.factors import (
     label,
     unit_shape,
 )
+from fxport.passes.tensor_parallel.numbers import check_numbers
 from fxport.passes.tensor_parallel.origins import check_origins
 from fxport.passes.tensor_parallel.products import multiply_activations_first
 from fxport.passes.tensor_parallel.records import plan_of
@@ -260,6 +261,7 @@ def _prove(serving: ServingGraph, whole: fx.Graph, emission: Emission, plan: Pla
         attach(gm, shard.name, root.get_parameter(shard.name))
     found = check(gm, plan, emission.rank)
     found += check_origins(whole, gm, plan, emission.rank)
+    found += check_numbers(whole, gm)
     if found:
         raise FxportError("the division of this port is wrong:\n" + "\n".join(found))
 
