@@ -1,12 +1,12 @@
 """Checks that heads meet the heads, and features the weights, that they meet on one rank.
 
-Every feature that a projection makes is named after the row of the weight that makes it, in the
-unsharded graph and in that of a rank, where the plan says which rows the rank holds; so is every
-position of a divided vector (a bias, a scale for each head). Names move through views, splits,
-norms and pointwise ops. Then, in both graphs alike,
+The positions of a parameter are named along the dimension that is divided, in the unsharded graph
+and in that of a rank, where the plan says which the rank holds; or where the rank takes a part of a
+whole parameter. What a product makes is named after the rows of its weight that make it. Names move
+through views, splits, norms and pointwise ops. Then, in both graphs alike,
 
 * a query head must be attended with the same key and value head,
-* a column of a divided weight must be multiplied with the same feature,
+* a column of a weight must be multiplied with the same feature,
 * what meets in a pointwise op, as a bias or as a norm's weight must meet in the unsharded graph,
 * what a rank sums is what it holds of a sum there, without what lower ranks hold.
 
@@ -77,7 +77,8 @@ def check_origins(whole: fx.Graph, module: fx.GraphModule, plan: Plan, rank: int
         if query in wanted.heads and not pairs <= wanted.heads[query]:
             errors.append("a query head is attended with another key or value head")
             break
-    if not meetings_are(found.meetings, wanted.meetings, naming):
+    unequal = found.unequal and not wanted.unequal
+    if unequal or not meetings_are(found.meetings, wanted.meetings, naming):
         errors.append("positions meet that do not meet in the unsharded graph")
     if not sums_are(found.sums, wanted.sums, naming, rank):
         errors.append("a sum is over other positions than in the unsharded graph")
@@ -96,6 +97,7 @@ class _Origins:
         heads: first feature of a query head -> those of its key and value heads.
         followed: weights whose results reach an attention.
         read: parameters.
+        unequal: more positions meet fewer.
         meetings: names of positions that meet, two of one shape each.
         sums: (whether over several ranks, names ``[.., summands]``).
     """
@@ -119,6 +121,7 @@ class _Origins:
         self.heads: dict[int, set[tuple[int, int]]] = {}
         self.followed: set[str] = set()
         self.read: set[str] = set()
+        self.unequal = False
 
     def walk(
         self, graph: fx.Graph, emitted: tuple[fx.GraphModule, Mapping[int, str]] | None
@@ -186,7 +189,7 @@ class _Origins:
             return self._norm(node)
         if kind is Kind.POINTWISE and max(self.names[i].numel() for i in named) <= _LARGEST:
             for one, other in itertools.combinations(named, 2):
-                self.meetings.append((self.names[one], self.names[other]))
+                self._meet(self.names[one], self.names[other])
         if kind in (Kind.POINTWISE, Kind.CAST):
             return max((self.names[i] for i in named), key=lambda names: names.numel())
         if kind is Kind.HALVES:
@@ -196,6 +199,13 @@ class _Origins:
         if node.target is aten.view_as_real.default:
             return torch.stack([self.names[named[0]]] * 2, dim=-1)
         return None
+
+    def _meet(self, one: Tensor, other: Tensor) -> None:
+        try:
+            torch.broadcast_shapes(one.shape, other.shape)
+            self.meetings.append((one, other))
+        except RuntimeError:
+            self.unequal = True
 
     def _structure(self, node: fx.Node) -> Any:
         tensors = [i for i in node.all_input_nodes if isinstance(i.meta.get("val"), Tensor)]
@@ -225,7 +235,7 @@ class _Origins:
         self.sums.append((False, names.reshape(math.prod(names.shape) // width, width)))
         for other in (self.names.get(found[k]) for k in ("weight", "bias") if found.get(k)):
             if isinstance(other, Tensor):
-                self.meetings.append((names, other))
+                self._meet(names, other)
         return names
 
     def _summed(self, node: fx.Node) -> None:
@@ -258,7 +268,7 @@ class _Origins:
         made = rows[:, 0].reshape([1] * (rank - 1) + [-1])
         offset = self.names.get(found["bias"]) if found["bias"] is not None else None
         if isinstance(offset, Tensor):
-            self.meetings.append((made, offset))
+            self._meet(made, offset)
         return made
 
     def _product(self, node: fx.Node) -> Tensor | None:
@@ -281,7 +291,7 @@ class _Origins:
         features = data if isinstance(data, Tensor) and data.dim() == len(of_data) else None
         named = {c for d, c in enumerate(of_weight) if _varies(weight, d)}
         if features is not None and named <= set(of_data):
-            self.meetings.append((features, _aligned(weight, of_weight, of_data)))
+            self._meet(features, _aligned(weight, of_weight, of_data))
         if not named <= set(after):
             return None
         sizes = dict(zip(of_data, unit_shape(found[0][1 - which]), strict=True))
@@ -303,7 +313,7 @@ class _Origins:
             self.heads.setdefault(query, set()).add(pair)
         sinks = self.names.get(found["sinks"]) if found["sinks"] is not None else None
         if isinstance(sinks, Tensor):
-            self.meetings.append((q[0, :, 0, 0], sinks))
+            self._meet(q[0, :, 0, 0], sinks)
         ordered = list(self.bases)
         starts = torch.tensor([self.bases[name] for name in ordered])
         for names in (q, k, v):
