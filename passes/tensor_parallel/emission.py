@@ -26,7 +26,8 @@ from fxport.parallel.context import ParallelContext
 from fxport.parallel.modules import CopyTo, ReduceFrom, SharedGradient
 from fxport.passes.tensor_parallel.boxes import Box, Boxes, Undividable, positions
 from fxport.passes.tensor_parallel.derived import derived
-from fxport.passes.tensor_parallel.factors import Labels, unit_shape
+from fxport.passes.tensor_parallel.factors import unit_shape
+from fxport.passes.tensor_parallel.labels import Labels
 from fxport.passes.tensor_parallel.numbers import OF
 from fxport.passes.tensor_parallel.ops import KINDS, Kind
 from fxport.passes.tensor_parallel.postpone import Pending, postpone

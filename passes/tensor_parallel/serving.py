@@ -32,11 +32,11 @@ from fxport.passes.tensor_parallel.emission import Emission, LocalHeads, WholePa
 from fxport.passes.tensor_parallel.emit import emit
 from fxport.passes.tensor_parallel.emit_rules import HEADS, LOOKUP
 from fxport.passes.tensor_parallel.factors import (
-    Labels,
     keep_beside_vocabulary,
     label,
     unit_shape,
 )
+from fxport.passes.tensor_parallel.labels import Labels
 from fxport.passes.tensor_parallel.numbers import check_numbers
 from fxport.passes.tensor_parallel.origins import check_origins
 from fxport.passes.tensor_parallel.products import multiply_activations_first

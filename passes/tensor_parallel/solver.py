@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, fx
 
 from fxport.capture.location import module_of
-from fxport.passes.tensor_parallel.factors import Labels
+from fxport.passes.tensor_parallel.labels import Labels
 
 __all__ = ["Component", "Solution", "solve"]
 

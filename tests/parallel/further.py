@@ -275,6 +275,20 @@ class NormedResult(Separate):
         return self.out(self.wide(attend(q, k, v)))
 
 
+class HeadGates(Separate):
+    """A gate for each of 8 heads, which are 4 groups."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 4)
+        self.gate = nn.Linear(WIDTH, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (p(x).unflatten(-1, (-1, HEAD)) for p in (self.q, self.k, self.v))
+        k, v = (p.repeat_interleave(2, 2) for p in (k, v))
+        y = attend(q, k, v).unflatten(-1, (8, HEAD)) * self.gate(x).sigmoid()[..., None]
+        return self.out(y.flatten(2))
+
+
 class ResultByHead(Separate):
     """What every head adds to the residual stream, looked at and then summed."""
 
@@ -386,6 +400,7 @@ FURTHER: dict[str, Callable[[], nn.Module]] = {
     "parts of one weight": lambda: OneLayer(Parts(stacked=False), Mlp()),
     "stacked weights": lambda: OneLayer(Parts(stacked=True), Mlp()),
     "experts in one matrix": lambda: OneLayer(Separate(), ViewedExperts()),
+    "head gates": lambda: OneLayer(HeadGates(), Mlp()),
     "weighed experts": lambda: OneLayer(Separate(), WeighedExperts()),
     "narrow experts": lambda: OneLayer(NormedResult(), NarrowExperts()),
 }
