@@ -49,13 +49,13 @@ class _Faster:
 _FORWARD: dict[tuple[int, int], dict[int, _Faster]] = {
     (9, 0): {
         64: _Faster(8192, 512, None),
-        96: _Faster(4096, 512, None),
+        96: _Faster(4096, 64, 1024),
         128: _Faster(4096, 64, 128),
         256: _Faster(2048, 128, 512),
     },
 }
 _BACKWARD: dict[tuple[int, int], dict[int, _Faster]] = {
-    (9, 0): {64: _Faster(128, 64, 128), 96: _Faster(512, 512, None), 128: _Faster(128, 64, 128)},
+    (9, 0): {64: _Faster(128, 64, 128), 96: _Faster(512, 64, 1024), 128: _Faster(128, 64, 128)},
 }
 _PACKED_BEFORE_FLASH3 = frozenset({128})  # head sizes; at 256 it was not measured beside it
 

@@ -14,6 +14,7 @@
     axes       views, layout           what every dimension is made of
                products, frame         .. and what it is: batch, head, query, key, size
     masks      masks, learned          a flag, slopes or a bias (proofs: `fxport.passes.masks`)
+               empty_rows              .. and what a row without any key would give
     emit       checks, emit            may one call stand here; the call
                bias, sinks             .. and what no flag says
     say        site, records           what was found, for other passes and for the report

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -11,10 +10,10 @@ from torch import fx
 from fxport.capture.memory import is_written_through
 from fxport.errors import ReasonCode
 from fxport.passes.attention.products import as_product
-from fxport.passes.attention.site import Left, MaskKind, Match
+from fxport.passes.attention.site import Left
 from fxport.passes.graph_facts import GraphFacts, lends_shape_only, only_checks
 
-__all__ = ["check_closed", "check_filled", "check_grad_mode", "check_rounding"]
+__all__ = ["check_closed", "check_grad_mode", "check_rounding"]
 
 
 def check_grad_mode(facts: GraphFacts, nodes: Iterable[fx.Node], output: fx.Node) -> None:
@@ -67,23 +66,4 @@ def check_rounding(interior: tuple[fx.Node, ...], output: fx.Node) -> None:
                 f"scores or weights are rounded from {before.dtype} to {after.dtype} in between",
                 node,
                 "the softmax in float32, or in the model's own dtype if that is wider",
-            )
-
-
-def check_filled(match: Match, from_data: bool) -> None:
-    """A row of one finite number gives the mean of all values, where one of -inf gives zeros.
-
-    Raises:
-        Left: data may leave rows of either kind.
-    """
-    if not match.infinite_rows or not from_data:
-        return
-    for step in match.steps:
-        if step.kind in (MaskKind.FILL, MaskKind.FLOOR) and step.number != -math.inf:
-            raise Left(
-                ReasonCode.EMPTY_ROW,
-                "scores are masked with a finite number, and a row without any key gives zeros "
-                "only if all of its scores are -inf",
-                step.node,
-                "use float('-inf') for every mask",
             )

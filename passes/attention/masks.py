@@ -15,11 +15,16 @@ import torch
 from torch import Tensor, fx
 
 from fxport.errors import ReasonCode
-from fxport.passes.attention.checks import check_filled
+from fxport.passes.attention.empty_rows import (
+    check_emptied,
+    check_filled,
+    check_mended,
+    check_shift,
+)
 from fxport.passes.attention.factors import is_finite
 from fxport.passes.attention.frame import Frame
 from fxport.passes.attention.learned import is_learned_product, lowest_of
-from fxport.passes.attention.site import Left, MaskKind, MaskStep, Match, Shift
+from fxport.passes.attention.site import Left, MaskKind, MaskStep, Match
 from fxport.passes.graph_facts import GraphFacts, Source
 from fxport.passes.masks.bands import FULL, Band
 from fxport.passes.masks.prover import Proof, Prover, hard_limit, is_forbidding
@@ -63,6 +68,61 @@ class MaskPlan:
 _MARGIN = 100.0
 
 
+@dataclass(frozen=True)
+class _Masks:
+    """The masks of one attention, sorted by where they come from.
+
+    Attributes:
+        steps, sources: all of them, in order.
+        fixed: constants, which can be proven.
+        open: learned ones, and those from the data.
+        from_data: one of `open` may leave a row without any key.
+        low: a learned bias holds a mask as well.
+    """
+
+    steps: tuple[MaskStep, ...]
+    sources: tuple[Source, ...]
+    fixed: list[MaskStep]
+    open: list[MaskStep]
+    from_data: bool
+    low: bool
+
+    @classmethod
+    def of(cls, facts: GraphFacts, match: Match) -> _Masks:
+        sources = tuple(_source(facts, step) for step in match.steps)
+        pairs = list(zip(match.steps, sources, strict=True))
+        open_ = [(s, f) for s, f in pairs if f not in Source.BUFFER]
+        return cls(
+            steps=match.steps,
+            sources=sources,
+            fixed=[s for s, f in pairs if f in Source.BUFFER],
+            open=[s for s, _ in open_],
+            from_data=any(_may_empty(facts, s, f) for s, f in open_),
+            low=any(s.adds and _is_low(f, s) for s, f in open_),
+        )
+
+    def never_low(self, facts: GraphFacts, lowering: bool) -> list[MaskStep]:
+        """Those that are added and forbid no key."""
+        pairs = zip(self.steps, self.sources, strict=True)
+        return [s for s, f in pairs if s.adds and _never_low(facts, s, f, lowering)]
+
+    def origin(self, dense: list[MaskStep]) -> str:
+        """Where those that stay a tensor come from."""
+        pairs = zip(self.steps, self.sources, strict=True)
+        return _origin([f for s, f in pairs if s in dense])
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What becomes flags, and what stays a tensor; see `MaskPlan`."""
+
+    dense: list[MaskStep]
+    band: Band = FULL
+    slopes: Tensor | None = None
+    unproven: str = ""
+    spread: float | None = None
+
+
 def plan_masks(
     prover: Prover, facts: GraphFacts, match: Match, frame: Frame, *, assume_spread: bool
 ) -> MaskPlan:
@@ -74,83 +134,56 @@ def plan_masks(
     Raises:
         Left: the masks cannot be expressed without changing the result.
     """
-    sources = [_source(facts, step) for step in match.steps]
-    fixed = [s for s, f in zip(match.steps, sources, strict=True) if f in Source.BUFFER]
-    open_ = [s for s, f in zip(match.steps, sources, strict=True) if f not in Source.BUFFER]
-    from_data = any(
-        _may_empty(facts, s, f) for s, f in zip(match.steps, sources, strict=True) if s in open_
-    )
-    low = any(
-        s in open_ and s.adds and _is_low(f, s) for s, f in zip(match.steps, sources, strict=True)
-    )
+    masks = _Masks.of(facts, match)
+    check_filled(match, masks.from_data)
+    zero_rows = masks.from_data or (match.zero_rows and not match.infinite_rows)
     anchored = match.sinks is not None
-    check_filled(match, from_data)
-    zero_rows = from_data or (match.zero_rows and not match.infinite_rows)
-    proof = prover.prove(fixed, frame, zero_rows, anchored, match.infinite_rows)
-    _check_again(prover, facts, match, frame, fixed, proof, from_data)
-    dense = list(match.steps)
-    band, slopes, unproven, spread = FULL, None, "", None
-    if proof.rest and proof.likely is not None and assume_spread and not open_:
-        band, dense, spread = proof.likely, [], proof.spread - _MARGIN
-    elif proof.rest:
-        unproven = proof.why
-    elif not ((from_data or low) and _mixes_finite(proof, open_)):
-        assert proof.band is not None
-        band, slopes, dense = proof.band, proof.slopes, open_
-    if not _expressible(band, match):
-        band, slopes, dense, spread = FULL, None, list(match.steps), None
-        unproven = "no flag says which keys are allowed"
+    proof = prover.prove(masks.fixed, frame, zero_rows, anchored, match.infinite_rows)
+    _check_again(prover, facts, match, frame, masks, proof)
+    form = _form(match, masks, proof, assume_spread)
+    dense = form.dense
     _check_dense(dense, proof)
     _check_keys(match, dense)
-    above = _above(match, proof, open_)
-    exact_rows = not match.zero_rows and (from_data or (proof.rest and not proof.known))
-    if exact_rows and match.without_nan:
-        raise Left(
-            ReasonCode.EMPTY_ROW,
-            "a mask that is not a fill with -inf may leave a row without any key, and what NaN "
-            "weights give is replaced after the softmax",
-            match.start,
-            "use masked_fill with float('-inf') for every mask",
-        )
-    if exact_rows and match.finite is not None:
-        raise Left(
-            ReasonCode.EMPTY_ROW,
-            "a mask may leave a row without any key, and scores that are NaN or infinite are "
-            "replaced before: which of both it was cannot be told",
-            match.finite,
-            "drop nan_to_num from the scores",
-        )
-    if exact_rows and match.sinks is not None:
-        raise Left(
-            ReasonCode.EMPTY_ROW,
-            "a mask may leave a row without any key, where this sink gives NaN",
-            match.start,
-            "add the sink as a column of the scores, or bound the maximum from below by 0",
-        )
-    lowering = proof.lowered or not proof.known
-    sure = [
-        s
-        for s, f in zip(match.steps, sources, strict=True)
-        if s.adds and _never_low(facts, s, f, lowering)
-    ]
-    if (from_data or low) and not match.zero_rows:
-        _check_emptied(dense, sure)
+    above = _above(match, proof, masks.open)
+    exact_rows = not match.zero_rows and (masks.from_data or (proof.rest and not proof.known))
+    sure = masks.never_low(facts, proof.lowered or not proof.known)
     if exact_rows:
-        _check_shift(match, sure)
-    used = [s for s in fixed if s not in dense]
+        check_mended(match)
+    if (masks.from_data or masks.low) and not match.zero_rows:
+        check_emptied(dense, sure)
+    if exact_rows:
+        check_shift(match, sure)
+    used = [s for s in masks.fixed if s not in dense]
     used += [match.again] if match.again is not None else []
     return MaskPlan(
-        band=band,
-        slopes=slopes,
+        band=form.band,
+        slopes=form.slopes,
         dense=tuple(dense),
-        origin=_origin([f for s, f in zip(match.steps, sources, strict=True) if s in dense]),
-        unproven=unproven if any(s in dense for s in fixed) else "",
+        origin=masks.origin(dense),
+        unproven=form.unproven if any(s in dense for s in masks.fixed) else "",
         relied_on=facts.buffers([s.tensor for s in used if s.tensor is not None]),
         exact_rows=exact_rows,
         adds=any(s.adds for s in match.steps),
         above=above,
-        spread=spread,
+        spread=form.spread,
     )
+
+
+def _form(match: Match, masks: _Masks, proof: Proof, assume_spread: bool) -> _Form:
+    """Flags where they are proven and say everything, tensors otherwise."""
+    everything = list(match.steps)
+    if proof.rest and proof.likely is not None and assume_spread and not masks.open:
+        form = _Form([], proof.likely, spread=proof.spread - _MARGIN)
+    elif proof.rest:
+        form = _Form(everything, unproven=proof.why)
+    elif (masks.from_data or masks.low) and _mixes_finite(proof, masks.open):
+        form = _Form(everything)
+    else:
+        assert proof.band is not None
+        form = _Form(masks.open, proof.band, proof.slopes)
+    if _expressible(form.band, match):
+        return form
+    return _Form(everything, unproven="no flag says which keys are allowed")
 
 
 def _check_again(
@@ -158,9 +191,8 @@ def _check_again(
     facts: GraphFacts,
     match: Match,
     frame: Frame,
-    fixed: list[MaskStep],
+    masks: _Masks,
     proof: Proof,
-    from_data: bool,
 ) -> None:
     """Weights that are masked after the softmax must be 0 there already.
 
@@ -171,8 +203,8 @@ def _check_again(
     if again is None:
         return
     constant = again.tensor is not None and _source(facts, again) in Source.BUFFER
-    if constant and not from_data and not proof.rest:
-        both = prover.prove([*fixed, again], frame, True, match.sinks is not None)
+    if constant and not masks.from_data and not proof.rest:
+        both = prover.prove([*masks.fixed, again], frame, True, match.sinks is not None)
         if not both.rest and both.band == proof.band:
             return
     raise Left(
@@ -320,40 +352,6 @@ def _is_low(source: Source, step: MaskStep) -> bool:
     if Source.DATA in source or Source.PARAMETER not in source or step.tensor is None:
         return False
     return is_forbidding(min(lowest_of(step.tensor), -abs(step.number)))
-
-
-def _check_emptied(dense: list[MaskStep], sure: list[MaskStep]) -> None:
-    """Rows left without keys by an added finite number share their weight with filled keys."""
-    fill = next((s for s in dense if s.kind is MaskKind.FILL and s.number != float("-inf")), None)
-    if fill is not None and any(s.adds and s not in sure for s in dense):
-        raise Left(
-            ReasonCode.EMPTY_ROW,
-            "one mask is added and another is filled in with a finite number: "
-            "rows without any key come out as a mixture of both",
-            fill.node,
-            "use masked_fill with float('-inf'), or one mask for both",
-        )
-
-
-def _check_shift(match: Match, sure: list[MaskStep]) -> None:
-    """Rows without a key give what a softmax gives, where all of their scores are -inf.
-
-    Raises:
-        Left: they may be finite, and nothing of the row is subtracted; or a NaN leaves its row.
-    """
-    finite = [
-        s
-        for s in match.steps
-        if s not in sure and (s.kind is MaskKind.ADD or s.number != float("-inf"))
-    ]
-    if match.shift is Shift.WHOLE or (match.shift is Shift.NONE and finite):
-        raise Left(
-            ReasonCode.EMPTY_ROW,
-            "a mask may leave a row without any key, and exponentials are taken without the row's "
-            "maximum: their sum may be 0",
-            finite[0].node if finite else match.start,
-            "softmax(x), or subtract x.amax(-1, keepdim=True) first",
-        )
 
 
 def _origin(sources: list[Source]) -> str:

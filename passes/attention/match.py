@@ -29,6 +29,7 @@ from fxport.passes.attention.layout import (
     resolve,
     resolve_all,
 )
+from fxport.passes.attention.learned import is_learned_product
 from fxport.passes.attention.paths import Walk, obstacles, paths, product_behind, walk
 from fxport.passes.attention.products import Contraction, as_product, contract, sums_products
 from fxport.passes.attention.scores import Scores
@@ -167,7 +168,7 @@ def _match_path(facts: GraphFacts, softmax: Softmax, path: list[fx.Node], look: 
     if softmax.factor != 1:
         scores.scale_by(softmax.start, softmax.factor)
     _apply_kept(facts, scores, softmax, walked.dims[-1])
-    zeroed, again = _masked_again(scores, forward)
+    zeroed, again = _masked_again(facts, scores, forward)
     check_grad_mode(facts, (*path, *softmax.nodes, *forward.nodes), forward.product.node)
     maxima = (n for node in path for n in subtracted_maximum(node))
     interior = (*path, *maxima, *softmax.nodes, *forward.nodes)
@@ -335,7 +336,9 @@ def _check_source_of_keys(facts: GraphFacts, k: tuple[Step, ...], forward: Forwa
     raise Left(ReasonCode.NOT_ATTENTION, "keys and values are parameters: a memory look-up")
 
 
-def _masked_again(scores: Scores, forward: Forward) -> tuple[bool, MaskStep | None]:
+def _masked_again(
+    facts: GraphFacts, scores: Scores, forward: Forward
+) -> tuple[bool, MaskStep | None]:
     """After the softmax the mask may be applied again: that only makes empty rows zero.
 
     Whether it is that same mask, or else the mask, which is still to be shown to change nothing.
@@ -344,7 +347,9 @@ def _masked_again(scores: Scores, forward: Forward) -> tuple[bool, MaskStep | No
     if again is None:
         fills = all(s.kind is MaskKind.FILL and s.number == -math.inf for s in steps)
         return forward.without_nan and bool(steps) and fills, None
-    first = steps[0] if len(steps) == 1 else None
-    same = first is not None and first.kind is again.kind is MaskKind.FILL
-    same = same and first.tensor is again.tensor and first.inverted == again.inverted  # type: ignore[union-attr]
+    last = steps[-1] if steps else None
+    same = last is not None and last.kind is again.kind is MaskKind.FILL
+    same = same and last.tensor is again.tensor and last.inverted == again.inverted  # type: ignore[union-attr]
+    # what else is added to the scores must leave no row without a key
+    same = same and all(s.adds and is_learned_product(facts, s.tensor) for s in steps[:-1])
     return (True, None) if same else (False, again)

@@ -146,6 +146,43 @@ def test_masked_again_after_the_softmax() -> None:
     compare(Site(masked_twice), rewritten(masked_twice, *data).graph, data)
 
 
+def _relative(
+    qkv: Tensor, keep: Tensor, table: Tensor, fill: float, beside: Tensor | None = None
+) -> Tensor:
+    """Conformers: q.k and q.(distance), masked, and the weights masked again."""
+    q, k, v = heads_first(qkv)
+    mask = ~keep[:, None, None, :]
+    s = (q @ k.mT + q @ table.mT) / math.sqrt(6)
+    s = s if beside is None else s + beside
+    return finish(s.masked_fill(mask, fill).softmax(-1).masked_fill(mask, 0.0), v)
+
+
+@pytest.mark.parametrize("fill", [-1e9, torch.finfo(torch.float64).min], ids=str)
+def test_relative_positions_masked_again(fill: float) -> None:
+    def site(qkv: Tensor, keep: Tensor, table: Tensor) -> Tensor:
+        return _relative(qkv, keep, table, fill)
+
+    table = torch.randn(7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    data = (example(), keep_mask(3, 7, False))
+    module = Site(site, [table])
+    found = rewrite(trace_training(module, data))
+    assert found.count == 1 and softmax_count(found.graph) == 0, found.result.decisions
+    for empty in (False, True):
+        compare(module, found.graph, (example(), keep_mask(3, 7, empty)))
+
+
+def test_masked_again_beside_a_bias_that_may_empty_rows() -> None:
+    """Such a row is NaN in the original, where the mask alone would make it zeros."""
+
+    def site(qkv: Tensor, keep: Tensor, beside: Tensor, table: Tensor) -> Tensor:
+        return _relative(qkv, keep, table, INF, beside)
+
+    table = torch.randn(7, 6, dtype=torch.float64)
+    data = (example(), keep_mask(3, 7, False), torch.zeros(7, 7, dtype=torch.float64))
+    found = rewrite(trace_training(Site(site, [table]), data))
+    assert found.count == 0 and softmax_count(found.graph) == 1
+
+
 def test_additive_float_mask_is_kept() -> None:
     def additive(qkv: Tensor, mask: Tensor) -> Tensor:
         q, k, v = heads_first(qkv)
