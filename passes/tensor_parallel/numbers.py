@@ -1,4 +1,4 @@
-"""Checks that no rank computes with other numbers than the model.
+"""Checks that no rank computes with other numbers than the model, and holds others than it should.
 
 Every op of a rank's graph says which op of the model it was written for (`OF`). It is that op with
 the same numbers, or one of those that a mean or a norm over all ranks is made of:
@@ -15,14 +15,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fxport.capture.arguments import arguments
 from fxport.parallel.dropout import AttentionRate, KeyedDropout, StepSeed
+from fxport.parallel.plan import Plan
 from fxport.passes.tensor_parallel.factors import unit_shape, unit_value
 from fxport.passes.tensor_parallel.ops import KINDS, Kind
 
-__all__ = ["OF", "check_numbers"]
+__all__ = ["OF", "check_numbers", "check_values"]
 
 aten = torch.ops.aten
 OF = "of"  # of an emitted op: the name of the model's
@@ -52,6 +53,26 @@ def check_numbers(whole: fx.Graph, module: fx.GraphModule) -> list[str]:
         if not fine:
             errors.append(f"{node.name} ({node.target}): other numbers than the model's")
     return errors
+
+
+def check_values(
+    whole: Mapping[str, Tensor], module: nn.Module, plan: Plan, rank: int
+) -> list[str]:
+    """Every parameter of one rank that is not the model's, where the plan says."""
+    errors = []
+    for shard in plan.parameters:
+        wanted, found = whole[shard.name].detach(), module.get_parameter(shard.name).detach()
+        for dim, index in enumerate(shard.indices[rank]):
+            if index is not None:
+                wanted = wanted.movedim(dim, 0)[list(index)].movedim(0, dim)
+        if not (found.is_meta or torch.equal(_bytes(wanted), _bytes(found))):
+            errors.append(f"{shard.name}: other values than the model's")
+    return errors
+
+
+def _bytes(value: Tensor) -> Tensor:
+    """Weights that are not filled in yet may be NaN."""
+    return value.reshape(-1).view(torch.uint8)
 
 
 def _same(node: fx.Node, source: fx.Node, calls: Mapping[fx.Node, nn.Module]) -> bool:

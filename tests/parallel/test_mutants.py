@@ -11,9 +11,10 @@ from torch import fx, nn
 
 from fxport.parallel.context import ParallelContext
 from fxport.parallel.modules import CopyTo, Gather, ReduceFrom, SharedGradient
+from fxport.passes.tensor_parallel.boxes import select
 from fxport.passes.tensor_parallel.build import Prepared, prepare
 from fxport.passes.tensor_parallel.checker import check
-from fxport.passes.tensor_parallel.numbers import check_numbers
+from fxport.passes.tensor_parallel.numbers import check_numbers, check_values
 from fxport.passes.tensor_parallel.origins import check_origins
 from fxport.passes.tensor_parallel.taken import TAKEN
 from tests.parallel.further import FURTHER
@@ -271,6 +272,16 @@ def _simulation_fails(model: nn.Module, ranks: Ranks) -> bool:
     except (AssertionError, RuntimeError):  # another shape
         return True
     return max(errors.output, errors.gradient) > 1e-6
+
+
+def test_values_of_other_positions_are_seen() -> None:
+    model, ranks = _mutated("grouped", lambda _: None)
+    whole, module = dict(model.named_parameters()), ranks.modules[1]
+    assert not check_values(whole, module, module.plan, 1)
+    name = "blocks.0.mlp.up.weight"
+    module.get_parameter(name).data.copy_(select(whole[name], module.plan.shard(name).indices[0]))
+    (error,) = check_values(whole, module, module.plan, 1)
+    assert error.startswith(name)
 
 
 @pytest.mark.parametrize(("name", "model_name"), CASES)
