@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxport.capture.arguments import arguments
+from fxport.capture.arguments import arguments, shape_of
 from fxport.capture.inputs import InputKind, graph_input
 from fxport.parallel.dropout import KeyedDropout
 from fxport.parallel.modules import CopyTo, SharedGradient
@@ -330,9 +330,11 @@ def _taken(module: fx.GraphModule) -> dict[str, tuple[int, Indices]]:
         if TAKEN not in node.meta or node.args[0].op != "call_module":
             continue
         value = node.args[0].args[0]
-        known = value.meta.get("val")
-        for end in reachable([value]) if isinstance(known, Tensor) else ():
-            if end.op == "get_attr" and _shape(module, end) == tuple(known.shape):  # type: ignore[union-attr]
+        if not isinstance(value.meta.get("val"), Tensor):
+            continue
+        shape = tuple(shape_of(value))  # no SymInt: to compare one would fix the size
+        for end in reachable([value]):
+            if end.op == "get_attr" and _shape(module, end) == shape:
                 found.setdefault(str(end.target), set()).add((node.args[1], node.meta[TAKEN]))
     return {name: next(iter(parts)) for name, parts in found.items() if len(parts) == 1}
 
