@@ -52,13 +52,14 @@ from fxport.parallel.context import ParallelContext
 from fxport.parallel.modules import Gather, ReduceFrom
 from fxport.parallel.plan import ParameterShard, Plan
 from fxport.passes.tensor_parallel.boxes import Box
-from fxport.passes.tensor_parallel.emission import LocalHeads, constant_index
+from fxport.passes.tensor_parallel.emission import LocalHeads
 from fxport.passes.tensor_parallel.serving import (
     RankPart,
     RankServing,
     divide_serving,
     whole_serving,
 )
+from fxport.passes.tensor_parallel.taken import constant_index
 from fxport.serving import ServingGraph
 
 __all__ = ["Assembled", "assemble"]

@@ -99,12 +99,15 @@ def _divided(prepared: Prepared, ctx: ParallelContext, smallest: Smallest) -> fx
     from fxport.passes.tensor_parallel.build import divide, rank_module
     from fxport.passes.tensor_parallel.checker import check
     from fxport.passes.tensor_parallel.checkpoints import checkpoint_again
+    from fxport.passes.tensor_parallel.numbers import check_numbers, check_values
     from fxport.passes.tensor_parallel.origins import check_origins
 
     divided = divide(prepared, ctx)
     module = rank_module(divided)
     found = check(module, divided.plan, ctx.rank)
     found += check_origins(prepared.graph.graph, module, divided.plan, ctx.rank)
+    found += check_numbers(prepared.graph.graph, module)
+    found += check_values(prepared.captured.parameters, module, divided.plan, ctx.rank)
     if found:
         raise FxportError("the division is wrong, nothing was emitted:\n" + "\n".join(found))
     checkpoint_again(module, divided.plan)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from fxport.passes.tensor_parallel.factors import Labels
+from fxport.passes.tensor_parallel.labels import Labels
 from fxport.passes.tensor_parallel.solver import Solution
 
 __all__ = ["Box", "Boxes", "Undividable", "positions", "select"]

@@ -12,7 +12,8 @@ Every value is one of
 
 A partial sum may only be scaled (by a number or a copy), moved, mapped by a copied weight, added
 to another, or reduced; a replicated value may enter local work only through `CopyTo`; a divided
-parameter that several ranks hold only through `SharedGradient`; the output is replicated.
+parameter that several ranks hold only through `SharedGradient`; of a whole value a rank takes the
+part that is its own (`taken`); the output is replicated.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from fxport.parallel.dropout import AttentionRate, KeyedDropout, StepSeed
 from fxport.parallel.modules import CopyTo, Gather, ReduceFrom, SharedGradient
 from fxport.parallel.plan import ParameterShard, Plan
 from fxport.passes.tensor_parallel.parts import Parts, made_of, parts_of, viewed
+from fxport.passes.tensor_parallel.taken import SLICES, TAKEN, positions_of, taken_once
 
 __all__ = ["check"]
 
@@ -178,6 +180,8 @@ class _Checker:
             self._looked_up(node)
             return _State.LOOKUP
         states = set(inputs.values())
+        if node.target in SLICES and (TAKEN in node.meta or _K in states):
+            return self._taken(node, states)
         if _State.LOOKUP in states:
             if node.target is not aten.masked_fill.Scalar:
                 self._wrong(node, "uses rows of other ranks before they are masked")
@@ -188,6 +192,16 @@ class _Checker:
             return _P
         return self._mixed(node, inputs)
 
+    def _taken(self, node: fx.Node, states: set[_State]) -> _State:
+        """A part of what every rank has, or of what it holds."""
+        if not states <= {_K, _C, _L}:
+            self._wrong(node, f"takes a part of a {next(iter(states - {_C})).value} value")
+        if TAKEN not in node.meta:
+            self._wrong(node, "takes a part, and does not say what other ranks take")
+        elif positions_of(node) != node.meta[TAKEN][self.rank]:
+            self._wrong(node, "takes the part of another rank")
+        return _L
+
     def _partial(self, node: fx.Node, inputs: dict[fx.Node, _State]) -> _State:
         first = node.args[0]
         others = [state for value, state in inputs.items() if value is not first]
@@ -197,6 +211,8 @@ class _Checker:
         elif node.target is aten.mul.Tensor:
             fine = [*inputs.values()].count(_P) == 1 and set(inputs.values()) <= {_P, _K, _C}
             fine = fine and node.args[0] is not node.args[1]
+        elif node.target in _PRODUCTS and len(inputs) == 2:  # with a copy of every expert's gates
+            fine = [*inputs.values()].count(_P) == 1 and set(inputs.values()) <= {_P, _K, _C}
         elif node.target in _MASKING:
             value, mask = (node.args[i] for i in _MASKING[node.target])
             zero = isinstance(node.args[2], int | float) and node.args[2] == 0
@@ -269,7 +285,7 @@ class _Checker:
 
     def _cut(self, weight: Any) -> int | None:
         """The dimension along which a part of a copied weight, of one expert say, is taken."""
-        if weight.target not in (aten.slice.Tensor, aten.index_select.default):
+        if weight.target not in SLICES:
             return None
         return weight.args[1] if self.state[weight.args[0]] is _K else None
 
@@ -292,8 +308,13 @@ class _Checker:
             return self._mixed(node, {i: self.state[i] for i in node.all_input_nodes})
         if any(self.state[i] is not _L for i in others):
             self._wrong(node, "a divided contraction of a value that is not divided")
-        self._held_once(node, weight)
+        self._summed_once(node, weight)
         return _P
+
+    def _summed_once(self, node: fx.Node, weight: fx.Node) -> None:
+        if self._cut(weight) is not None and not taken_once(weight):
+            self._wrong(node, "sums positions that the ranks have not each once")
+        self._held_once(node, weight)
 
     def _experts(self, node: fx.Node) -> set[fx.Node]:
         """The choice of experts, which must be the same on every rank."""
@@ -335,7 +356,7 @@ class _Checker:
             self._wrong(node, "a divided contraction of a value that is not divided")
         if bias is not None:
             self._wrong(node, "adds a bias before the reduction: once for every rank")
-        self._held_once(node, weight)  # type: ignore[arg-type]
+        self._summed_once(node, weight)  # type: ignore[arg-type]
         return _P
 
 
@@ -346,6 +367,4 @@ def _has_no_gradient(node: fx.Node) -> bool:
 
 def _takes_a_part(node: fx.Node) -> bool:
     """Whether the ranks may take different parts of the same value."""
-    slicing = {aten.slice.Tensor, aten.index_select.default, aten.embedding.default}
-    heads = torch.ops.fxport.attention.default
-    return node.target in slicing or node.target is heads
+    return node.target in (aten.embedding.default, torch.ops.fxport.attention.default)

@@ -25,11 +25,12 @@ from torch import fx
 import fxport.ops.experts  # noqa: F401  (registers the op)
 from fxport.capture.arguments import arguments, shape_of
 
-__all__ = ["BY_EXPERT", "Contraction", "contraction", "letters"]
+__all__ = ["BY_EXPERT", "PRODUCTS", "Contraction", "contraction", "letters", "operands_of"]
 
 aten = torch.ops.aten
 BY_EXPERT = torch.ops.fxport.expert_linear.default
 _MATMULS = (aten.matmul.default, aten.bmm.default, aten.mm.default)
+PRODUCTS = (*_MATMULS, aten.einsum.default, BY_EXPERT)
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,20 @@ def contraction(node: fx.Node, activations: Container[fx.Node]) -> Contraction |
     return None if summed_alone or dropped or broadcast else product
 
 
+def operands_of(node: fx.Node) -> list[fx.Node]:
+    """What is multiplied, in the order of the letters."""
+    if node.target is aten.einsum.default:
+        return list(arguments(node)["tensors"])
+    if node.target is BY_EXPERT or node.target is aten.linear.default:
+        return list(node.all_input_nodes[:2])
+    return list(node.all_input_nodes)
+
+
 def letters(node: fx.Node) -> tuple[list[fx.Node], tuple[str, str, str]] | None:
     """Two operands, and the letters of both and of the result; None where there is no such form."""
+    operands = operands_of(node)
     if node.target is aten.einsum.default:
-        found = arguments(node)
-        equation, operands = found["equation"].replace(" ", ""), list(found["tensors"])
+        equation = arguments(node)["equation"].replace(" ", "")
         if len(operands) != 2 or "->" not in equation:
             return None
         inputs, result = equation.split("->")
@@ -102,13 +112,13 @@ def letters(node: fx.Node) -> tuple[list[fx.Node], tuple[str, str, str]] | None:
             count = len(shape_of(operands[0])) - len(left) + 3
             free = "".join(c for c in string.ascii_letters if c not in rest)[:count]
             left, result = left.replace("...", free), result.replace("...", free)
+    elif node.target is aten.linear.default:
+        rows = string.ascii_lowercase[: len(shape_of(operands[0])) - 1]
+        left, right, result = rows + "Y", "ZY", rows + "Z"
     elif node.target is BY_EXPERT:
-        found = arguments(node)
-        operands = [found["x"], found["weight"]]
-        rows = string.ascii_lowercase[: len(shape_of(found["experts"]))]
+        rows = string.ascii_lowercase[: len(shape_of(arguments(node)["experts"]))]
         left, right, result = rows + "Y", "EZY", rows + "Z"
     elif node.target in _MATMULS:
-        operands = list(node.all_input_nodes)
         ranks = [len(shape_of(n)) for n in operands]
         if len(operands) != 2 or min(ranks) < 2:
             return None

@@ -22,6 +22,7 @@ from fxport.capture.arguments import arguments
 from fxport.capture.inputs import InputKind, graph_input
 from fxport.passes.tensor_parallel.boxes import Box, select
 from fxport.passes.tensor_parallel.factors import unit_shape
+from fxport.passes.tensor_parallel.numbers import OF
 from fxport.passes.tensor_parallel.ops import KINDS, Kind
 from fxport.passes.tensor_parallel.parts import WHOLE
 
@@ -73,7 +74,9 @@ def _write(e: Emission, node: fx.Node, kind: str, wanted: Boxes) -> fx.Node:
         return view
     args = fx.map_arg(node.args, lambda n: new.get(n, n))
     kwargs = fx.map_arg(node.kwargs, lambda n: new.get(n, n))
-    return e.call(node.target, *args, **kwargs)
+    made = e.call(node.target, *args, **kwargs)
+    made.meta[OF] = node.name
+    return made
 
 
 def _operands(node: fx.Node, wanted: Boxes) -> dict[fx.Node, Boxes] | None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from fxport.capture.arguments import arguments, shape_of
 from fxport.capture.inputs import InputKind, graph_input
@@ -26,10 +26,13 @@ from fxport.parallel.context import ParallelContext
 from fxport.parallel.modules import CopyTo, ReduceFrom, SharedGradient
 from fxport.passes.tensor_parallel.boxes import Box, Boxes, Undividable, positions
 from fxport.passes.tensor_parallel.derived import derived
-from fxport.passes.tensor_parallel.factors import Labels, unit_shape
+from fxport.passes.tensor_parallel.factors import unit_shape
+from fxport.passes.tensor_parallel.labels import Labels
+from fxport.passes.tensor_parallel.numbers import OF
 from fxport.passes.tensor_parallel.ops import KINDS, Kind
 from fxport.passes.tensor_parallel.postpone import Pending, postpone
 from fxport.passes.tensor_parallel.solver import Solution
+from fxport.passes.tensor_parallel.taken import TAKEN, Indices, constant_index
 
 __all__ = ["Emission", "LocalHeads", "WholeParameter"]
 
@@ -97,6 +100,7 @@ class Emission:
         node = self.graph.call_function(target, args, kwargs)
         assert self._now is not None
         node.meta = {k: v for k, v in self._now.meta.items() if k != "val"}
+        node.meta[OF] = self._now.name
         return node
 
     def collective(self, name: str, module: nn.Module, value: fx.Node) -> fx.Node:
@@ -171,7 +175,6 @@ class Emission:
             wanted: the box for every rank.
             local: the op is local work, so gradients of positions on several ranks are summed.
         """
-        box = wanted[self.rank]
         if old.op == "placeholder" and graph_input(old).kind is InputKind.PARAMETER:
             name = graph_input(old).name
             if name not in self.whole:
@@ -186,22 +189,31 @@ class Emission:
             value = self.collective("copy_to", CopyTo(self.context), self.env[old])
         else:
             value = self.env[old]
-        for dim, index in enumerate(box):
-            if index is not None:
-                value = self.take(value, dim, index)
-        return value
+        return self.take_box(value, wanted)
 
     def is_learned(self, old: fx.Node) -> bool:
         """Whether a value depends on parameters."""
         return old in self._learned
 
-    def take(self, value: fx.Node, dim: int, index: tuple[int, ...]) -> fx.Node:
-        if not index:
-            return self.call(aten.slice.Tensor, value, dim, 0, 0, 1)
-        if index == tuple(range(index[0], index[0] + len(index))):
-            return self.call(aten.slice.Tensor, value, dim, index[0], index[0] + len(index), 1)
-        made = self.call(constant_index, index, value)
-        return self.call(aten.index_select.default, value, dim, made)
+    def take_box(self, value: fx.Node, boxes: tuple[Box, ...]) -> fx.Node:
+        """This rank's part of a whole value, given every rank's."""
+        for dim, index in enumerate(boxes[self.rank]):
+            if index is not None:
+                value = self.take(value, dim, tuple(box[dim] for box in boxes))
+        return value
+
+    def take(self, value: fx.Node, dim: int, indices: Indices) -> fx.Node:
+        """This rank's positions along a dimension; the checker is told every rank's."""
+        index = indices[self.rank]
+        assert index is not None
+        first = index[0] if index else 0
+        if index == tuple(range(first, first + len(index))):
+            part = self.call(aten.slice.Tensor, value, dim, first, first + len(index), 1)
+        else:
+            made = self.call(constant_index, index, value)
+            part = self.call(aten.index_select.default, value, dim, made)
+        part.meta[TAKEN] = indices
+        return part
 
     def _synchronised(self, old: fx.Node, wanted: tuple[Box, ...]) -> fx.Node:
         divided = {d for box in wanted for d, index in enumerate(box) if index is not None}
@@ -311,6 +323,7 @@ class Emission:
             if value.op == "placeholder" and value in self._learned:
                 self._whole(value)
         self.env[node] = self.graph.node_copy(node, self.env.__getitem__)
+        self.env[node].meta[OF] = node.name
 
 
 class _Values(dict[fx.Node, fx.Node]):
@@ -344,7 +357,3 @@ class WholeParameter(Exception):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.name = name
-
-
-def constant_index(index: tuple[int, ...], like: Tensor) -> Tensor:
-    return torch.tensor(index, device=like.device)

@@ -7,7 +7,7 @@ from torch import fx
 from fxport.parallel.context import ParallelContext
 from fxport.passes.tensor_parallel.emission import Emission
 from fxport.passes.tensor_parallel.emit_rules import RULES
-from fxport.passes.tensor_parallel.factors import Labels
+from fxport.passes.tensor_parallel.labels import Labels
 from fxport.passes.tensor_parallel.solver import Solution
 
 __all__ = ["emit"]

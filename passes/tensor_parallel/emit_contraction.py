@@ -87,6 +87,6 @@ def _operand(
         if found.data in e.local or None in differing:
             atoms = [e.labels.atoms[found.data], e.labels.atoms[node]]
             raise Undividable(node, "operands are divided differently", atoms)
-        index = results[e.rank][letter]
-        value = value if index is None else e.take(value, dim, index)
+        if results[e.rank][letter] is not None:
+            value = e.take(value, dim, tuple(after for _, after in pairs))
     return value

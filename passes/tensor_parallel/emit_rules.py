@@ -63,10 +63,7 @@ def _pointwise(e: Emission, node: fx.Node) -> None:
                 raise Undividable(node, "operands are divided differently",
                                   [e.labels.atoms[value], e.labels.atoms[node]])  # fmt: skip
             return new
-        for dim, index in enumerate(wanted[e.rank]):
-            if index is not None:
-                new = e.take(new, dim, index)
-        return new
+        return e.take_box(new, wanted)
 
     cache: dict[fx.Node, fx.Node] = {}
     for value in node.all_input_nodes:
@@ -191,10 +188,12 @@ def _counted_once(e: Emission, x: fx.Node, dim: int, value: fx.Node) -> fx.Node:
         return value
     size = e.labels.atoms[x].shape[dim]
     seen: set[int] = set()
-    for rank in range(e.rank):
-        seen.update(positions(e.box(x, rank)[dim], size))
-    mine = positions(e.box(x)[dim], size)
-    return e.take(value, dim, tuple(i for i, p in enumerate(mine) if p not in seen))
+    counted = []
+    for box in e.every_box(x):
+        held = positions(box[dim], size)
+        counted.append(tuple(i for i, p in enumerate(held) if p not in seen))
+        seen.update(held)
+    return e.take(value, dim, tuple(counted))
 
 
 def _norm(e: Emission, node: fx.Node) -> None:
@@ -265,7 +264,7 @@ def _attention(e: Emission, node: fx.Node) -> None:
     if len(groups) > 1 or not all(regular for _, regular in mappings):
         held = len(mappings[e.rank][0])
         for name in ("k", "v"):
-            args[name] = e.take(args[name], 1, mappings[e.rank][0])
+            args[name] = e.take(args[name], 1, tuple(heads for heads, _ in mappings))
     mine = query(e.rank)
     args["head_offset"] = mine[0]
     for name in ("sinks", "alibi_slopes", "bias"):

@@ -16,7 +16,6 @@ import functools
 import math
 import operator
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
@@ -25,15 +24,12 @@ from torch import Tensor, fx
 
 from fxport.capture.arguments import arguments, shape_of
 from fxport.capture.inputs import InputKind, graph_input
-from fxport.passes.tensor_parallel.classes import Classes
 from fxport.passes.tensor_parallel.contraction import BY_EXPERT, contraction
+from fxport.passes.tensor_parallel.labels import Attention, Labels, Linear
 from fxport.passes.tensor_parallel.ops import KINDS, Kind
 from fxport.passes.tensor_parallel.spread import REPEATING, spreads
 
 __all__ = [
-    "Attention",
-    "Labels",
-    "Linear",
     "keep_beside_vocabulary",
     "label",
     "unit_shape",
@@ -41,57 +37,6 @@ __all__ = [
 ]
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A projection ``[K] -> [N]`` of one position.
-
-    Attributes:
-        inputs, outputs: atoms of the K features and of the N results.
-    """
-
-    node: fx.Node
-    inputs: Tensor
-    outputs: Tensor
-
-
-@dataclass(frozen=True)
-class Attention:
-    """Atoms ``[1, H, 1, D]`` of one attention."""
-
-    node: fx.Node
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    shared: bool
-    """Query heads of one kv head may be on several ranks."""
-
-
-@dataclass
-class Labels:
-    """What labelling found.
-
-    Attributes:
-        atoms: node -> atoms with batch and time of size 1; a tuple for ops with several outputs.
-            Absent: the value does not depend on the tokens.
-        full: atoms that every rank must have, each with the reason.
-        leaves: nodes that made new atoms.
-    """
-
-    classes: Classes = field(default_factory=Classes)
-    atoms: dict[fx.Node, Any] = field(default_factory=dict)
-    full: list[tuple[Tensor, fx.Node, str]] = field(default_factory=list)
-    leaves: dict[fx.Node, Tensor] = field(default_factory=dict)
-    linears: list[Linear] = field(default_factory=list)
-    shared: list[list[Linear]] = field(default_factory=list)
-    """Products with a weight for each expert, or for each head."""
-    attentions: list[Attention] = field(default_factory=list)
-    reductions: list[tuple[fx.Node, Tensor, Tensor]] = field(default_factory=list)
-    """(node, atoms reduced ``[groups, n]``, atoms of the results ``[groups]``)."""
-    equal_heads: bool = False
-    spread: set[fx.Node] = field(default_factory=set)
-    """Copies of one vector for all heads, with labels of their own."""
 
 
 def unit_value(value: Any) -> Any:
@@ -286,6 +231,11 @@ def _pointwise(labels: Labels, node: fx.Node) -> None:
         for atoms in broadcast:
             if atoms.numel() == chosen.numel():
                 labels.classes.pair(chosen, atoms.reshape(shape))
+    for atoms in (labels.atoms[v] for v in node.all_input_nodes if v in labels.atoms):
+        if 1 < atoms.numel() < chosen.numel() and atoms.unique().numel() == atoms.numel():
+            gates, order = atoms.broadcast_to(shape).flatten().sort(stable=True)
+            groups = chosen.flatten()[order].reshape(atoms.numel(), -1)
+            labels.gates.append((groups, gates.reshape(groups.shape)[:, 0]))
     labels.atoms[node] = chosen
 
 
@@ -420,7 +370,7 @@ def _settle(labels: Labels) -> None:
 
     The result of a head's own product belongs to the head; that of an expert's hidden features
     does not, as they may be divided. A statistic over positions of one class belongs to it; any
-    other is everybody's.
+    other is everybody's. A head's gate belongs to the head, unless every rank has it.
     """
     waiting = labels.shared
     while waiting:
@@ -436,3 +386,8 @@ def _settle(labels: Labels) -> None:
                 labels.classes.union(int(group[0]), result)
             else:
                 labels.full.append((torch.tensor([result]), node, "a moment over several classes"))
+    whole = {one for atoms, _, _ in labels.full for one in labels.classes.of(atoms)}
+    for groups, gates in labels.gates:
+        for group, gate in zip(groups, gates.tolist(), strict=True):
+            if labels.classes.find(gate) not in whole and len(labels.classes.of(group)) == 1:
+                labels.classes.union(int(group[0]), gate)

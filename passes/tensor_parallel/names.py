@@ -1,54 +1,57 @@
 """For `origins`: what the positions of divided parameters are called, and what may meet.
 
-W [N, C], rows divided      row i: first(W) + i
-b [N], s [1, H, 1, 1]       position i of the divided dimension: first(b) + i
+W [N, C], b [N], s [1, H, 1, 1], U [3, C, H, D]
+                            position i of the divided dimension: first(W) + i
+a = attention(q, k, v)      channel i of a head: `of_results`, after the head's first query feature
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from fxport.parallel.plan import ParameterShard, Plan
+from fxport.passes.tensor_parallel.taken import Indices
 
 __all__ = ["Naming", "meetings_are", "sums_are"]
 
-_LARGEST = 2**16  # elements of what is named position by position
+_WIDEST = 2**16  # a head's value size, at most
 Meetings = Sequence[tuple[Tensor, Tensor]]
 Sums = Sequence[tuple[bool, Tensor]]
 
 
 class Naming:
-    """Numbers for the rows of divided weights ``[N, C]``, and for divided vectors.
+    """Numbers for the positions of parameters along the dimension in which they are divided.
+
+    Args:
+        taken: whole parameters of which the ranks take parts when they run -> dimension, positions.
 
     Attributes:
         bases: name of a parameter -> its first number; counted from 1 on, in this order.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, taken: Mapping[str, tuple[int, Indices]]) -> None:
         self.bases: dict[str, int] = {}
-        self._shards: dict[str, ParameterShard] = {}
+        self._shards: dict[str, tuple[ParameterShard, int]] = {}
+        self._taken = taken
         first = 1
         for shard in plan.parameters:
-            dim = _divided(shard)
-            if dim is None or (len(shard.shape) == 2 and dim != 0):
+            dim = taken[shard.name][0] if shard.name in taken else _divided(shard)
+            if dim is None:
                 continue
-            if len(shard.shape) != 2 and torch.Size(shard.shape).numel() > _LARGEST:
-                continue
-            self.bases[shard.name], self._shards[shard.name] = first, shard
+            self.bases[shard.name], self._shards[shard.name] = first, (shard, dim)
             first += shard.shape[dim]
         self.count = first
+        self._widest = max(first, _WIDEST)
         self._starts = torch.tensor([*self.bases.values()])
 
-    def of_vector(self, name: str, rank: int | None) -> Tensor | None:
+    def of_parameter(self, name: str, rank: int | None) -> Tensor | None:
         """Names of all positions, or of those of one rank; None where none are given."""
-        shard = self._shards.get(name)
-        if shard is None or torch.Size(shard.shape).numel() > _LARGEST:
+        if name not in self._shards:
             return None
-        dim = _divided(shard)
-        assert dim is not None
+        shard, dim = self._shards[name]
         index = None if rank is None else shard.indices[rank][dim]
         held = range(shard.shape[dim]) if index is None else index
         shape = list(shard.shape)
@@ -56,26 +59,35 @@ class Naming:
         numbers = torch.tensor(held, dtype=torch.int64) + self.bases[name]
         return numbers.reshape([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape)
 
+    def of_results(self, queries: Tensor, width: int) -> Tensor:
+        """Names of an attention's results ``[.., width]``, from its queries' ``[.., D]``."""
+        return queries[..., :1] * self._widest + torch.arange(width)
+
+    def of_rows(self, names: Tensor) -> Tensor:
+        """Parameters' positions for what may be named after them."""
+        return torch.where(names < self._widest, names, names // self._widest)
+
     def owner(self, names: Tensor) -> Tensor:
-        """Which parameter each position is of."""
-        return torch.searchsorted(self._starts, names, right=True) - 1
+        """Which parameter each position is of, or the results of whose heads."""
+        owners = torch.searchsorted(self._starts, self.of_rows(names), right=True) - 1
+        return torch.where(names < self._widest, owners, owners + len(self._starts))
 
     def owner_of(self, names: Sequence[int]) -> int:
         """Of the first of some positions."""
         return int(self.owner(torch.tensor(names[0])))
 
     def all_of(self, owner: int, names: Tensor) -> bool:
-        """Whether a choice of names has all of one parameter's."""
+        """Whether a choice of parameters' positions has all of one's."""
         bounds = [*self._starts.tolist(), self.count]
+        owner %= len(self._starts)
         return bool(names[bounds[owner] : bounds[owner + 1]].all())
 
     def held(self, rank: int) -> Tensor:
-        """By name: whether a rank holds it."""
+        """By name: whether a rank holds it, or takes it."""
         found = torch.zeros(self.count, dtype=torch.bool)
-        for name, shard in self._shards.items():
-            dim = _divided(shard)
-            assert dim is not None
-            index = shard.indices[rank][dim]
+        for name, (shard, dim) in self._shards.items():
+            by_rank = [box[dim] for box in shard.indices]
+            index = (self._taken[name][1] if name in self._taken else by_rank)[rank]
             rows = range(shard.shape[dim]) if index is None else index
             found[torch.tensor(rows, dtype=torch.int64) + self.bases[name]] = True
         return found
@@ -92,9 +104,8 @@ def meetings_are(found: Meetings, wanted: Meetings, naming: Naming) -> bool:
     if not found or not wanted:
         return True
     here, there = (_pairs(m) for m in (found, wanted))
-    known = _coded(naming.owner(there), naming.count)
-    here = here[:, torch.isin(_coded(naming.owner(here), naming.count), known)]
-    return bool(torch.isin(_coded(here, naming.count), _coded(there, naming.count)).all())
+    here = here[:, _among(naming.owner(here), naming.owner(there))]
+    return bool(_among(here, there).all())
 
 
 def _pairs(meetings: Meetings) -> Tensor:
@@ -106,8 +117,11 @@ def _pairs(meetings: Meetings) -> Tensor:
     return torch.cat(rows, 1)
 
 
-def _coded(pairs: Tensor, count: int) -> Tensor:
-    return pairs[0] * count + pairs[1]
+def _among(pairs: Tensor, others: Tensor) -> Tensor:
+    """Which columns of ``[2, n]`` are columns of ``[2, m]``."""
+    known, numbers = torch.cat([pairs, others], 1).unique(return_inverse=True)
+    coded = numbers[0] * len(known) + numbers[1]
+    return torch.isin(coded[: pairs.shape[1]], coded[pairs.shape[1] :])
 
 
 def _lines(groups: Tensor) -> list[list[int]]:
@@ -136,8 +150,14 @@ def sums_are(found: Sums, wanted: Sums, naming: Naming, rank: int) -> bool:
             owner = naming.owner_of(group)
             expected = there.get(owner)
             if expected is not None and over_ranks:
-                shares = {tuple(n for n in whole if mine[n]) for whole in expected}
+                shares = {_chosen(whole, mine, naming) for whole in expected}
                 expected = shares if naming.all_of(owner, mine) else shares - expected
             if expected is not None and tuple(group) not in expected:
                 return False
     return True
+
+
+def _chosen(names: tuple[int, ...], mine: Tensor, naming: Naming) -> tuple[int, ...]:
+    """Those of this rank's parts of the parameters."""
+    known = torch.tensor(names)
+    return tuple(known[mine[naming.of_rows(known)]].tolist())

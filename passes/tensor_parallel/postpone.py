@@ -11,6 +11,7 @@ attention and MLP of a parallel block to each other, before anything is sent.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -87,6 +88,10 @@ def _summed_next(node: fx.Node) -> bool:
         if _RULES.get(node.target) is not _move:
             return False
     return False
+
+
+def _elements(value: fx.Node) -> int:
+    return math.prod(unit_shape(value))
 
 
 def _is_tensor(value: Any) -> bool:
@@ -227,6 +232,27 @@ def _index_add(e: Emission, node: fx.Node) -> Pending | None:
     return Pending(partial, added, () if added is None else shape_of(node))
 
 
+def _weighted(e: Emission, node: fx.Node) -> Pending | None:
+    """Experts' results added up by a product with their gates: ``einsum("tac,ta->tc", y, w)``."""
+    operands = sorted(node.all_input_nodes, key=lambda i: i not in e.pending)
+    if len(operands) != 2 or operands[1] in e.pending or operands[1] in e.local:
+        return None
+    source, gates = operands
+    if gates not in e.labels.atoms or _elements(node) >= _elements(source):
+        return None
+    one = e.pending[source]
+
+    def product(value: fx.Node, local: bool) -> fx.Node:
+        new = {source: value, gates: _whole(e, gates, local)}
+        return e.call(node.target, *fx.map_arg(node.args, new.__getitem__))
+
+    partial = product(one.partial, local=True)
+    if one.added is None:
+        return Pending(partial)
+    added = e.call(aten.expand_as.default, one.added, one.partial)
+    return Pending(partial, product(added, local=False), shape_of(node))
+
+
 def _linear(e: Emission, node: fx.Node) -> Pending | None:
     """The second half of a low-rank adapter, if its result is added to one that is pending."""
     found = arguments(node)
@@ -260,6 +286,9 @@ _RULES: Mapping[Any, Callable[[Emission, fx.Node], Pending | None]] = {
     aten.mul.Tensor: _scale,
     aten.div.Tensor: _scale,
     aten.linear.default: _linear,
+    aten.einsum.default: _weighted,
+    aten.matmul.default: _weighted,
+    aten.bmm.default: _weighted,
     aten.where.ScalarOther: _masked,
     aten.masked_fill.Scalar: _masked,
     aten.index_add.default: _index_add,

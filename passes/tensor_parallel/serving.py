@@ -32,11 +32,13 @@ from fxport.passes.tensor_parallel.emission import Emission, LocalHeads, WholePa
 from fxport.passes.tensor_parallel.emit import emit
 from fxport.passes.tensor_parallel.emit_rules import HEADS, LOOKUP
 from fxport.passes.tensor_parallel.factors import (
-    Labels,
     keep_beside_vocabulary,
     label,
     unit_shape,
 )
+from fxport.passes.tensor_parallel.labels import Labels
+from fxport.passes.tensor_parallel.numbers import check_numbers
+from fxport.passes.tensor_parallel.origins import check_origins
 from fxport.passes.tensor_parallel.products import multiply_activations_first
 from fxport.passes.tensor_parallel.records import plan_of
 from fxport.passes.tensor_parallel.solver import solve
@@ -122,8 +124,8 @@ def divide_serving(
             continue
         solved = [(e, e.boxes.solution) for e in emissions]
         plan = plan_of(serving.parameters, solved, whole, ())
-        for emission in emissions:
-            _prove(serving, emission, plan)
+        for source, emission in zip(sources, emissions, strict=True):
+            _prove(serving, source.gm.graph, emission, plan)
         embed, body, head = (
             _without_backward(source.part, emission, serving)
             for source, emission in zip(sources, emissions, strict=True)
@@ -240,8 +242,8 @@ def _value(serving: ServingGraph, given: GraphInput, device: torch.device) -> Te
     return torch.empty(1, 1, serving.hidden_size, dtype=serving.dtype, device=device)
 
 
-def _prove(serving: ServingGraph, emission: Emission, plan: Plan) -> None:
-    """Runs the independent check on the graph as it would be trained.
+def _prove(serving: ServingGraph, whole: fx.Graph, emission: Emission, plan: Plan) -> None:
+    """Runs the independent checks on the graph as it would be trained.
 
     Raises:
         FxportError: with everything that is wrong.
@@ -258,6 +260,8 @@ def _prove(serving: ServingGraph, emission: Emission, plan: Plan) -> None:
     for shard in plan.parameters:  # GraphModule keeps only what the graph names
         attach(gm, shard.name, root.get_parameter(shard.name))
     found = check(gm, plan, emission.rank)
+    found += check_origins(whole, gm, plan, emission.rank)
+    found += check_numbers(whole, gm)
     if found:
         raise FxportError("the division of this port is wrong:\n" + "\n".join(found))
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, fx
 
 from fxport.capture.location import module_of
-from fxport.passes.tensor_parallel.factors import Labels
+from fxport.passes.tensor_parallel.labels import Labels
 
 __all__ = ["Component", "Solution", "solve"]
 
@@ -125,16 +125,20 @@ def _weigh(labels: Labels, components: list[Component]) -> None:
     def home(atoms: Tensor) -> set[int]:
         return {by_class[c] for c in labels.classes.of(atoms) if c in by_class}
 
+    # what experts of one product add to each other is sent once: `postpone`
+    sent: list[dict[fx.Node, set[int]]] = [{} for _ in components]
     for linear in labels.linears:
         width = linear.outputs.numel()
         before, after = home(linear.inputs), home(linear.outputs)
         for i in before | after:
             components[i].weight += linear.inputs.numel() * width
         for i in before:
-            components[i].cost += width
+            sent[i].setdefault(linear.node, set()).update(labels.classes.of(linear.outputs))
             components[i].neighbours |= after
         for i in after:
             components[i].neighbours |= before
+    for component, results in zip(components, sent, strict=True):
+        component.cost += sum(map(len, results.values()))
     for _, groups, _ in labels.reductions:
         for i in home(groups):
             components[i].cost += 1

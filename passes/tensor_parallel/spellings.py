@@ -10,6 +10,7 @@ Before                                        After
     g, u = tensor_split(y [.., 90], 2, -1)        g, u = split(y, [45, 45], -1)
     y = einsum("bhtd->bthd", x)                   y = permute(x, [0, 2, 1, 3])
     y = where(m, x + v, x)                        y = x + where(m, v, 0)
+    y = where(m, x, zeros_like(x))                y = where(m, x, 0)
 
 All are common: GPT-2's weights are stored the other way round, a head is the token embedding,
 Falcon's keys are taken by a list, the results of heads are added up, a convolution over one token
@@ -60,6 +61,7 @@ def one_spelling(gm: fx.GraphModule) -> None:
             node.target = aten.expand.default
         elif node.target is aten.where.self:
             _selected_sum(gm.graph, node)
+            _selected_or_zero(node)
     gm.graph.eliminate_dead_code()
     gm.recompile()
 
@@ -177,6 +179,17 @@ def _selected_sum(graph: fx.Graph, node: fx.Node) -> None:
     with graph.inserting_before(node):
         chosen = write(graph, node, aten.where.ScalarOther, found["condition"], added, 0)
     node.target, node.args, node.kwargs = aten.add.Tensor, (base, chosen), {}
+
+
+def _selected_or_zero(node: fx.Node) -> None:
+    found = arguments(node)
+    chosen, zeros = found.get("self"), found.get("other")
+    if node.target is not aten.where.self or zeros.target is not aten.zeros_like.default:  # type: ignore[union-attr]
+        return
+    dtypes = {v.meta["val"].dtype for v in (chosen, zeros)}  # type: ignore[union-attr]
+    if len(dtypes) == 1 and shape_of(chosen) == shape_of(node):  # type: ignore[arg-type]
+        node.target, node.args = aten.where.ScalarOther, (found["condition"], chosen, 0)
+        node.kwargs = {}
 
 
 def _slice(graph: fx.Graph, node: fx.Node) -> None:

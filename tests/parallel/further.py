@@ -164,9 +164,38 @@ class MaskedExperts(DenseExperts):
         result, gates = torch.zeros_like(x), gates / gates.sum(-1, keepdim=True)
         for i in range(EXPERTS):
             mask = (chosen == i).to(x.dtype) if i else chosen == i
-            gate = (gates * mask).sum(-1, keepdim=True)
+            own = gates * mask if i < 2 else torch.where(mask > 0, gates, torch.zeros_like(gates))
+            gate = own.sum(-1, keepdim=True)
             result = result + gate * (F.silu(x @ self.up[i]) @ self.down[i])
         return result
+
+
+class WeighedExperts(DenseExperts):
+    """Weights looked up for each token; the results of one token are added up by a product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.view(-1, WIDTH)
+        gates, chosen = self.router(flat).softmax(-1).topk(CHOSEN, dim=-1)
+        hidden = F.silu(torch.einsum("td,tadh->tah", flat, self.up[chosen]))
+        result = torch.einsum("tah,tahd->tad", hidden, self.down[chosen])
+        return torch.einsum("tad,ta->td", result, gates).view_as(x)
+
+
+class NarrowExperts(DenseExperts):
+    """Each computes all rows with a few features; what is sent is their sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = (
+            weight(EXPERTS, WIDTH, HIDDEN // 4),
+            weight(EXPERTS, HIDDEN // 4, WIDTH),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, WIDTH)
+        hidden = F.silu(torch.bmm(flat.expand(EXPERTS, -1, -1), self.up))
+        gates = self.gates(x).reshape(-1, EXPERTS).t()
+        return (torch.bmm(hidden, self.down) * gates[..., None]).sum(0).view_as(x)
 
 
 class GivenExperts(DenseExperts):
@@ -232,6 +261,32 @@ def normed(module: nn.Module) -> nn.Module:
         if isinstance(child, nn.Linear):
             weight_norm(child)
     return module
+
+
+class NormedResult(Separate):
+    """A norm over all heads of what the attention makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.LayerNorm(4 * HEAD)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (p(x).unflatten(-1, (4, HEAD)) for p in (self.q, self.k, self.v))
+        return self.out(self.wide(attend(q, k, v)))
+
+
+class HeadGates(Separate):
+    """A gate for each of 8 heads, which are 4 groups."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 4)
+        self.gate = nn.Linear(WIDTH, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (p(x).unflatten(-1, (-1, HEAD)) for p in (self.q, self.k, self.v))
+        k, v = (p.repeat_interleave(2, 2) for p in (k, v))
+        y = attend(q, k, v).unflatten(-1, (8, HEAD)) * self.gate(x).sigmoid()[..., None]
+        return self.out(y.flatten(2))
 
 
 class ResultByHead(Separate):
@@ -345,4 +400,7 @@ FURTHER: dict[str, Callable[[], nn.Module]] = {
     "parts of one weight": lambda: OneLayer(Parts(stacked=False), Mlp()),
     "stacked weights": lambda: OneLayer(Parts(stacked=True), Mlp()),
     "experts in one matrix": lambda: OneLayer(Separate(), ViewedExperts()),
+    "head gates": lambda: OneLayer(HeadGates(), Mlp()),
+    "weighed experts": lambda: OneLayer(Separate(), WeighedExperts()),
+    "narrow experts": lambda: OneLayer(NormedResult(), NarrowExperts()),
 }

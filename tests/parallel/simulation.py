@@ -14,6 +14,7 @@ from fxport.passes.tensor_parallel.boxes import select
 from fxport.passes.tensor_parallel.build import Prepared, divide, prepare, rank_module
 from fxport.passes.tensor_parallel.checker import check
 from fxport.passes.tensor_parallel.checkpoints import checkpoint_again
+from fxport.passes.tensor_parallel.numbers import check_numbers
 from fxport.passes.tensor_parallel.origins import check_origins
 from tests.parallel.models import VOCAB
 
@@ -53,6 +54,7 @@ def make_once(model: nn.Module, *world_sizes: int, prepared: Prepared | None = N
             module = rank_module(divided).train(model.training)
             found = check(module, divided.plan, context.rank)
             found += check_origins(prepared.graph.graph, module, divided.plan, context.rank)
+            found += check_numbers(prepared.graph.graph, module)
             assert not found, found
             checkpoint_again(module, divided.plan)
             module.plan = divided.plan  # type: ignore[assignment]  # no tensor, no module

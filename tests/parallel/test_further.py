@@ -38,6 +38,9 @@ PRICE = {
     "selected experts": (2, 3),  # a gate is one number per expert and token
     "stacked experts": (2, 3),
     "experts in one matrix": (2, 3),
+    "head gates": (2, 2),
+    "weighed experts": (2, 3),
+    "narrow experts": (2 + 2, 3 + 2),  # and both moments of the attention's results
 }
 # of 3 ranks: one could not work on its heads, so none does
 UNEVEN = {"grouped": (1, 1)}
@@ -60,6 +63,9 @@ DIVIDED = {
     "selected experts": ("mlp.up", (EXPERTS, WIDTH, HIDDEN // 2)),
     "stacked experts": ("mlp.down", (EXPERTS, WIDTH, HIDDEN // 2)),
     "experts in one matrix": ("mlp.down", (EXPERTS * HIDDEN // 2, WIDTH)),
+    "head gates": ("attention.gate.weight", (4, WIDTH)),
+    "weighed experts": ("mlp.down", (EXPERTS, HIDDEN // 2, WIDTH)),
+    "narrow experts": ("mlp.up", (EXPERTS, WIDTH, HIDDEN // 4 - 5)),
 }
 
 

@@ -11,9 +11,13 @@ from torch import fx, nn
 
 from fxport.parallel.context import ParallelContext
 from fxport.parallel.modules import CopyTo, Gather, ReduceFrom, SharedGradient
+from fxport.passes.tensor_parallel.boxes import select
 from fxport.passes.tensor_parallel.build import Prepared, prepare
 from fxport.passes.tensor_parallel.checker import check
+from fxport.passes.tensor_parallel.numbers import check_numbers, check_values
 from fxport.passes.tensor_parallel.origins import check_origins
+from fxport.passes.tensor_parallel.taken import TAKEN
+from tests.parallel.further import FURTHER
 from tests.parallel.models import HEAD, MODELS
 from tests.parallel.simulation import Ranks, compare, make_once, randomised
 from tests.parallel.wider import WIDER
@@ -167,8 +171,46 @@ def _heads_added_up(module: fx.GraphModule) -> None:
     node.replace_all_uses_with(total)
 
 
-STATES, ORIGINS = {"states"}, {"origins"}
-NUMBERS: set[str] = set()
+def _divided_by_ranks(module: fx.GraphModule) -> None:
+    """A mean over the ranks where there should be a sum."""
+    for node in module.graph.nodes:
+        if node.op == "call_module" and isinstance(module.get_submodule(node.target), ReduceFrom):
+            users = list(node.users)
+            with module.graph.inserting_after(node):
+                mean = module.graph.call_function(aten.div.Tensor, (node, 2))
+            for user in users:
+                user.replace_input_with(node, mean)
+            return
+    raise AssertionError("no reduction")
+
+
+def _bias_forgotten(module: fx.GraphModule) -> None:
+    node = next(n for n in module.graph.nodes if n.op == "get_attr" and "out.bias" in n.target)
+    for user in list(node.users):
+        user.replace_all_uses_with(user.args[0] if user.args[1] is node else user.args[1])
+    module.graph.eliminate_dead_code()
+
+
+def _parts(module: fx.GraphModule) -> list[fx.Node]:
+    """Of whole values; along their rows."""
+    return [n for n in module.graph.nodes if TAKEN in n.meta and n.args[1] == 0]
+
+
+def _part_of_another_rank(module: fx.GraphModule) -> None:
+    for node in _parts(module):
+        first = next(held for held in node.meta[TAKEN] if held[0] != node.args[2])
+        node.args = (node.args[0], 0, first[0], first[-1] + 1, 1)
+
+
+def _one_part_on_all(module: fx.GraphModule) -> None:
+    """Columns of a whole weight that is summed over."""
+    node = next(n for n in module.graph.nodes if TAKEN in n.meta and n.args[1] == 1)
+    first = node.meta[TAKEN][0]
+    node.meta[TAKEN] = (first, first)
+    node.args = (*node.args[:2], first[0], first[-1] + 1, 1)
+
+
+STATES, ORIGINS, NUMBERS = {"states"}, {"origins"}, {"numbers"}
 # name -> (models, mutation, which static checks see it; the simulation sees all)
 MUTANTS: dict[str, tuple[tuple[str, ...], Callable[[fx.GraphModule], None], set[str]]] = {
     "forward collective dropped": (
@@ -180,16 +222,25 @@ MUTANTS: dict[str, tuple[tuple[str, ...], Callable[[fx.GraphModule], None], set[
     "shared kv gradient not summed": (
         ("grouped, few kv heads", "norm over all heads, few"), _drop(SharedGradient, True), STATES,
     ),
-    "wrong kv mapping": (("grouped", "split, tied"), _wrong_kv_mapping, ORIGINS),
+    "wrong kv mapping": (
+        ("grouped", "split, tied", "turned weights", "einsum"), _wrong_kv_mapping, ORIGINS,
+    ),
     "columns of other features": (("separate", "unbind, packed GLU"), _other_columns, ORIGINS),
     "mask off by one row": (("separate", "split, tied"), _rows_of_another_rank, STATES),
     "head not padded": (("separate", "split, tied"), _not_padded, STATES),
     "collective of another group": (("separate",), _other_group, STATES),
     "kv mapping shifted": (("grouped", "interleaved"), _shifted_kv, ORIGINS),
-    "nonlinearity before the reduce": (("separate",), _reduced_late, STATES),
+    "nonlinearity before the reduce": (("separate",), _reduced_late, STATES | NUMBERS),
     "moment of a part": (("norm over all heads",), _moment_of_a_part, NUMBERS),
     "a moment's sum over fewer": (("norm over all heads",), _sum_of_fewer, ORIGINS),
-    "sums of heads added up": (("squares summed for each head",), _heads_added_up, ORIGINS),
+    "a moment of other heads": (("narrow experts",), _sum_of_fewer, ORIGINS),
+    "a mean over the ranks": (("separate", "turned weights"), _divided_by_ranks, NUMBERS),
+    "a bias is not added": (("separate",), _bias_forgotten, ORIGINS),
+    "a part of another rank": (("normed weights",), _part_of_another_rank, STATES | ORIGINS),
+    "one rank's part on all": (("normed weights",), _one_part_on_all, STATES),
+    "sums of heads added up": (
+        ("squares summed for each head",), _heads_added_up, ORIGINS | NUMBERS,
+    ),
     "a norm's weight of others": (("norm over all heads",), _rolled("q_norm.weight"), ORIGINS),
     "a bias of other rows": (("separate", "chunk"), _rolled("up.bias"), ORIGINS),
     "a scale of other heads": (("learned scale",), _rolled("scale"), ORIGINS),
@@ -200,7 +251,7 @@ CASES = [(name, model) for name, (models, *_) in MUTANTS.items() for model in mo
 
 @functools.cache
 def _prepared(name: str) -> tuple[nn.Module, Prepared]:
-    model = randomised({**MODELS, **WIDER}[name]())
+    model = randomised({**FURTHER, **WIDER, **MODELS}[name]())
     return model, prepare(model, own_modes=True)
 
 
@@ -223,6 +274,16 @@ def _simulation_fails(model: nn.Module, ranks: Ranks) -> bool:
     return max(errors.output, errors.gradient) > 1e-6
 
 
+def test_values_of_other_positions_are_seen() -> None:
+    model, ranks = _mutated("grouped", lambda _: None)
+    whole, module = dict(model.named_parameters()), ranks.modules[1]
+    assert not check_values(whole, module, module.plan, 1)
+    name = "blocks.0.mlp.up.weight"
+    module.get_parameter(name).data.copy_(select(whole[name], module.plan.shard(name).indices[0]))
+    (error,) = check_values(whole, module, module.plan, 1)
+    assert error.startswith(name)
+
+
 @pytest.mark.parametrize(("name", "model_name"), CASES)
 def test_mutant_is_caught(name: str, model_name: str) -> None:
     _, mutate, seen_by = MUTANTS[name]
@@ -232,5 +293,6 @@ def test_mutant_is_caught(name: str, model_name: str) -> None:
     found = {
         "states": check(module, module.plan, 0),
         "origins": check_origins(_prepared(model_name)[1].graph.graph, module, module.plan, 0),
+        "numbers": check_numbers(_prepared(model_name)[1].graph.graph, module),
     }
     assert {name for name, errors in found.items() if errors} == seen_by
