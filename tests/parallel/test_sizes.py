@@ -12,6 +12,11 @@ from torch import Tensor, fx, nn
 from fxport.errors import FxportError, PortError
 from fxport.parallel.api import parallelize_all
 from fxport.parallel.context import ParallelContext
+from fxport.passes.tensor_parallel.build import divide, prepare, rank_module
+from fxport.passes.tensor_parallel.checker import check
+from fxport.passes.tensor_parallel.numbers import check_numbers
+from fxport.passes.tensor_parallel.origins import check_origins
+from tests.parallel.simulation import randomised
 
 _VOCAB, _HEADS, _SIZE = 29, 3, 4
 _WIDTH = _HEADS * _SIZE
@@ -118,3 +123,53 @@ def test_another_path_beyond_a_length_is_refused_at_its_line() -> None:
     (reason,) = refused.value.reasons
     assert reason.location is not None and reason.location.file == __file__
     assert reason.location.line == _another_beyond.__code__.co_firstlineno + 2
+
+
+class _FewKeys(nn.Module):
+    """Rotary multi-query layers of 8, 6, 5 and 4 heads: the ranks take parts of whole keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(_VOCAB, _WIDTH)
+        self.q = nn.ModuleList(nn.Linear(_WIDTH, heads * _SIZE) for heads in (8, 6, 5, 4))
+        self.kv = nn.ModuleList(
+            nn.Linear(_WIDTH, 2 * kv_heads * _SIZE) for kv_heads in (1, 2, 1, 4)
+        )
+        self.out = nn.ModuleList(nn.Linear(heads * _SIZE, _WIDTH) for heads in (8, 6, 5, 4))
+        self.head = nn.Linear(_WIDTH, _VOCAB)
+
+    def rotated(self, x: Tensor) -> Tensor:
+        angles = torch.arange(x.shape[-2])[:, None] * torch.tensor([1.0, 0.1])
+        cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
+        a, b = x.chunk(2, -1)
+        return x * cos + torch.cat([-b, a], -1) * sin
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for q, kv, out in zip(self.q, self.kv, self.out, strict=True):
+            both = (y.unflatten(-1, (-1, _SIZE)).transpose(1, 2) for y in kv(x).chunk(2, -1))
+            queries = q(x).unflatten(-1, (-1, _SIZE)).transpose(1, 2)
+            k, v = both
+            y = F.scaled_dot_product_attention(
+                self.rotated(queries), self.rotated(k), v, is_causal=True, enable_gqa=True
+            )
+            x = x + out(y.transpose(1, 2).flatten(2))
+        return self.head(x)
+
+
+def test_the_checks_fix_no_size() -> None:
+    """Every rank is divided from the same graph: its sizes are as symbolic as before."""
+    prepared = prepare(randomised(_FewKeys()), own_modes=True)
+    graph = prepared.graph.graph
+
+    def sizes() -> dict[str, str]:
+        return {n.name: str(getattr(n.meta.get("val"), "shape", "")) for n in graph.nodes}
+
+    before = sizes()
+    for context in ParallelContext.simulated(3):
+        divided = divide(prepared, context)
+        module = rank_module(divided)
+        assert not check(module, divided.plan, context.rank)
+        assert not check_origins(graph, module, divided.plan, context.rank)
+        assert not check_numbers(graph, module)
+        assert sizes() == before
