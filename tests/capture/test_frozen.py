@@ -108,3 +108,19 @@ def test_a_trained_parameter_moves_on_from_what_was_kept() -> None:
         model(torch.zeros(2, KEPT, dtype=torch.long))
     with pytest.raises(PortError, match=r"earlier calls|differs between"):
         capture(model)
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_a_short_table_of_other_values_is_refused(stale: bool) -> None:
+    """Longer calls make all of it anew: up to `KEPT` tokens alone the model gives what it kept."""
+    model = small()
+    frequencies = model.rotary.frequencies.data
+    del model.rotary.frequencies
+    model.rotary.register_buffer("frequencies", frequencies)
+    model(torch.zeros(2, KEPT, dtype=torch.long))
+    if not stale:
+        assert worst(capture(model), small) < 2e-5
+        return
+    model.rotary.frequencies.mul_(1.5)
+    with pytest.raises(PortError, match=r"earlier calls|between inputs"):
+        capture(model)
