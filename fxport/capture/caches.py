@@ -7,7 +7,8 @@ Before                                          After
 
 Only where the last write before a use covers all that the use sees; of a part of that it reads the
 same part of what was written. Then it does not matter what earlier calls have left in the cache; a
-write whose memory nothing else needs goes.
+write whose memory nothing else needs goes. Where the cache stops a gradient (``detach``,
+``torch.no_grad``), so does a `detach` of what was written.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import fx
 
 from fxport.capture.arguments import arguments, shape_of
+from fxport.capture.gradients import without_gradients
 from fxport.capture.inputs import GraphInput
 from fxport.capture.memory import Memory, is_fresh, is_mutation
 
@@ -101,6 +103,10 @@ def _forward(
     if any(order[w] > order[last] for w in memory.written_by(value)):
         return  # the cache has a copy of what the value was
     with gm.graph.inserting_before(user):
+        if _stops_gradients(last, node):
+            detached = gm.graph.call_function(aten.detach.default, (value,))
+            detached.meta = dict(value.meta)
+            value = detached
         kept = node.meta["val"].dtype
         if value.meta["val"].dtype != kept:
             narrower = value.meta["val"].to(kept)
@@ -111,6 +117,22 @@ def _forward(
             value = gm.graph.call_function(aten.slice.Tensor, (value, dim, start, end))
             value.meta = {**node.meta, "val": shown}
         user.replace_input_with(node, value)
+
+
+def _stops_gradients(write: fx.Node, read: fx.Node) -> bool:
+    """Whether none comes from what is read to what was written, other than in one step."""
+    apart = set(_chain(arguments(write)["self"])).symmetric_difference(_chain(read))
+    steps = {write, *apart}
+    return any(n.target is aten.detach.default or without_gradients(n) for n in steps)
+
+
+def _chain(node: fx.Node) -> list[fx.Node]:
+    """A view, and what it shows, and so on."""
+    found = [node]
+    while node.target in (*_CUTS, *_SAME):
+        node = arguments(node)["self"]
+        found.append(node)
+    return found
 
 
 def _cuts(written: _Part, read: _Part) -> list[tuple[int, int, int]] | None:

@@ -40,6 +40,7 @@ __all__ = [
     "note_view_of_parameter",
     "stop_gradients",
     "watch_gradients",
+    "without_gradients",
 ]
 
 aten = torch.ops.aten
@@ -227,7 +228,7 @@ def _asking(watch: _Watch) -> Callable[[], bool]:
 
 def stop_gradients(gm: fx.GraphModule) -> None:
     """Detaches, in place, what was computed under `torch.no_grad` and is used outside of it."""
-    inside = {n for n in gm.graph.nodes if _marked(n)}
+    inside = {n for n in gm.graph.nodes if without_gradients(n)}
     watch, learned = _WATCH.get(), _learned(gm.graph)
     for node in list(gm.graph.nodes):
         if node not in learned or node not in inside or not _is_floating(node):
@@ -264,12 +265,14 @@ def let_gradients_pass(gm: fx.GraphModule, length: sympy.Expr) -> tuple[Reason, 
         if node.target is not aten.detach.default:
             continue
         square = sum(size == length for size in shape_of(node)) > 1
-        if not _marked(node) and not (square and node in learned and not _for_maxima(node)):
+        if not without_gradients(node) and not (
+            square and node in learned and not _for_maxima(node)
+        ):
             continue
         where = user_location(node)
         message = (
             "a part of forward runs under `torch.no_grad`"
-            if _marked(node)
+            if without_gradients(node)
             else "`detach` stops the gradient of attention scores or weights"
         )
         found[where] = Reason(ReasonCode.GRADIENT_DIFFERS, message, where, _HINT)
@@ -294,7 +297,8 @@ def _learned(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def _marked(node: fx.Node) -> bool:
+def without_gradients(node: fx.Node) -> bool:
+    """Whether it was traced under `torch.no_grad`."""
     return NO_GRAD in node.meta.get("custom", {})
 
 

@@ -22,6 +22,9 @@ class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        cache = torch.zeros(4, HEADS, 32, WIDTH // HEADS)
+        self.register_buffer("keys", cache, persistent=False)
+        self.register_buffer("values", cache.clone(), persistent=False)
 
     def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         b, t, _ = x.shape
@@ -137,6 +140,43 @@ def computed_again(layer: Attention, x: Tensor) -> Tensor:
     return again + checkpoint(layer, x, use_reentrant=True)
 
 
+def kept(cache: Tensor, x: Tensor) -> Tensor:
+    rows, _, length, _ = x.shape
+    cache[:rows, :, :length] = x
+    return cache[:rows, :, :length]
+
+
+def kept_under_no_grad(layer: Attention, x: Tensor) -> Tensor:
+    """What a cache was given without gradients has none; queries have."""
+    q, k, v = layer.parts(x)
+    with torch.no_grad():
+        k, v = kept(layer.keys, k), kept(layer.values, v)
+    return layer.end(layer.scores(q, k).softmax(-1), v)
+
+
+def written_under_no_grad(layer: Attention, x: Tensor) -> Tensor:
+    q, k, v = layer.parts(x)
+    with torch.no_grad():
+        kept(layer.keys, k)
+    return layer.end(layer.scores(q, layer.keys[: len(x), :, : x.shape[1]]).softmax(-1), v)
+
+
+def read_detached(layer: Attention, x: Tensor) -> Tensor:
+    q, k, v = layer.parts(x)
+    k, v = kept(layer.keys.detach(), k).detach(), kept(layer.values.detach(), v)
+    return layer.end(layer.scores(q, k).softmax(-1), v)
+
+
+def through_a_detached_cache(layer: Attention, x: Tensor) -> Tensor:
+    """Gradients pass: both the write and the read are behind the `detach`."""
+    q, k, v = layer.parts(x)
+    k, v = kept(layer.keys.detach(), k), kept(layer.values.detach(), v)
+    return layer.end(layer.scores(q, k).softmax(-1), v)
+
+
+CACHED = [
+    kept_under_no_grad, written_under_no_grad, read_detached, through_a_detached_cache,
+]  # fmt: skip
 SWITCHED = [under_no_grad, decorated, switched_by_turns, only_values_learn, keys_do_not_learn]
 
 
@@ -162,7 +202,7 @@ def assert_gradients(
 
 
 @pytest.mark.parametrize(
-    "step", [*SWITCHED, only_scores_are_detached, tables_need_none, computed_again]
+    "step", [*SWITCHED, *CACHED, only_scores_are_detached, tables_need_none, computed_again]
 )
 def test_gradients_are_the_originals(step: Step) -> None:
     model = Model(step).double()
