@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from fxport.capture.arguments import arguments
 from fxport.parallel.dropout import AttentionRate, KeyedDropout, StepSeed
 from fxport.parallel.plan import Plan
+from fxport.passes.tensor_parallel.boxes import select
 from fxport.passes.tensor_parallel.factors import unit_shape, unit_value
 from fxport.passes.tensor_parallel.ops import KINDS, Kind
 
@@ -61,10 +62,8 @@ def check_values(
     """Every parameter of one rank that is not the model's, where the plan says."""
     errors = []
     for shard in plan.parameters:
-        wanted, found = whole[shard.name].detach(), module.get_parameter(shard.name).detach()
-        for dim, index in enumerate(shard.indices[rank]):
-            if index is not None:
-                wanted = wanted.movedim(dim, 0)[list(index)].movedim(0, dim)
+        wanted = select(whole[shard.name].detach(), shard.indices[rank])
+        found = module.get_parameter(shard.name).detach()
         if not (found.is_meta or torch.equal(_bytes(wanted), _bytes(found))):
             errors.append(f"{shard.name}: other values than the model's")
     return errors

@@ -132,9 +132,7 @@ class _Origins:
                 if found.kind is InputKind.PARAMETER:
                     self._parameter(node, found.name)
             elif node.op == "get_attr" and emitted is not None:
-                value: Any = emitted[0]
-                for part in str(node.target).split("."):
-                    value = getattr(value, part)
+                value = _attribute(emitted[0], node)
                 if id(value) in emitted[1]:
                     self._parameter(node, emitted[1][id(value)])
             elif node.op == "call_module" and emitted is not None:
@@ -334,15 +332,14 @@ def _taken(module: fx.GraphModule) -> dict[str, tuple[int, Indices]]:
             continue
         shape = tuple(shape_of(value))  # no SymInt: to compare one would fix the size
         for end in reachable([value]):
-            if end.op == "get_attr" and _shape(module, end) == shape:
+            if end.op == "get_attr" and _attribute(module, end).shape == shape:
                 found.setdefault(str(end.target), set()).add((node.args[1], node.meta[TAKEN]))
     return {name: next(iter(parts)) for name, parts in found.items() if len(parts) == 1}
 
 
-def _shape(module: fx.GraphModule, node: fx.Node) -> tuple[int, ...]:
-    *path, name = str(node.target).split(".")
-    found: Tensor = getattr(module.get_submodule(".".join(path)), name)
-    return tuple(found.shape)
+def _attribute(module: fx.GraphModule, node: fx.Node) -> Tensor:
+    found: Tensor = operator.attrgetter(str(node.target))(module)
+    return found
 
 
 def _varies(names: Tensor, dim: int) -> bool:
