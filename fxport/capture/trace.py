@@ -23,6 +23,7 @@ from torch.export.graph_signature import InputKind as ExportInput
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from fxport.capture.aliases import plain_names
+from fxport.capture.as_eager import asked_as_eager
 from fxport.capture.gradients import note_view_of_parameter, stop_gradients
 from fxport.capture.inline import inline_regions
 from fxport.capture.inputs import GraphInput, InputKind
@@ -75,6 +76,7 @@ def export(
     with (
         as_traced(),
         nothing_remembered(model),
+        asked_as_eager(model),
         _without_partial_graph(),
         record_user_lines(),
         selections,

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from fxport.api import _walked
 from fxport.capture import lengths
@@ -56,6 +57,12 @@ def test_another_number_at_some_lengths_is_found(number, sides):
     walked = walk(clone_for_capture(Scaled(number)), 37, 4096, ())
     assert walked is not None and walked.longest == LONGEST
     assert not walked.every and set(walked.others) & sides
+
+
+def test_lengths_that_nobody_walked_are_not_served(monkeypatch):
+    monkeypatch.setattr(lengths, "_UNBOUNDED", 64)
+    later = Scaled(lambda n: 2.0 if n > 80 else 1.0)
+    assert trace_at_lengths(clone_for_capture(later)).limit == 64
 
 
 def test_a_number_that_follows_the_length_is_found():
@@ -234,6 +241,32 @@ def test_a_length_written_out_is_a_number():
     with pytest.raises(PortError) as caught:
         trace_symbolically(clone_for_capture(Written()))
     assert caught.value.reasons[0].code is ReasonCode.LENGTH_SPECIALISED
+
+
+class Untraced(Tiny):
+    """Looks at the length only where nobody traces it."""
+
+    def __init__(self, traced: Callable[[], bool]) -> None:
+        super().__init__()
+        self.traced = traced
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits = super().forward(ids)
+        return logits * 2 if not self.traced() and ids.shape[1] > 70 else logits
+
+
+@pytest.mark.parametrize(
+    "traced",
+    [
+        lambda: torch.compiler.is_compiling(),
+        lambda: torch.compiler.is_exporting(),
+        lambda: torch._dynamo.is_compiling(),
+        lambda: is_compiling(),
+    ],
+)
+def test_forward_is_not_told_that_it_is_traced(traced):
+    assert trace_symbolically(clone_for_capture(Untraced(traced))).limit == 70
+    assert is_compiling is torch.compiler.is_compiling
 
 
 @pytest.mark.parametrize("steps", [walking._MOST_STEPS, 1])
