@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from fxport.api import _walked
-from fxport.capture import lengths
+from fxport.capture import earlier_calls, lengths
 from fxport.capture import walk as walking
 from fxport.capture.clone import clone_for_capture
 from fxport.capture.lengths import trace_at_lengths
@@ -267,6 +267,34 @@ class Untraced(Tiny):
 def test_forward_is_not_told_that_it_is_traced(traced):
     assert trace_symbolically(clone_for_capture(Untraced(traced))).limit == 70
     assert is_compiling is torch.compiler.is_compiling
+
+
+class Counts(Tiny):
+    """Another result after many calls."""
+
+    def __init__(self, number: Callable[[int], float]) -> None:
+        super().__init__()
+        self.number, self.calls = number, 0
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(ids) * self.number(self.calls)
+
+
+@pytest.mark.parametrize(
+    "number", [lambda calls: 1.0 + (calls > 500), lambda calls: 1.0 + (calls % 4 == 0)]
+)
+def test_many_earlier_calls_must_make_no_difference(number):
+    with pytest.raises(PortError) as caught:
+        trace_at_lengths(clone_for_capture(Counts(number)))
+    assert caught.value.reasons[0].code is ReasonCode.MUTATED_STATE
+
+
+def test_calls_may_be_counted(monkeypatch):
+    monkeypatch.setattr(earlier_calls, "_MOST", 2)
+    model = clone_for_capture(Counts(lambda calls: 1.0 if calls else 2.0))
+    trace_at_lengths(model)
+    assert model.calls == 0
 
 
 @pytest.mark.parametrize("steps", [walking._MOST_STEPS, 1])
