@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -287,6 +289,13 @@ class Counts(Tiny):
 def test_many_earlier_calls_must_make_no_difference(number):
     with pytest.raises(PortError) as caught:
         trace_at_lengths(clone_for_capture(Counts(number)))
+    assert caught.value.reasons[0].code is ReasonCode.MUTATED_STATE
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand])
+def test_a_number_drawn_by_python_is_another_at_every_call(draw):
+    with pytest.raises(PortError) as caught:
+        trace_at_lengths(clone_for_capture(Scaled(lambda n: 1.0 if draw() < 2 else 2.0)))
     assert caught.value.reasons[0].code is ReasonCode.MUTATED_STATE
 
 
