@@ -5,8 +5,8 @@
 Positions enter as linear terms. Two lines with rational coefficients ``p / q`` meet no farther
 out than the sum of the constants times all p and q; beyond that no new piece begins. What comes
 back every p positions (a remainder, bits of a position) grows as slowly as ``1 / p`` if counted.
-Logarithms, powers, products and quotients of positions, and positions in dtypes too narrow to
-tell neighbours apart, have no such bound (`unbounded`).
+Logarithms, powers and quotients of positions, and positions in dtypes too narrow to tell
+neighbours apart, have no such bound (`unbounded`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ _BENDS = {
 PRODUCTS = {aten.mul, aten.div, aten.floor_divide, aten.remainder, aten.fmod, aten.true_divide}
 _STEPS = {aten.floor_divide, aten.remainder, aten.fmod}
 _BITS = {aten.bitwise_and, aten.bitwise_or, aten.bitwise_xor, aten.__and__, aten.__or__}
-_LINEAR_IN_ONE = PRODUCTS | _BITS
 _CURVES = {aten.exp, aten.log, aten.sqrt, aten.pow}
 _GATHERS = {aten.index, aten.embedding, aten.index_select}
 _PREFIXES = {aten.tril, aten.triu, aten.cumsum}
@@ -60,10 +59,8 @@ def unbounded(nodes: Sequence[fx.Node]) -> fx.Node | None:
         dtype = node.meta["val"].dtype
         if node in indices and (dtype in _WRAPPING or (dtype in _INEXACT and node in decided)):
             return node
-        if packet not in _LINEAR_IN_ONE or node not in decided or node not in indices:
-            continue
-        of_both = all(n in indices for n in node.args[:2])
-        if of_both or _factors(node, indices) is None:
+        repeats = packet in PRODUCTS or (packet in _BITS and node in indices)
+        if repeats and node in decided and _factors(node, indices) is None:
             return node
     return None
 

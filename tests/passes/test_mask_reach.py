@@ -58,15 +58,11 @@ def counted_blocks(i: Tensor, j: Tensor) -> Tensor:
     return (j <= i) & (starts < 20)
 
 
-def product_of_positions(i: Tensor, j: Tensor) -> Tensor:
-    return (j <= i) & (i * i - j * j <= 3 * i + 190)
-
-
 CASES = [
     (square_root, 90), (logarithm, 110), (logarithm_of_row, 100), (power_below_one, 90),
     (bfloat16_positions, 270), (byte_positions, 270), (small_table_of_blocks, 110),
     (embedded_table_of_blocks, 110), (reciprocal, 110),
-    (counted_blocks, 190), (product_of_positions, 60),
+    (counted_blocks, 190),
 ]  # fmt: skip
 
 
