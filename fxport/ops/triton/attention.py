@@ -19,8 +19,16 @@ from fxport.ops.layout import addressable, empty_heads
 from fxport.ops.params import AttentionParams
 from fxport.ops.triton.backward import delta_kernel, key_kernel, query_kernel
 from fxport.ops.triton.bias import bias_kernel, exact_norm_kernel
-from fxport.ops.triton.call import FARTHEST, INTERPRETED, Call, Incoming, layout_of, tile_descriptor
-from fxport.ops.triton.config import group_parts, padded_head_size
+from fxport.ops.triton.call import (
+    FARTHEST,
+    INTERPRETED,
+    Call,
+    Incoming,
+    comes_in_tiles,
+    layout_of,
+    tile_descriptor,
+)
+from fxport.ops.triton.config import Blocks, group_parts, padded_head_size
 from fxport.ops.triton.forward import forward_kernel
 from fxport.ops.triton.launch import Launches, on_device_of_first
 from fxport.ops.triton.tiles import FLOAT_BIAS
@@ -198,7 +206,7 @@ def _query_gradients(
     batch, heads, rows, size = call.q.shape
     dq = empty_heads(call.q, batch, heads, rows, size)
     dslope = incoming.delta.new_empty((batch, heads, rows)) if slopes else None
-    dbias = None if bias is None else bias.new_empty(bias.shape)
+    dbias = None if bias is None else bias.new_empty(_leading(bias))
     tensors = {
         **call.tensors(incoming),
         "dq_ptr": dq,
@@ -220,10 +228,12 @@ def _query_gradients(
             "SLOPE_GRAD": slopes,
             "BIAS_GRAD": dbias is not None,
             **call.arguments(blocks, tensors),
+            **_written(dbias, blocks),
         }
 
     launches.launch(query_kernel, tensors, prepare)
-    return dq, None if dslope is None else dslope.sum((0, 2)), dbias
+    found = None if bias is None or dbias is None else dbias.view(bias.shape)
+    return dq, None if dslope is None else dslope.sum((0, 2)), found
 
 
 def _key_gradients(
@@ -292,6 +302,13 @@ def _same_in_all_rows(bias: Tensor, call: Call) -> bool:
     return one_row and rows > 1 and bias.shape[-1:] == (columns,) and columns > 1
 
 
+def _written(dbias: Tensor | None, blocks: Blocks) -> dict[str, Any]:
+    """How kernels write the bias' gradient [.., .., Tq, Tk]: in whole tiles, where they can."""
+    if dbias is None or not comes_in_tiles(dbias):
+        return {"GRAD_TILES": False}
+    return {"dbias_ptr": tile_descriptor(dbias, blocks.m, blocks.n), "GRAD_TILES": True}
+
+
 def _summed(line: Tensor, bias: Tensor) -> Tensor:
     """A bias' gradient from that of every batch and head."""
     return line.sum_to_size(_leading(bias)).to(bias.dtype).view(bias.shape)
@@ -321,6 +338,7 @@ def _bias_gradient(call: Call, launches: Launches, bias: Tensor, incoming: Incom
             "served_heads": heads // dbias.shape[1],
             "SUM_KEYS": sum_keys,
             **call.arguments(blocks, tensors),
+            **_written(None if sum_keys else dbias, blocks),
         }
 
     launches.launch(bias_kernel, tensors, prepare)

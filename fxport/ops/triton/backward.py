@@ -30,6 +30,7 @@ from fxport.ops.triton.tiles import (
     keep_tile,
     rows_of_columns,
     score_tile,
+    store_bias_gradient,
 )
 
 __all__ = ["delta_kernel", "key_kernel", "query_kernel", "weight_tile"]
@@ -252,14 +253,14 @@ def key_kernel(
 
 @triton.jit
 def _along_the_keys(
-    dq, dslope, q, grad, norm, rest, delta, k_desc, v_desc, batch, kv_head, global_head,
+    dq, dslope, q, grad, norm, rest, delta, k_desc, v_desc, batch, head, kv_head, global_head,
     row, i, low_i, high_i, begin, count, left, right_begin, rows, columns,
     scale, softcap, slope, q_offset, bias_ptr, bias_b, bias_h, bias_stride_i, bias_stride_j,
     seed, threshold, keep_scale, dbias_ptr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr, PLAIN: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     BIAS: tl.constexpr, DROPOUT: tl.constexpr, SLOPE_GRAD: tl.constexpr, BIAS_GRAD: tl.constexpr,
-    PRECISION: tl.constexpr,
+    GRAD_TILES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds `count` blocks of keys to dq (and to each row's part of the slope's gradient).
 
@@ -291,11 +292,10 @@ def _along_the_keys(
         if SLOPE_GRAD:
             dslope += tl.sum(ds * (j[None, :] - (i + q_offset)[:, None]).to(tl.float32), 1)
         if BIAS_GRAD:
-            tl.store(
-                dbias_ptr + i.to(tl.int64)[:, None] * columns + j[None, :],
-                ds.to(dbias_ptr.dtype.element_ty),
-                mask=(i < rows)[:, None] & (j < columns)[None, :],
-            )
+            store_bias_gradient(
+                dbias_ptr, batch, head, row, column, rows, columns, ds,
+                BLOCK_M, BLOCK_N, GRAD_TILES,
+            )  # fmt: skip
         if SOFTCAP:
             ds *= 1.0 - tanh * tanh
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -314,7 +314,7 @@ def query_kernel(
     HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr,
     PLAIN: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
     DROPOUT: tl.constexpr, SLOPE_GRAD: tl.constexpr, BIAS_GRAD: tl.constexpr,
-    PRECISION: tl.constexpr,
+    GRAD_TILES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, and per row the sum over j of ds * (j - a). Grid as in forward.
 
@@ -338,15 +338,14 @@ def query_kernel(
     slope = tl.load(slopes_ptr + head).to(tl.float32) if ALIBI else 0.0
     seed = tl.load(seed_ptr) if DROPOUT else 0
     if BIAS_GRAD:
-        dbias_ptr += line.to(tl.int64) * rows * columns
+        if not GRAD_TILES:
+            dbias_ptr += line.to(tl.int64) * rows * columns
         for step in tl.range(0, tl.cdiv(columns, BLOCK_N) - (end - begin)):  # what no row sees
             column = tl.where(step < begin, step, step + end - begin) * BLOCK_N
-            j = column + tl.arange(0, BLOCK_N)
-            tl.store(
-                dbias_ptr + i.to(tl.int64)[:, None] * columns + j[None, :],
-                tl.zeros([BLOCK_M, BLOCK_N], dbias_ptr.dtype.element_ty),
-                mask=(i[:, None] < rows) & (j[None, :] < columns),
-            )
+            store_bias_gradient(
+                dbias_ptr, batch, head, row, column, rows, columns,
+                tl.zeros([BLOCK_M, BLOCK_N], tl.float32), BLOCK_M, BLOCK_N, GRAD_TILES,
+            )  # fmt: skip
     norm = norm_desc.load([line, row]).reshape(BLOCK_M)
     rest = norm
     if FLOAT_BIAS & BIAS:
@@ -363,22 +362,22 @@ def query_kernel(
     dslope = tl.zeros([BLOCK_M], tl.float32)
 
     dq, dslope = _along_the_keys(
-        dq, dslope, q, grad, norm, rest, delta, k_desc, v_desc, batch, kv_head,
+        dq, dslope, q, grad, norm, rest, delta, k_desc, v_desc, batch, head, kv_head,
         head + head_offset, row, i, low_i, high_i,
         full_begin, full_end - full_begin, 0, 0, rows, columns,
         scale, softcap, slope, q_offset, bias_ptr, bias_b, bias_h, bias_stride_i, bias_stride_j,
         seed, threshold, keep_scale, dbias_ptr, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False,
-        PLAIN, SOFTCAP, ALIBI, BIAS, DROPOUT, SLOPE_GRAD, BIAS_GRAD, PRECISION,
+        PLAIN, SOFTCAP, ALIBI, BIAS, DROPOUT, SLOPE_GRAD, BIAS_GRAD, GRAD_TILES, PRECISION,
     )  # fmt: skip
     if HAS_LOW or HAS_HIGH or PACKED or RAGGED:
         left = full_begin - begin
         dq, dslope = _along_the_keys(
-            dq, dslope, q, grad, norm, rest, delta, k_desc, v_desc, batch, kv_head,
+            dq, dslope, q, grad, norm, rest, delta, k_desc, v_desc, batch, head, kv_head,
             head + head_offset, row, i, low_i, high_i,
             begin, left + end - full_end, left, full_end, rows, columns,
             scale, softcap, slope, q_offset, bias_ptr, bias_b, bias_h, bias_stride_i, bias_stride_j,
             seed, threshold, keep_scale, dbias_ptr, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True,
-            PLAIN, SOFTCAP, ALIBI, BIAS, DROPOUT, SLOPE_GRAD, BIAS_GRAD, PRECISION,
+            PLAIN, SOFTCAP, ALIBI, BIAS, DROPOUT, SLOPE_GRAD, BIAS_GRAD, GRAD_TILES, PRECISION,
         )  # fmt: skip
 
     d = tl.arange(0, BLOCK_D)[None, :]

@@ -32,6 +32,7 @@ __all__ = [
     "keep_tile",
     "rows_of_columns",
     "score_tile",
+    "store_bias_gradient",
 ]
 
 # compiled once for all values: lengths change from call to call
@@ -207,3 +208,26 @@ def keep_tile(
     else:
         words = words.reshape(i.shape[0], BLOCK_N)
     return words >= threshold
+
+
+@triton.jit
+def store_bias_gradient(
+    dbias_ptr, batch, head, row, column, rows, columns, tile,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Writes a tile of the bias' gradient; `dbias_ptr` is a descriptor (TILES) or its head's start.
+
+    Whole tiles by bulk copies: the length of a row is not known to the compiler, so that through
+    pointers it stores number by number.
+    """
+    if TILES:
+        tile = tile.to(dbias_ptr.dtype)
+        dbias_ptr.store([batch, head, row, column], tile.reshape(1, 1, BLOCK_M, BLOCK_N))
+    else:
+        i = row + tl.arange(0, BLOCK_M)
+        j = column + tl.arange(0, BLOCK_N)
+        tl.store(
+            dbias_ptr + i.to(tl.int64)[:, None] * columns + j[None, :],
+            tile.to(dbias_ptr.dtype.element_ty),
+            mask=(i[:, None] < rows) & (j[None, :] < columns),
+        )
