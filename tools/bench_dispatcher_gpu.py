@@ -4,7 +4,8 @@
                                 [--sizes 64,128,256] [--flex] [--flex-flash]
 
 * plain: bf16, causal, 16,384 tokens in all, and grouped heads, no causality, float16: PyTorch's
-  flash and cuDNN kernels, FlashAttention-3 (vLLM's, forward only) and FlashAttention-4 (the package
+  flash and cuDNN kernels, FlashAttention-3 (vLLM's, forward only, and with --flash-3 FILE a build
+  with both directions, such as xformers' flash_attn_3/_C.so), FlashAttention-4 (the package
   flash-attn-4) where installed, our Triton kernels, the op;
 * masks: a window, packed sequences, a chunk of rows against more columns: FlashAttention-3 (not
   for windows), FlashAttention-4, our Triton kernels, the op, and FlexAttention (at head size 128
@@ -186,6 +187,19 @@ def _flex(row: _Row, inputs: list[Tensor], grad: Tensor, backend: Backend) -> tu
     return _autograd(function, inputs, grad)
 
 
+def _flash_3(row: _Row, inputs: list[Tensor], grad: Tensor) -> tuple[Call, Call]:
+    """The operators that FlashAttention-3's own build registers."""
+    *qkv, grad = [x.transpose(1, 2) for x in (*inputs, grad)]
+    band = {
+        "is_causal": row.params.causal,
+        "window_size_left": row.params.window_left,
+        "softmax_scale": row.params.scale,
+    }
+    forward, backward = torch.ops.flash_attn_3.fwd, torch.ops.flash_attn_3.bwd
+    out, lse, *_ = forward(*qkv, **band)
+    return lambda: forward(*qkv, **band), lambda: backward(grad, *qkv, out, lse, **band)
+
+
 def _directly(
     row: _Row, inputs: list[Tensor], grad: Tensor
 ) -> dict[str, tuple[Call | None, Call | None]]:
@@ -224,7 +238,7 @@ def _unless_it_refuses(
 
 
 def _implementations(
-    row: _Row, flex: Sequence[Backend]
+    row: _Row, flex: Sequence[Backend], flash_3: bool = False
 ) -> dict[str, tuple[Call | None, Call | None]]:
     *inputs, grad = row.inputs()
 
@@ -239,6 +253,8 @@ def _implementations(
         for backend in flex:
             made = partial(_flex, row, inputs, grad, backend)
             found |= _unless_it_refuses(f"Flex, {backend}", made)
+    if flash_3 and row.cu_seqlens is None:
+        found["FA3, both ways"] = _flash_3(row, inputs, grad)
     return {**found, **_directly(row, inputs, grad), "op": _autograd(op, inputs, grad)}
 
 
@@ -276,10 +292,10 @@ def _in_turns(calls: dict[str, Call], rounds: int, flush: Tensor) -> dict[str, f
 
 
 def _rates(
-    row: _Row, flex: Sequence[Backend], rounds: int, flush: Tensor
+    row: _Row, flex: Sequence[Backend], rounds: int, flush: Tensor, flash_3: bool
 ) -> list[dict[str, float]]:
     """TFLOP/s by implementation: eager forward, eager backward, graph forward, graph backward."""
-    made = _implementations(row, flex)
+    made = _implementations(row, flex, flash_3)
     want = next(f for f, _ in made.values() if f is not None)()
     assert isinstance(want, Tensor)
     for name, (forward, _) in made.items():
@@ -298,13 +314,13 @@ def _rates(
     return results
 
 
-def table(rows: Iterable[_Row], flex: Sequence[Backend], rounds: int) -> None:
+def table(rows: Iterable[_Row], flex: Sequence[Backend], rounds: int, flash_3: bool) -> None:
     """Print rates, graph over eager, and the op's rate over the best library's."""
     flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
     found: list[tuple[_Row, list[dict[str, float]], str]] = []
     for row in rows:
         before = dispatch.calls.copy()
-        results = _rates(row, flex, rounds, flush)
+        results = _rates(row, flex, rounds, flush, flash_3)
         found.append((row, results, ", ".join(sorted(dispatch.calls - before))))
         print(_line(row, results, list(results[0]), found[-1][2]), flush=True)
         torch.cuda.empty_cache()
@@ -387,6 +403,7 @@ def main() -> None:
         )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--sizes", default="128,64,256", help="head sizes")
+    parser.add_argument("--flash-3", metavar="FILE", help="a library with both directions")
     arguments = parser.parse_args()
     if unknown := set(arguments.parts) - set(parts):
         parser.error(f"no such part: {', '.join(sorted(unknown))}")
@@ -400,12 +417,15 @@ def main() -> None:
     print(f"FlashAttention-3: {flash3._not_installed() or 'from vLLM'}", flush=True)
     print(f"FlashAttention-4: {flash4._not_installed() or 'installed'}\n", flush=True)
     ceilings()
+    if arguments.flash_3:
+        torch.ops.load_library(arguments.flash_3)
+    both = arguments.flash_3 is not None
     if "host" in wanted:
         host()
     if "plain" in wanted:
-        table(_plain_rows(sizes), [], arguments.rounds)
+        table(_plain_rows(sizes), [], arguments.rounds, both)
     if "masks" in wanted:
-        table(_masked_rows(sizes), arguments.flex, arguments.rounds)
+        table(_masked_rows(sizes), arguments.flex, arguments.rounds, both)
 
 
 if __name__ == "__main__":

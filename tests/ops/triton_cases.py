@@ -102,6 +102,22 @@ LARGE = (
             (256, 1, 1, None),
         )
     ),
+    # a launch for each batch, each of which fills a GPU
+    *(
+        Case(
+            f"large-bias-added-{size}-{dtype}",
+            batch=3,
+            q_heads=12,
+            kv_heads=6,
+            rows=1421,
+            columns=1424,
+            size=size,
+            bias_shape=(12, 1421, 1424),
+            bias_dtype=dtype,
+            params=P(1 / math.sqrt(size), causal=True, window_left=1000, q_offset=3),
+        )
+        for size, dtype in ((64, torch.float32), (128, None), (128, torch.float32))
+    ),
     # what takes most of the shared memory at this size
     Case("large-256-dropout", rows=300, columns=333, size=256, params=P(0.06, dropout_p=0.2)),
     Case(

@@ -254,17 +254,17 @@ def key_kernel(
 @triton.jit
 def _along_the_keys(
     dq, dslope, q, grad, norm, rest, delta, k_desc, v_desc, batch, head, kv_head, global_head,
-    row, i, low_i, high_i, begin, count, left, right_begin, rows, columns,
+    dbias_b, row, i, low_i, high_i, begin, count, left, right_begin, rows, columns,
     scale, softcap, slope, q_offset, bias_ptr, bias_b, bias_h, bias_stride_i, bias_stride_j,
     seed, threshold, keep_scale, dbias_ptr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr, PLAIN: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     BIAS: tl.constexpr, DROPOUT: tl.constexpr, SLOPE_GRAD: tl.constexpr, BIAS_GRAD: tl.constexpr,
-    GRAD_TILES: tl.constexpr, PRECISION: tl.constexpr,
+    GRAD_TILES: tl.constexpr, GRAD_ADDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds `count` blocks of keys to dq (and to each row's part of the slope's gradient).
 
-    BIAS_GRAD: writes the bias' gradient.
+    BIAS_GRAD: writes the bias' gradient; GRAD_ADDS: added to what is there.
     """
     for step in tl.range(0, count):
         block = begin + step
@@ -292,8 +292,12 @@ def _along_the_keys(
         if SLOPE_GRAD:
             dslope += tl.sum(ds * (j[None, :] - (i + q_offset)[:, None]).to(tl.float32), 1)
         if BIAS_GRAD:
+            written = ds
+            if GRAD_ADDS:
+                before = dbias_ptr.load([dbias_b, head, row, column])
+                written += before.reshape(BLOCK_M, BLOCK_N).to(tl.float32)
             store_bias_gradient(
-                dbias_ptr, batch, head, row, column, rows, columns, ds,
+                dbias_ptr, dbias_b, head, row, column, rows, columns, written,
                 BLOCK_M, BLOCK_N, GRAD_TILES,
             )  # fmt: skip
         if SOFTCAP:
@@ -306,25 +310,28 @@ def _along_the_keys(
 def query_kernel(
     q_desc, k_desc, v_desc, grad_desc, norm_desc, rest_desc, delta_desc, dq_ptr, dslope_ptr,
     dbias_ptr, bias_ptr, slopes_ptr, seed_ptr, first_ptr, end_ptr,
-    dq_stride_b, dq_stride_h, dq_stride_t,
+    dq_stride_b, dq_stride_h, dq_stride_t, dbias_stride_b,
     bias_stride_b, bias_stride_h, bias_stride_i, bias_stride_j,
-    heads, group, rows, columns, size, low, high, q_offset, head_offset,
+    first_line, heads, group, rows, columns, size, low, high, q_offset, head_offset,
     scale, grad_scale, softcap, threshold, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr,
     PLAIN: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
     DROPOUT: tl.constexpr, SLOPE_GRAD: tl.constexpr, BIAS_GRAD: tl.constexpr,
-    GRAD_TILES: tl.constexpr, PRECISION: tl.constexpr,
+    GRAD_TILES: tl.constexpr, GRAD_ADDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, and per row the sum over j of ds * (j - a). Grid as in forward.
 
-    With BIAS_GRAD also the gradient of a bias that is not broadcast.
+    With BIAS_GRAD also the gradient of a bias of all heads and both lengths. Where all batches
+    share it, each is a launch (`first_line`: its first head); those after the first add to what is
+    there (GRAD_ADDS).
     """
     blocks = tl.cdiv(rows, BLOCK_M)
     lines = tl.num_programs(0) // blocks
-    line = tl.program_id(0) % lines
+    line = first_line + tl.program_id(0) % lines
     batch = line // heads
     head = line % heads
+    dbias_b = tl.where(dbias_stride_b == 0, 0, batch)
     kv_head = head // group
     row = (blocks - 1 - tl.program_id(0) // lines) * BLOCK_M  # the longest first, as in forward
     i = row + tl.arange(0, BLOCK_M)
@@ -337,13 +344,13 @@ def query_kernel(
     )  # fmt: skip
     slope = tl.load(slopes_ptr + head).to(tl.float32) if ALIBI else 0.0
     seed = tl.load(seed_ptr) if DROPOUT else 0
-    if BIAS_GRAD:
+    if BIAS_GRAD and not GRAD_ADDS:
         if not GRAD_TILES:
             dbias_ptr += line.to(tl.int64) * rows * columns
         for step in tl.range(0, tl.cdiv(columns, BLOCK_N) - (end - begin)):  # what no row sees
             column = tl.where(step < begin, step, step + end - begin) * BLOCK_N
             store_bias_gradient(
-                dbias_ptr, batch, head, row, column, rows, columns,
+                dbias_ptr, dbias_b, head, row, column, rows, columns,
                 tl.zeros([BLOCK_M, BLOCK_N], tl.float32), BLOCK_M, BLOCK_N, GRAD_TILES,
             )  # fmt: skip
     norm = norm_desc.load([line, row]).reshape(BLOCK_M)
@@ -363,21 +370,23 @@ def query_kernel(
 
     dq, dslope = _along_the_keys(
         dq, dslope, q, grad, norm, rest, delta, k_desc, v_desc, batch, head, kv_head,
-        head + head_offset, row, i, low_i, high_i,
+        head + head_offset, dbias_b, row, i, low_i, high_i,
         full_begin, full_end - full_begin, 0, 0, rows, columns,
         scale, softcap, slope, q_offset, bias_ptr, bias_b, bias_h, bias_stride_i, bias_stride_j,
         seed, threshold, keep_scale, dbias_ptr, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False,
-        PLAIN, SOFTCAP, ALIBI, BIAS, DROPOUT, SLOPE_GRAD, BIAS_GRAD, GRAD_TILES, PRECISION,
+        PLAIN, SOFTCAP, ALIBI, BIAS, DROPOUT, SLOPE_GRAD, BIAS_GRAD, GRAD_TILES, GRAD_ADDS,
+        PRECISION,
     )  # fmt: skip
     if HAS_LOW or HAS_HIGH or PACKED or RAGGED:
         left = full_begin - begin
         dq, dslope = _along_the_keys(
             dq, dslope, q, grad, norm, rest, delta, k_desc, v_desc, batch, head, kv_head,
-            head + head_offset, row, i, low_i, high_i,
+            head + head_offset, dbias_b, row, i, low_i, high_i,
             begin, left + end - full_end, left, full_end, rows, columns,
             scale, softcap, slope, q_offset, bias_ptr, bias_b, bias_h, bias_stride_i, bias_stride_j,
             seed, threshold, keep_scale, dbias_ptr, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True,
-            PLAIN, SOFTCAP, ALIBI, BIAS, DROPOUT, SLOPE_GRAD, BIAS_GRAD, GRAD_TILES, PRECISION,
+            PLAIN, SOFTCAP, ALIBI, BIAS, DROPOUT, SLOPE_GRAD, BIAS_GRAD, GRAD_TILES, GRAD_ADDS,
+            PRECISION,
         )  # fmt: skip
 
     d = tl.arange(0, BLOCK_D)[None, :]

@@ -230,6 +230,12 @@ class Call:
 
     def blocks(self, kernel: str) -> Blocks:
         """The block shapes of one of the kernels."""
+        blocks = self.blocks_or_none(kernel)
+        assert blocks is not None, kernel
+        return blocks
+
+    def blocks_or_none(self, kernel: str) -> Blocks | None:
+        """Likewise of one that not every kind of call has."""
         if self.bias is not None and self.has_bias_tiles and not kernel.startswith("bias"):
             kernel += "_wide_bias" if self.bias.element_size() > 2 else "_bias"
         elif self.crowded and kernel in ("query", "key_only"):
