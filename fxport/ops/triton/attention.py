@@ -214,6 +214,7 @@ def _query_gradients(
         "dq_ptr": dq,
         "dslope_ptr": dslope,
         "dbias_ptr": dbias,
+        "before_ptr": dbias,
     }
     shared = dbias is not None and dbias.shape[0] < batch
 

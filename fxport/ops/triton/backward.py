@@ -256,7 +256,7 @@ def _along_the_keys(
     dq, dslope, q, grad, norm, rest, delta, k_desc, v_desc, batch, head, kv_head, global_head,
     dbias_b, row, i, low_i, high_i, begin, count, left, right_begin, rows, columns,
     scale, softcap, slope, q_offset, bias_ptr, bias_b, bias_h, bias_stride_i, bias_stride_j,
-    seed, threshold, keep_scale, dbias_ptr,
+    seed, threshold, keep_scale, dbias_ptr, before_ptr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr, PLAIN: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     BIAS: tl.constexpr, DROPOUT: tl.constexpr, SLOPE_GRAD: tl.constexpr, BIAS_GRAD: tl.constexpr,
@@ -274,6 +274,15 @@ def _along_the_keys(
         j = column + tl.arange(0, BLOCK_N)
         k = k_desc.load([batch, kv_head, column, 0]).reshape(BLOCK_N, BLOCK_D)
         v = v_desc.load([batch, kv_head, column, 0]).reshape(BLOCK_N, BLOCK_DV)
+        if GRAD_ADDS:  # asked for first: it is there when the products are
+            unit: tl.constexpr = 128 // before_ptr.dtype.element_ty.primitive_bitwidth
+            length = columns // unit * unit  # as `columns`; the compiler sees what divides it
+            start = before_ptr + head.to(tl.int64) * rows * length
+            before = tl.load(
+                start + i.to(tl.int64)[:, None] * length + j[None, :],
+                mask=(i[:, None] < rows) & (j[None, :] < length),
+                other=0.0,
+            )
         qk = tl.dot(q, k.T, input_precision=PRECISION)
         dp = tl.dot(grad, v.T, input_precision=PRECISION)
         bias = bias_tile(
@@ -294,8 +303,7 @@ def _along_the_keys(
         if BIAS_GRAD:
             written = ds
             if GRAD_ADDS:
-                before = dbias_ptr.load([dbias_b, head, row, column])
-                written += before.reshape(BLOCK_M, BLOCK_N).to(tl.float32)
+                written += before.to(tl.float32)
             store_bias_gradient(
                 dbias_ptr, dbias_b, head, row, column, rows, columns, written,
                 BLOCK_M, BLOCK_N, GRAD_TILES,
@@ -309,7 +317,7 @@ def _along_the_keys(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def query_kernel(
     q_desc, k_desc, v_desc, grad_desc, norm_desc, rest_desc, delta_desc, dq_ptr, dslope_ptr,
-    dbias_ptr, bias_ptr, slopes_ptr, seed_ptr, first_ptr, end_ptr,
+    dbias_ptr, before_ptr, bias_ptr, slopes_ptr, seed_ptr, first_ptr, end_ptr,
     dq_stride_b, dq_stride_h, dq_stride_t, dbias_stride_b,
     bias_stride_b, bias_stride_h, bias_stride_i, bias_stride_j,
     first_line, heads, group, rows, columns, size, low, high, q_offset, head_offset,
@@ -373,7 +381,8 @@ def query_kernel(
         head + head_offset, dbias_b, row, i, low_i, high_i,
         full_begin, full_end - full_begin, 0, 0, rows, columns,
         scale, softcap, slope, q_offset, bias_ptr, bias_b, bias_h, bias_stride_i, bias_stride_j,
-        seed, threshold, keep_scale, dbias_ptr, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False,
+        seed, threshold, keep_scale, dbias_ptr, before_ptr,
+        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False,
         PLAIN, SOFTCAP, ALIBI, BIAS, DROPOUT, SLOPE_GRAD, BIAS_GRAD, GRAD_TILES, GRAD_ADDS,
         PRECISION,
     )  # fmt: skip
@@ -384,7 +393,8 @@ def query_kernel(
             head + head_offset, dbias_b, row, i, low_i, high_i,
             begin, left + end - full_end, left, full_end, rows, columns,
             scale, softcap, slope, q_offset, bias_ptr, bias_b, bias_h, bias_stride_i, bias_stride_j,
-            seed, threshold, keep_scale, dbias_ptr, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True,
+            seed, threshold, keep_scale, dbias_ptr, before_ptr,
+        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True,
             PLAIN, SOFTCAP, ALIBI, BIAS, DROPOUT, SLOPE_GRAD, BIAS_GRAD, GRAD_TILES, GRAD_ADDS,
             PRECISION,
         )  # fmt: skip
