@@ -214,7 +214,7 @@ def _query_gradients(
         "dq_ptr": dq,
         "dslope_ptr": dslope,
         "dbias_ptr": dbias,
-        "before_ptr": dbias,
+        "dbias_desc": dbias,
     }
     shared = dbias is not None and dbias.shape[0] < batch
 
@@ -330,8 +330,8 @@ def _same_in_all_rows(bias: Tensor, call: Call) -> bool:
 def _written(dbias: Tensor | None, blocks: Blocks) -> dict[str, Any]:
     """How kernels write the bias' gradient [.., .., Tq, Tk]: in whole tiles, where they can."""
     if dbias is None or not comes_in_tiles(dbias):
-        return {"GRAD_TILES": False}
-    return {"dbias_ptr": tile_descriptor(dbias, blocks.m, blocks.n), "GRAD_TILES": True}
+        return {"dbias_desc": None, "GRAD_TILES": False}
+    return {"dbias_desc": tile_descriptor(dbias, blocks.m, blocks.n), "GRAD_TILES": True}
 
 
 def _summed(line: Tensor, bias: Tensor) -> Tensor:
@@ -351,6 +351,7 @@ def _bias_gradient(call: Call, launches: Launches, bias: Tensor, incoming: Incom
         dbias = bias.new_empty(shape)
     lines = {"norm_ptr": incoming.norm, "rest_ptr": incoming.rest, "delta_ptr": incoming.delta}
     tensors = {**call.tensors(), "grad_desc": incoming.grad, **lines, "dbias_ptr": dbias}
+    tensors["dbias_desc"] = None if sum_keys else dbias
 
     def prepare() -> tuple[tuple[int, int], dict[str, Any]]:
         blocks = call.blocks("bias_line" if sum_keys else "bias")

@@ -23,6 +23,7 @@ from fxport.ops.triton.tiles import (
     FLOAT_BIAS,
     LOG2E,
     UNSPECIALIZED,
+    bias_gradient_places,
     bias_of_head,
     bias_tile,
     columns_of_rows,
@@ -253,10 +254,10 @@ def key_kernel(
 
 @triton.jit
 def _along_the_keys(
-    dq, dslope, q, grad, norm, rest, delta, k_desc, v_desc, batch, head, kv_head, global_head,
-    dbias_b, row, i, low_i, high_i, begin, count, left, right_begin, rows, columns,
+    dq, dslope, q, grad, norm, rest, delta, k_desc, v_desc, batch, head, heads, kv_head,
+    global_head, dbias_b, row, i, low_i, high_i, begin, count, left, right_begin, rows, columns,
     scale, softcap, slope, q_offset, bias_ptr, bias_b, bias_h, bias_stride_i, bias_stride_j,
-    seed, threshold, keep_scale, dbias_ptr, before_ptr,
+    seed, threshold, keep_scale, dbias_ptr, dbias_desc,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr, PLAIN: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     BIAS: tl.constexpr, DROPOUT: tl.constexpr, SLOPE_GRAD: tl.constexpr, BIAS_GRAD: tl.constexpr,
@@ -275,14 +276,11 @@ def _along_the_keys(
         k = k_desc.load([batch, kv_head, column, 0]).reshape(BLOCK_N, BLOCK_D)
         v = v_desc.load([batch, kv_head, column, 0]).reshape(BLOCK_N, BLOCK_DV)
         if GRAD_ADDS:  # asked for first: it is there when the products are
-            unit: tl.constexpr = 128 // before_ptr.dtype.element_ty.primitive_bitwidth
-            length = columns // unit * unit  # as `columns`; the compiler sees what divides it
-            start = before_ptr + head.to(tl.int64) * rows * length
-            before = tl.load(
-                start + i.to(tl.int64)[:, None] * length + j[None, :],
-                mask=(i[:, None] < rows) & (j[None, :] < length),
-                other=0.0,
-            )
+            places, inside = bias_gradient_places(
+                dbias_ptr, dbias_b, head, heads, row, column, rows, columns,
+                BLOCK_M, BLOCK_N, GRAD_TILES,
+            )  # fmt: skip
+            before = tl.load(places, mask=inside, other=0.0)
         qk = tl.dot(q, k.T, input_precision=PRECISION)
         dp = tl.dot(grad, v.T, input_precision=PRECISION)
         bias = bias_tile(
@@ -305,7 +303,7 @@ def _along_the_keys(
             if GRAD_ADDS:
                 written += before.to(tl.float32)
             store_bias_gradient(
-                dbias_ptr, dbias_b, head, row, column, rows, columns, written,
+                dbias_ptr, dbias_desc, dbias_b, head, heads, row, column, rows, columns, written,
                 BLOCK_M, BLOCK_N, GRAD_TILES,
             )  # fmt: skip
         if SOFTCAP:
@@ -317,7 +315,7 @@ def _along_the_keys(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def query_kernel(
     q_desc, k_desc, v_desc, grad_desc, norm_desc, rest_desc, delta_desc, dq_ptr, dslope_ptr,
-    dbias_ptr, before_ptr, bias_ptr, slopes_ptr, seed_ptr, first_ptr, end_ptr,
+    dbias_ptr, dbias_desc, bias_ptr, slopes_ptr, seed_ptr, first_ptr, end_ptr,
     dq_stride_b, dq_stride_h, dq_stride_t, dbias_stride_b,
     bias_stride_b, bias_stride_h, bias_stride_i, bias_stride_j,
     first_line, heads, group, rows, columns, size, low, high, q_offset, head_offset,
@@ -353,14 +351,14 @@ def query_kernel(
     slope = tl.load(slopes_ptr + head).to(tl.float32) if ALIBI else 0.0
     seed = tl.load(seed_ptr) if DROPOUT else 0
     if BIAS_GRAD and not GRAD_ADDS:
-        if not GRAD_TILES:
-            dbias_ptr += line.to(tl.int64) * rows * columns
         for step in tl.range(0, tl.cdiv(columns, BLOCK_N) - (end - begin)):  # what no row sees
             column = tl.where(step < begin, step, step + end - begin) * BLOCK_N
-            store_bias_gradient(
-                dbias_ptr, dbias_b, head, row, column, rows, columns,
-                tl.zeros([BLOCK_M, BLOCK_N], tl.float32), BLOCK_M, BLOCK_N, GRAD_TILES,
+            places, inside = bias_gradient_places(
+                dbias_ptr, dbias_b, head, heads, row, column, rows, columns,
+                BLOCK_M, BLOCK_N, GRAD_TILES,
             )  # fmt: skip
+            zero = tl.zeros([BLOCK_M, BLOCK_N], dbias_ptr.dtype.element_ty)
+            tl.store(places, zero, mask=inside)
     norm = norm_desc.load([line, row]).reshape(BLOCK_M)
     rest = norm
     if FLOAT_BIAS & BIAS:
@@ -377,11 +375,11 @@ def query_kernel(
     dslope = tl.zeros([BLOCK_M], tl.float32)
 
     dq, dslope = _along_the_keys(
-        dq, dslope, q, grad, norm, rest, delta, k_desc, v_desc, batch, head, kv_head,
+        dq, dslope, q, grad, norm, rest, delta, k_desc, v_desc, batch, head, heads, kv_head,
         head + head_offset, dbias_b, row, i, low_i, high_i,
         full_begin, full_end - full_begin, 0, 0, rows, columns,
         scale, softcap, slope, q_offset, bias_ptr, bias_b, bias_h, bias_stride_i, bias_stride_j,
-        seed, threshold, keep_scale, dbias_ptr, before_ptr,
+        seed, threshold, keep_scale, dbias_ptr, dbias_desc,
         BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False,
         PLAIN, SOFTCAP, ALIBI, BIAS, DROPOUT, SLOPE_GRAD, BIAS_GRAD, GRAD_TILES, GRAD_ADDS,
         PRECISION,
@@ -389,11 +387,11 @@ def query_kernel(
     if HAS_LOW or HAS_HIGH or PACKED or RAGGED:
         left = full_begin - begin
         dq, dslope = _along_the_keys(
-            dq, dslope, q, grad, norm, rest, delta, k_desc, v_desc, batch, head, kv_head,
+            dq, dslope, q, grad, norm, rest, delta, k_desc, v_desc, batch, head, heads, kv_head,
             head + head_offset, dbias_b, row, i, low_i, high_i,
             begin, left + end - full_end, left, full_end, rows, columns,
             scale, softcap, slope, q_offset, bias_ptr, bias_b, bias_h, bias_stride_i, bias_stride_j,
-            seed, threshold, keep_scale, dbias_ptr, before_ptr,
+            seed, threshold, keep_scale, dbias_ptr, dbias_desc,
         BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True,
             PLAIN, SOFTCAP, ALIBI, BIAS, DROPOUT, SLOPE_GRAD, BIAS_GRAD, GRAD_TILES, GRAD_ADDS,
             PRECISION,

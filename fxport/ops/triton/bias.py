@@ -109,7 +109,7 @@ def exact_norm_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def bias_kernel(
-    q_desc, k_desc, v_desc, grad_desc, norm_ptr, rest_ptr, delta_ptr, dbias_ptr,
+    q_desc, k_desc, v_desc, grad_desc, norm_ptr, rest_ptr, delta_ptr, dbias_ptr, dbias_desc,
     bias_ptr, slopes_ptr, seed_ptr, first_ptr, end_ptr,
     bias_stride_b, bias_stride_h, bias_stride_i, bias_stride_j,
     heads, group, line_length, bias_heads, served_batches, served_heads, rows, columns,
@@ -191,9 +191,7 @@ def bias_kernel(
         dbias_ptr += tl.program_id(1).to(tl.int64) * rows
         tl.store(dbias_ptr + i, tl.sum(total, 1), mask=i < rows)
     else:
-        if not GRAD_TILES:
-            dbias_ptr += tl.program_id(1).to(tl.int64) * rows * columns
         store_bias_gradient(
-            dbias_ptr, batch, head, row, column, rows, columns, total,
+            dbias_ptr, dbias_desc, batch, head, bias_heads, row, column, rows, columns, total,
             BLOCK_M, BLOCK_N, GRAD_TILES,
         )  # fmt: skip

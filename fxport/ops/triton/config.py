@@ -84,17 +84,17 @@ HALF: dict[str, dict[int, Blocks]] = {
         256: Blocks(128, 32, 8, 2),
     },
     "query_grad_bias": {
-        64: Blocks(128, 64, 4, 3),
+        64: Blocks(64, 64, 4, 3),
         128: Blocks(128, 64, 8, 3),
         256: Blocks(128, 32, 8, 2),
     },
     "query_grad_wide_bias": {
-        64: Blocks(128, 64, 4, 3),
+        64: Blocks(64, 64, 4, 2),
         128: Blocks(128, 64, 8, 2),
-        256: Blocks(128, 32, 8, 1),  # with two, dropout and all else do not fit
+        256: Blocks(64, 32, 4, 2),  # with 128 rows, dropout and all else do not fit
     },
-    "query_add_bias": {64: Blocks(128, 64, 4, 2), 128: Blocks(128, 64, 8, 2)},
-    "query_add_wide_bias": {64: Blocks(128, 32, 4, 2), 128: Blocks(128, 32, 8, 2)},
+    "query_add_bias": {64: Blocks(64, 64, 4, 3), 128: Blocks(128, 64, 8, 3)},
+    "query_add_wide_bias": {64: Blocks(64, 64, 4, 2), 128: Blocks(128, 32, 8, 3)},
     "bias": {64: Blocks(128, 64, 8, 2), 128: Blocks(64, 128, 4, 1), 256: Blocks(128, 64, 8, 1)},
     "bias_line": {
         64: Blocks(128, 64, 8, 2),

@@ -25,6 +25,7 @@ __all__ = [
     "FLOAT_BIAS",
     "LOG2E",
     "UNSPECIALIZED",
+    "bias_gradient_places",
     "bias_of_head",
     "bias_tile",
     "columns_of_rows",
@@ -211,23 +212,35 @@ def keep_tile(
 
 
 @triton.jit
-def store_bias_gradient(
-    dbias_ptr, batch, head, row, column, rows, columns, tile,
+def bias_gradient_places(
+    dbias_ptr, batch, head, heads, row, column, rows, columns,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Writes a tile of the bias' gradient; `dbias_ptr` is a descriptor (TILES) or its head's start.
+    """Pointers to a tile of the bias' gradient [.., heads, rows, columns], and which are inside.
 
-    Whole tiles by bulk copies: the length of a row is not known to the compiler, so that through
-    pointers it stores number by number.
+    TILES: rows are aligned to 16 bytes. The compiler, which does not know `columns`, has to be told
+    or it moves number by number.
     """
+    unit: tl.constexpr = 128 // dbias_ptr.dtype.element_ty.primitive_bitwidth if TILES else 1
+    length = columns // unit * unit
+    i = row + tl.arange(0, BLOCK_M)
+    j = column + tl.arange(0, BLOCK_N)
+    line = (batch.to(tl.int64) * heads + head) * rows * length
+    places = dbias_ptr + line + i.to(tl.int64)[:, None] * length + j[None, :]
+    return places, (i[:, None] < rows) & (j[None, :] < length)
+
+
+@triton.jit
+def store_bias_gradient(
+    dbias_ptr, dbias_desc, batch, head, heads, row, column, rows, columns, tile,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Writes a tile of the bias' gradient: as a whole by a bulk copy, where TILES."""
+    tile = tile.to(dbias_ptr.dtype.element_ty)
     if TILES:
-        tile = tile.to(dbias_ptr.dtype)
-        dbias_ptr.store([batch, head, row, column], tile.reshape(1, 1, BLOCK_M, BLOCK_N))
+        dbias_desc.store([batch, head, row, column], tile.reshape(1, 1, BLOCK_M, BLOCK_N))
     else:
-        i = row + tl.arange(0, BLOCK_M)
-        j = column + tl.arange(0, BLOCK_N)
-        tl.store(
-            dbias_ptr + i.to(tl.int64)[:, None] * columns + j[None, :],
-            tile.to(dbias_ptr.dtype.element_ty),
-            mask=(i[:, None] < rows) & (j[None, :] < columns),
+        places, inside = bias_gradient_places(
+            dbias_ptr, batch, head, heads, row, column, rows, columns, BLOCK_M, BLOCK_N, TILES
         )
+        tl.store(places, tile, mask=inside)
