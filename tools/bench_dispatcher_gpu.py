@@ -197,7 +197,10 @@ def _flash_3(row: _Row, inputs: list[Tensor], grad: Tensor) -> tuple[Call, Call]
     }
     forward, backward = torch.ops.flash_attn_3.fwd, torch.ops.flash_attn_3.bwd
     out, lse, *_ = forward(*qkv, **band)
-    return lambda: forward(*qkv, **band)[0], lambda: backward(grad, *qkv, out, lse, **band)
+    return (
+        lambda: forward(*qkv, **band)[0].transpose(1, 2),
+        lambda: backward(grad, *qkv, out, lse, **band),
+    )
 
 
 def _directly(

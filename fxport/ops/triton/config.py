@@ -94,7 +94,7 @@ HALF: dict[str, dict[int, Blocks]] = {
         256: Blocks(64, 32, 4, 2),  # with 128 rows, dropout and all else do not fit
     },
     "query_add_bias": {64: Blocks(64, 64, 4, 3), 128: Blocks(128, 64, 8, 3)},
-    "query_add_wide_bias": {64: Blocks(64, 64, 4, 2), 128: Blocks(128, 32, 8, 3)},
+    "query_add_wide_bias": {64: Blocks(64, 64, 4, 2), 128: Blocks(64, 32, 4, 3)},
     "bias": {64: Blocks(128, 64, 8, 2), 128: Blocks(64, 128, 4, 1), 256: Blocks(128, 64, 8, 1)},
     "bias_line": {
         64: Blocks(128, 64, 8, 2),
