@@ -4,9 +4,9 @@
                                 [--sizes 64,128,256] [--flex] [--flex-flash]
 
 * plain: bf16, causal, 16,384 tokens in all, and grouped heads, no causality, float16: PyTorch's
-  flash and cuDNN kernels, FlashAttention-3 (vLLM's, forward only, and with --flash-3 FILE a build
-  with both directions, such as xformers' flash_attn_3/_C.so), FlashAttention-4 (the package
-  flash-attn-4) where installed, our Triton kernels, the op;
+  flash and cuDNN kernels, FlashAttention-3 (vLLM's, forward only, and the package flash-attn-3 or
+  xformers' copy) and FlashAttention-4 (the package flash-attn-4) where installed, our Triton
+  kernels, the op;
 * masks: a window, packed sequences, a chunk of rows against more columns: FlashAttention-3 (not
   for windows), FlashAttention-4, our Triton kernels, the op, and FlexAttention (at head size 128
   and 8,192 columns; with --flex its Triton kernels, with --flex-flash those of flash-attn-4);
@@ -39,7 +39,7 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fxport.ops import attention, dispatch, flash3, flash4
+from fxport.ops import attention, dispatch, flash3, flash3_package, flash4
 from fxport.ops.facts import Facts
 from fxport.ops.params import AttentionParams
 from fxport.ops.triton import attention as triton_attention
@@ -187,22 +187,6 @@ def _flex(row: _Row, inputs: list[Tensor], grad: Tensor, backend: Backend) -> tu
     return _autograd(function, inputs, grad)
 
 
-def _flash_3(row: _Row, inputs: list[Tensor], grad: Tensor) -> tuple[Call, Call]:
-    """The operators that FlashAttention-3's own build registers."""
-    *qkv, grad = [x.transpose(1, 2) for x in (*inputs, grad)]
-    band = {
-        "is_causal": row.params.causal,
-        "window_size_left": row.params.window_left,
-        "softmax_scale": row.params.scale,
-    }
-    forward, backward = torch.ops.flash_attn_3.fwd, torch.ops.flash_attn_3.bwd
-    out, lse, *_ = forward(*qkv, **band)
-    return (
-        lambda: forward(*qkv, **band)[0].transpose(1, 2),
-        lambda: backward(grad, *qkv, out, lse, **band),
-    )
-
-
 def _directly(
     row: _Row, inputs: list[Tensor], grad: Tensor
 ) -> dict[str, tuple[Call | None, Call | None]]:
@@ -218,6 +202,11 @@ def _directly(
     facts = Facts.of(q, k, v, None, None, None, row.cu_seqlens, row.params)
     if not (flash3._not_covered(facts) or flash3._not_installed()):
         found["FA3"] = (lambda: flash3.forward(q, k, v, *rest)[0], None)
+    if not (flash3_package._not_covered(facts) or flash3_package._not_installed()):
+        found["FA3, package"] = (
+            lambda: flash3_package.forward(q, k, v, *rest)[0],
+            lambda: flash3_package.backward(grad, None, q, k, v, out, lse, *rest, _QKV),
+        )
     if not (flash4._not_covered(facts) or flash4._not_installed()):
         found["FA4"] = (
             lambda: flash4.forward(q, k, v, *rest)[0],
@@ -241,7 +230,7 @@ def _unless_it_refuses(
 
 
 def _implementations(
-    row: _Row, flex: Sequence[Backend], flash_3: bool = False
+    row: _Row, flex: Sequence[Backend]
 ) -> dict[str, tuple[Call | None, Call | None]]:
     *inputs, grad = row.inputs()
 
@@ -256,8 +245,6 @@ def _implementations(
         for backend in flex:
             made = partial(_flex, row, inputs, grad, backend)
             found |= _unless_it_refuses(f"Flex, {backend}", made)
-    if flash_3 and row.cu_seqlens is None:
-        found["FA3, both ways"] = _flash_3(row, inputs, grad)
     return {**found, **_directly(row, inputs, grad), "op": _autograd(op, inputs, grad)}
 
 
@@ -295,10 +282,10 @@ def _in_turns(calls: dict[str, Call], rounds: int, flush: Tensor) -> dict[str, f
 
 
 def _rates(
-    row: _Row, flex: Sequence[Backend], rounds: int, flush: Tensor, flash_3: bool
+    row: _Row, flex: Sequence[Backend], rounds: int, flush: Tensor
 ) -> list[dict[str, float]]:
     """TFLOP/s by implementation: eager forward, eager backward, graph forward, graph backward."""
-    made = _implementations(row, flex, flash_3)
+    made = _implementations(row, flex)
     want = next(f for f, _ in made.values() if f is not None)()
     assert isinstance(want, Tensor)
     for name, (forward, _) in made.items():
@@ -317,13 +304,13 @@ def _rates(
     return results
 
 
-def table(rows: Iterable[_Row], flex: Sequence[Backend], rounds: int, flash_3: bool) -> None:
+def table(rows: Iterable[_Row], flex: Sequence[Backend], rounds: int) -> None:
     """Print rates, graph over eager, and the op's rate over the best library's."""
     flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
     found: list[tuple[_Row, list[dict[str, float]], str]] = []
     for row in rows:
         before = dispatch.calls.copy()
-        results = _rates(row, flex, rounds, flush, flash_3)
+        results = _rates(row, flex, rounds, flush)
         found.append((row, results, ", ".join(sorted(dispatch.calls - before))))
         print(_line(row, results, list(results[0]), found[-1][2]), flush=True)
         torch.cuda.empty_cache()
@@ -406,7 +393,6 @@ def main() -> None:
         )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--sizes", default="128,64,256", help="head sizes")
-    parser.add_argument("--flash-3", metavar="FILE", help="a library with both directions")
     arguments = parser.parse_args()
     if unknown := set(arguments.parts) - set(parts):
         parser.error(f"no such part: {', '.join(sorted(unknown))}")
@@ -418,17 +404,15 @@ def main() -> None:
     versions = f"torch {torch.__version__}, triton {triton.__version__}"
     print(f"{name}, {versions}, cuDNN {torch.backends.cudnn.version()}", flush=True)
     print(f"FlashAttention-3: {flash3._not_installed() or 'from vLLM'}", flush=True)
+    print(f"the package flash-attn-3: {flash3_package._not_installed() or 'installed'}", flush=True)
     print(f"FlashAttention-4: {flash4._not_installed() or 'installed'}\n", flush=True)
     ceilings()
-    if arguments.flash_3:
-        torch.ops.load_library(arguments.flash_3)
-    both = arguments.flash_3 is not None
     if "host" in wanted:
         host()
     if "plain" in wanted:
-        table(_plain_rows(sizes), [], arguments.rounds, both)
+        table(_plain_rows(sizes), [], arguments.rounds)
     if "masks" in wanted:
-        table(_masked_rows(sizes), arguments.flex, arguments.rounds, both)
+        table(_masked_rows(sizes), arguments.flex, arguments.rounds)
 
 
 if __name__ == "__main__":
