@@ -113,13 +113,11 @@ def _choose_cuda(facts: Facts) -> Implementation:
 
 
 def _or_flash(rival: Implementation, facts: Facts) -> Implementation:
-    flashes = [
-        (flash3_package.refuses, _FLASH3_PACKAGE),
-        (flash3.refuses, _FLASH3),
-        (flash4.refuses, _FLASH4),
-    ]
+    flashes = [(flash3.refuses, _FLASH3), (flash4.refuses, _FLASH4)]
     if flash4.before_flash3(facts):
         flashes.reverse()
+    place = 0 if flash3_package.before_flash4(facts) else len(flashes)
+    flashes.insert(place, (flash3_package.refuses, _FLASH3_PACKAGE))
     for refuses, implementation in flashes:
         if refuses(facts, rival.name) is None:
             return implementation

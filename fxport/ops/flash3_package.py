@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxport.ops.band import band_of
+from fxport.ops.band import Band, band_of
 from fxport.ops.facts import Facts
 from fxport.ops.fused import (
     flash_switched_off,
@@ -36,7 +36,7 @@ from fxport.ops.fused import (
 from fxport.ops.layout import in_heads_layout, in_row_major_layout
 from fxport.ops.params import AttentionParams
 
-__all__ = ["backward", "forward", "refuses"]
+__all__ = ["backward", "before_flash4", "forward", "refuses"]
 
 _BAND = ("softmax_scale", "is_causal", "window_size_left", "window_size_right")
 _FORWARD_ARGUMENTS = (
@@ -73,11 +73,23 @@ class _Faster:
 # By compute capability, direction and head size; `python -m fxport.tools.bench_dispatcher_gpu`
 # shows the figures (docs/performance.md). What is not here was not measured, or is not faster.
 _FORWARD: dict[tuple[int, int], dict[int, _Faster]] = {
-    (9, 0): {128: _Faster(1024, 128, 128, 2048)},
+    (9, 0): {
+        64: _Faster(2048, 512, 1024, 4096),
+        128: _Faster(1024, 64, 1024, 512),
+        256: _Faster(1024, 64, 1024, None),
+    },
 }
 _BACKWARD: dict[tuple[int, int], dict[int, _Faster]] = {
-    (9, 0): {128: _Faster(128, 128, 128, 2048)},
+    (9, 0): {
+        64: _Faster(128, 64, 1024, 4096),
+        128: _Faster(128, 64, 1024, 2048),
+        256: _Faster(128, 64, 1024, None),
+    },
 }
+# From which length on flash-attn-4 is not faster: of packed sequences forward, and of causal rows
+# and windows, one row for each column, backward. All else forward it is never.
+_PACKED_BEFORE_FLASH4 = 8192
+_BEFORE_FLASH4 = {64: 2048, 128: 1024, 256: 128}
 
 
 def refuses(facts: Facts, rival: str) -> str | None:
@@ -88,6 +100,17 @@ def refuses(facts: Facts, rival: str) -> str | None:
         rival: what runs otherwise, ``"cudnn"`` or ``"triton"``.
     """
     return _not_covered(facts) or _not_faster(facts, rival) or _not_installed()
+
+
+def before_flash4(facts: Facts) -> bool:
+    """Whether a call that both take was measured to be no slower here than in FlashAttention-4."""
+    rows, columns = facts.q_shape[2], facts.k_shape[2]
+    if facts.needs is None:
+        return not facts.packed or rows >= _PACKED_BEFORE_FLASH4
+    if facts.packed or rows < columns or facts.band == Band(None, None):
+        return False
+    least = _BEFORE_FLASH4.get(facts.q_shape[3])
+    return least is not None and rows >= least
 
 
 def _not_covered(facts: Facts) -> str | None:

@@ -49,6 +49,11 @@ def _sizes(length: int, size: int, group: int = 1) -> dict[str, torch.Size]:
         (hopper_facts(_BACKWARD, **_sizes(2047, 128, 4)), "cudnn", "not faster than cudnn"),
         (hopper_facts(band=Band(None, -1)), "triton", "see nothing"),
         (hopper_facts(band=Band(1, None)), "triton", "see nothing"),
+        (hopper_facts(**_sizes(64, 128)), "triton", None),
+        (hopper_facts(**_sizes(64, 64)), "triton", "not faster than triton"),
+        (hopper_facts(packed=True, **_sizes(1024, 256)), "triton", None),
+        (hopper_facts(band=Band(-9, 0), **_sizes(1023, 256)), "triton", "not faster than triton"),
+        (hopper_facts(**_sizes(8192, 256, 2)), "cudnn", "not faster than cudnn"),
         (hopper_facts(**_sizes(8192, 96)), "cudnn", "at this head size"),
         (hopper_facts(capability=(10, 0)), "triton", "not measured"),
         *((facts, "triton", reason) for facts, reason in NOT_FOR_FLASH),
@@ -60,6 +65,29 @@ def test_refusals(
     monkeypatch.setattr(flash3_package, "_not_installed", lambda: None)
     found = flash3_package.refuses(facts, rival)
     assert (found is None) == (reason is None) and (reason or "") in (found or "")
+
+
+@pytest.mark.parametrize(
+    ("facts", "name"),
+    [
+        (hopper_facts(), "flash3_package"),
+        (hopper_facts(packed=True), "flash3_package"),
+        (hopper_facts(packed=True, **_sizes(4096, 128)), "flash4"),
+        (hopper_facts(_BACKWARD), "flash3_package"),
+        (hopper_facts(_BACKWARD, **_sizes(512, 128)), "flash4"),
+        (hopper_facts(_BACKWARD, packed=True), "flash4"),
+        (hopper_facts(_BACKWARD, band=Band(None, None)), "flash4"),
+        (hopper_facts(_BACKWARD, band=Band(None, None), **_sizes(8192, 256)), "flash3_package"),
+        (hopper_facts(_BACKWARD, lse_gradient=True), "flash4"),
+        (hopper_facts(**_sizes(8192, 96)), "flash4"),
+    ],
+)
+def test_which_of_all_flashes(facts: Facts, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all installed, instead of our own kernels."""
+    for flash in (flash3, flash3_package, flash4):
+        monkeypatch.setattr(flash, "_not_installed", lambda: None)
+    ours = dispatch.Implementation("triton", lambda _: None, reference_attention, lambda *_: ())
+    assert dispatch._or_flash(ours, facts).name == name
 
 
 def test_switched_off_or_not_installed() -> None:
