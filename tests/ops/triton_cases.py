@@ -41,7 +41,7 @@ PER_KEY = Case(
     alibi_slopes=True,
 )
 # rows of the bias that bulk copies can address (4 divides 52); its gradient is written where dq is
-# made if each batch has one, else by a kernel of its own
+# made if one or few batches share it, else by a kernel of its own
 TILES = (
     Case("bias-tiles", columns=52, bias_shape=(2, 6, 37, 52), params=P(0.3, True, 9, q_offset=16)),
     Case("bias-tiles-bool", columns=64, bias_shape=(2, 1, 37, 64), bias_dtype=torch.bool),
@@ -52,6 +52,16 @@ TILES = (
         params=P(0.3, True, softcap=3.0, dropout_p=0.2, q_offset=9),
         sinks=True,
         alibi_slopes=True,
+    ),
+    Case(
+        "bias-tiles-shared-by-many",
+        batch=9,
+        q_heads=2,
+        kv_heads=1,
+        rows=33,
+        columns=40,
+        size=8,
+        bias_shape=(2, 33, 40),
     ),
 )
 # several blocks of the size that a GPU gets, none of them full at the end
