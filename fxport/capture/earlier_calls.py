@@ -72,10 +72,12 @@ def _require_no_counting(model: nn.Module, fresh: Sample) -> None:
     """Numbers that every call changes count calls: many earlier ones must make no difference.
 
     Raises:
-        PortError: they do.
+        PortError: they do, or forward cannot be run by shapes.
     """
     kept = State(model)
     counters = _counters(model, fresh.length)
+    if counters is None:
+        raise PortError(fresh.changed)
     named = (n - 1 for n in numbers_in(model, _FAR)) if counters else ()
     for number in [_FAR, *named][:_MOST]:
         for place in counters:
@@ -90,8 +92,11 @@ def _require_no_counting(model: nn.Module, fresh: Sample) -> None:
             raise PortError(fresh.changed)
 
 
-def _counters(model: nn.Module, length: int) -> list[tuple[int, Any]]:
-    """Where the numbers lie that a second call of the same length changes again, by shapes."""
+def _counters(model: nn.Module, length: int) -> list[tuple[int, Any]] | None:
+    """Where the numbers lie that a second call of the same length changes again, by shapes.
+
+    None where it fails.
+    """
     ids = torch.zeros(1, length, dtype=torch.long, device=device_of(model))
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
     kept = State(model)
@@ -100,8 +105,10 @@ def _counters(model: nn.Module, length: int) -> list[tuple[int, Any]]:
         for _ in range(2):
             model(mode.from_tensor(ids))
             found.append(kept.now().numbers())
-    places = kept.numbers() if len(found) == 2 else {}
-    return [p for p in places if len({n[p] for n in (places, *found) if p in n}) == 3]
+    if len(found) < 2:
+        return None
+    before = kept.numbers()
+    return [p for p in before if len({n[p] for n in (before, *found) if p in n}) == 3]
 
 
 def give_the_same(samples: Sequence[Sample], frozen: Set[str] | None) -> bool:
