@@ -308,7 +308,7 @@ def _emit(
     out = emitter.call(operator.getitem, call, 0)
     if dense.nan_rows:
         lse = emitter.call(operator.getitem, call, 1)
-        out = restore_nan(emitter, out, lse, v, dense.nan_in_scores)
+        out = restore_nan(emitter, out, lse, call, dense.nan_in_scores)
     out = emit_row_scales(emitter, out, match.out_scales, frame)
     checked = check_scores and (plan.above is not None or match.finite is not None)
     if checked:
