@@ -1,8 +1,9 @@
-"""Scores and masks that are written into by indexing; scores of several factors."""
+"""What is written into by indexing or in place; scores of several factors."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from spellings_base import DIRECT, causal_bool, finish, heads_first, legal, parameter
 from torch import Tensor
 
@@ -59,3 +60,23 @@ def scores_with_gates_of_features_last(qkv: Tensor, gate: Tensor, shared: Tensor
     q, k, v = heads_first(qkv)
     s = torch.einsum("bhid,bhjd,hd,d->bhij", q, k, gate, shared)
     return finish(s.masked_fill(~causal_bool(q.size(2)), INF).softmax(-1), v)
+
+
+# -- written in place ------------------------------------------------------------------------------
+
+
+@legal("causal", among=DIRECT)
+def keys_and_values_written_into_one_tensor(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    both = torch.zeros(2, *k.shape, dtype=k.dtype)
+    both[0], both[1] = k, v
+    k, v = both
+    return finish((q @ k.mT).masked_fill(~causal_bool(q.size(2)), INF).softmax(-1), v)
+
+
+@legal("causal", among=DIRECT)
+def weights_dropped_in_place(qkv: Tensor) -> Tensor:
+    """While nothing is dropped; torch has no gradient of a softmax that was written into."""
+    q, k, v = heads_first(qkv)
+    s = (q @ k.mT).masked_fill(~causal_bool(q.size(2)), INF)
+    return finish(F.dropout(s.softmax(-1), 0.5, training=False, inplace=True), v)
