@@ -3,7 +3,8 @@
     einsum("bhid,hde,bhje->bhij", q, w, k)  ->  einsum("bhie,bhje->bhij",
                                                        einsum("bhid,hde->bhie", q, w), k)
 
-What is multiplied first has the fewest dimensions, and so are never all queries and keys.
+What is multiplied first has the fewest dimensions, and sums over none of them if it can: so never
+all queries with all keys before the gates of either.
 """
 
 from __future__ import annotations
@@ -43,13 +44,18 @@ def spell_out_chains(gm: fx.GraphModule) -> None:
 def _chained(emitter: Emitter, operands: list[fx.Node], terms: list[str], result: str) -> fx.Node:
     while len(terms) > 2:
         pairs = itertools.combinations(range(len(terms)), 2)
-        i, j = min(pairs, key=lambda pair: len(_kept(terms, result, *pair)))
+        costs = {pair: _cost(terms, _kept(terms, result, *pair), *pair) for pair in pairs}
+        i, j = min(costs, key=lambda pair: costs[pair])
         kept = _kept(terms, result, i, j)
         equation = f"{terms[i]},{terms[j]}->{kept}"
         operands[i] = emitter.call(aten.einsum.default, equation, [operands[i], operands[j]])
         terms[i] = kept
         del operands[j], terms[j]
     return emitter.call(aten.einsum.default, f"{','.join(terms)}->{result}", operands)
+
+
+def _cost(terms: list[str], kept: str, i: int, j: int) -> tuple[int, int]:
+    return len(kept), len({*terms[i], *terms[j]}) - len(kept)
 
 
 def _kept(terms: list[str], result: str, i: int, j: int) -> str:

@@ -62,6 +62,13 @@ def scores_with_gates_of_features_last(qkv: Tensor, gate: Tensor, shared: Tensor
     return finish(s.masked_fill(~causal_bool(q.size(2)), INF).softmax(-1), v)
 
 
+@legal("causal", parameters=(parameter(4, 6, 6),), among=DIRECT)
+def scores_with_a_gate_for_each_query_last(qkv: Tensor, between: Tensor) -> Tensor:
+    q, k, v = qkv.unbind(0)
+    s = torch.einsum("bihd,bjhd,bih->bhij", q, k, torch.einsum("bihd,hde->bih", q, between).tanh())
+    return finish(s.masked_fill(~causal_bool(q.size(1)), INF).softmax(-1), v.transpose(1, 2))
+
+
 # -- written in place ------------------------------------------------------------------------------
 
 

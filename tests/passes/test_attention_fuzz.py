@@ -205,6 +205,17 @@ def test_a_gate_that_is_computed_from_repeated_keys() -> None:
     check(recipe, trace_directly)
 
 
+def test_an_added_mask_hides_no_key_that_is_divided_by_zero() -> None:
+    """Was left: only a fill hides the NaN of such a key, and in float64 -1e5 stays a bias."""
+    recipe = Recipe(
+        batch=3, length=4, more=0, kv_heads=1, groups=3, size=3, value_size=4, repeat="stack",
+        layout="matmul", scale="cosines", pattern="causal", width=1, from_end=False,
+        spelling="add", fill=-1e5, extra="none", padding="", pad_first=False, softmax="call",
+        loud=1.0, dynamic=False,
+    )  # fmt: skip
+    check(recipe, trace_directly)
+
+
 def test_what_is_put_back_comes_after_its_sizes() -> None:
     """Two products with the weights were joined; the second was put back before its sizes."""
     recipe = Recipe(

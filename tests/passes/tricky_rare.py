@@ -254,3 +254,13 @@ def the_first_columns_written_before_the_mask(qkv: Tensor) -> Tensor:
     s = (q @ k.mT).masked_fill(~causal_bool(q.size(2)), INF)
     s[..., [0, 1]] = 0.0
     return finish(s.softmax(-1), v)
+
+
+@tricky("changed-in-place", among=DIRECT)
+def a_part_of_both_changed_in_between(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    both, part = torch.zeros(2, *k.shape, dtype=k.dtype), k * 2
+    both[0] = part
+    part.mul_(3)
+    both[1] = v
+    return attention(q, both[0], both[1])
