@@ -7,9 +7,9 @@
     _set_grad_enabled(False)                       _set_grad_enabled(False)
     tag_activation_checkpoint(body, x)             tag_activation_checkpoint(body', x)
 
-What runs under ``torch.vmap`` is lowered at once (`vmap_regions`).
 Lowering all of it in one trace would run the higher-order ops: custom backwards would be lost
-and checkpoints would store what they promise to recompute.
+and checkpoints would store what they promise to recompute. What runs under ``torch.vmap`` is
+lowered at once (`vmap_regions`).
 """
 
 from __future__ import annotations
