@@ -323,16 +323,20 @@ def _parsed(path: Path, content: bytes) -> dict[str, Any]:
 
 
 def _attention_layer(data: Any) -> AttentionLayer:
-    slopes = data["alibi_slopes"]
+    sinks, slopes = data["sinks"], data["alibi_slopes"]
     return AttentionLayer(
         num_heads=_size(data["num_heads"]),
         num_kv_heads=_size(data["num_kv_heads"]),
         head_size=_size(data["head_size"]),
         head_size_v=_size(data["head_size_v"]),
         params=AttentionParams(**data["params"]),
-        sinks=None if data["sinks"] is None else str(data["sinks"]),
-        alibi_slopes=None if slopes is None else tuple(float(s) for s in slopes),
+        sinks=sinks if isinstance(sinks, str) else _per_head(sinks),
+        alibi_slopes=_per_head(slopes),
     )
+
+
+def _per_head(data: Any) -> tuple[float, ...] | None:
+    return None if data is None else tuple(float(x) for x in data)
 
 
 def _size(value: Any) -> int:

@@ -52,7 +52,8 @@ class AttentionLayer:
     Attributes:
         num_heads, num_kv_heads, head_size, head_size_v: of the whole model, before sharding.
         params: scale, window, softcap.
-        sinks: qualified name of the parameter ``[num_heads]`` added to every row's denominator.
+        sinks: what is added to every row's denominator is the exponential of: the qualified name of
+            a parameter ``[num_heads]``; or one number a head, a constant of the model.
         alibi_slopes: one number a head, a constant of the model.
     """
 
@@ -61,7 +62,7 @@ class AttentionLayer:
     head_size: int
     head_size_v: int
     params: AttentionParams
-    sinks: str | None = None
+    sinks: str | tuple[float, ...] | None = None
     alibi_slopes: tuple[float, ...] | None = None
 
 

@@ -170,10 +170,9 @@ def _out_of_place(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None
     if packet is None or overload not in packet.overloads():
         return None
     functional: torch._ops.OpOverload = getattr(packet, overload)
-    same = [a.name for a in functional._schema.arguments] == [
-        a.name for a in target._schema.arguments
-    ]
-    return functional if same else None
+    # What is changed is given by position, whatever its name.
+    theirs, ours = ([a.name for a in f._schema.arguments[1:]] for f in (functional, target))
+    return functional if theirs == ours else None
 
 
 def _widens(argument: fx.Node, dtype: torch.dtype) -> bool:

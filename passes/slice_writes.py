@@ -11,6 +11,11 @@ Before                                      After
     copy_(slice(y, 3, 1, None, 2), b)
     f(y)                                        f(flatten(stack([a, b], 4), 3, 4))
 
+    kv = zeros([2, B, T, C])
+    copy_(select(kv, 0, 0), a)
+    copy_(select(kv, 0, 1), b)
+    f(kv)                                       f(cat([a[None], b[None]], 0))
+
 Only where the pieces cover one axis exactly and in full, one after the other or in turns, before
 anything reads the tensor: then what it held at first does not matter.
 """
@@ -35,7 +40,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class _Piece:
-    """``base[..., rows] = source`` along `dim`."""
+    """``base[..., rows] = source`` along `dim`, or the one row of it that was selected."""
 
     view: fx.Node
     write: fx.Node
@@ -84,17 +89,27 @@ def _join(
 
 
 def _joined(emitter: Emitter, pieces: list[_Piece]) -> fx.Node:
-    dim, sources = pieces[0].dim, [p.source for p in pieces]
+    dim, sources = pieces[0].dim, [_with_dim(emitter, p) for p in pieces]
     if pieces[0].rows.step == 1:
         return emitter.call(aten.cat.default, sources, dim)
     in_turns = emitter.call(aten.stack.default, sources, dim + 1)
     return emitter.call(aten.flatten.using_ints, in_turns, dim, dim + 1)
 
 
+def _with_dim(emitter: Emitter, piece: _Piece) -> fx.Node:
+    """The source, with the dimension that was selected from."""
+    if piece.view.target is aten.slice.Tensor:
+        return piece.source
+    return emitter.call(aten.unsqueeze.default, piece.source, piece.dim)
+
+
+_PARTS = (aten.slice.Tensor, aten.select.int)
+
+
 def _base(write: fx.Node) -> fx.Node | None:
-    """The fresh tensor that a slice written to is a view of."""
+    """The fresh tensor that a part written to is a view of."""
     view = arguments(write)["self"]
-    if not isinstance(view, fx.Node) or view.target is not aten.slice.Tensor:
+    if not isinstance(view, fx.Node) or view.target not in _PARTS:
         return None
     base = arguments(view)["self"]
     is_own = isinstance(base, fx.Node) and base.op == "call_function" and is_fresh(base)
@@ -108,7 +123,7 @@ def _pieces(base: fx.Node) -> list[_Piece]:
 
 
 def _piece(base: fx.Node, view: fx.Node) -> _Piece | None:
-    if view.target is not aten.slice.Tensor or len(view.users) != 1:
+    if view.target not in _PARTS or len(view.users) != 1:
         return None
     (write,) = view.users
     if write.target is not aten.copy_.default or write.users:
@@ -126,6 +141,10 @@ def _piece(base: fx.Node, view: fx.Node) -> _Piece | None:
 
 
 def _rows(given: dict[str, Any], size: Any) -> range | None:
+    if "index" in given:
+        index = given["index"]
+        fixed = isinstance(size, int) and isinstance(index, int)
+        return range(index % size, index % size + 1) if fixed else None
     start, end, step = given["start"] or 0, given["end"], given["step"]
     known = all(isinstance(n, int) for n in (size, start, 0 if end is None else end, step))
     return range(size)[start:end:step] if known else None

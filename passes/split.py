@@ -295,21 +295,24 @@ def _layer(node: fx.Node) -> AttentionLayer:
     )
 
 
-def _sinks(node: fx.Node, sinks: fx.Node | None) -> str | None:
+def _sinks(node: fx.Node, sinks: fx.Node | None) -> str | tuple[float, ...] | None:
     if sinks is None:
         return None
     if sinks.op == "placeholder" and graph_input(sinks).kind is InputKind.PARAMETER:
         return graph_input(sinks).name
-    raise PortError([_refusal(node, "sinks that are computed, not a parameter `[num_heads]`")])
+    return _numbers(node, sinks, "sinks that are computed, not a parameter `[num_heads]`")
 
 
 def _slopes(node: fx.Node, slopes: fx.Node | None) -> tuple[float, ...] | None:
-    if slopes is None:
-        return None
+    return None if slopes is None else _numbers(node, slopes, "ALiBi slopes that are learned")
+
+
+def _numbers(node: fx.Node, constant: fx.Node, otherwise: str) -> tuple[float, ...]:
+    """One number a head, for vLLM's layer."""
     try:
-        return tuple(float(s) for s in evaluate(slopes, {}).tolist())
+        return tuple(float(x) for x in evaluate(constant, {}).tolist())
     except ValueError as error:
-        raise PortError([_refusal(node, "ALiBi slopes that are learned")]) from error
+        raise PortError([_refusal(node, otherwise)]) from error
 
 
 def _refusal(node: fx.Node, what: str) -> Reason:

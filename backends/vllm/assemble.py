@@ -167,11 +167,13 @@ class _Builder:
             graph.erase_node(user)
         graph.erase_node(node)
 
-    def _sinks(self, name: str, heads: LocalHeads) -> nn.Parameter:
-        if name not in self.serving.parameters:
-            raise SavedPortError(f"`{name}` is not a parameter of the port")
+    def _sinks(self, found: str | tuple[float, ...], heads: LocalHeads) -> torch.Tensor:
+        if isinstance(found, tuple):  # no parameter: vLLM would wait for its weights
+            return torch.tensor([found[h] for h in heads.query])
+        if found not in self.serving.parameters:
+            raise SavedPortError(f"`{found}` is not a parameter of the port")
         held = nn.Parameter(torch.empty(len(heads.query)), requires_grad=False)
-        self._fill(name, held, (heads.query,))
+        self._fill(found, held, (heads.query,))
         return held
 
     def _lookup(self, source: RankPart, node: fx.Node) -> None:

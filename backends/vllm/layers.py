@@ -39,7 +39,7 @@ class PagedAttention(nn.Module):
     def __init__(
         self,
         layer: AttentionLayer,
-        sinks: nn.Parameter | None,
+        sinks: torch.Tensor | None,
         vllm_config: VllmConfig,
         prefix: str,
     ) -> None:

@@ -8,7 +8,8 @@
     tag_activation_checkpoint(body, x)             tag_activation_checkpoint(body', x)
 
 Lowering all of it in one trace would run the higher-order ops: custom backwards would be lost
-and checkpoints would store what they promise to recompute.
+and checkpoints would store what they promise to recompute. What runs under ``torch.vmap`` is
+lowered at once (`vmap_regions`).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from fxport.capture.trace_call import (
     same_metadata,
     value_of,
 )
+from fxport.capture.vmap_regions import VmapRegion, vmap_regions
 from fxport.errors import Reason, ReasonCode
 from fxport.report import Decision, Outcome
 
@@ -156,8 +158,14 @@ class _GraphLowering:
         self._attributes: dict[str, Any] = {}
 
     def run(self, inputs: dict[fx.Node, Any]) -> fx.GraphModule:
+        regions = {region.nodes[0]: region for region in vmap_regions(self._gm.graph)}
+        done: set[fx.Node] = set()
         for node in self._gm.graph.nodes:
-            if node.op == "placeholder":
+            if node in done:
+                continue
+            if node in regions and self._vmapped(regions[node]):
+                done.update(regions[node].nodes)
+            elif node.op == "placeholder":
                 new = self._verbatim(node)
                 new.meta["input"] = inputs[node]
                 if hasattr(node, "_dynamo_source"):
@@ -227,24 +235,48 @@ class _GraphLowering:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._env.__getitem__)
         try:
             traced, operands = self._tracer.trace(node, args, kwargs)
-            self._env[node] = self._inline(node, traced, operands)
+            expected = node.meta.get("example_value")
+            self._env[node] = self._inline(expected, _provenance(node), traced, operands)
         except TraceError as error:
             self._decisions.append(_left(node, ReasonCode.UNSUPPORTED_OP, str(error)))
             self._verbatim(node)
 
-    def _inline(self, node: fx.Node, traced: fx.GraphModule, operands: list[fx.Node]) -> Any:
-        """Copies a traced call into the graph; returns what stands for its result."""
+    def _vmapped(self, region: VmapRegion) -> bool:
+        """Whether a part under ``torch.vmap`` could be traced as a whole."""
+        given = [self._env[n] for n in region.inputs]
+        operands = [x for x in given if isinstance(x, fx.Node)]
+
+        def run(*values: Any) -> tuple[Any, ...]:
+            taken = iter(values)
+            return region([next(taken) if isinstance(x, fx.Node) else x for x in given])
+
+        expected = tuple(n.meta.get("example_value") for n in region.results)
+        try:
+            traced = self._tracer.trace_below(run, operands)
+            results = self._inline(expected, {}, traced, operands)
+        except TraceError:
+            return False  # the softmaxes in it are reported
+        self._env.update(zip(region.results, results, strict=True))
+        return True
+
+    def _inline(
+        self,
+        expected: Any,
+        provenance: dict[str, Any],
+        traced: fx.GraphModule,
+        operands: list[fx.Node],
+    ) -> Any:
+        """Copies traced calls into the graph; returns what stands for their result."""
         *body, output = traced.graph.nodes
-        expected = node.meta.get("example_value")
         if not same_metadata(fx.node.map_arg(output.args[0], value_of), expected):
             raise TraceError("traced alone, it gives another shape, dtype or layout")
-        provenance = {k: v for k, v in node.meta.items() if k != "example_value"}
         env = dict(zip(traced.graph.find_nodes(op="placeholder"), operands, strict=True))
         for inner in body[len(operands) :]:
             new = self._graph.node_copy(inner, env.__getitem__)
             if inner.op == "get_attr":
                 new.target = self._constant(getattr(traced, str(inner.target)))
-            new.meta = {**provenance, "val": inner.meta.get("val")}
+            meta = provenance or _provenance(inner)
+            new.meta = {**meta, "val": inner.meta.get("val")}
             env[inner] = new
         result = fx.node.map_arg(output.args[0], env.__getitem__)
         if isinstance(result, fx.Node) and result not in operands:
@@ -274,6 +306,10 @@ class _GraphLowering:
             if name not in self._attributes:
                 lowering = _GraphLowering(body, self._tracer, self._modes, self._decisions)
                 self._attributes[name] = lowering.run(_body_inputs(body, given))
+
+
+def _provenance(node: fx.Node) -> dict[str, Any]:
+    return {k: v for k, v in node.meta.items() if k != "example_value"}
 
 
 def _body_inputs(body: fx.GraphModule, operands: list[Any]) -> dict[fx.Node, Any]:

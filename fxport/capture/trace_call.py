@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import (
     statically_known_true,
 )
 from torch.fx.node import map_aggregate
+from torch.fx.traceback import preserve_node_meta
 
 __all__ = ["CallTracer", "TraceError", "creates_unbacked", "same_metadata", "value_of"]
 
@@ -74,11 +75,22 @@ class CallTracer:
             self._traced[key] = self._make_graph(run, [value_of(n) for n in nodes])
         return self._traced[key], nodes
 
-    def _make_graph(self, run: Callable[..., Any], values: list[Any]) -> fx.GraphModule:
+    def trace_below(self, run: Callable[..., Any], nodes: list[fx.Node]) -> fx.GraphModule:
+        """The ATen graph, below autograd, of ``run(*nodes)``; its nodes keep where they are from.
+
+        Raises:
+            TraceError: as `trace`.
+        """
+        with preserve_node_meta():
+            return self._make_graph(run, [value_of(n) for n in nodes], pre_dispatch=False)
+
+    def _make_graph(
+        self, run: Callable[..., Any], values: list[Any], pre_dispatch: bool = True
+    ) -> fx.GraphModule:
         try:
             with self._fake_mode:
                 inputs = [_own_metadata(v) for v in values]
-                traced = make_fx(run, pre_dispatch=True)(*inputs)
+                traced = make_fx(run, pre_dispatch=pre_dispatch)(*inputs)
         # Whatever a user's op raises on fake tensors only means: leave this call as it is.
         except Exception as error:
             raise TraceError(f"{type(error).__name__}: {error}") from error

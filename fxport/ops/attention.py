@@ -241,7 +241,10 @@ class _AttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError("fxport::attention_backward has no autograd formula of its own")
+        raise RuntimeError(
+            "fxport::attention has no second derivatives (create_graph=True): differentiate the "
+            "original model, whose attention is written out"
+        )
 
 
 differentiate("fxport::attention", _Attention)

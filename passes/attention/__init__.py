@@ -4,7 +4,8 @@
 
     where      softmax, sdpa, flex     where an attention may begin
                unread, vmapped         what looks like one and is only reported
-    respell    repeats, cosines        what has another spelling gets the usual one
+    respell    fills, chains,          what has another spelling gets the usual one
+               repeats, cosines
                ones, spread            .. and its own back where that led nowhere (respelled)
     match      match                   back to the product of Q and K, forward to that with V:
                scores, weights         .. what happens on the way

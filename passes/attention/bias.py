@@ -43,7 +43,7 @@ class Dense:
         bias: for the op, or None.
         empty: bool, rows of q to set to zero, broadcastable to ``[B, Hq, Tq, 1]``; or None.
         nan_rows: whether rows without an allowed key give NaN in the original.
-        nan_in_scores: and that NaN may reach the gradients of q and k.
+        nan_in_scores: and that NaN may reach what the scores are made of.
     """
 
     bias: fx.Node | None
@@ -167,22 +167,28 @@ def _assert(emitter: Emitter, passed: fx.Node, text: str, at: fx.Node, hint: str
 
 
 def restore_nan(
-    emitter: Emitter, out: fx.Node, lse: fx.Node, v: fx.Node, in_scores: bool
+    emitter: Emitter, out: fx.Node, lse: fx.Node, call: fx.Node, in_scores: bool
 ) -> fx.Node:
     """NaN for rows without an allowed key, and in the gradients that the original spoils.
 
     Args:
         out, lse: of the op, ``[B, Hq, Tq, Dv]`` and ``[B, Hq, Tq]``.
-        v: its operand ``[B, Hkv, Tk, Dv]``.
-        in_scores: the NaN reaches q and k too.
+        call: the op, with k ``[B, Hkv, Tk, D]``, v ``[B, Hkv, Tk, Dv]`` and a bias or None.
+        in_scores: the NaN reaches what the scores are made of, too.
     """
+    _, k, v, bias = call.args[:4]
     empty = emitter.call(aten.eq.Scalar, lse, _MINUS_INF)
     nothing = _nan_where(emitter, empty, lse, 0.0, out)
-    spoilt = emitter.call(aten.mul.Tensor, nothing, _total(emitter, out, v))
+    total = _total(emitter, out, v, [2])
     rows = emitter.call(aten.unsqueeze.default, empty, -1)
     if not in_scores:
+        spoilt = emitter.call(aten.mul.Tensor, nothing, total)
         return emitter.call(aten.where.self, rows, spoilt, out)
-    # Both ways at once: a kernel that skips keys lets no NaN through to their values.
+    # A kernel lets no NaN through to the keys that it skips: only both ways reach everything.
+    total = emitter.call(aten.add.Tensor, total, _total(emitter, out, k, [2, 3]))
+    if isinstance(bias, fx.Node) and bias.meta["val"].is_floating_point():
+        total = emitter.call(aten.add.Tensor, total, _total(emitter, out, bias, [-1]))
+    spoilt = emitter.call(aten.mul.Tensor, nothing, total)
     spoilt = emitter.call(aten.where.ScalarOther, rows, spoilt, 0.0)
     through = emitter.call(aten.mul.Tensor, out, _nan_where(emitter, empty, lse, 1.0, out))
     return emitter.call(aten.add.Tensor, through, spoilt)
@@ -197,11 +203,12 @@ def _nan_where(
     return emitter.call(aten.to.dtype, factor, out.meta["val"].dtype)
 
 
-def _total(emitter: Emitter, out: fx.Node, v: fx.Node) -> fx.Node:
-    """The sum of all values, for each query head."""
-    total = emitter.call(aten.sum.dim_IntList, v, [2], True)
-    heads, kv_heads = shape_of(out)[1], shape_of(v)[1]
-    if heads != kv_heads:
-        assert isinstance(heads, int) and isinstance(kv_heads, int)
-        total = emitter.call(aten.repeat_interleave.self_int, total, heads // kv_heads, 1)
-    return total
+def _total(emitter: Emitter, out: fx.Node, value: object, over: list[int]) -> fx.Node:
+    """A sum of what an operand holds, in `out`'s precision, broadcastable to it."""
+    total = emitter.call(aten.sum.dim_IntList, value, over, True)
+    heads, own = shape_of(out)[1], ((1,) * 4 + shape_of(total))[-3]
+    if own not in (1, heads):
+        assert isinstance(heads, int) and isinstance(own, int)
+        total = emitter.call(aten.repeat_interleave.self_int, total, heads // own, 1)
+    dtype = out.meta["val"].dtype
+    return total if total.meta["val"].dtype == dtype else emitter.call(aten.to.dtype, total, dtype)

@@ -8,13 +8,27 @@ which neither k nor v varies may be a query axis or a head group alike.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
-from fxport.errors import ReasonCode
-from fxport.passes.attention.layout import Axis, Dims, Size, axes_of, is_one, product, resolve
-from fxport.passes.attention.site import Left, Match
+from torch import fx
 
-__all__ = ["Axes", "Frame", "Recipe", "frame_of", "query_axes", "recipe"]
+from fxport.errors import ReasonCode
+from fxport.passes.attention.layout import (
+    Axis,
+    Dims,
+    LayoutError,
+    Size,
+    align,
+    axes_of,
+    is_one,
+    product,
+    resolve,
+)
+from fxport.passes.attention.site import Left, Match
+from fxport.passes.attention.trace import Step, trace
+
+__all__ = ["Axes", "Frame", "Recipe", "frame_of", "query_axes", "recipe", "sink_steps"]
 
 Axes = tuple[Axis, ...]
 Target = tuple[Axes, Axes, Axes, Axes]
@@ -76,9 +90,9 @@ def frame_of(match: Match) -> Frame:
             match.start,
         )
     origins = {a.origin for a in head}
-    query = max(own, key=lambda a: _likeness_to_query(a, origins, product(key), own))
-    alone = match.sinks is not None or not isinstance(query.size, int)
-    is_head = _heads(shared, origins, alone)
+    sunk = _sink_axes(match)
+    query = max(own, key=lambda a: _likeness_to_query(a, origins, sunk, product(key), own))
+    is_head = _heads(shared, origins, sunk, not isinstance(query.size, int))
     return Frame(
         batch=tuple(a for a in shared if a not in is_head),
         kv_heads=tuple(a for a in shared if a in is_head),
@@ -97,19 +111,40 @@ def query_axes(match: Match) -> list[Axis]:
     return [a for a in axes_of(match.scores) if a in q and a not in k and a not in v]
 
 
+def sink_steps(column: fx.Node, dims: Dims) -> tuple[Step, ...]:
+    """How a column of sinks came about, in the axes of scores of dimensions `dims`.
+
+    Raises:
+        LayoutError: it does not meet them axis by axis.
+    """
+    steps = trace(column)
+    for of_scores, of_column in zip(dims, steps[-1].dims, strict=True):
+        if of_scores and of_column:
+            align(of_scores, of_column)
+    return steps
+
+
+def _sink_axes(match: Match) -> set[Axis]:
+    """The axes along which sinks vary: one number per head is all that an attention takes."""
+    if not isinstance(match.sinks, tuple):
+        return set()
+    with contextlib.suppress(LayoutError, ValueError):
+        return set(axes_of(sink_steps(*match.sinks)[-1].dims, repeated=False))
+    return set()
+
+
 def _likeness_to_query(
-    axis: Axis, head_origins: set[object], keys: Size, own: list[Axis]
-) -> tuple[bool, bool, int]:
-    return axis.origin not in head_origins, axis.size == keys, own.index(axis)
+    axis: Axis, head_origins: set[object], sunk: set[Axis], keys: Size, own: list[Axis]
+) -> tuple[bool, bool, bool, int]:
+    return axis not in sunk, axis.origin not in head_origins, axis.size == keys, own.index(axis)
 
 
-def _heads(shared: list[Axis], origins: set[object], alone: bool) -> set[Axis]:
+def _heads(shared: list[Axis], origins: set[object], sunk: set[Axis], alone: bool) -> set[Axis]:
     """Axes cut from the same feature dimension as the head size, else all static but the first.
 
-    One `alone` is a head where the batch, like the queries, would have no fixed size, or where
-    sinks are to have heads: B is 1.
+    One `alone` is a head where the batch, like the queries, would have no fixed size: B is 1.
     """
-    found = {a for a in shared if a.origin in origins}
+    found = {a for a in shared if a.origin in origins or a in sunk}
     if not found and len(shared) == 1 and alone:
         return {a for a in shared if isinstance(a.size, int)}
     if found or len(shared) < 2:
@@ -120,13 +155,13 @@ def _heads(shared: list[Axis], origins: set[object], alone: bool) -> set[Axis]:
 
 def _check_plain(match: Match, head: Axes, key: Axes) -> None:
     """The contracted axes must be the operands' own, each once."""
-    for trace, needed in ((match.q, head), (match.k, head + key), (match.v, key)):
-        own = axes_of(trace[-1].dims, repeated=False)
+    for steps, needed in ((match.q, head), (match.k, head + key), (match.v, key)):
+        own = axes_of(steps[-1].dims, repeated=False)
         if any(own.count(axis) != 1 for axis in needed):
             raise Left(
                 ReasonCode.UNSUPPORTED_FEATURE,
                 "an operand is repeated along an axis that is summed over",
-                trace[-1].node,
+                steps[-1].node,
             )
 
 

@@ -317,7 +317,8 @@ def _check_dense(dense: list[MaskStep], proof: Proof) -> None:
 
 def _check_keys(match: Match, dense: list[MaskStep]) -> None:
     """A key times infinity is NaN, which a fill hides from the softmax and a bias does not."""
-    for scale in match.key_scales if dense else ():
+    hidden = not all(step.adds for step in dense)
+    for scale in match.key_scales if hidden else ():
         assert isinstance(scale.factor, fx.Node)
         if scale.divide or not is_finite(scale.factor):
             raise Left(

@@ -330,9 +330,16 @@ def _mixed(what: str, node: fx.Node) -> Left:
 
 
 def _check_source_of_keys(facts: GraphFacts, k: tuple[Step, ...], forward: Forward) -> None:
-    for value in (k[0].node, forward.product.right):
-        if facts.source(value) & Source.DATA:
-            return
+    values = (k[0].node, forward.product.right)
+    if any(facts.source(value) & Source.DATA for value in values):
+        return
+    if any(facts.source(value) & Source.MUTATED for value in values):
+        raise Left(
+            ReasonCode.MUTATED_IN_PLACE,
+            "keys or values are written into a tensor part by part, which is not followed here",
+            forward.product.node,
+            "torch.cat or torch.stack the parts",
+        )
     raise Left(ReasonCode.NOT_ATTENTION, "keys and values are parameters: a memory look-up")
 
 

@@ -27,10 +27,12 @@ from fxport.capture.arguments import arguments
 from fxport.errors import ReasonCode
 from fxport.ops.params import AttentionParams
 from fxport.passes.attention.bias import emit_checks, emit_dense, emit_row_scales, restore_nan
+from fxport.passes.attention.chains import spell_out_chains
 from fxport.passes.attention.checks import check_grad_mode
 from fxport.passes.attention.cosines import write_out_cosines
 from fxport.passes.attention.emit import Emitter
 from fxport.passes.attention.factors import emit_key_scales
+from fxport.passes.attention.fills import spell_out_fills
 from fxport.passes.attention.flex import (
     FlexCall,
     erase_calls,
@@ -106,6 +108,8 @@ def rewrite_attention(
     without_inplace(gm)
     flex = _write_out_flex(gm, decisions)
     erase_dead(gm)
+    spell_out_fills(gm)
+    spell_out_chains(gm)
     spell_out_repeats(gm)
     write_out_cosines(gm)
     facts = GraphFacts(gm)
@@ -308,7 +312,7 @@ def _emit(
     out = emitter.call(operator.getitem, call, 0)
     if dense.nan_rows:
         lse = emitter.call(operator.getitem, call, 1)
-        out = restore_nan(emitter, out, lse, v, dense.nan_in_scores)
+        out = restore_nan(emitter, out, lse, call, dense.nan_in_scores)
     out = emit_row_scales(emitter, out, match.out_scales, frame)
     checked = check_scores and (plan.above is not None or match.finite is not None)
     if checked:

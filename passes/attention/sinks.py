@@ -7,10 +7,9 @@ from torch import fx
 
 from fxport.errors import ReasonCode
 from fxport.passes.attention.emit import Emitter
-from fxport.passes.attention.frame import Frame
-from fxport.passes.attention.layout import Dims, LayoutError, align, axes_of, product
+from fxport.passes.attention.frame import Frame, sink_steps
+from fxport.passes.attention.layout import Dims, LayoutError, axes_of, product
 from fxport.passes.attention.site import Left
-from fxport.passes.attention.trace import trace
 
 __all__ = ["emit_sinks"]
 
@@ -35,11 +34,8 @@ def emit_sinks(emitter: Emitter, sinks: tuple[fx.Node, Dims] | float, frame: Fra
         device = anchor.device
         return emitter.constant("sinks", torch.full((heads,), sinks, dtype=dtype, device=device))
     column, dims = sinks
-    steps = trace(column)
     try:
-        for of_scores, of_column in zip(dims, steps[-1].dims, strict=True):
-            if of_scores and of_column:
-                align(of_scores, of_column)
+        steps = sink_steps(column, dims)
     except (LayoutError, ValueError):
         raise _left(column) from None
     if not set(axes_of(steps[-1].dims, repeated=False)) <= set(frame.heads):

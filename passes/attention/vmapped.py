@@ -1,6 +1,7 @@
-"""Attentions under ``torch.vmap``: Dynamo keeps them as they are called, out of sight of the pass.
+"""Attentions under ``torch.vmap`` that were not lowered: out of sight of the pass.
 
-Reported, so that nothing is slow in silence.
+What may draw random numbers or switches gradients (`fxport.capture.vmap_regions`). Reported, so
+that nothing is slow in silence.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def vmapped_softmaxes(graph: fx.Graph) -> Iterator[tuple[fx.Node, Left]]:
                 node,
                 Left(
                     ReasonCode.UNSUPPORTED_FEATURE,
-                    "this softmax is inside torch.vmap, where attentions are not looked for",
+                    "this softmax is inside torch.vmap, in a part that is not traced as a whole: "
+                    "it may draw random numbers, or switches gradients",
                     node,
                     "give the tensors their batch dimension: matmul and einsum take any number",
                 ),

@@ -11,13 +11,14 @@ import fxport
 from tests.backends.engine import assert_same, engine, generate, recompute, sharpened
 from tests.zoo.gemma import Gemma
 from tests.zoo.mpt import MPT
+from tests.zoo.off_by_one import OffByOne
 from tests.zoo.oss import OSS
 from tests.zoo.parallel import ParallelGPT
 
 pytestmark = pytest.mark.engine
 
 # Seeds at which greedy decoding is unambiguous; `recompute` checks that it is.
-SEEDS = {Gemma: 1, MPT: 2, OSS: 1, ParallelGPT: 1}
+SEEDS = {Gemma: 1, MPT: 2, OSS: 1, ParallelGPT: 1, OffByOne: 1}
 
 
 @pytest.mark.parametrize("build", SEEDS, ids=lambda b: b.__name__.lower())

@@ -26,6 +26,7 @@ from tests.zoo.gemma import Gemma
 from tests.zoo.gpt import GPT
 from tests.zoo.llama import Llama
 from tests.zoo.mpt import MPT
+from tests.zoo.off_by_one import OffByOne
 from tests.zoo.oss import OSS
 from tests.zoo.parallel import ParallelGPT
 
@@ -74,6 +75,13 @@ def test_sinks_and_slopes_reach_the_attention_layers():
     assert sinks == [f"blocks.{i}.attn.sinks" for i in range(4)]
     slopes = fxport.port(MPT()).serving.attention[0].alibi_slopes
     assert slopes == pytest.approx([2 ** (-8 / 3), 2 ** (-16 / 3), 2**-8])
+
+
+def test_sinks_that_are_numbers_are_saved_with_the_layers(tmp_path):
+    port = fxport.port(OffByOne())
+    assert [layer.sinks for layer in port.serving.attention] == [(0.0,) * 3] * 4
+    read = read_serving(port.save(tmp_path), has_rule, torch.float32, torch.device("cpu"))
+    assert read.attention == port.serving.attention
 
 
 # --- broken on purpose ------------------------------------------------------------------------

@@ -222,3 +222,4 @@ import spellings_powers  # noqa: E402, F401
 import spellings_rare  # noqa: E402, F401
 import spellings_spread  # noqa: E402, F401
 import spellings_weights  # noqa: E402, F401
+import spellings_written  # noqa: E402, F401

@@ -7,6 +7,7 @@ as many times too large as there are keys where one number hides them all.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -135,3 +136,25 @@ def test_scores_of_flex_attention(low: float, count: int) -> None:
     assert found.count == count and (count or found.left() == ["fully-masked-row"])
     with torch.no_grad():
         torch.testing.assert_close(run_like(found.graph, module, data)[0], module(*data))
+
+
+def added_then_padded(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, *bias: Tensor) -> Tensor:
+    """The first rows of the first entry have no key; what lies outside of the band is skipped."""
+    s = scores(q, k) + sum(bias)
+    s = s + hidden(window(s.size(-2), s.size(-1)), -INF)
+    return s.masked_fill(keep[:, None, None] == 0, -INF).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("bias", [(), (4, 5, 330), (1, 330)])
+def test_nan_of_rows_without_keys_reaches_all_that_scores_are_made_of(
+    bias: tuple[int, ...],
+) -> None:
+    """Keys that no kernel looks at, too, and their entries of a learned bias."""
+    data = [*operands(5, 330), (torch.arange(660).view(2, 330) > 1).long()]
+    weights = (
+        [torch.linspace(0, 1, math.prod(bias), dtype=torch.float64).view(bias)] if bias else []
+    )
+    module = Site(added_then_padded, weights)
+    found = rewrite(trace_directly(module, data))
+    assert found.count == 1 and "window 3" in found.result.decisions[0].detail
+    compare(module, found.graph, data)

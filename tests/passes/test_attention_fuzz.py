@@ -131,6 +131,17 @@ def test_nan_rows_of_a_window_spoil_all_values() -> None:
     check(recipe, trace_directly)
 
 
+def test_nan_rows_reach_keys_that_are_beyond_every_query() -> None:
+    """The last key is: its gradient was 0, where a mask that is added makes it NaN."""
+    recipe = Recipe(
+        batch=4, length=4, more=1, kv_heads=4, groups=1, size=4, value_size=4, repeat="stack",
+        layout="reversed", scale="after", pattern="late window", width=4, from_end=False,
+        spelling="add", fill=float("-inf"), extra="learned alibi", padding="fill", pad_first=False,
+        softmax="call", loud=1.0, dynamic=False, use="pairs",
+    )  # fmt: skip
+    check(recipe, trace_directly)
+
+
 def test_the_only_head_repeated_by_cat_beside_sinks() -> None:
     """Was left: cat([k[:, :1], k[:, :1], ..], 1) of one head counted as another batch each."""
     recipe = Recipe(
@@ -138,6 +149,17 @@ def test_the_only_head_repeated_by_cat_beside_sinks() -> None:
         layout="reversed", scale="k", pattern="full", width=4, from_end=True, spelling="inplace",
         fill=-1e9, extra="sinks", padding="", pad_first=False, softmax="call", loud=1.0,
         dynamic=False,
+    )  # fmt: skip
+    check(recipe, trace_directly)
+
+
+def test_axes_along_which_sinks_vary_are_heads() -> None:
+    """Was left: there are as many groups as keys, so they counted as queries."""
+    recipe = Recipe(
+        batch=4, length=2, more=1, kv_heads=3, groups=3, size=4, value_size=4, repeat="expand",
+        layout="reversed", scale="after", pattern="causal", width=4, from_end=False,
+        spelling="fill", fill=float("-inf"), extra="sinks", padding="", pad_first=False,
+        softmax="call", loud=1.0, dynamic=False,
     )  # fmt: skip
     check(recipe, trace_directly)
 
@@ -179,6 +201,17 @@ def test_a_gate_that_is_computed_from_repeated_keys() -> None:
         layout="folded", scale="k", pattern="late", width=2, from_end=False, spelling="inplace",
         fill=-1e9, extra="softcap", padding="", pad_first=False, softmax="written", loud=1.0,
         dynamic=False, use="gated",
+    )  # fmt: skip
+    check(recipe, trace_directly)
+
+
+def test_an_added_mask_hides_no_key_that_is_divided_by_zero() -> None:
+    """Was left: only a fill hides the NaN of such a key, and in float64 -1e5 stays a bias."""
+    recipe = Recipe(
+        batch=3, length=4, more=0, kv_heads=1, groups=3, size=3, value_size=4, repeat="stack",
+        layout="matmul", scale="cosines", pattern="causal", width=1, from_end=False,
+        spelling="add", fill=-1e5, extra="none", padding="", pad_first=False, softmax="call",
+        loud=1.0, dynamic=False,
     )  # fmt: skip
     check(recipe, trace_directly)
 

@@ -250,7 +250,7 @@ def test_a_region_under_vmap_keeps_its_beginning_and_end() -> None:
 
     def function(x: Tensor) -> Tensor:
         y = attend(none_at_all)(x)
-        return torch.vmap(torch.mul, (1, 1), 1)(y, y.sin())
+        return torch.vmap(torch.mul, (1, 1), 1, randomness="same")(y, y.sin())
 
     site = Site(function)
     data = [torch.randn(2, 9, 3 * HEADS * SIZE, dtype=torch.float64)]

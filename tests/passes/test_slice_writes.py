@@ -49,7 +49,15 @@ def three_in_turns_along_the_first_axis(x: Tensor) -> Tensor:
     return y * 2
 
 
+def rows_selected_from_the_last(x: Tensor) -> Tensor:
+    """As keys and values are put into one tensor."""
+    y = torch.zeros(x.shape[0], 2, *x.shape[1:], dtype=x.dtype)
+    y[:, -1], y[:, 0] = x.sin(), x.cos()
+    return y * 2
+
+
 JOINED = [
+    rows_selected_from_the_last,
     two_parts,
     three_parts_in_another_order,
     two_in_turns,
@@ -98,6 +106,12 @@ def the_same_turn_twice(x: Tensor) -> Tensor:
     y = x.new_zeros(x.shape[0], x.shape[1], 10)
     y[..., ::2] = x
     y[..., 0:9:2] = x.sin()
+    return y * 2
+
+
+def a_row_selected_twice(x: Tensor) -> Tensor:
+    y = x.new_zeros(2, *x.shape)
+    y[1], y[-1] = x, x.sin()
     return y * 2
 
 
@@ -163,6 +177,7 @@ def test_pieces_in_another_grad_mode_stay() -> None:
 
 PART_BY_PART = [
     a_gap,
+    a_row_selected_twice,
     overlapping,
     read_in_between,
     written_once_more,

@@ -234,3 +234,33 @@ def mask_changed_among_several(qkv: Tensor) -> Tensor:
     mask = torch.full((q.size(2), q.size(2)), -1e9, dtype=q.dtype).triu(1)
     torch._foreach_mul_([mask], 0.0)
     return finish((q @ k.mT + mask).softmax(-1), v)
+
+
+# -- writes by indexing ----------------------------------------------------------------------------
+
+
+@tricky("unsupported-feature", among=DIRECT)
+def scores_written_with_a_number_of_the_data(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    s = q @ k.mT
+    s[:, :, ~causal_bool(q.size(2))] = q[0, 0, 0, 0]
+    return finish(s.softmax(-1), v)
+
+
+@tricky("unsupported-feature", among=DIRECT)
+def the_first_columns_written_before_the_mask(qkv: Tensor) -> Tensor:
+    """An index that is no mask: entries 0 and 1 of the keys."""
+    q, k, v = heads_first(qkv)
+    s = (q @ k.mT).masked_fill(~causal_bool(q.size(2)), INF)
+    s[..., [0, 1]] = 0.0
+    return finish(s.softmax(-1), v)
+
+
+@tricky("changed-in-place", among=DIRECT)
+def a_part_of_both_changed_in_between(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    both, part = torch.zeros(2, *k.shape, dtype=k.dtype), k * 2
+    both[0] = part
+    part.mul_(3)
+    both[1] = v
+    return attention(q, both[0], both[1])
