@@ -82,4 +82,5 @@ def _memos(names: dict[str, Any]) -> Iterator[Any]:
 
 
 def _is_memory(value: Any) -> bool:
-    return type(value) is dict
+    """What is imported meanwhile stays imported, also where a file has a name for `sys.modules`."""
+    return type(value) is dict and value is not sys.modules
