@@ -264,9 +264,7 @@ def test_a_region_under_vmap_keeps_its_beginning_and_end() -> None:
     ("pad", "looked_up", "folded"),
     [(-1, True, True), (-100, True, True), (0, True, False), (-1, False, False)],
 )
-def test_ids_that_are_looked_up_are_never_negative(
-    pad: int, looked_up: bool, folded: bool
-) -> None:
+def test_ids_that_are_looked_up_are_never_negative(pad: int, looked_up: bool, folded: bool) -> None:
     def function(ids: Tensor, table: Tensor) -> Tensor:
         """Learned positions that count what is no padding; labels may be negative."""
         counted = ((~(ids == pad)).cumsum(1) - 1).clamp(min=0)
