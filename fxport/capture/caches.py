@@ -194,8 +194,9 @@ def _is_cut(node: fx.Node) -> bool:
 def _unbound(node: fx.Node) -> fx.Node | None:
     """``keys, values = cache`` takes rows of what this returns."""
     source = node.args[0] if node.target is operator.getitem else None
-    is_unbind = isinstance(source, fx.Node) and source.target is aten.unbind.int
-    return source if is_unbind else None
+    if isinstance(source, fx.Node) and source.target is aten.unbind.int:
+        return source
+    return None
 
 
 def _part(node: fx.Node) -> _Part | None:

@@ -3,6 +3,7 @@
     pos = torch.arange(T)[None].expand(B, T)     the largest entry is T - 1
     n = int(pos.max()) + 1                       T, also where shapes alone are known
     n = (pos.max() + 1).item()
+    if pos.max() + 1 > 128: ...                  asks about T
 
 Only what keeps every entry, or adds a whole number to each, is followed; after a write to any
 tensor of whole numbers nothing is known any more.
@@ -10,6 +11,7 @@ tensor of whole numbers nothing is known any more.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +30,12 @@ _REDUCE = {Tensor.max, torch.max, Tensor.amax, torch.amax}
 _ADD = {Tensor.add, torch.add, Tensor.__add__, Tensor.__radd__}
 _SUBTRACT = {Tensor.sub, torch.sub, Tensor.__sub__}
 _BOUNDS = ("start", "end", "step")
-_NUMBERS = {Tensor.item, Tensor.__int__, Tensor.__index__}
+_COMPARE: dict[Any, Callable[[Any, Any], Any]] = {
+    Tensor.__gt__: operator.gt, Tensor.gt: operator.gt, Tensor.__ge__: operator.ge,
+    Tensor.ge: operator.ge, Tensor.__lt__: operator.lt, Tensor.lt: operator.lt,
+    Tensor.__le__: operator.le, Tensor.le: operator.le,
+}  # fmt: skip
+_NUMBERS = {Tensor.item, Tensor.__int__, Tensor.__index__, Tensor.__bool__}
 
 
 class LargestCounted(TorchFunctionMode):
@@ -44,11 +51,11 @@ class LargestCounted(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in _NUMBERS and (known := self._of(args[0])) is not None and not args[0].dim():
-            return known
+            return _said(func, known)
         result = func(*args, **kwargs)
         if _writes(func, args, kwargs):
             self._largest.clear()
-        elif isinstance(result, Tensor) and result.dtype == torch.int64:
+        elif isinstance(result, Tensor) and result.dtype in (torch.int64, torch.bool):
             largest = self._made(func, args, kwargs)
             if largest is not None:
                 self._largest[id(result)] = result, largest
@@ -69,16 +76,26 @@ class LargestCounted(TorchFunctionMode):
             if func in _ADD and known is None:
                 known, args = self._of(args[1]), args[::-1]
             whole = _is_whole(args[1])
-            if known is None or not whole:
+            if known is None or not whole or isinstance(known, bool | torch.SymBool):
                 return None
             return known + args[1] if func in _ADD else known - args[1]
-        if known is None:
+        if known is None or isinstance(known, bool | torch.SymBool):
             return None
+        if func in _COMPARE:
+            number = not args[0].dim() and _is_whole(args[1])
+            return _COMPARE[func](known, args[1]) if number else None
         if func is Tensor.__getitem__:
             return known if _takes_all(args[1]) else None
         if func in _REDUCE and (len(args) > 1 or kwargs):
             return None
-        return known if func in _KEEP else None
+        kept = func in _KEEP and not (func is Tensor.to and torch.bool in (*args, *kwargs.values()))
+        return known if kept else None
+
+
+def _said(func: Any, known: Any) -> Any:
+    if func is not Tensor.__bool__ and not isinstance(known, bool | torch.SymBool):
+        return known
+    return bool(known) if func in (Tensor.__bool__, Tensor.item) else int(bool(known))
 
 
 def _last(start: Any = 0, end: Any = None, step: Any = 1) -> Any:

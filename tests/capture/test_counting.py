@@ -27,6 +27,8 @@ KNOWN: list[Callable[[int], Tensor]] = [
     lambda n: torch.max(torch.arange(0, n, dtype=torch.long)[None].repeat(2, 1)) + 1,
     lambda n: torch.arange(end=n, start=3).amax(),
     shifted,
+    lambda n: torch.arange(n).max() + 1 > 8,
+    lambda n: torch.arange(n).max() >= 12,
 ]
 
 
@@ -48,6 +50,9 @@ UNKNOWN: list[Callable[[int], Tensor]] = [
     lambda n: torch.arange(n).view(2, -1).max(0).values[0],
     lambda n: torch.max(torch.arange(n), torch.tensor(50)).max(),
     lambda n: (torch.arange(n) * 2).max(),
+    lambda n: (torch.arange(n) > 3).max(),
+    lambda n: torch.arange(1).to(torch.bool).max(),
+    lambda n: (torch.arange(n).max() > 9) + 3,
     lambda n: torch.arange(n).sub(torch.ones(n, dtype=torch.long)).max(),
     lambda n: torch.add(torch.arange(n), 3, alpha=2).max(),
     added_later,
@@ -88,6 +93,8 @@ class Grows(nn.Module):
         assert ids.shape[1] <= LONGEST
         positions = torch.arange(ids.shape[1]).unsqueeze(0)
         self.extend(max(int(positions.max().item()) + 1, positions.shape[-1]))
+        if torch.max(positions) + 1 > LONGEST:
+            positions = positions + ids.shape[1]
         cos, sin = self.cos[positions], self.sin[positions]
         x = self.emb(ids)
         q, k, v = self.qkv(x).chunk(3, -1)
