@@ -52,3 +52,16 @@ def test_what_is_imported_in_a_trace_stays_imported(monkeypatch):
         sys.modules["loaded_in_a_trace"] = types.ModuleType("loaded_in_a_trace")
     assert "loaded_in_a_trace" in sys.modules
     del sys.modules["loaded_in_a_trace"]
+
+
+class Missing(type):
+    """What a library that is not installed is replaced by."""
+
+    def __getattr__(cls, name):
+        raise ImportError(name)
+
+
+def test_what_raises_whatever_it_is_asked_is_left_alone(monkeypatch):
+    monkeypatch.setattr(remembered, "MISSING", Missing("absent", (), {}), raising=False)
+    with nothing_remembered(remembered.EXACT["a function with a memory"]()):
+        assert remembered.memo.cache_info().currsize == 0
