@@ -18,6 +18,7 @@ from fxport.capture.export import Captured
 from fxport.capture.gradients import let_gradients_pass
 from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.recurrence import convolutions_over
+from fxport.capture.walk import Walked
 from fxport.diff.stages import Recorder, Stage
 from fxport.errors import FxportError, PortError, Reason, ReasonCode
 from fxport.passes.attention.lse import sinks_as_columns
@@ -95,7 +96,7 @@ def lower_for_serving(
         look_up_in_tables(gm, tokens)
         look_up_first(gm, tokens)
     limit = longest_sequence(gm, captured.length, captured.limit)
-    max_seq_len, length_decision = _choose_length(limit, max_seq_len, stated)
+    max_seq_len, length_decision = _choose_length(limit, max_seq_len, stated, captured.walked)
     with recorder.stage("head") as stage:
         head = find_head(gm, captured.length)
         stage.note(head.decisions)
@@ -198,12 +199,15 @@ _UNBOUNDED_LENGTH = 4096
 
 
 def _choose_length(
-    found: int | None, wanted: int | None, stated: int | None
+    found: int | None, wanted: int | None, stated: int | None, walked: Walked | None
 ) -> tuple[int, Decision]:
     if wanted is not None and wanted < 1:
         raise FxportError(f"max_seq_len must be positive, not {wanted}")
     if found is not None and wanted is not None and wanted > found:
-        raise FxportError(f"max_seq_len={wanted}, but the model allows at most {found} tokens")
+        at_most = f"the model allows at most {found} tokens"
+        if walked is not None and found == walked.longest:
+            at_most = f"forward takes the length as a plain number, and was seen up to {found}"
+        raise FxportError(f"max_seq_len={wanted}, but {at_most}")
     length = wanted or found or stated or _UNBOUNDED_LENGTH
     if wanted:
         detail = f"{length} tokens, as asked for"

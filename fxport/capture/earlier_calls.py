@@ -2,19 +2,21 @@
 
 self.cos = table(T) if T > len(self.cos) ...    the same after no call, a longest one, any two
 self.kept[:T] = angles of a frozen parameter    a constant in one graph, computed in another
+self.calls += 1                                 the same at the numbers that the code names
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence, Set
+from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from fxport.capture.questions import by_shapes
+from fxport.capture.questions import by_shapes, numbers_in
 from fxport.capture.sample import Sample, device_of, take_sample, with_values
 from fxport.capture.state import State
 from fxport.capture.unify import NeedsTable, unify
@@ -44,6 +46,8 @@ def histories_of(
     """
     if not fresh.changed and (frozen == set() or not _changes(model, longest)):
         return {(): [fresh]}
+    if fresh.changed:
+        _require_no_counting(model, fresh)
     if frozen is None:
         return {(): [fresh], (longest,): []}
     histories = ((longest,), (2, longest))
@@ -58,6 +62,46 @@ def histories_of(
     if fresh.changed:
         raise PortError(writes_to_state(fresh) or fresh.changed)
     return {(): [fresh]}
+
+
+_FAR = 10**6 + 3  # calls
+_MOST = 8
+
+
+def _require_no_counting(model: nn.Module, fresh: Sample) -> None:
+    """Numbers that every call changes count calls: many earlier ones must make no difference.
+
+    Raises:
+        PortError: they do.
+    """
+    kept = State(model)
+    counters = _counters(model, fresh.length)
+    named = (n - 1 for n in numbers_in(model, _FAR)) if counters else ()
+    for number in [_FAR, *named][:_MOST]:
+        for place in counters:
+            kept.put(place, number)
+        try:
+            same = _have_one_graph([fresh, take_sample(model, fresh.batch, fresh.length)])
+        except PortError:
+            same = False
+        finally:
+            kept.restore()
+        if not same:
+            raise PortError(fresh.changed)
+
+
+def _counters(model: nn.Module, length: int) -> list[tuple[int, Any]]:
+    """Where the numbers lie that a second call of the same length changes again, by shapes."""
+    ids = torch.zeros(1, length, dtype=torch.long, device=device_of(model))
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
+    kept = State(model)
+    found = []
+    with by_shapes(model, mode), contextlib.suppress(Exception):
+        for _ in range(2):
+            model(mode.from_tensor(ids))
+            found.append(kept.now().numbers())
+    places = kept.numbers() if len(found) == 2 else {}
+    return [p for p in places if len({n[p] for n in (places, *found) if p in n}) == 3]
 
 
 def give_the_same(samples: Sequence[Sample], frozen: Set[str] | None) -> bool:

@@ -284,6 +284,7 @@ def _lengths(model: nn.Module, limit: int | None) -> _Lengths:
                 limit = longest = walked.longest
         if walked is None or not walked.every:
             doubtful.update(n for n in named if n <= longest)
+        limit = longest  # what it asks farther out nobody has seen
     sides = frozenset(n for n in known if n <= longest)
     if counted and len(sides) > _MOST_PATHS:  # a loop over the rows that asks at each
         rows = {n for n in sides if n <= allowed[0] + 1}

@@ -39,6 +39,12 @@ class State:
                 if not isinstance(container, tuple):  # it cannot change
                     self._containers.append((found, container, container.copy()))
 
+    def now(self) -> State:
+        """What the same containers hold by now."""
+        other = State.__new__(State)
+        other._containers = [(path, c, c.copy()) for path, c, _ in self._containers]
+        return other
+
     def restore(self) -> None:
         """Puts every container back as it was, in place."""
         for _, container, copy in self._containers:
@@ -52,6 +58,21 @@ class State:
         """What the containers held."""
         for _, _, copy in self._containers:
             yield from copy.values() if isinstance(copy, dict) else copy
+
+    def numbers(self) -> dict[tuple[int, Any], float]:
+        """By container, in order, and key: the plain numbers that mappings held."""
+        return {
+            (index, key): value
+            for index, (_, _, copy) in enumerate(self._containers)
+            if isinstance(copy, dict)
+            for key, value in copy.items()
+            if type(value) in (int, float)
+        }
+
+    def put(self, place: tuple[int, Any], number: float) -> None:
+        """Changes what lies where `numbers` found one."""
+        index, key = place
+        self._containers[index][1][key] = number
 
     def changes(self) -> list[str]:
         """Dotted paths of what differs now: added, removed, or another object."""

@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import io
 import logging
+import random
 import sys
 import traceback
 import warnings
@@ -23,10 +24,11 @@ from torch.export.graph_signature import InputKind as ExportInput
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from fxport.capture.aliases import plain_names
+from fxport.capture.as_eager import asked_as_eager
 from fxport.capture.gradients import note_view_of_parameter, stop_gradients
 from fxport.capture.inline import inline_regions
 from fxport.capture.inputs import GraphInput, InputKind
-from fxport.capture.location import location_in, record_user_lines
+from fxport.capture.location import forward_line, location_in, record_user_lines
 from fxport.capture.memos import nothing_remembered
 from fxport.capture.rephrase import rephrased
 from fxport.capture.row_numbers import lists_of_rows
@@ -75,6 +77,8 @@ def export(
     with (
         as_traced(),
         nothing_remembered(model),
+        asked_as_eager(model),
+        _nothing_drawn(model),
         _without_partial_graph(),
         record_user_lines(),
         selections,
@@ -90,6 +94,24 @@ def as_traced() -> Iterator[None]:
     """What forward is asked with shapes alone is asked as a trace would ask it."""
     with _no_fast_path(), rephrased(), quiet(), torch.no_grad():
         yield
+
+
+@contextmanager
+def _nothing_drawn(model: nn.Module) -> Iterator[None]:
+    """Random numbers of torch's are operations of the graph; others would be constants."""
+    before = random.getstate(), _of_numpy()
+    yield
+    if (random.getstate(), _of_numpy()) != before:
+        text = "forward draws random numbers from Python or NumPy: its result depends on the call"
+        raise PortError([Reason(ReasonCode.MUTATED_STATE, text, forward_line(model))])
+
+
+def _of_numpy() -> tuple[bytes, int]:
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return b"", 0
+    _, key, position, *_ = numpy.random.get_state()
+    return key.tobytes(), position
 
 
 @contextmanager

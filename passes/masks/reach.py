@@ -3,7 +3,8 @@
     (i - j < 128) | (j // 64 == 0)      128, and 64 times what is compared with
 
 Positions enter as linear terms. Two lines with rational coefficients ``p / q`` meet no farther
-out than the sum of the constants times all p and q; beyond that no new piece begins.
+out than the sum of the constants times all p and q; beyond that no new piece begins. What comes
+back every p positions (a remainder, bits of a position) grows as slowly as ``1 / p`` if counted.
 Logarithms, powers and quotients of positions, and positions in dtypes too narrow to tell
 neighbours apart, have no such bound (`unbounded`).
 """
@@ -33,6 +34,7 @@ _BENDS = {
 }  # fmt: skip
 PRODUCTS = {aten.mul, aten.div, aten.floor_divide, aten.remainder, aten.fmod, aten.true_divide}
 _STEPS = {aten.floor_divide, aten.remainder, aten.fmod}
+_BITS = {aten.bitwise_and, aten.bitwise_or, aten.bitwise_xor, aten.__and__, aten.__or__}
 _CURVES = {aten.exp, aten.log, aten.sqrt, aten.pow}
 _GATHERS = {aten.index, aten.embedding, aten.index_select}
 _PREFIXES = {aten.tril, aten.triu, aten.cumsum}
@@ -57,7 +59,8 @@ def unbounded(nodes: Sequence[fx.Node]) -> fx.Node | None:
         dtype = node.meta["val"].dtype
         if node in indices and (dtype in _WRAPPING or (dtype in _INEXACT and node in decided)):
             return node
-        if packet in PRODUCTS and node in decided and _factors(node, indices) is None:
+        repeats = packet in PRODUCTS or (packet in _BITS and node in indices)
+        if repeats and node in decided and _factors(node, indices) is None:
             return node
     return None
 
@@ -85,6 +88,8 @@ def reach(nodes: Sequence[fx.Node]) -> int:
         if packet in PRODUCTS:
             factor *= math.prod(_factors(node, indices) or [1])
             continue
+        if packet in _BITS and node in indices:
+            factor *= math.prod(2 ** n.bit_length() for n in _factors(node, indices) or [1])
         given = arguments(node)
         if packet in (aten.add, aten.sub, aten.rsub):
             factor *= _size_of(given.get("alpha", 1))

@@ -23,7 +23,7 @@ from fxport.capture.arguments import arguments, shape_of
 from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.location import user_location
 from fxport.errors import Reason, ReasonCode
-from fxport.passes.axes import Axes, Axis, Refusal, Symbols
+from fxport.passes.axes import Axes, Axis, Refusal, Symbols, checked
 from fxport.passes.constants import depends_on, evaluate, is_symbolic
 from fxport.passes.tokens.rules import propagate
 
@@ -84,9 +84,9 @@ def analyse(gm: fx.GraphModule, symbols: Symbols, limit: int) -> Locality:
             continue
         try:
             found = None if node in data else _source(node, symbols)
-            if found is not None:
+            if found is not None and found.table not in refused:
+                axes[node] = _row_axes(node, found, symbols)
                 rows[node] = found
-                axes[node] = _row_axes(node, found)
             else:
                 axes[node] = _axes(node, axes, refused, symbols)
         except Refusal as refusal:
@@ -97,8 +97,8 @@ def analyse(gm: fx.GraphModule, symbols: Symbols, limit: int) -> Locality:
                 folded[node] = value
                 axes[node] = tuple(symbols.factor(size) for size in value.shape)
             elif table is not None:
+                axes[node] = _row_axes(node, table, symbols)
                 rows[node] = table
-                axes[node] = _row_axes(node, table)
             else:
                 refused[node] = refusal
     reasons = _reasons(refused, data | learned, set(rows) | set(folded))
@@ -144,6 +144,9 @@ def _reasons(
 # --- values that count positions --------------------------------------------------------------
 
 
+_COUNTING = {torch.int64, torch.int32, torch.float64, torch.float32}
+
+
 def _source(node: fx.Node, symbols: Symbols) -> Rows | None:
     """`arange` over the tokens, or the first T rows of a table."""
     target = node.target
@@ -152,7 +155,8 @@ def _source(node: fx.Node, symbols: Symbols) -> Rows | None:
         start, step = bound.get("start", 0), bound.get("step", 1)
         whole = isinstance(start, (int, float)) and float(start).is_integer()
         if shape_of(node) == (symbols.length,) and whole and step == 1:
-            return Rows(None, 0, int(start))
+            # Counting in a narrower dtype rounds on the way: such a range is evaluated.
+            return Rows(None, 0, int(start)) if node.meta["val"].dtype in _COUNTING else None
         if all(isinstance(size, int) for size in shape_of(node)):
             return None
         if shape_of(node) == (symbols.batch,):
@@ -172,11 +176,10 @@ def _source(node: fx.Node, symbols: Symbols) -> Rows | None:
     return None
 
 
-def _row_axes(node: fx.Node, rows: Rows) -> Axes:
-    sizes = shape_of(node)
-    return tuple(
-        (Axis.TOKEN,) if i == rows.dim else (() if s == 1 else (s,)) for i, s in enumerate(sizes)
-    )
+def _row_axes(node: fx.Node, rows: Rows, symbols: Symbols) -> Axes:
+    """Raises Refusal where another dimension counts tokens as well."""
+    sizes = enumerate(shape_of(node))
+    return checked(tuple((Axis.TOKEN,) if i == rows.dim else symbols.factor(s) for i, s in sizes))
 
 
 # A table must agree with its own beginning at these lengths (and at every power of two).

@@ -76,8 +76,10 @@ def _factory(call: Call) -> Axes:
 
 @rule(aten.arange, aten.linspace, aten.eye)
 def _range(call: Call) -> Axes:
-    """A fixed range; one that grows with the tokens is judged by its values, not here."""
-    if not all(isinstance(size, int) for size in call.sizes()):
+    """A fixed range; one that grows or moves with the tokens is judged by its values, not here."""
+    ends = (call.arguments.get(name) for name in ("start", "end"))
+    moves = any(isinstance(end, fx.Node) for end in ends)
+    if moves or not all(isinstance(size, int) for size in call.sizes()):
         raise Refusal(ReasonCode.POSITION_UNKNOWN, "a range over the tokens of unknown meaning")
     return _factory(call)
 

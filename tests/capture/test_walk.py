@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from fxport.api import _walked
-from fxport.capture import lengths
+from fxport.capture import earlier_calls, lengths
 from fxport.capture import walk as walking
 from fxport.capture.clone import clone_for_capture
 from fxport.capture.lengths import trace_at_lengths
@@ -56,6 +59,12 @@ def test_another_number_at_some_lengths_is_found(number, sides):
     walked = walk(clone_for_capture(Scaled(number)), 37, 4096, ())
     assert walked is not None and walked.longest == LONGEST
     assert not walked.every and set(walked.others) & sides
+
+
+def test_lengths_that_nobody_walked_are_not_served(monkeypatch):
+    monkeypatch.setattr(lengths, "_UNBOUNDED", 64)
+    later = Scaled(lambda n: 2.0 if n > 80 else 1.0)
+    assert trace_at_lengths(clone_for_capture(later)).limit == 64
 
 
 def test_a_number_that_follows_the_length_is_found():
@@ -234,6 +243,67 @@ def test_a_length_written_out_is_a_number():
     with pytest.raises(PortError) as caught:
         trace_symbolically(clone_for_capture(Written()))
     assert caught.value.reasons[0].code is ReasonCode.LENGTH_SPECIALISED
+
+
+class Untraced(Tiny):
+    """Looks at the length only where nobody traces it."""
+
+    def __init__(self, traced: Callable[[], bool]) -> None:
+        super().__init__()
+        self.traced = traced
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits = super().forward(ids)
+        return logits * 2 if not self.traced() and ids.shape[1] > 70 else logits
+
+
+@pytest.mark.parametrize(
+    "traced",
+    [
+        lambda: torch.compiler.is_compiling(),
+        lambda: torch.compiler.is_exporting(),
+        lambda: torch._dynamo.is_compiling(),
+        lambda: is_compiling(),
+    ],
+)
+def test_forward_is_not_told_that_it_is_traced(traced):
+    assert trace_symbolically(clone_for_capture(Untraced(traced))).limit == 70
+    assert is_compiling is torch.compiler.is_compiling
+
+
+class Counts(Tiny):
+    """Another result after many calls."""
+
+    def __init__(self, number: Callable[[int], float]) -> None:
+        super().__init__()
+        self.number, self.calls = number, 0
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(ids) * self.number(self.calls)
+
+
+@pytest.mark.parametrize(
+    "number", [lambda calls: 1.0 + (calls > 500), lambda calls: 1.0 + (calls % 4 == 0)]
+)
+def test_many_earlier_calls_must_make_no_difference(number):
+    with pytest.raises(PortError) as caught:
+        trace_at_lengths(clone_for_capture(Counts(number)))
+    assert caught.value.reasons[0].code is ReasonCode.MUTATED_STATE
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand])
+def test_a_number_drawn_by_python_is_another_at_every_call(draw):
+    with pytest.raises(PortError) as caught:
+        trace_at_lengths(clone_for_capture(Scaled(lambda n: 1.0 if draw() < 2 else 2.0)))
+    assert caught.value.reasons[0].code is ReasonCode.MUTATED_STATE
+
+
+def test_calls_may_be_counted(monkeypatch):
+    monkeypatch.setattr(earlier_calls, "_MOST", 2)
+    model = clone_for_capture(Counts(lambda calls: 1.0 if calls else 2.0))
+    trace_at_lengths(model)
+    assert model.calls == 0
 
 
 @pytest.mark.parametrize("steps", [walking._MOST_STEPS, 1])

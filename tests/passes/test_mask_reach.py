@@ -53,10 +53,16 @@ def reciprocal(i: Tensor, j: Tensor) -> Tensor:
     return (j <= i) | (1.0 / (i.double() + 1.0) < 0.01)
 
 
+def counted_blocks(i: Tensor, j: Tensor) -> Tensor:
+    starts = ((i & 7) == 0).cumsum(0) - ((j & 7) == 0).cumsum(1)
+    return (j <= i) & (starts < 20)
+
+
 CASES = [
     (square_root, 90), (logarithm, 110), (logarithm_of_row, 100), (power_below_one, 90),
     (bfloat16_positions, 270), (byte_positions, 270), (small_table_of_blocks, 110),
     (embedded_table_of_blocks, 110), (reciprocal, 110),
+    (counted_blocks, 190),
 ]  # fmt: skip
 
 

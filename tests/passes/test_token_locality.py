@@ -444,6 +444,48 @@ def test_a_table_that_changes_with_the_length_is_no_table():
     assert run(model).reasons
 
 
+def newest(length):
+    return torch.arange(length - 1, length)
+
+
+def counted(length):
+    return torch.arange(length).max()
+
+
+def spread_out(length):
+    return torch.linspace(0, length, C)
+
+
+@pytest.mark.parametrize("number", [newest, counted, spread_out])
+def test_rows_of_a_table_that_changes_with_the_length_are_no_rows(number):
+    def scaled(self, x, idx):
+        length = idx.shape[1]
+        return x + (self.pe[0] * number(length).clamp(min=50))[:length]  # HERE
+
+    def alone(self, x, idx):
+        return x * number(idx.shape[1]).clamp(min=50)  # HERE
+
+    for between in (scaled, alone):
+        assert run(type("Model", (Base,), {"between": between})()).reasons
+
+
+def test_rows_of_a_table_that_is_copied_for_every_sequence():
+    def copied(self, x, idx):
+        return x + self.pe.expand(idx.shape[0], -1, -1)[:, : idx.shape[1]]
+
+    assert not run(type("Model", (Base,), {"between": copied})()).reasons
+
+
+def test_positions_in_a_narrow_dtype_are_those_that_torch_counts():
+    def halves(self, x, idx):
+        return x + torch.arange(idx.shape[1], dtype=torch.bfloat16)[:, None]
+
+    captured = capture(type("Model", (Base,), {"between": halves})())
+    locality = analyse(captured.graph, Symbols(captured.batch, captured.length), 4200)
+    (rows,) = locality.rows.values()
+    assert torch.equal(rows.table, torch.arange(4200, dtype=torch.bfloat16))
+
+
 def test_axes_of_a_folded_batch():
     model = type("Model", (Base,), {"between": folded})()
     locality = run(model)
