@@ -15,6 +15,8 @@ shares memory with something that is written to in place is left as it is.
 Positions that are counted become plain ones:
 
     p = (ones(B, T).cumsum(1) * ones(B, T) - 1).long()  p = arange(T)[None].expand(B, T)
+
+Ids that are looked up in an embedding table are never negative: ``ids == -1`` holds nowhere.
 """
 
 from __future__ import annotations
@@ -213,11 +215,20 @@ def _comparison(
         given = arguments(node)
         left = _operand(given["self"], node, known)
         right = _operand(given["other"], node, known)
+        below = right is not None and right.number is not None and right.number < 0
+        if left is None and below and _is_looked_up(given["self"]):
+            left = _operand(0, node, known)  # as good as any id
         if left is None or right is None or left.slopes != right.slopes:
             return None
         return _Affine(int(compare(left.offset, right.offset)), (0,) * len(left.slopes))
 
     return rule
+
+
+def _is_looked_up(ids: Any) -> bool:
+    """Whether these are the rows that are taken from a table: torch fails where one is below 0."""
+    embeddings = [u for u in ids.users if u.target is aten.embedding.default]
+    return any(arguments(u)["indices"] is ids for u in embeddings)
 
 
 def _diff(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
@@ -330,6 +341,23 @@ def _slice(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
     return replace(value, offset=value.offset + start * value.slopes[given["dim"]])
 
 
+def _not(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
+    value = known.get(arguments(node)["self"])
+    if value is None or value.number is None or node.meta["val"].dtype != torch.bool:
+        return None
+    return replace(value, offset=int(not value.number))
+
+
+def _clamp(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
+    """From below, by a number that no entry is below."""
+    given = arguments(node)
+    value, least = known.get(given["self"]), given["min"]
+    rises = value is not None and min(value.slopes, default=0) >= 0
+    if value is None or not rises or not isinstance(least, int) or given.get("max") is not None:
+        return None
+    return value if value.offset >= least else None
+
+
 def _logical(
     combine: Callable[[int, int], int],
 ) -> Callable[[fx.Node, dict[fx.Node, _Affine]], _Affine | None]:
@@ -368,6 +396,8 @@ _RULES: dict[Any, Callable[[fx.Node, dict[fx.Node, _Affine]], _Affine | None]] =
         ((aten.le,), _comparison(operator.le)),
         ((aten.gt,), _comparison(operator.gt)),
         ((aten.ge,), _comparison(operator.ge)),
+        ((aten.logical_not, aten.bitwise_not), _not),
+        ((aten.clamp, aten.clamp_min), _clamp),
         ((aten.diff,), _diff),
         ((aten.cumsum,), _cumsum),
         ((aten.index,), _index),

@@ -6,11 +6,14 @@ Before                                              After
     sdpa(q, cache, other cache, mask)                   sdpa(q, k, v, seen)
 
 Sound where the mask, evaluated at several lengths, hides every column from T on: a hidden key has
-the weight 0, whatever an earlier call has left there.
+the weight 0, whatever an earlier call has left there. An attention that was written by hand is
+known to be causal once it is `fxport::attention`: `read_by_causal_attention` does the same then.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +28,10 @@ from fxport.passes.attention.emit import Emitter
 from fxport.passes.axes import Symbols
 from fxport.passes.constants import depends_on, evaluate
 from fxport.passes.functional import drop_whole_slices
+from fxport.passes.masks.prover import FORBIDDEN, hard_limit
 from fxport.report import Decision, Outcome
 
-__all__ = ["read_under_masks"]
+__all__ = ["read_by_causal_attention", "read_under_masks"]
 
 aten = torch.ops.aten
 
@@ -60,24 +64,51 @@ class _Read:
 
 
 def read_under_masks(gm: fx.GraphModule, symbols: Symbols) -> tuple[Decision, ...]:
-    """Rewrites the graph in place; one decision for each attention."""
+    """Calls of torch's attention; rewrites the graph in place; one decision for each."""
     if not any(map(_writes, gm.graph.nodes)):
         return ()
     drop_whole_slices(gm)
+    varying = depends_on(gm, InputKind.DATA, InputKind.PARAMETER)
+
+    def hides_the_rest(node: fx.Node) -> bool:
+        mask = arguments(node)["attn_mask"]
+        return mask is not None and mask not in varying and _hides_the_rest(mask, symbols)
+
+    target = aten.scaled_dot_product_attention.default
+    return _narrowed(gm, symbols, target, ("key", "value", "attn_mask"), hides_the_rest)
+
+
+def read_by_causal_attention(gm: fx.GraphModule, symbols: Symbols) -> tuple[Decision, ...]:
+    """The same for `fxport::attention`, whose row i sees no key behind i."""
+    if not any(map(_writes, gm.graph.nodes)):
+        return ()
+
+    def is_causal(node: fx.Node) -> bool:
+        given = arguments(node)
+        return given["causal"] and given["q_offset"] == 0 and given["bias"] is None
+
+    return _narrowed(gm, symbols, torch.ops.fxport.attention.default, ("k", "v"), is_causal)
+
+
+def _narrowed(
+    gm: fx.GraphModule,
+    symbols: Symbols,
+    target: torch._ops.OpOverload,
+    names: tuple[str, ...],
+    hides_the_rest: Callable[[fx.Node], bool],
+) -> tuple[Decision, ...]:
+    """`names`: of keys, values and the mask."""
     memory, decisions = Memory(gm.graph), []
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    varying = depends_on(gm, InputKind.DATA, InputKind.PARAMETER)
-    target = aten.scaled_dot_product_attention.default
     for node in gm.graph.find_nodes(op="call_function", target=target):
         given = arguments(node)
-        reads = [_read(given[name], node, symbols, memory, order) for name in ("key", "value")]
-        mask = given["attn_mask"]
-        if reads[0] is None or reads[1] is None or mask is None or mask in varying:
+        reads = [_read(given[name], node, symbols, memory, order) for name in names[:2]]
+        if reads[0] is None or reads[1] is None or not hides_the_rest(node):
             continue
-        if _hides_the_rest(mask, symbols):
-            _narrow(gm, node, reads[0], reads[1], mask, symbols)
-            detail = "only what was just written is read: the mask hides the rest"
-            decisions.append(Decision("caches", Outcome.REWRITTEN, "cache under a mask", detail))
+        known = {name: read for name, read in zip(names[:2], reads, strict=True) if read}
+        _narrow(gm, node, known, names[2:], symbols)
+        detail = "only what was just written is read: the mask hides the rest"
+        decisions.append(Decision("caches", Outcome.REWRITTEN, "cache under a mask", detail))
     if decisions:
         gm.graph.eliminate_dead_code()  # what read the cache
         drop_unread_writes(gm)
@@ -179,23 +210,32 @@ def _hides_the_rest(mask: fx.Node, symbols: Symbols) -> bool:
         return False
     lengths = [n for n in (*_PROBES, shape[-1] - 1, shape[-1]) if 0 < n <= shape[-1]]
     try:
-        return all(_hidden(evaluate(mask, {symbols.length: n}), n) for n in lengths)
+        limit = -math.inf if mask.meta["val"].dtype == torch.bool else hard_limit(mask)
+        return all(_hidden(evaluate(mask, {symbols.length: n}), n, limit) for n in lengths)
     except ValueError:  # depends on the batch size
         return False
 
 
-def _hidden(mask: torch.Tensor, length: int) -> bool:
+def _hidden(mask: torch.Tensor, length: int, limit: float) -> bool:
     behind = mask[..., length:]
     if mask.dtype == torch.bool:
         return not bool(behind.any())
-    return bool((behind == float("-inf")).all())
+    if bool((behind == float("-inf")).all()):
+        return True
+    # A finite number hides a key from the rows that see another one.
+    seen = (mask[..., :length] > FORBIDDEN).any(-1)
+    return bool((behind <= limit).all() and seen.all())
 
 
 # --- the rewrite -------------------------------------------------------------------------------
 
 
 def _narrow(
-    gm: fx.GraphModule, node: fx.Node, key: _Read, value: _Read, mask: fx.Node, symbols: Symbols
+    gm: fx.GraphModule,
+    node: fx.Node,
+    reads: Mapping[str, _Read],
+    masks: Sequence[str],
+    symbols: Symbols,
 ) -> None:
     emitter = Emitter(gm, node, [node])
     tokens = next(
@@ -204,13 +244,14 @@ def _narrow(
         if "input" in n.meta and graph_input(n).kind is InputKind.DATA
     )
     length = emitter.call(aten.sym_size.int, tokens, 1)
-    new = {
-        "key": _again(emitter, key, length),
-        "value": _again(emitter, value, length),
-        "attn_mask": _seen(emitter, mask, length),
-    }
-    given = {**arguments(node), **new}
-    replaced = emitter.call(node.target, **given)  # type: ignore[arg-type]
+    given = arguments(node)
+    new = {name: _again(emitter, read, length) for name, read in reads.items()}
+    new |= {name: _seen(emitter, given[name], length) for name in masks}
+    assert isinstance(node.target, torch._ops.OpOverload)
+    order = [a.name for a in node.target._schema.arguments]
+    args = [new.get(name, value) for name, value in zip(order, node.args, strict=False)]
+    kwargs = {name: new.get(name, value) for name, value in node.kwargs.items()}
+    replaced = emitter.call(node.target, *args, **kwargs)
     replaced.meta.update({k: v for k, v in node.meta.items() if k != "val"})
     node.replace_all_uses_with(replaced)
     gm.graph.erase_node(node)

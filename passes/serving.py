@@ -35,7 +35,7 @@ from fxport.passes.head import Head, between, find_head, no_projection
 from fxport.passes.known_values import fold_known_values
 from fxport.passes.limits import longest_sequence
 from fxport.passes.lookups import look_up_first
-from fxport.passes.masked_caches import read_under_masks
+from fxport.passes.masked_caches import read_by_causal_attention, read_under_masks
 from fxport.passes.obstacles import obstacles
 from fxport.passes.positions import gather_by_position
 from fxport.passes.split import (
@@ -104,6 +104,7 @@ def lower_for_serving(
         sinks_as_columns(gm)
     with recorder.stage("attention") as stage:
         attention = rewrite_attention(gm, assume_spread=True)
+        caches = (*caches, *read_by_causal_attention(gm, symbols))
         fixed = attend_to_fixed_keys(gm, symbols)
         stage.note((*attention.decisions, *fixed))
     _no_attention_in(head, gm)

@@ -27,7 +27,7 @@ from fxport.passes.functional import functionalise
 from fxport.passes.head import find_head
 from fxport.passes.limits import longest_sequence
 from fxport.passes.lookups import look_up_first
-from fxport.passes.masked_caches import read_under_masks
+from fxport.passes.masked_caches import read_by_causal_attention, read_under_masks
 from fxport.passes.obstacles import obstacles
 from fxport.passes.split import token_embedding
 from fxport.passes.table_lookups import look_up_in_tables
@@ -73,6 +73,7 @@ def survey(captured: Captured) -> Survey:
         find_head(gm, captured.length)
     sinks_as_columns(gm)
     attention = rewrite_attention(gm, assume_spread=True)
+    read_by_causal_attention(gm, symbols)
     with _collected(reasons):
         token_embedding(tokens)
     locality = analyse(gm, symbols, limit)

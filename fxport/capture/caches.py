@@ -6,13 +6,15 @@ Before                                          After
     f(keys)                                         f(k)
 
 Only where the last write before a use covers all that the use sees; of a part of that it reads the
-same part of what was written. Then it does not matter what earlier calls have left in the cache; a
-write whose memory nothing else needs goes. Where the cache stops a gradient (``detach``,
+same part of what was written. Writes to other parts (``cache[0]``, ``cache[1]``) do not count. Then
+it does not matter what earlier calls have left in the cache; a write whose memory nothing else
+needs goes. Where the cache stops a gradient (``detach``,
 ``torch.no_grad``), so does a `detach` of what was written.
 """
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +25,7 @@ from torch import fx
 from fxport.capture.arguments import arguments, shape_of
 from fxport.capture.gradients import without_gradients
 from fxport.capture.inputs import GraphInput
-from fxport.capture.memory import Memory, is_fresh, is_mutation
+from fxport.capture.memory import Memory, changed_by, is_fresh, is_mutation
 
 __all__ = ["drop_unread_writes", "read_what_was_written"]
 
@@ -84,8 +86,11 @@ def _forward(
     gm: fx.GraphModule, node: fx.Node, user: fx.Node, memory: Memory, order: dict[fx.Node, int]
 ) -> None:
     """Gives `user` what was written last where it sees `node`, if that is certain."""
-    writes = memory.written_by(node)
-    if user in writes or user.op != "call_function" or _is_cut(user):
+    read = _part(node)
+    if read is None or user.op != "call_function" or _is_cut(user):
+        return
+    writes = [w for w in memory.written_by(node) if not _is_elsewhere(w, read)]
+    if user in writes:
         return
     if not is_fresh(user) and any(order[w] > order[user] for w in writes):
         return  # a view, and what it shows changes later
@@ -94,8 +99,7 @@ def _forward(
     if last is None or written is None:
         return
     part, value = written
-    read = _part(node)
-    cuts = None if read is None else _cuts(part, read)
+    cuts = _cuts(part, read)
     if cuts is None:
         return
     if memory.shared(value) is memory.shared(node):
@@ -129,8 +133,8 @@ def _stops_gradients(write: fx.Node, read: fx.Node) -> bool:
 def _chain(node: fx.Node) -> list[fx.Node]:
     """A view, and what it shows, and so on."""
     found = [node]
-    while node.target in (*_CUTS, *_SAME):
-        node = arguments(node)["self"]
+    while _is_cut(node):
+        node = arguments(_unbound(node) or node)["self"]
         found.append(node)
     return found
 
@@ -155,6 +159,22 @@ def _cuts(written: _Part, read: _Part) -> list[tuple[int, int, int]] | None:
     return cuts
 
 
+def _is_elsewhere(write: fx.Node, read: _Part) -> bool:
+    """Whether a write leaves all of what is read as it is."""
+    parts = [_part(node) for node in changed_by(write)]
+    return all(part is not None and _are_apart(part, read) for part in parts)
+
+
+def _are_apart(one: _Part, other: _Part) -> bool:
+    if one.base is not other.base:
+        return False
+    for dim in range(len(one.sizes)):
+        ahead = other.starts[dim] - one.starts[dim]
+        if (ahead - one.sizes[dim]).is_nonnegative or (-ahead - other.sizes[dim]).is_nonnegative:
+            return True
+    return False
+
+
 def _written(write: fx.Node) -> tuple[_Part, fx.Node] | None:
     """The part that a plain copy fills, and with what."""
     if write.target is not aten.copy_.default:
@@ -168,7 +188,15 @@ def _written(write: fx.Node) -> tuple[_Part, fx.Node] | None:
 
 
 def _is_cut(node: fx.Node) -> bool:
-    return node.target in (*_CUTS, *_SAME)
+    return node.target in (*_CUTS, *_SAME) or _unbound(node) is not None
+
+
+def _unbound(node: fx.Node) -> fx.Node | None:
+    """``keys, values = cache`` takes rows of what this returns."""
+    source = node.args[0] if node.target is operator.getitem else None
+    if isinstance(source, fx.Node) and source.target is aten.unbind.int:
+        return source
+    return None
 
 
 def _part(node: fx.Node) -> _Part | None:
@@ -177,17 +205,19 @@ def _part(node: fx.Node) -> _Part | None:
         return None
     if node.target in _SAME:
         return _part(arguments(node)["self"])
-    if node.target not in _CUTS:
+    if not _is_cut(node):
         sizes = tuple(map(sympy.sympify, shape_of(node)))
         return _Part(node, (sympy.Integer(0),) * len(sizes), sizes, frozenset())
-    given = arguments(node)
+    unbound = _unbound(node)
+    given = arguments(unbound or node)
     outer = _part(given["self"])
     if outer is None:
         return None
     kept = [d for d in range(len(outer.sizes)) if d not in outer.picked]
     dim = kept[given["dim"] % len(kept)]
     is_slice = node.target is aten.slice.Tensor
-    first = _number(given["start"] if is_slice else given["index"], outer.sizes[dim])
+    at = node.args[1] if unbound else given["start"] if is_slice else given["index"]
+    first = _number(at, outer.sizes[dim])
     if first is None or (is_slice and given["step"] != 1):
         return None
     size = sympy.sympify(shape_of(node)[kept.index(dim)]) if is_slice else sympy.Integer(1)

@@ -10,7 +10,7 @@ from torch import fx
 
 from fxport.capture.arguments import arguments
 
-__all__ = ["Memory", "is_fresh", "is_mutation", "is_written_through"]
+__all__ = ["Memory", "changed_by", "is_fresh", "is_mutation", "is_written_through"]
 
 # May return their input: ATen's schema does not say so for these.
 _MAYBE_ALIAS = (
@@ -82,7 +82,7 @@ class Memory:
                     self._parent[self._root(argument)] = self._root(node)
         self.writes: dict[fx.Node, list[fx.Node]] = {}
         for node in graph.nodes:
-            for changed in _written(node):
+            for changed in changed_by(node):
                 self.writes.setdefault(self._root(changed), []).append(node)
 
     def _root(self, node: fx.Node) -> fx.Node:
@@ -113,7 +113,7 @@ class Memory:
                 if not depends or node.op == "output":
                     continue
                 found.add(node)
-                tainted.update(self._root(changed) for changed in _written(node))
+                tainted.update(self._root(changed) for changed in changed_by(node))
         return found
 
     def needed(self, graph: fx.Graph) -> set[fx.Node]:
@@ -124,7 +124,7 @@ class Memory:
         while size != len(live):
             size = len(live)
             for node in reversed(graph.nodes):
-                if node not in live and not any(self._root(c) in roots for c in _written(node)):
+                if node not in live and not any(self._root(c) in roots for c in changed_by(node)):
                     continue
                 live.add(node)
                 for argument in node.all_input_nodes:
@@ -145,7 +145,8 @@ def _shown(node: fx.Node) -> list[fx.Node]:
     return _nodes(node, aliased) if aliased else node.all_input_nodes
 
 
-def _written(node: fx.Node) -> list[fx.Node]:
+def changed_by(node: fx.Node) -> list[fx.Node]:
+    """The arguments that the op writes to."""
     if not is_mutation(node):
         return []
     assert isinstance(node.target, torch._ops.OpOverload)

@@ -12,7 +12,7 @@ import functools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import Any
 
 from torch import nn
@@ -20,6 +20,8 @@ from torch import nn
 from fxport.capture.location import is_library
 
 __all__ = ["nothing_remembered", "own_files"]
+
+_METHODS = (classmethod, staticmethod, MethodType)
 
 
 def own_files(model: nn.Module) -> list[ModuleType]:
@@ -76,10 +78,12 @@ def _memos(names: dict[str, Any]) -> Iterator[Any]:
     for value in list(names.values()):
         held = [value, *vars(value).values()] if isinstance(value, type) else [value]
         for one in held:
-            function = getattr(one, "__func__", one)
+            # Nothing else is asked anything: what stands for a missing library raises.
+            function = one.__func__ if isinstance(one, _METHODS) else one
             if isinstance(function, functools._lru_cache_wrapper):
                 yield function
 
 
 def _is_memory(value: Any) -> bool:
-    return type(value) is dict
+    """What is imported meanwhile stays imported, also where a file has a name for `sys.modules`."""
+    return type(value) is dict and value is not sys.modules

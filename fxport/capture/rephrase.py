@@ -9,6 +9,7 @@ nn.TransformerEncoder(...)(x, mask=m)        ->  the same, without looking into 
                                                  causal: the layers get m itself
 torch.vmap(head)(q, k)                       ->  a loop over the rows, stacked
 x.data = y                                   ->  refused: a trace would go on with the old x
+torch.arange(T).max().item()                 ->  T - 1, see `fxport.capture.counting`
 f"{x.shape[1]}"                              ->  f"{int(x.shape[1])}": not the symbol's name
 
 Dynamo is told of the encoder (and decoder) alone; the rest it traces, or says.
@@ -27,6 +28,7 @@ from torch import Tensor
 from torch.nn.modules import transformer
 from torch.overrides import TorchFunctionMode
 
+from fxport.capture.counting import LargestCounted
 from fxport.capture.location import is_library, line_of_user
 from fxport.capture.vmapped import vmap_as_loop
 from fxport.errors import PortError, Reason, ReasonCode
@@ -46,7 +48,7 @@ def rephrased() -> Iterator[None]:
 
     torch.SymInt.__repr__ = number  # type: ignore[method-assign]
     try:
-        with _Rephrase(), vmap_as_loop():
+        with LargestCounted(), _Rephrase(), vmap_as_loop():
             yield
     finally:
         transformer._detect_is_causal_mask = detect

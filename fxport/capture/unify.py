@@ -93,13 +93,20 @@ class _Unifier:
     def _node(self, nodes: tuple[fx.Node, ...]) -> fx.Node:
         first = nodes[0]
         if any(n.target != first.target for n in nodes):
-            names = ", ".join(dict.fromkeys(str(n.target) for n in nodes))
-            raise PortError([self._refusal(first, f"the operation ({names})")])
+            raise PortError([self._refusal(first, f"the operation ({self._targets(nodes)})")])
         args = self._args(tuple(n.args for n in nodes), nodes)
         kwargs = self._args(tuple(dict(n.kwargs) for n in nodes), nodes)
         new = self.emitter.call(first.target, args, kwargs, nodes)
         self.mapped[nodes] = new
         return new
+
+    def _targets(self, nodes: tuple[fx.Node, ...]) -> str:
+        """The operation of the first sample, and the others with one size of input each."""
+        sizes: dict[str, str] = {}
+        for sample, node in zip(self.samples, nodes, strict=True):
+            sizes.setdefault(str(node.target), f"{sample.batch} x {sample.length}")
+        first, *others = sizes
+        return ", ".join([first, *(f"{name} for {sizes[name]}" for name in others)])
 
     def _args(self, values: tuple[Any, ...], at: Sequence[fx.Node]) -> Any:
         """The common form of one argument of every sample."""

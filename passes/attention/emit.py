@@ -10,6 +10,7 @@ import sympy
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from fxport.capture.arguments import shape_of
 from fxport.errors import ReasonCode
@@ -40,8 +41,8 @@ class Emitter:
         self._values = tuple(values)
         self._sizes: dict[Size, fx.Node] = {}
         self.made: list[fx.Node] = []
-        example = anchor.meta["val"]
-        self._mode = example.fake_mode if isinstance(example, FakeTensor) else None
+        made = tree_leaves(anchor.meta["val"])
+        self._mode = next((v.fake_mode for v in made if isinstance(v, FakeTensor)), None)
 
     @property
     def fake_mode(self) -> FakeTensorMode:

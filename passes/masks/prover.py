@@ -38,7 +38,7 @@ from fxport.passes.masks.scope import scope_of
 from fxport.passes.masks.slopes import same_slopes, slopes_of
 from fxport.passes.masks.values import constant_value
 
-__all__ = ["Proof", "Prover", "hard_limit", "is_forbidding", "joint_effect"]
+__all__ = ["FORBIDDEN", "Proof", "Prover", "hard_limit", "is_forbidding", "joint_effect"]
 
 FORBIDDEN = -1e4
 HARD = -(2.0**24)

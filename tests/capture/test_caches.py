@@ -41,7 +41,36 @@ def narrower(cache: Tensor, x: Tensor) -> Tensor:
     return cache[: x.shape[0], : x.shape[1]] * 2
 
 
-@pytest.mark.parametrize("function", [front, by_layer, view_from_before, narrower])
+def keys_and_values(cache: Tensor, x: Tensor) -> Tensor:
+    """Both in one buffer, and more is written behind them later."""
+    n = x.shape[1]
+    cache[0, :n] = x[0].sin()
+    cache[1, :n] = x[1].cos()
+    keys, values = cache[0, :n].transpose(0, 1), cache[1, :n]
+    scores = keys @ values
+    cache[2, :n] = x[2]
+    cache[:2, n:] = 3.0
+    return scores + keys @ cache[2, :n]
+
+
+def stacked(cache: Tensor, x: Tensor) -> Tensor:
+    cache[:2, : x.shape[1]] = torch.stack([x[0].sin(), x[1].cos()])
+    keys, values = cache[:2, : x.shape[1]]
+    return keys.transpose(0, 1) @ values
+
+
+def unpacked(cache: Tensor, x: Tensor) -> Tensor:
+    first, second, *_ = cache
+    first[: x.shape[1]] = x[0].sin()
+    second[: x.shape[1]] = x[1].cos()
+    keys, values, *_ = cache[:, : x.shape[1]].unbind(0)
+    return keys.transpose(0, 1) @ values
+
+
+@pytest.mark.parametrize(
+    "function",
+    [front, by_layer, view_from_before, narrower, keys_and_values, stacked, unpacked],
+)
 @pytest.mark.parametrize("rows", [3, 5])  # 5: every size of x is the cache's
 def test_the_cache_is_not_read(function: Function, rows: int) -> None:
     cache, x = torch.randn(5, 11, 5), torch.randn(rows, 7, 5)
@@ -82,6 +111,19 @@ def written_over(cache: Tensor, x: Tensor) -> Tensor:
     return cache[: x.shape[0], : x.shape[1]] * 2
 
 
+def both_written_over(cache: Tensor, x: Tensor) -> Tensor:
+    """The second write meets the first in one entry."""
+    cache[0, : x.shape[1]] = x[0]
+    cache[:2, x.shape[1] - 1 :] = 3.0
+    return cache[0, : x.shape[1]] * 2
+
+
+def other_row(cache: Tensor, x: Tensor) -> Tensor:
+    first, second, *_ = cache
+    first[: x.shape[1]] = x[0]
+    return second[: x.shape[1]] * 2
+
+
 def value_changes(cache: Tensor, x: Tensor) -> Tensor:
     y = x.sin()
     cache[: x.shape[0], : x.shape[1]] = y
@@ -111,7 +153,7 @@ def added(cache: Tensor, x: Tensor) -> Tensor:
 
 STAYS = [
     one_more, other_place, other_layer, read_first, written_over, value_changes, shifted_within,
-    seen_later, added,
+    seen_later, added, both_written_over, other_row,
 ]  # fmt: skip
 
 

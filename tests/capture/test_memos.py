@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import pytest
 import torch
 
@@ -40,3 +43,25 @@ def test_globals_are_put_back_and_memories_emptied():
     assert remembered.memo.cache_info().currsize == 0
     assert remembered.KNOWN.pop(5) is kept and 6 not in remembered.KNOWN
     assert not hasattr(remembered, "NEW")
+
+
+def test_what_is_imported_in_a_trace_stays_imported(monkeypatch):
+    monkeypatch.setattr(remembered, "LOADED", sys.modules, raising=False)
+    monkeypatch.delitem(sys.modules, "loaded_in_a_trace", raising=False)
+    with nothing_remembered(remembered.EXACT["a function with a memory"]()):
+        sys.modules["loaded_in_a_trace"] = types.ModuleType("loaded_in_a_trace")
+    assert "loaded_in_a_trace" in sys.modules
+    del sys.modules["loaded_in_a_trace"]
+
+
+class Missing(type):
+    """What a library that is not installed is replaced by."""
+
+    def __getattr__(cls, name):
+        raise ImportError(name)
+
+
+def test_what_raises_whatever_it_is_asked_is_left_alone(monkeypatch):
+    monkeypatch.setattr(remembered, "MISSING", Missing("absent", (), {}), raising=False)
+    with nothing_remembered(remembered.EXACT["a function with a memory"]()):
+        assert remembered.memo.cache_info().currsize == 0

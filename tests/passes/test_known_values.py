@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from attention_graphs import Site, compare, run_like, trace_directly, trace_training
 from torch import Tensor
 
@@ -257,3 +258,25 @@ def test_a_region_under_vmap_keeps_its_beginning_and_end() -> None:
     graph = trace_training(site, data)
     assert fold_known_values(graph) > 0
     compare(site, graph, data, 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("pad", "looked_up", "folded"),
+    [(-1, True, True), (-100, True, True), (0, True, False), (-1, False, False)],
+)
+def test_ids_that_are_looked_up_are_never_negative(pad: int, looked_up: bool, folded: bool) -> None:
+    def function(ids: Tensor, table: Tensor) -> Tensor:
+        """Learned positions that count what is no padding; labels may be negative."""
+        counted = ((~(ids == pad)).cumsum(1) - 1).clamp(min=0)
+        rows = F.embedding(counted, table)
+        return rows + F.embedding(ids if looked_up else ids.clamp(min=0), table)
+
+    ids, table = torch.tensor([[3, 0, 2, 1], [1, 0, 4, 4]]), torch.randn(7, 3)
+    if not looked_up:
+        ids[0, 1] = -1
+    site = Site(function)
+    gm = trace_directly(site, [ids, table], {0: (0, 1)})
+    assert (fold_known_values(gm) > 0) == folded
+    assert bool(gm.graph.find_nodes(op="call_function", target=aten.cumsum.default)) != folded
+    found = run_like(gm, site, [ids, table])
+    torch.testing.assert_close(found, function(ids, table), rtol=0, atol=0)

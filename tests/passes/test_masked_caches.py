@@ -14,8 +14,9 @@ from fxport import api
 from fxport.backends.torch import PackedModel
 from fxport.capture.export import capture
 from fxport.errors import PortError
+from fxport.passes.attention.rewrite import rewrite_attention
 from fxport.passes.axes import Symbols
-from fxport.passes.masked_caches import read_under_masks
+from fxport.passes.masked_caches import read_by_causal_attention, read_under_masks
 from fxport.report import Decision, Outcome
 
 V, C, H, D, LONGEST = 41, 32, 2, 16, 24
@@ -48,6 +49,7 @@ class Cached(nn.Module):
         seen: int = 0,
         filled: float = 0.0,
         added: bool = False,
+        lowest: float = float("-inf"),
     ) -> None:
         super().__init__()
         self.emb = nn.Embedding(V, C)
@@ -56,7 +58,7 @@ class Cached(nn.Module):
         self.write = write
         mask = torch.ones(LONGEST, LONGEST, dtype=torch.bool).tril(seen)
         if added:
-            mask = torch.zeros(LONGEST, LONGEST).masked_fill(~mask, float("-inf"))
+            mask = torch.zeros(LONGEST, LONGEST).masked_fill(~mask, lowest)
         self.register_buffer("mask", mask)
         for name in "kv":
             self.register_buffer(f"{name}s", torch.full((1, 1, LONGEST, D), filled))
@@ -69,8 +71,17 @@ class Cached(nn.Module):
         new = self.kv(x).view(batch, length, 2, 1, D).permute(2, 0, 3, 1, 4)
         kv = [self.write(c, at, n) for c, n in zip((self.ks, self.vs), new, strict=True)]
         k, v = (c.repeat_interleave(H, dim=1) for c in kv)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask[None, None, at])
+        y = self.attend(q, k, v, self.mask[None, None, at])
         return self.head(x + y.transpose(1, 2).reshape(batch, length, C))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+class ByHand(Cached):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        scores = (q * D**-0.5) @ k.transpose(2, 3) + mask
+        return scores.softmax(-1) @ v
 
 
 @pytest.fixture(autouse=True)
@@ -85,9 +96,19 @@ def double(**kinds: object) -> Cached:
 
 
 @pytest.mark.parametrize("write", [put, copied])
-@pytest.mark.parametrize("kinds", [{}, {"added": True, "filled": 3.0}])
+@pytest.mark.parametrize(
+    "kinds", [{}, {"added": True, "filled": 3.0}, {"added": True, "lowest": -2.4e38}]
+)
 def test_what_was_written_is_read(write: object, kinds: dict[str, object]) -> None:
-    model = double(write=write, **kinds)
+    check_port(double(write=write, **kinds))
+
+
+def test_a_cache_is_read_by_an_attention_that_is_written_by_hand() -> None:
+    torch.manual_seed(3)
+    check_port(ByHand(write=copied, filled=3.0, added=True, lowest=-2.4e38).double().eval())
+
+
+def check_port(model: Cached) -> None:
     port = fxport.port(model)
     (found,) = [d for d in port.report.decisions if d.pass_name == "caches"]
     assert found.outcome is Outcome.REWRITTEN
@@ -105,12 +126,20 @@ class OneRow(Cached):
         return super().forward(ids[:1])
 
 
-def rewritten(**kinds: object) -> tuple[int, fx.Graph]:
+class OneRowByHand(ByHand):
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids[:1])
+
+
+def rewritten(by_hand: bool = False, **kinds: object) -> tuple[int, fx.Graph]:
     torch.manual_seed(3)
-    captured = capture(OneRow(**kinds).eval())  # type: ignore[arg-type]
+    captured = capture((OneRowByHand if by_hand else OneRow)(**kinds).eval())  # type: ignore[arg-type]
     gm = captured.graph
-    found = read_under_masks(gm, Symbols(captured.batch, captured.length))
-    return len(found), gm.graph
+    symbols = Symbols(captured.batch, captured.length)
+    if not by_hand:
+        return len(read_under_masks(gm, symbols)), gm.graph
+    assert len(rewrite_attention(gm).sites) == 1
+    return len(read_by_causal_attention(gm, symbols)), gm.graph
 
 
 def test_the_caches_are_gone() -> None:
@@ -118,7 +147,7 @@ def test_the_caches_are_gone() -> None:
     assert count == 1
     assert not graph.find_nodes(op="call_function", target=aten.index_put_.default)
     (site,) = graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
-    query, key = (n.meta["val"].shape for n in (site.kwargs["query"], site.kwargs["key"]))
+    query, key = (n.meta["val"].shape for n in site.args[:2])
     assert query == key
 
 
@@ -129,6 +158,11 @@ def test_the_caches_are_gone() -> None:
         {"filled": float("nan")},  # zero times that is not zero
         {"write": one_later},
         {"write": turned},
+        {"added": True, "lowest": -1e6},  # scores may differ by as much
+        {"added": True, "seen": -1, "lowest": -2.4e38},  # the first row sees nothing: all alike
+        {"by_hand": True, "write": one_later, "added": True},
+        {"by_hand": True, "write": copied, "added": True, "filled": float("nan")},
+        {"by_hand": True, "write": copied, "added": True, "seen": 1},
     ],
 )
 def test_what_may_be_left_from_earlier_calls_is_not_dropped(kinds: dict[str, object]) -> None:
