@@ -4,8 +4,9 @@
                                 [--sizes 64,128,256] [--flex] [--flex-flash]
 
 * plain: bf16, causal, 16,384 tokens in all, and grouped heads, no causality, float16: PyTorch's
-  flash and cuDNN kernels, FlashAttention-3 (vLLM's, forward only) and FlashAttention-4 (the package
-  flash-attn-4) where installed, our Triton kernels, the op;
+  flash and cuDNN kernels, FlashAttention-3 (vLLM's, forward only, and the package flash-attn-3 or
+  xformers' copy) and FlashAttention-4 (the package flash-attn-4) where installed, our Triton
+  kernels, the op;
 * masks: a window, packed sequences, a chunk of rows against more columns: FlashAttention-3 (not
   for windows), FlashAttention-4, our Triton kernels, the op, and FlexAttention (at head size 128
   and 8,192 columns; with --flex its Triton kernels, with --flex-flash those of flash-attn-4);
@@ -38,7 +39,7 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fxport.ops import attention, dispatch, flash3, flash4
+from fxport.ops import attention, dispatch, flash3, flash3_package, flash4
 from fxport.ops.facts import Facts
 from fxport.ops.params import AttentionParams
 from fxport.ops.triton import attention as triton_attention
@@ -201,6 +202,11 @@ def _directly(
     facts = Facts.of(q, k, v, None, None, None, row.cu_seqlens, row.params)
     if not (flash3._not_covered(facts) or flash3._not_installed()):
         found["FA3"] = (lambda: flash3.forward(q, k, v, *rest)[0], None)
+    if not (flash3_package._not_covered(facts) or flash3_package._not_installed()):
+        found["FA3, package"] = (
+            lambda: flash3_package.forward(q, k, v, *rest)[0],
+            lambda: flash3_package.backward(grad, None, q, k, v, out, lse, *rest, _QKV),
+        )
     if not (flash4._not_covered(facts) or flash4._not_installed()):
         found["FA4"] = (
             lambda: flash4.forward(q, k, v, *rest)[0],
@@ -398,6 +404,7 @@ def main() -> None:
     versions = f"torch {torch.__version__}, triton {triton.__version__}"
     print(f"{name}, {versions}, cuDNN {torch.backends.cudnn.version()}", flush=True)
     print(f"FlashAttention-3: {flash3._not_installed() or 'from vLLM'}", flush=True)
+    print(f"the package flash-attn-3: {flash3_package._not_installed() or 'installed'}", flush=True)
     print(f"FlashAttention-4: {flash4._not_installed() or 'installed'}\n", flush=True)
     ceilings()
     if "host" in wanted:

@@ -4,7 +4,7 @@ All implementations mean the same by (out, lse), so forward and backward choose 
 choice depends on the call's facts and on torch's settings, never on values, timings or earlier
 calls. On CUDA: cuDNN where it covers the call and was measured faster (`fxport.ops.cudnn`), else
 our Triton kernels; instead of either FlashAttention-3 or FlashAttention-4, where it is installed
-and was measured faster (`fxport.ops.flash3`, `fxport.ops.flash4`); else, with a warning, the
+and was measured faster (`fxport.ops.flash3_package`, `flash3`, `flash4`); else, with a warning, the
 blocked path.
 """
 
@@ -20,7 +20,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fxport.ops import blocked, cpu_flash, cudnn, flash3, flash4
+from fxport.ops import blocked, cpu_flash, cudnn, flash3, flash3_package, flash4
 from fxport.ops.facts import Facts
 
 __all__ = ["Implementation", "calls", "choose"]
@@ -59,6 +59,12 @@ def _no_backward(*_: object) -> tuple[Tensor | None, ...]:
 
 _FLASH3 = Implementation(
     "flash3", lambda f: flash3.refuses(f, "triton"), flash3.forward, _no_backward
+)
+_FLASH3_PACKAGE = Implementation(
+    "flash3_package",
+    lambda f: flash3_package.refuses(f, "triton"),
+    flash3_package.forward,
+    flash3_package.backward,
 )
 _FLASH4 = Implementation(
     "flash4", lambda f: flash4.refuses(f, "triton"), flash4.forward, flash4.backward
@@ -110,6 +116,8 @@ def _or_flash(rival: Implementation, facts: Facts) -> Implementation:
     flashes = [(flash3.refuses, _FLASH3), (flash4.refuses, _FLASH4)]
     if flash4.before_flash3(facts):
         flashes.reverse()
+    place = 0 if flash3_package.before_flash4(facts) else len(flashes)
+    flashes.insert(place, (flash3_package.refuses, _FLASH3_PACKAGE))
     for refuses, implementation in flashes:
         if refuses(facts, rival.name) is None:
             return implementation

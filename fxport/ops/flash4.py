@@ -16,14 +16,21 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
-from typing import TypedDict
 
 from torch import Tensor
 
-from fxport.ops.band import Band, band_of
+from fxport.ops.band import band_of
 from fxport.ops.facts import Facts
-from fxport.ops.fused import flash_switched_off, not_for_flash, warn_left_out
-from fxport.ops.layout import addressable, in_heads_layout, in_row_major_layout
+from fxport.ops.fused import (
+    Seen,
+    flash_switched_off,
+    heads_first,
+    not_for_flash,
+    rows_first,
+    seen_from_diagonal,
+    warn_left_out,
+)
+from fxport.ops.layout import in_heads_layout, in_row_major_layout
 from fxport.ops.params import AttentionParams
 
 __all__ = ["backward", "before_flash3", "forward", "refuses"]
@@ -60,14 +67,6 @@ _BACKWARD: dict[tuple[int, int], dict[int, _Faster]] = {
 _PACKED_BEFORE_FLASH3 = frozenset({128})  # head sizes; at 256 it was not measured beside it
 
 
-class _Seen(TypedDict):
-    """What a row sees, in the library's words: distances from the diagonal, None without limit."""
-
-    causal: bool
-    window_size_left: int | None
-    window_size_right: int | None
-
-
 def refuses(facts: Facts, rival: str) -> str | None:
     """Why a call is not for these kernels: not covered, not faster than `rival`, not installed.
 
@@ -90,7 +89,7 @@ def _not_covered(facts: Facts) -> str | None:
         return "deterministic algorithms are asked for"
     if facts.q_shape[3] % 32:
         return "a head size that 32 divides"  # 72 was seen to fail
-    if _seen(facts.band, facts.q_shape[2], facts.k_shape[2]) is None:
+    if seen_from_diagonal(facts.band, facts.q_shape[2], facts.k_shape[2]) is None:
         return "a row that may see nothing"
     return None
 
@@ -107,21 +106,6 @@ def _not_faster(facts: Facts, rival: str) -> str | None:
     if least is None or min(facts.q_shape[2], facts.k_shape[2]) < least:
         return f"not faster than {rival} at this length"
     return None
-
-
-def _seen(band: Band, rows: int, columns: int) -> _Seen | None:
-    """The band as distances from the diagonal ``j = i + (columns - rows)``.
-
-    None where the diagonal does not lie within the band, or rows at the top have none: such rows
-    may see nothing.
-    """
-    reach = columns - rows
-    left = None if band.low is None else reach - band.low
-    right = None if band.high is None else band.high - reach
-    if band != Band(None, None) and min(reach, left or 0, right or 0) < 0:
-        return None
-    causal = left is None and right == 0
-    return _Seen(causal=causal, window_size_left=left, window_size_right=None if causal else right)
 
 
 @cache
@@ -164,10 +148,10 @@ def forward(
     library, seen = _chosen(q, k, params)
     packed = cu_seqlens is not None
     out, lse, *_ = library._flash_attn_fwd(
-        *(_rows_first(x, packed) for x in (q, k, v)),
+        *(rows_first(x, packed) for x in (q, k, v)),
         softmax_scale=params.scale, return_lse=True, **seen, **_borders(cu_seqlens, q, k),
     )  # fmt: skip
-    return in_heads_layout(_heads_first(out, packed)), in_row_major_layout(lse.view(q.shape[:3]))
+    return in_heads_layout(heads_first(out, packed)), in_row_major_layout(lse.view(q.shape[:3]))
 
 
 def backward(
@@ -190,7 +174,7 @@ def backward(
     library, seen = _chosen(q, k, params)
     packed = cu_seqlens is not None
     grads = library._flash_attn_bwd(
-        *(_rows_first(x, packed) for x in (q, k, v, out, grad_out)),
+        *(rows_first(x, packed) for x in (q, k, v, out, grad_out)),
         lse[0] if packed else lse,
         softmax_scale=params.scale,
         dlse=grad_lse if grad_lse is None or not packed else grad_lse[0],
@@ -198,28 +182,19 @@ def backward(
         **_borders(cu_seqlens, q, k),
     )[:3]
     found = [
-        in_heads_layout(_heads_first(x, packed)) if need else None
+        in_heads_layout(heads_first(x, packed)) if need else None
         for x, need in zip(grads, needs, strict=False)
     ]
     return (*found, None, None, None)
 
 
-def _chosen(q: Tensor, k: Tensor, params: AttentionParams) -> tuple[ModuleType, _Seen]:
+def _chosen(q: Tensor, k: Tensor, params: AttentionParams) -> tuple[ModuleType, Seen]:
     library = _library()
-    seen = _seen(band_of(params, q.shape[2], k.shape[2]), q.shape[2], k.shape[2])
+    rows, columns = q.shape[2], k.shape[2]
+    seen = seen_from_diagonal(band_of(params, rows, columns), rows, columns)
     if library is None or seen is None:
         raise RuntimeError("flash-attn-4 was chosen for a call that it refuses")
     return library, seen
-
-
-def _rows_first(x: Tensor, packed: bool) -> Tensor:
-    """[B, H, T, D] -> [B, T, H, D]; packed: [1, H, T, D] -> [T, H, D]."""
-    x = addressable(x).transpose(1, 2)
-    return x[0] if packed else x
-
-
-def _heads_first(x: Tensor, packed: bool) -> Tensor:
-    return (x[None] if packed else x).transpose(1, 2)
 
 
 def _borders(cu_seqlens: Tensor | None, q: Tensor, k: Tensor) -> dict[str, Tensor | int]:

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import warnings
+from typing import TypedDict
 
 import torch
+from torch import Tensor
 
+from fxport.ops.band import Band
 from fxport.ops.facts import Facts
+from fxport.ops.layout import addressable
 
-__all__ = ["flash_switched_off", "not_for_flash", "not_for_libraries", "warn_left_out"]
+__all__ = [
+    "Seen",
+    "flash_switched_off",
+    "heads_first",
+    "not_for_flash",
+    "not_for_libraries",
+    "rows_first",
+    "seen_from_diagonal",
+    "warn_left_out",
+]
 
 _HALVES = (torch.bfloat16, torch.float16)
 _LARGEST = 2**31  # entries of a tensor: beyond, offsets were not tested
@@ -50,3 +63,37 @@ def flash_switched_off() -> str | None:
 def warn_left_out(library: str, reason: str) -> None:
     """Says that an installed library is not used."""
     warnings.warn(f"{library} is not used: {reason}", stacklevel=3)
+
+
+class Seen(TypedDict):
+    """What a row sees, in the libraries' words: distances from the diagonal, None without limit."""
+
+    causal: bool
+    window_size_left: int | None
+    window_size_right: int | None
+
+
+def seen_from_diagonal(band: Band, rows: int, columns: int) -> Seen | None:
+    """The band as distances from the diagonal ``j = i + (columns - rows)``.
+
+    None where the diagonal does not lie within the band, or rows at the top have none: such rows
+    may see nothing.
+    """
+    reach = columns - rows
+    left = None if band.low is None else reach - band.low
+    right = None if band.high is None else band.high - reach
+    if band != Band(None, None) and min(reach, left or 0, right or 0) < 0:
+        return None
+    causal = left is None and right == 0
+    return Seen(causal=causal, window_size_left=left, window_size_right=None if causal else right)
+
+
+def rows_first(x: Tensor, packed: bool) -> Tensor:
+    """[B, H, T, D] -> [B, T, H, D]; packed: [1, H, T, D] -> [T, H, D]."""
+    x = addressable(x).transpose(1, 2)
+    return x[0] if packed else x
+
+
+def heads_first(x: Tensor, packed: bool) -> Tensor:
+    """Takes `rows_first` back."""
+    return (x[None] if packed else x).transpose(1, 2)

@@ -84,6 +84,40 @@ NOT_FOR_FLASH: tuple[tuple[Facts, str], ...] = (
 )
 
 
+P = AttentionParams
+# what FlashAttention's packages take, forward and backward
+FLASH_ROUNDING = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
+_CAUSAL = P(0.1, causal=True)
+FLASH_CASES = (
+    Case("causal", rows=517, columns=517, size=64, params=_CAUSAL),
+    Case("full", rows=389, columns=517, size=128),
+    Case("more-rows", rows=517, columns=389, size=96),
+    Case("fewer-rows", rows=300, columns=517, size=128, params=P(0.1, True, q_offset=217)),
+    Case("mqa", batch=1, q_heads=8, kv_heads=1, rows=260, columns=260, size=128, params=_CAUSAL),
+    Case("no-groups", kv_heads=6, rows=333, columns=333, size=256, params=P(0.06, causal=True)),
+    Case("equal", batch=128, q_heads=1, kv_heads=1, rows=128, columns=128, size=128),
+    Case("odd", rows=131, columns=131, size=32, params=_CAUSAL),
+    Case("window", rows=701, columns=701, size=128, params=P(0.1, True, window_left=333)),
+    Case("window-of-one", rows=301, columns=301, size=64, params=P(0.1, True, window_left=0)),
+    Case(
+        "window-both", rows=300, columns=517, size=64,
+        params=P(0.1, window_left=70, window_right=31, q_offset=217),
+    ),
+    Case("window-right", rows=300, columns=300, size=128, params=P(0.1, window_right=31)),
+    Case("window-left", rows=300, columns=300, size=96, params=P(0.1, window_left=31)),
+    Case(
+        "packed", batch=1, rows=533, columns=533, size=128, cu_seqlens=(0, 11, 12, 12, 341, 533),
+        params=_CAUSAL,
+    ),
+    Case("packed-full", batch=1, rows=733, columns=733, size=64, cu_seqlens=(0, 200, 733)),
+    Case(
+        "packed-window", batch=1, rows=733, columns=733, size=128, cu_seqlens=(0, 200, 733),
+        params=P(0.1, True, window_left=77),
+    ),
+    Case("long", batch=1, rows=1500, columns=2333, size=256, params=P(0.06, True, q_offset=833)),
+)  # fmt: skip
+
+
 def make(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0) -> Arguments:
     """Normal q, k, v and bias; sinks around 0; slopes in [0, 0.5)."""
     generator = torch.Generator().manual_seed(seed)
@@ -194,7 +228,6 @@ def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], relative: float
         assert worst <= bound, f"{name}: error {worst:.3g} > {bound:.3g}"
 
 
-P = AttentionParams
 _BASE = Case("plain")
 _FULL = P(0.2, causal=True, window_left=19, softcap=3.0, dropout_p=0.2, q_offset=16, head_offset=5)
 

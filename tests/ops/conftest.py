@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fxport.ops import flash4, plans
+from fxport.ops import flash3_package, flash4, plans
 
 
 @pytest.fixture
@@ -18,6 +18,7 @@ def nothing_judged() -> Iterator[None]:
 
 
 @pytest.fixture
-def without_flash4(nothing_judged: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def without_packages(nothing_judged: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests that name the kernels that run: one package more would change the choice."""
-    monkeypatch.setattr(flash4, "_not_installed", lambda: "left out for this test")
+    for library in (flash3_package, flash4):
+        monkeypatch.setattr(library, "_not_installed", lambda: "left out for this test")

@@ -87,7 +87,7 @@ hopper = pytest.mark.skipif(not _hopper(), reason="measured on Hopper only")
 
 @pytest.mark.gpu
 @hopper
-@pytest.mark.usefixtures("without_flash4")
+@pytest.mark.usefixtures("without_packages")
 @pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
 @pytest.mark.parametrize("case", COVERED, ids=str)
 def test_against_reference(case: Case, dtype: torch.dtype) -> None:
@@ -100,7 +100,7 @@ def test_against_reference(case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 @hopper
-@pytest.mark.usefixtures("without_flash4")
+@pytest.mark.usefixtures("without_packages")
 def test_a_gradient_of_lse_goes_to_our_kernels() -> None:
     """Forward by cuDNN, backward by ours: both mean the same by out and lse."""
     arguments = make(COVERED[0], torch.bfloat16)
@@ -118,7 +118,7 @@ def _training_call(inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
 
 @pytest.mark.gpu
 @hopper
-@pytest.mark.usefixtures("without_flash4")
+@pytest.mark.usefixtures("without_packages")
 def test_layouts() -> None:
     """Whatever the strides of the inputs, results have those that the op promises."""
     changes = layouts(4)
@@ -140,7 +140,7 @@ def test_layouts() -> None:
 
 @pytest.mark.gpu
 @hopper
-@pytest.mark.usefixtures("without_flash4")
+@pytest.mark.usefixtures("without_packages")
 def test_deterministic_algorithms_give_the_same_bits() -> None:
     generator = torch.Generator("cuda").manual_seed(5)
     shape = (2, 8, 2048, 64)
@@ -161,7 +161,7 @@ def test_deterministic_algorithms_give_the_same_bits() -> None:
 
 @pytest.mark.gpu
 @hopper
-@pytest.mark.usefixtures("without_flash4")
+@pytest.mark.usefixtures("without_packages")
 def test_compiled_and_captured() -> None:
     """Under Inductor, with CUDA graphs: the strides that fakes promise are the real ones."""
     torch.manual_seed(0)

@@ -131,7 +131,7 @@ library = pytest.mark.skipif(not _usable(), reason="needs a Hopper GPU and vLLM'
 
 @pytest.mark.gpu
 @library
-@pytest.mark.usefixtures("without_flash4")
+@pytest.mark.usefixtures("without_packages")
 @pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
 @pytest.mark.parametrize("case", COVERED, ids=str)
 def test_against_reference(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +147,7 @@ def test_against_reference(case: Case, dtype: torch.dtype, monkeypatch: pytest.M
 
 @pytest.mark.gpu
 @library
-@pytest.mark.usefixtures("without_flash4")
+@pytest.mark.usefixtures("without_packages")
 def test_layouts_and_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the inputs' strides: the promised strides, and the same bits each time."""
     monkeypatch.setattr(flash3, "_not_faster", lambda facts, rival: None)

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from attention_cases import (
+    FLASH_CASES,
+    FLASH_ROUNDING,
     NOT_FOR_FLASH,
     Case,
     assert_layouts_and_bits,
@@ -20,45 +22,17 @@ from attention_cases import (
     run,
 )
 
-from fxport.ops import dispatch, flash3, flash4
+from fxport.ops import dispatch, flash3, flash3_package, flash4
 from fxport.ops.band import Band, band_of
 from fxport.ops.facts import Facts
+from fxport.ops.fused import seen_from_diagonal
 from fxport.ops.params import AttentionParams
 from fxport.ops.reference import reference_attention
 
 pytestmark = pytest.mark.usefixtures("nothing_judged")
 
 P = AttentionParams
-ROUNDING = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
 CAUSAL = P(0.1, causal=True)
-COVERED = (
-    Case("causal", rows=517, columns=517, size=64, params=CAUSAL),
-    Case("full", rows=389, columns=517, size=128),
-    Case("more-rows", rows=517, columns=389, size=96),
-    Case("fewer-rows", rows=300, columns=517, size=128, params=P(0.1, True, q_offset=217)),
-    Case("mqa", batch=1, q_heads=8, kv_heads=1, rows=260, columns=260, size=128, params=CAUSAL),
-    Case("no-groups", kv_heads=6, rows=333, columns=333, size=256, params=P(0.06, causal=True)),
-    Case("equal", batch=128, q_heads=1, kv_heads=1, rows=128, columns=128, size=128),
-    Case("odd", rows=131, columns=131, size=32, params=CAUSAL),
-    Case("window", rows=701, columns=701, size=128, params=P(0.1, True, window_left=333)),
-    Case("window-of-one", rows=301, columns=301, size=64, params=P(0.1, True, window_left=0)),
-    Case(
-        "window-both", rows=300, columns=517, size=64,
-        params=P(0.1, window_left=70, window_right=31, q_offset=217),
-    ),
-    Case("window-right", rows=300, columns=300, size=128, params=P(0.1, window_right=31)),
-    Case("window-left", rows=300, columns=300, size=96, params=P(0.1, window_left=31)),
-    Case(
-        "packed", batch=1, rows=533, columns=533, size=128, cu_seqlens=(0, 11, 12, 12, 341, 533),
-        params=CAUSAL,
-    ),
-    Case("packed-full", batch=1, rows=733, columns=733, size=64, cu_seqlens=(0, 200, 733)),
-    Case(
-        "packed-window", batch=1, rows=733, columns=733, size=128, cu_seqlens=(0, 200, 733),
-        params=P(0.1, True, window_left=77),
-    ),
-    Case("long", batch=1, rows=1500, columns=2333, size=256, params=P(0.06, True, q_offset=833)),
-)  # fmt: skip
 
 
 def _sizes(length: int, size: int) -> dict[str, torch.Size]:
@@ -121,6 +95,7 @@ def test_refusals(
 )
 def test_which_of_both_flashes(facts: Facts, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With both installed, instead of our own kernels."""
+    monkeypatch.setattr(flash3_package, "_not_installed", lambda: "left out for this test")
     for flash in (flash3, flash4):
         monkeypatch.setattr(flash, "_not_installed", lambda: None)
     ours = dispatch.Implementation("triton", lambda _: None, reference_attention, lambda *_: ())
@@ -178,7 +153,7 @@ def test_only_what_the_library_means(rows: int, columns: int) -> None:
     sides = range(-1, columns + 1)
     for causal, left, right, offset in product((False, True), sides, sides, range(-3, columns + 2)):
         params = P(1.0, causal, left, right, q_offset=offset)
-        put = flash4._seen(band_of(params, rows, columns), rows, columns)
+        put = seen_from_diagonal(band_of(params, rows, columns), rows, columns)
         found[put is None] += 1
         if put is None:
             continue
@@ -213,20 +188,21 @@ library = pytest.mark.skipif(not _usable(), reason="needs a Hopper GPU and flash
 def _always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the length, since the sizes here are small, and whatever else is installed."""
     monkeypatch.setattr(flash4, "_not_faster", lambda facts, rival: None)
-    monkeypatch.setattr(flash3, "_not_installed", lambda: "left out for this test")
+    for other in (flash3, flash3_package):
+        monkeypatch.setattr(other, "_not_installed", lambda: "left out for this test")
 
 
 @pytest.mark.gpu
 @library
 @pytest.mark.usefixtures("_always")
-@pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
-@pytest.mark.parametrize("case", COVERED, ids=str)
+@pytest.mark.parametrize("dtype", list(FLASH_ROUNDING), ids=str)
+@pytest.mark.parametrize("case", FLASH_CASES, ids=str)
 def test_against_reference(case: Case, dtype: torch.dtype) -> None:
     """Forward and backward by the library; cuDNN's results for backward have no gradient of lse."""
     arguments = make(case, dtype)
     want = run(reference_attention, arguments.to(torch.float64))
     before = dispatch.calls.copy()
-    assert_same(run(op_on_gpu, arguments), want, ROUNDING[dtype])
+    assert_same(run(op_on_gpu, arguments), want, FLASH_ROUNDING[dtype])
     assert dispatch.calls - before == {"flash4.forward": 1, "flash4.backward": 1}
 
 
@@ -239,10 +215,10 @@ def test_backward_of_another_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         flash4, "_not_faster", lambda facts, rival: "here" if facts.needs is None else None
     )
-    arguments = make(COVERED[0], torch.bfloat16)
+    arguments = make(FLASH_CASES[0], torch.bfloat16)
     want = run(reference_attention, arguments.to(torch.float64), with_lse=False)
     before = dispatch.calls.copy()
-    assert_same(run(op_on_gpu, arguments, with_lse=False), want, ROUNDING[torch.bfloat16])
+    assert_same(run(op_on_gpu, arguments, with_lse=False), want, FLASH_ROUNDING[torch.bfloat16])
     assert dispatch.calls - before == {"cudnn.forward": 1, "flash4.backward": 1}
 
 

@@ -41,7 +41,7 @@ PER_KEY = Case(
     alibi_slopes=True,
 )
 # rows of the bias that bulk copies can address (4 divides 52); its gradient is written where dq is
-# made if each batch has one, else by a kernel of its own
+# made if one or few batches share it, else by a kernel of its own
 TILES = (
     Case("bias-tiles", columns=52, bias_shape=(2, 6, 37, 52), params=P(0.3, True, 9, q_offset=16)),
     Case("bias-tiles-bool", columns=64, bias_shape=(2, 1, 37, 64), bias_dtype=torch.bool),
@@ -52,6 +52,16 @@ TILES = (
         params=P(0.3, True, softcap=3.0, dropout_p=0.2, q_offset=9),
         sinks=True,
         alibi_slopes=True,
+    ),
+    Case(
+        "bias-tiles-shared-by-many",
+        batch=9,
+        q_heads=2,
+        kv_heads=1,
+        rows=33,
+        columns=40,
+        size=8,
+        bias_shape=(2, 33, 40),
     ),
 )
 # several blocks of the size that a GPU gets, none of them full at the end
@@ -101,6 +111,22 @@ LARGE = (
             (256, 2, 1, torch.float32),
             (256, 1, 1, None),
         )
+    ),
+    # a launch for each batch, each of which fills a GPU
+    *(
+        Case(
+            f"large-bias-added-{size}-{dtype}",
+            batch=3,
+            q_heads=12,
+            kv_heads=6,
+            rows=1421,
+            columns=1424,
+            size=size,
+            bias_shape=(12, 1421, 1424),
+            bias_dtype=dtype,
+            params=P(1 / math.sqrt(size), causal=True, window_left=1000, q_offset=3),
+        )
+        for size, dtype in ((64, torch.float32), (128, None), (128, torch.float32))
     ),
     # what takes most of the shared memory at this size
     Case("large-256-dropout", rows=300, columns=333, size=256, params=P(0.06, dropout_p=0.2)),

@@ -19,8 +19,16 @@ from fxport.ops.layout import addressable, empty_heads
 from fxport.ops.params import AttentionParams
 from fxport.ops.triton.backward import delta_kernel, key_kernel, query_kernel
 from fxport.ops.triton.bias import bias_kernel, exact_norm_kernel
-from fxport.ops.triton.call import FARTHEST, INTERPRETED, Call, Incoming, layout_of, tile_descriptor
-from fxport.ops.triton.config import group_parts, padded_head_size
+from fxport.ops.triton.call import (
+    FARTHEST,
+    INTERPRETED,
+    Call,
+    Incoming,
+    comes_in_tiles,
+    layout_of,
+    tile_descriptor,
+)
+from fxport.ops.triton.config import Blocks, fills_the_gpu, group_parts, padded_head_size
 from fxport.ops.triton.forward import forward_kernel
 from fxport.ops.triton.launch import Launches, on_device_of_first
 from fxport.ops.triton.tiles import FLOAT_BIAS
@@ -30,6 +38,8 @@ __all__ = ["backward", "forward", "refuses"]
 MAX_HEAD_SIZE = 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DELTA_ROWS = 32
+# 16-bit sums of so few are as near as eager's, which rounds each batch's part
+_ADDED_BATCHES = 8
 _LINE = 128  # every kernel's block of rows divides it
 
 
@@ -112,7 +122,7 @@ def backward(
     incoming = _incoming(call, launches, out, lse, grad, grad_lse)
     dq = dk = dv = dbias = dsinks = dslopes = None
     of_keys = needs[3] and bias is not None and _same_in_all_rows(bias, call)
-    of_queries = needs[3] and bias is not None and _is_whole(bias, call)
+    of_queries = needs[3] and bias is not None and _made_with_dq(bias, call)
     if needs[0] or needs[5] or of_queries:
         dq, dslopes, dbias = _query_gradients(
             call, launches, incoming, needs[5], bias if of_queries else None
@@ -194,24 +204,28 @@ def _split_norm(call: Call, launches: Launches, norm: Tensor) -> Tensor:
 def _query_gradients(
     call: Call, launches: Launches, incoming: Incoming, slopes: bool, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dq; if wanted, the slopes' gradient [Hq] in float32; that of a bias that `_is_whole`."""
+    """dq; if wanted, the slopes' gradient [Hq] in float32; that of a bias, see `_made_with_dq`."""
     batch, heads, rows, size = call.q.shape
     dq = empty_heads(call.q, batch, heads, rows, size)
     dslope = incoming.delta.new_empty((batch, heads, rows)) if slopes else None
-    dbias = None if bias is None else bias.new_empty(bias.shape)
+    dbias = None if bias is None else bias.new_empty(_leading(bias))
     tensors = {
         **call.tensors(incoming),
         "dq_ptr": dq,
         "dslope_ptr": dslope,
         "dbias_ptr": dbias,
+        "dbias_desc": dbias,
     }
+    shared = dbias is not None and dbias.shape[0] < batch
 
-    def prepare() -> tuple[tuple[int], dict[str, Any]]:
-        blocks = call.blocks("query" if dbias is None else "query_grad")
-        return (triton.cdiv(rows, blocks.m) * batch * heads,), {
+    def prepare(kernel: str, first: int, batches: int) -> tuple[tuple[int], dict[str, Any]]:
+        blocks = call.blocks(kernel)
+        return (triton.cdiv(rows, blocks.m) * batches * heads,), {
             "dq_stride_b": dq.stride(0),
             "dq_stride_h": dq.stride(1),
             "dq_stride_t": dq.stride(2),
+            "dbias_stride_b": 0 if dbias is None or shared else dbias.stride(0),
+            "first_line": first * heads,
             "heads": heads,
             "size": size,
             "grad_scale": call.params.scale,
@@ -219,11 +233,18 @@ def _query_gradients(
             "RAGGED": call.k.shape[2] % blocks.n != 0,
             "SLOPE_GRAD": slopes,
             "BIAS_GRAD": dbias is not None,
+            "GRAD_ADDS": first > 0,
             **call.arguments(blocks, tensors),
+            **_written(dbias, blocks),
         }
 
-    launches.launch(query_kernel, tensors, prepare)
-    return dq, None if dslope is None else dslope.sum((0, 2)), dbias
+    each = 1 if shared else batch
+    for first in range(0, batch, each):
+        kernel = "query" if dbias is None else "query_add" if first else "query_grad"
+        prepared = partial(prepare, kernel, first, each)
+        launches.launch(query_kernel, tensors, prepared, f"{kernel} {first}")
+    found = None if bias is None or dbias is None else dbias.view(bias.shape)
+    return dq, None if dslope is None else dslope.sum((0, 2)), found
 
 
 def _key_gradients(
@@ -280,9 +301,23 @@ def _leading(bias: Tensor) -> tuple[int, ...]:
     return (*[1] * (4 - bias.dim()), *bias.shape)
 
 
-def _is_whole(bias: Tensor, call: Call) -> bool:
-    """Whether a bias is broadcast nowhere: its gradient is written where dq is made."""
-    return _leading(bias) == (*call.q.shape[:3], call.k.shape[2])
+def _made_with_dq(bias: Tensor, call: Call) -> bool:
+    """Whether a bias' gradient is written where dq is made.
+
+    For a bias of all heads and both lengths, which belongs to one batch, or to a few: those come
+    one after the other and add up in the bias' dtype.
+    """
+    batch, heads, rows, _ = call.q.shape
+    lead = _leading(bias)
+    if lead[1:] != (heads, rows, call.k.shape[2]):
+        return False
+    if lead[0] == batch:
+        return True
+    blocks = call.blocks_or_none("query_add")
+    in_tiles = lead[3] * bias.element_size() % 16 == 0
+    if blocks is None or batch > _ADDED_BATCHES or not in_tiles:
+        return False
+    return fills_the_gpu(triton.cdiv(rows, blocks.m) * heads, INTERPRETED)
 
 
 def _same_in_all_rows(bias: Tensor, call: Call) -> bool:
@@ -290,6 +325,13 @@ def _same_in_all_rows(bias: Tensor, call: Call) -> bool:
     rows, columns = call.q.shape[2], call.k.shape[2]
     one_row = bias.dim() < 2 or bias.shape[-2] == 1
     return one_row and rows > 1 and bias.shape[-1:] == (columns,) and columns > 1
+
+
+def _written(dbias: Tensor | None, blocks: Blocks) -> dict[str, Any]:
+    """How kernels write the bias' gradient [.., .., Tq, Tk]: in whole tiles, where they can."""
+    if dbias is None or not comes_in_tiles(dbias):
+        return {"dbias_desc": None, "GRAD_TILES": False}
+    return {"dbias_desc": tile_descriptor(dbias, blocks.m, blocks.n), "GRAD_TILES": True}
 
 
 def _summed(line: Tensor, bias: Tensor) -> Tensor:
@@ -309,6 +351,7 @@ def _bias_gradient(call: Call, launches: Launches, bias: Tensor, incoming: Incom
         dbias = bias.new_empty(shape)
     lines = {"norm_ptr": incoming.norm, "rest_ptr": incoming.rest, "delta_ptr": incoming.delta}
     tensors = {**call.tensors(), "grad_desc": incoming.grad, **lines, "dbias_ptr": dbias}
+    tensors["dbias_desc"] = None if sum_keys else dbias
 
     def prepare() -> tuple[tuple[int, int], dict[str, Any]]:
         blocks = call.blocks("bias_line" if sum_keys else "bias")
@@ -321,6 +364,7 @@ def _bias_gradient(call: Call, launches: Launches, bias: Tensor, incoming: Incom
             "served_heads": heads // dbias.shape[1],
             "SUM_KEYS": sum_keys,
             **call.arguments(blocks, tensors),
+            **_written(None if sum_keys else dbias, blocks),
         }
 
     launches.launch(bias_kernel, tensors, prepare)

@@ -23,6 +23,7 @@ from fxport.ops.triton.tiles import (
     FLOAT_BIAS,
     LOG2E,
     UNSPECIALIZED,
+    bias_gradient_places,
     bias_of_head,
     bias_tile,
     columns_of_rows,
@@ -30,6 +31,7 @@ from fxport.ops.triton.tiles import (
     keep_tile,
     rows_of_columns,
     score_tile,
+    store_bias_gradient,
 )
 
 __all__ = ["delta_kernel", "key_kernel", "query_kernel", "weight_tile"]
@@ -252,18 +254,18 @@ def key_kernel(
 
 @triton.jit
 def _along_the_keys(
-    dq, dslope, q, grad, norm, rest, delta, k_desc, v_desc, batch, kv_head, global_head,
-    row, i, low_i, high_i, begin, count, left, right_begin, rows, columns,
+    dq, dslope, q, grad, norm, rest, delta, k_desc, v_desc, batch, head, heads, kv_head,
+    global_head, dbias_b, row, i, low_i, high_i, begin, count, left, right_begin, rows, columns,
     scale, softcap, slope, q_offset, bias_ptr, bias_b, bias_h, bias_stride_i, bias_stride_j,
-    seed, threshold, keep_scale, dbias_ptr,
+    seed, threshold, keep_scale, dbias_ptr, dbias_desc,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr, PLAIN: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
     BIAS: tl.constexpr, DROPOUT: tl.constexpr, SLOPE_GRAD: tl.constexpr, BIAS_GRAD: tl.constexpr,
-    PRECISION: tl.constexpr,
+    GRAD_TILES: tl.constexpr, GRAD_ADDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds `count` blocks of keys to dq (and to each row's part of the slope's gradient).
 
-    BIAS_GRAD: writes the bias' gradient.
+    BIAS_GRAD: writes the bias' gradient; GRAD_ADDS: added to what is there.
     """
     for step in tl.range(0, count):
         block = begin + step
@@ -273,6 +275,12 @@ def _along_the_keys(
         j = column + tl.arange(0, BLOCK_N)
         k = k_desc.load([batch, kv_head, column, 0]).reshape(BLOCK_N, BLOCK_D)
         v = v_desc.load([batch, kv_head, column, 0]).reshape(BLOCK_N, BLOCK_DV)
+        if GRAD_ADDS:  # asked for first: it is there when the products are
+            places, inside = bias_gradient_places(
+                dbias_ptr, dbias_b, head, heads, row, column, rows, columns,
+                BLOCK_M, BLOCK_N, GRAD_TILES,
+            )  # fmt: skip
+            before = tl.load(places, mask=inside, other=0.0)
         qk = tl.dot(q, k.T, input_precision=PRECISION)
         dp = tl.dot(grad, v.T, input_precision=PRECISION)
         bias = bias_tile(
@@ -291,11 +299,13 @@ def _along_the_keys(
         if SLOPE_GRAD:
             dslope += tl.sum(ds * (j[None, :] - (i + q_offset)[:, None]).to(tl.float32), 1)
         if BIAS_GRAD:
-            tl.store(
-                dbias_ptr + i.to(tl.int64)[:, None] * columns + j[None, :],
-                ds.to(dbias_ptr.dtype.element_ty),
-                mask=(i < rows)[:, None] & (j < columns)[None, :],
-            )
+            written = ds
+            if GRAD_ADDS:
+                written += before.to(tl.float32)
+            store_bias_gradient(
+                dbias_ptr, dbias_desc, dbias_b, head, heads, row, column, rows, columns, written,
+                BLOCK_M, BLOCK_N, GRAD_TILES,
+            )  # fmt: skip
         if SOFTCAP:
             ds *= 1.0 - tanh * tanh
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -305,26 +315,29 @@ def _along_the_keys(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def query_kernel(
     q_desc, k_desc, v_desc, grad_desc, norm_desc, rest_desc, delta_desc, dq_ptr, dslope_ptr,
-    dbias_ptr, bias_ptr, slopes_ptr, seed_ptr, first_ptr, end_ptr,
-    dq_stride_b, dq_stride_h, dq_stride_t,
+    dbias_ptr, dbias_desc, bias_ptr, slopes_ptr, seed_ptr, first_ptr, end_ptr,
+    dq_stride_b, dq_stride_h, dq_stride_t, dbias_stride_b,
     bias_stride_b, bias_stride_h, bias_stride_i, bias_stride_j,
-    heads, group, rows, columns, size, low, high, q_offset, head_offset,
+    first_line, heads, group, rows, columns, size, low, high, q_offset, head_offset,
     scale, grad_scale, softcap, threshold, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr,
     PLAIN: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
     DROPOUT: tl.constexpr, SLOPE_GRAD: tl.constexpr, BIAS_GRAD: tl.constexpr,
-    PRECISION: tl.constexpr,
+    GRAD_TILES: tl.constexpr, GRAD_ADDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, and per row the sum over j of ds * (j - a). Grid as in forward.
 
-    With BIAS_GRAD also the gradient of a bias that is not broadcast.
+    With BIAS_GRAD also the gradient of a bias of all heads and both lengths. Where all batches
+    share it, each is a launch (`first_line`: its first head); those after the first add to what is
+    there (GRAD_ADDS).
     """
     blocks = tl.cdiv(rows, BLOCK_M)
     lines = tl.num_programs(0) // blocks
-    line = tl.program_id(0) % lines
+    line = first_line + tl.program_id(0) % lines
     batch = line // heads
     head = line % heads
+    dbias_b = tl.where(dbias_stride_b == 0, 0, batch)
     kv_head = head // group
     row = (blocks - 1 - tl.program_id(0) // lines) * BLOCK_M  # the longest first, as in forward
     i = row + tl.arange(0, BLOCK_M)
@@ -337,16 +350,15 @@ def query_kernel(
     )  # fmt: skip
     slope = tl.load(slopes_ptr + head).to(tl.float32) if ALIBI else 0.0
     seed = tl.load(seed_ptr) if DROPOUT else 0
-    if BIAS_GRAD:
-        dbias_ptr += line.to(tl.int64) * rows * columns
+    if BIAS_GRAD and not GRAD_ADDS:
         for step in tl.range(0, tl.cdiv(columns, BLOCK_N) - (end - begin)):  # what no row sees
             column = tl.where(step < begin, step, step + end - begin) * BLOCK_N
-            j = column + tl.arange(0, BLOCK_N)
-            tl.store(
-                dbias_ptr + i.to(tl.int64)[:, None] * columns + j[None, :],
-                tl.zeros([BLOCK_M, BLOCK_N], dbias_ptr.dtype.element_ty),
-                mask=(i[:, None] < rows) & (j[None, :] < columns),
-            )
+            places, inside = bias_gradient_places(
+                dbias_ptr, dbias_b, head, heads, row, column, rows, columns,
+                BLOCK_M, BLOCK_N, GRAD_TILES,
+            )  # fmt: skip
+            zero = tl.zeros([BLOCK_M, BLOCK_N], dbias_ptr.dtype.element_ty)
+            tl.store(places, zero, mask=inside)
     norm = norm_desc.load([line, row]).reshape(BLOCK_M)
     rest = norm
     if FLOAT_BIAS & BIAS:
@@ -363,22 +375,26 @@ def query_kernel(
     dslope = tl.zeros([BLOCK_M], tl.float32)
 
     dq, dslope = _along_the_keys(
-        dq, dslope, q, grad, norm, rest, delta, k_desc, v_desc, batch, kv_head,
-        head + head_offset, row, i, low_i, high_i,
+        dq, dslope, q, grad, norm, rest, delta, k_desc, v_desc, batch, head, heads, kv_head,
+        head + head_offset, dbias_b, row, i, low_i, high_i,
         full_begin, full_end - full_begin, 0, 0, rows, columns,
         scale, softcap, slope, q_offset, bias_ptr, bias_b, bias_h, bias_stride_i, bias_stride_j,
-        seed, threshold, keep_scale, dbias_ptr, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False,
-        PLAIN, SOFTCAP, ALIBI, BIAS, DROPOUT, SLOPE_GRAD, BIAS_GRAD, PRECISION,
+        seed, threshold, keep_scale, dbias_ptr, dbias_desc,
+        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False,
+        PLAIN, SOFTCAP, ALIBI, BIAS, DROPOUT, SLOPE_GRAD, BIAS_GRAD, GRAD_TILES, GRAD_ADDS,
+        PRECISION,
     )  # fmt: skip
     if HAS_LOW or HAS_HIGH or PACKED or RAGGED:
         left = full_begin - begin
         dq, dslope = _along_the_keys(
-            dq, dslope, q, grad, norm, rest, delta, k_desc, v_desc, batch, kv_head,
-            head + head_offset, row, i, low_i, high_i,
+            dq, dslope, q, grad, norm, rest, delta, k_desc, v_desc, batch, head, heads, kv_head,
+            head + head_offset, dbias_b, row, i, low_i, high_i,
             begin, left + end - full_end, left, full_end, rows, columns,
             scale, softcap, slope, q_offset, bias_ptr, bias_b, bias_h, bias_stride_i, bias_stride_j,
-            seed, threshold, keep_scale, dbias_ptr, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True,
-            PLAIN, SOFTCAP, ALIBI, BIAS, DROPOUT, SLOPE_GRAD, BIAS_GRAD, PRECISION,
+            seed, threshold, keep_scale, dbias_ptr, dbias_desc,
+        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True,
+            PLAIN, SOFTCAP, ALIBI, BIAS, DROPOUT, SLOPE_GRAD, BIAS_GRAD, GRAD_TILES, GRAD_ADDS,
+            PRECISION,
         )  # fmt: skip
 
     d = tl.arange(0, BLOCK_D)[None, :]

@@ -29,6 +29,7 @@ from fxport.ops.triton.tiles import (
     keep_tile,
     rows_of_columns,
     score_tile,
+    store_bias_gradient,
 )
 
 __all__ = ["bias_kernel", "exact_norm_kernel"]
@@ -108,7 +109,7 @@ def exact_norm_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def bias_kernel(
-    q_desc, k_desc, v_desc, grad_desc, norm_ptr, rest_ptr, delta_ptr, dbias_ptr,
+    q_desc, k_desc, v_desc, grad_desc, norm_ptr, rest_ptr, delta_ptr, dbias_ptr, dbias_desc,
     bias_ptr, slopes_ptr, seed_ptr, first_ptr, end_ptr,
     bias_stride_b, bias_stride_h, bias_stride_i, bias_stride_j,
     heads, group, line_length, bias_heads, served_batches, served_heads, rows, columns,
@@ -116,7 +117,7 @@ def bias_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, PACKED: tl.constexpr,
     SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
-    SUM_KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    SUM_KEYS: tl.constexpr, GRAD_TILES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of rows * blocks of keys, lead), with one block of keys where they are summed.
 
@@ -185,15 +186,12 @@ def bias_kernel(
             dp = tl.where(keep, dp * keep_scale, 0.0)
         total += p * (dp - delta[:, None])
 
-    i = row + tl.arange(0, BLOCK_M)
-    j = column + tl.arange(0, BLOCK_N)
     if SUM_KEYS:
+        i = row + tl.arange(0, BLOCK_M)
         dbias_ptr += tl.program_id(1).to(tl.int64) * rows
         tl.store(dbias_ptr + i, tl.sum(total, 1), mask=i < rows)
     else:
-        dbias_ptr += tl.program_id(1).to(tl.int64) * rows * columns
-        tl.store(
-            dbias_ptr + i.to(tl.int64)[:, None] * columns + j[None, :],
-            total.to(dbias_ptr.dtype.element_ty),
-            mask=(i[:, None] < rows) & (j[None, :] < columns),
-        )
+        store_bias_gradient(
+            dbias_ptr, dbias_desc, batch, head, bias_heads, row, column, rows, columns, total,
+            BLOCK_M, BLOCK_N, GRAD_TILES,
+        )  # fmt: skip

@@ -36,6 +36,7 @@ __all__ = [
     "INTERPRETED",
     "Call",
     "Incoming",
+    "comes_in_tiles",
     "launches_of",
     "layout_of",
     "tile_descriptor",
@@ -82,7 +83,7 @@ def _segments(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor]:
     return cu_seqlens.index_select(0, segment), cu_seqlens[1:].index_select(0, segment)
 
 
-def _comes_in_tiles(bias: Tensor) -> bool:
+def comes_in_tiles(bias: Tensor) -> bool:
     """Whether bulk copies can address the tiles of an expanded bias that varies along both axes."""
     unit = 16 // bias.element_size()
     *lead, rows, keys = bias.stride()
@@ -164,7 +165,7 @@ class Call:
             bias = bias.expand(q.shape[0], q.shape[1], rows, columns)
             kind |= BIAS_ROWS.value if bias.stride(2) else 0
             kind |= BIAS_KEYS.value if bias.stride(3) else 0
-            kind |= BIAS_TILES.value if _comes_in_tiles(bias) else 0
+            kind |= BIAS_TILES.value if comes_in_tiles(bias) else 0
         first, end = (None, None) if cu_seqlens is None else _segments(cu_seqlens, rows)
         return Call(
             addressable(q), addressable(k), addressable(v), bias, kind,
@@ -229,6 +230,12 @@ class Call:
 
     def blocks(self, kernel: str) -> Blocks:
         """The block shapes of one of the kernels."""
+        blocks = self.blocks_or_none(kernel)
+        assert blocks is not None, kernel
+        return blocks
+
+    def blocks_or_none(self, kernel: str) -> Blocks | None:
+        """Likewise of one that not every kind of call has."""
         if self.bias is not None and self.has_bias_tiles and not kernel.startswith("bias"):
             kernel += "_wide_bias" if self.bias.element_size() > 2 else "_bias"
         elif self.crowded and kernel in ("query", "key_only"):

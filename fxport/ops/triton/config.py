@@ -14,7 +14,15 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["HALF", "SINGLE", "Blocks", "blocks_for", "group_parts", "padded_head_size"]
+__all__ = [
+    "HALF",
+    "SINGLE",
+    "Blocks",
+    "blocks_for",
+    "fills_the_gpu",
+    "group_parts",
+    "padded_head_size",
+]
 
 
 @dataclass(frozen=True)
@@ -28,7 +36,8 @@ class Blocks:
 
 
 # "_bias": with whole tiles of a bias, which have to fit as well; "_wide_bias": of a float32 one;
-# "_grad": writes its gradient; "_only": dk and dv apart, see `Call.keys_apart`
+# "_grad": writes its gradient; "_add": adds it to that of other batches (other kernels do it where
+# there is no entry); "_only": dk and dv apart, see `Call.keys_apart`
 HALF: dict[str, dict[int, Blocks]] = {
     "forward": {
         64: Blocks(64, 128, 4, 2),
@@ -75,15 +84,17 @@ HALF: dict[str, dict[int, Blocks]] = {
         256: Blocks(128, 32, 8, 2),
     },
     "query_grad_bias": {
-        64: Blocks(128, 64, 4, 3),
+        64: Blocks(64, 64, 4, 3),
         128: Blocks(128, 64, 8, 3),
         256: Blocks(128, 32, 8, 2),
     },
     "query_grad_wide_bias": {
-        64: Blocks(128, 64, 4, 3),
+        64: Blocks(64, 64, 4, 2),
         128: Blocks(128, 64, 8, 2),
-        256: Blocks(128, 32, 8, 2),
+        256: Blocks(64, 32, 4, 2),  # with 128 rows, dropout and all else do not fit
     },
+    "query_add_bias": {64: Blocks(64, 64, 4, 3), 128: Blocks(128, 64, 8, 3)},
+    "query_add_wide_bias": {64: Blocks(64, 64, 4, 2), 128: Blocks(64, 32, 4, 3)},
     "bias": {64: Blocks(128, 64, 8, 2), 128: Blocks(64, 128, 4, 1), 256: Blocks(128, 64, 8, 1)},
     "bias_line": {
         64: Blocks(128, 64, 8, 2),
@@ -132,6 +143,11 @@ def group_parts(programs: int, group: int, interpreted: bool) -> int:
     return next((n for n in parts if n * programs >= wanted), group)
 
 
+def fills_the_gpu(programs: int, interpreted: bool) -> bool:
+    """Whether a launch alone is worth its time; by sizes alone, as `group_parts`."""
+    return programs >= (4 if interpreted else _MANY_PROGRAMS // 2)
+
+
 def padded_head_size(size: int) -> int:
     """The tile width for a head size: a power of two, at least 16 (the least that tl.dot takes)."""
     return max(16, 1 << (size - 1).bit_length())
@@ -139,9 +155,9 @@ def padded_head_size(size: int) -> int:
 
 def blocks_for(
     kernel: str, dtype: torch.dtype, size: int, v_size: int, interpreted: bool
-) -> Blocks:
-    """The entry for a kernel (a key of the tables) and head sizes of at most 256."""
+) -> Blocks | None:
+    """The entry, if any, for a kernel (a key of the tables) and head sizes of at most 256."""
     if interpreted:
         return _INTERPRETED
     table = SINGLE if dtype == torch.float32 else HALF
-    return table[kernel][max(64, padded_head_size(max(size, v_size)))]
+    return table.get(kernel, {}).get(max(64, padded_head_size(max(size, v_size))))

@@ -25,6 +25,7 @@ __all__ = [
     "FLOAT_BIAS",
     "LOG2E",
     "UNSPECIALIZED",
+    "bias_gradient_places",
     "bias_of_head",
     "bias_tile",
     "columns_of_rows",
@@ -32,6 +33,7 @@ __all__ = [
     "keep_tile",
     "rows_of_columns",
     "score_tile",
+    "store_bias_gradient",
 ]
 
 # compiled once for all values: lengths change from call to call
@@ -207,3 +209,38 @@ def keep_tile(
     else:
         words = words.reshape(i.shape[0], BLOCK_N)
     return words >= threshold
+
+
+@triton.jit
+def bias_gradient_places(
+    dbias_ptr, batch, head, heads, row, column, rows, columns,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Pointers to a tile of the bias' gradient [.., heads, rows, columns], and which are inside.
+
+    TILES: rows are aligned to 16 bytes. The compiler, which does not know `columns`, has to be told
+    or it moves number by number.
+    """
+    unit: tl.constexpr = 128 // dbias_ptr.dtype.element_ty.primitive_bitwidth if TILES else 1
+    length = columns // unit * unit
+    i = row + tl.arange(0, BLOCK_M)
+    j = column + tl.arange(0, BLOCK_N)
+    line = (batch.to(tl.int64) * heads + head) * rows * length
+    places = dbias_ptr + line + i.to(tl.int64)[:, None] * length + j[None, :]
+    return places, (i[:, None] < rows) & (j[None, :] < length)
+
+
+@triton.jit
+def store_bias_gradient(
+    dbias_ptr, dbias_desc, batch, head, heads, row, column, rows, columns, tile,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Writes a tile of the bias' gradient: as a whole by a bulk copy, where TILES."""
+    tile = tile.to(dbias_ptr.dtype.element_ty)
+    if TILES:
+        dbias_desc.store([batch, head, row, column], tile.reshape(1, 1, BLOCK_M, BLOCK_N))
+    else:
+        places, inside = bias_gradient_places(
+            dbias_ptr, batch, head, heads, row, column, rows, columns, BLOCK_M, BLOCK_N, TILES
+        )
+        tl.store(places, tile, mask=inside)
