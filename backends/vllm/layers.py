@@ -78,4 +78,6 @@ class PagedAttention(nn.Module):
         x = x.transpose(1, 2).to(self.dtype)
         if x.shape[-1] != self.padded:
             x = F.pad(x, (0, self.padded - x.shape[-1]))
-        return x.reshape(-1, x.shape[2] * self.padded)
+        flat = x.reshape(-1, x.shape[2] * self.padded)
+        # Kernels take rows at any distance, but of neighbouring numbers (not `conv1d`'s columns).
+        return flat if flat.stride(1) == 1 else flat.contiguous()

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import sympy
@@ -21,8 +22,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
+from fxport.capture import rephrase
 from fxport.capture.emitter import symbolic_tokens
-from fxport.capture.location import is_library
+from fxport.capture.location import is_library, watches
 from fxport.capture.questions import answer, by_shapes, near, numbers_in
 from fxport.capture.sample import device_of, take_sample
 from fxport.capture.trace import quiet
@@ -68,7 +70,7 @@ def user_questions() -> Iterator[list[Question]]:
 
     def noting(key: tuple[Any, str]) -> Callable[[Any], Any]:
         def asked(value: Any) -> Any:
-            frame = sys._getframe(1)
+            frame = _asking(sys._getframe(1))
             file = frame.f_code.co_filename
             if file.startswith("<") or not is_library(file):  # a model may be typed in
                 line = file, frame.f_lineno, frame.f_code.co_name
@@ -84,6 +86,14 @@ def user_questions() -> Iterator[list[Question]]:
     finally:
         for (cls, name), method in own.items():
             setattr(cls, name, method)
+
+
+def _asking(frame: FrameType) -> FrameType:
+    """The frame that asks; of a call that is said in other words, the one that made it."""
+    if frame.f_code.co_filename == rephrase.__file__:
+        while watches(frame) and frame.f_back is not None:
+            frame = frame.f_back
+    return frame
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ __all__ = [
     "module_of",
     "record_user_lines",
     "user_location",
+    "watches",
 ]
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
@@ -73,7 +74,8 @@ def is_library(file: str) -> bool:
     return file.startswith(_STDLIB) and "site-packages" not in file
 
 
-def _watches(frame: FrameType) -> bool:
+def watches(frame: FrameType) -> bool:
+    """Whether a frame is of what stands between the user's call and torch during a trace."""
     file, _, function = _line_of(frame)
     return file.startswith(_OWN) or (is_library(file) and function == "__torch_function__")
 
@@ -107,7 +109,7 @@ def _calling_line() -> tuple[str, int, str] | None:
 def line_of_user(frame: FrameType | None, *, alone: bool = False) -> Location | None:
     """The line of the user's innermost running frame from `frame` on; with `alone`, only where
     nothing but what watches a trace is in between."""
-    while frame is not None and (_watches(frame) if alone else is_library(_line_of(frame)[0])):
+    while frame is not None and (watches(frame) if alone else is_library(_line_of(frame)[0])):
         frame = frame.f_back
     if frame is None or is_library(frame.f_code.co_filename):
         return None

@@ -4,6 +4,7 @@ x.data                                       ->  x.detach()
 F.pad(x, (0, 0))                             ->  x.clone()
 x.type_as(other)                             ->  x.to(other.dtype): no value of `other` matters
 torch._weight_norm(v, g, dim)                ->  v * (g / |v|)
+sdpa(q, k, v, is_causal=T > 1)               ->  sdpa(q, k, v, is_causal=bool(T > 1))
 torch.hstack([x, y])                         ->  torch.cat([x, y], 1), of vectors along 0
 nn.TransformerEncoder(...)(x, mask=m)        ->  the same, without looking into m whether it is
                                                  causal: the layers get m itself
@@ -17,6 +18,7 @@ Dynamo is told of the encoder (and decoder) alone; the rest it traces, or says.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -41,18 +43,28 @@ def rephrased() -> Iterator[None]:
     """For the time of a trace."""
     detect, written = transformer._detect_is_causal_mask, torch.SymInt.__repr__
     transformer._detect_is_causal_mask = _as_stated
+    attention = F.scaled_dot_product_attention
 
     def number(size: torch.SymInt) -> str:
         user = not is_library(sys._getframe(1).f_code.co_filename)
         return repr(int(size)) if user else written(size)
 
+    @functools.wraps(attention)
+    def said_causal(*args: Any, **kwargs: Any) -> Any:
+        # Torch's own parser refuses such an argument before any mode sees the call.
+        args = tuple(bool(a) if isinstance(a, torch.SymBool) else a for a in args)
+        kwargs = {k: bool(a) if isinstance(a, torch.SymBool) else a for k, a in kwargs.items()}
+        return attention(*args, **kwargs)
+
     torch.SymInt.__repr__ = number  # type: ignore[method-assign]
+    F.scaled_dot_product_attention = said_causal
     try:
         with LargestCounted(), _Rephrase(), vmap_as_loop():
             yield
     finally:
         transformer._detect_is_causal_mask = detect
         torch.SymInt.__repr__ = written  # type: ignore[method-assign]
+        F.scaled_dot_product_attention = attention
 
 
 def _as_stated(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:

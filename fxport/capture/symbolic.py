@@ -53,7 +53,7 @@ def trace_symbolically(model: nn.Module, *, every_pair: bool = True, needed: int
     """
     state = State(model)
     with watch_attributes(model) as attributes, user_questions() as questions:
-        exported, hint = _export(model, needed)
+        exported, hint = _export(model, needed, state)
     paths = state.changes()
     state.restore()
     if kept := attributes.kept():
@@ -105,14 +105,21 @@ def _export_at(model: nn.Module, length: int) -> torch.export.ExportedProgram:
     return export(model, (ids,), {token_argument(model): dynamic})
 
 
-def _export(model: nn.Module, needed: int) -> tuple[torch.export.ExportedProgram, int]:
-    """The exported model, and the length at which it was traced."""
+def _export(
+    model: nn.Module, needed: int, state: State
+) -> tuple[torch.export.ExportedProgram, int]:
+    """The exported model, and the length at which it was traced.
+
+    Args:
+        state: of the model before; a trace that fails leaves none of its symbols behind.
+    """
     errors: list[Exception] = []
     for length in _LENGTHS:
         try:
             return _export_at(model, length), length
         except Exception as error:  # any failure of user code; all of them are reported below
             errors.append(error)
+            state.restore()
             if length <= needed:
                 break
     # The shortest length failed too: the cause is not a limit. The first error is the plainest.

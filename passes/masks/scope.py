@@ -172,6 +172,8 @@ def _is_local(node: fx.Node, symbols: Sequence[sympy.Symbol]) -> bool:
         return _between_lengths(shape_of(before), symbols) == _between_lengths(
             shape_of(node), symbols
         )
+    if packet is aten.repeat:
+        return _expands(node)
     known = (_POINTWISE, _FACTORIES, _SHAPES, _PREFIXES, _LOOKUPS)
     if not any(packet in group for group in known):
         return False
@@ -179,6 +181,13 @@ def _is_local(node: fx.Node, symbols: Sequence[sympy.Symbol]) -> bool:
     if packet in (aten.slice, aten.select, aten.narrow) and counts_from_end(given):
         return False
     return not any(_varies(value) for name, value in given.items() if name not in _SHAPE_ARGUMENTS)
+
+
+def _expands(repeat: fx.Node) -> bool:
+    """Whether it is an expand: what is there several times had one entry."""
+    after, before = shape_of(repeat), shape_of(repeat.args[0])  # type: ignore[arg-type]
+    new = (1,) * (len(after) - len(before))
+    return all(a in (1, b) for a, b in zip(new + before, after, strict=True))
 
 
 def _between_lengths(shape: tuple[Any, ...], symbols: Sequence[sympy.Symbol]) -> list[Any]:

@@ -133,10 +133,22 @@ def _cosine_similarity(call: Call) -> Axes:
 
 @rule(aten.conv1d, aten.conv2d, aten.conv3d)
 def _convolution(call: Call) -> Axes:
-    axes = call.of("input")
-    for dim in axes[1:]:
-        free(dim, "a convolution")
-    return (axes[0], *(call.symbols.factor(s) for s in call.sizes()[1:]))
+    """A kernel of one entry that stands on every entry in turn is a projection of each."""
+    axes, kernel = call.of("input"), shape_of(call.arguments["weight"])
+    first = len(axes) - len(kernel) + 2  # dimension that the kernel moves along
+    free(axes[first - 1], "a convolution")
+    for given in ("weight", "bias"):
+        for dim in call.of(given) if call.arguments[given] is not None else ():
+            free(dim, f"a convolution's {given}")
+    steps, padding, sizes = call.arguments["stride"], call.arguments["padding"], call.sizes()
+    in_turn = set(steps) == {1} and (isinstance(padding, str) or set(padding) == {0})
+    result = [*axes[: first - 1], call.symbols.factor(sizes[first - 1])]
+    for d in range(first, len(axes)):
+        alone = in_turn and kernel[d - len(axes)] == 1
+        if not alone:
+            free(axes[d], "a convolution")
+        result.append(axes[d] if alone else call.symbols.factor(sizes[d]))
+    return tuple(result)
 
 
 @rule(aten.batch_norm)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxport
@@ -50,5 +51,32 @@ def test_time_first(name: str, tmp_path: Path) -> None:
     prompts = [torch.randint(0, 61, (n,), generator=generator).tolist() for n in (1, 4, 33)]
     asked = Turned(model) if name in time_first.EXACT else model
     expected = [recompute(asked, p, 8) for p in prompts]
+    with engine(directory, max_num_batched_tokens=24, max_num_seqs=8) as llm:
+        assert_same(generate(llm, prompts, 8), expected)
+
+
+class Convolved(nn.Module):
+    """Every projection is a convolution over one token: queries and keys are columns in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(61, 64), nn.Linear(64, 61)
+        self.into = nn.ModuleList(nn.Conv1d(64, 192, 1) for _ in range(4))
+        self.out = nn.ModuleList(nn.Conv1d(64, 64, 1) for _ in range(4))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids).transpose(1, 2)
+        for into, out in zip(self.into, self.out, strict=True):
+            q, k, v = into(x).unflatten(1, (3, 2, 32)).transpose(-1, -2).unbind(1)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + out(y.transpose(-1, -2).flatten(1, 2))
+        return self.head(x.transpose(1, 2))
+
+
+def test_keys_that_are_columns(tmp_path: Path) -> None:
+    model = sharpened(Convolved, seed=2)
+    directory = fxport.port(model).save(tmp_path / "port")
+    prompts = [[5], [7, 3, 11, 60], list(range(33))]
+    expected = [recompute(model, p, 8) for p in prompts]
     with engine(directory, max_num_batched_tokens=24, max_num_seqs=8) as llm:
         assert_same(generate(llm, prompts, 8), expected)

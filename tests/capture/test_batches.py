@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxport.capture.batches import asked_about_rows
@@ -54,7 +55,14 @@ def _as_a_number(x: Tensor, y: Tensor) -> Tensor:
     return x + y if int(x.shape[0]) == 1 else x - y
 
 
-@pytest.mark.parametrize("combine", [_one_row, _more_than_two, _every_third, _far, _as_a_number])
+def _causal_rows(x: Tensor, y: Tensor) -> Tensor:
+    return y + F.scaled_dot_product_attention(x, x, x, is_causal=x.shape[0] > 1)
+
+
+_DEPENDING = [_one_row, _more_than_two, _every_third, _far, _as_a_number, _causal_rows]
+
+
+@pytest.mark.parametrize("combine", _DEPENDING)
 def test_what_depends_on_the_number_of_rows_is_refused(combine: Callable[..., Tensor]) -> None:
     with pytest.raises(PortError) as refused:
         capture(_Asks(combine))

@@ -10,6 +10,8 @@ import fxport
 from fxport.capture.clone import clone_for_capture
 from fxport.capture.export import capture
 from fxport.capture.lengths import trace_at_lengths
+from fxport.capture.sample import take_sample
+from fxport.capture.symbolic import trace_symbolically
 from fxport.errors import PortError
 from tests.capture.test_one_more import LONGEST, Masked
 from tests.zoo.called import VOCAB, Tiny
@@ -51,6 +53,38 @@ class Grows(Tiny):
 def test_samples_after_an_earlier_call_are_taken_once(traced):
     trace_at_lengths(clone_for_capture(Grows().eval()))
     assert len(traced) == len(set(traced))
+
+
+class Table:
+    """No module: keeps how many rows it has, and doubles them."""
+
+    length = 0
+
+    def rows(self, count: int) -> Tensor:
+        if count > self.length:
+            self.length = max(count, 2 * self.length)
+            self.values = torch.arange(self.length)[:, None] * 0.5
+        return self.values[:count]
+
+
+class Kept(Tiny):
+    """Has such a table, and then something that no symbol can be: a key."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = Table()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits = super().forward(ids) + self.table.rows(ids.shape[1])
+        return {ids.shape[1]: logits}[ids.shape[1]]
+
+
+def test_a_trace_that_fails_leaves_no_symbols_in_plain_objects():
+    clone = clone_for_capture(Kept().eval())
+    with pytest.raises(PortError):  # no symbol at any length; plain lengths are tried then
+        trace_symbolically(clone)
+    assert vars(clone.table) == {}
+    assert take_sample(clone, 3, 37).length == 37
 
 
 class Float(Tiny):

@@ -6,13 +6,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxport
+from fxport.capture.arguments import arguments
 from fxport.capture.export import capture
 from fxport.capture.rephrase import rephrased
 from fxport.errors import PortError
+from tests.zoo.called import Tiny
 from tests.zoo.gpt import GPT
 
 
@@ -43,6 +46,25 @@ def test_hstack_is_cat(shape: tuple[int, ...]) -> None:
         gm = make_fx(lambda *given: torch.hstack(given), pre_dispatch=True)(*parts)
     assert gm.graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default)
     assert gm(*parts).equal(torch.hstack(parts))
+
+
+class _Causal(Tiny):
+    """Masks unless there is one token, as models with a cache do; by keyword, and by place."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = super().forward(ids)[:, None]
+        attend = F.scaled_dot_product_attention
+        x = x + attend(x, x, x, is_causal=ids.shape[1] > 1)
+        return attend(x, x, x, None, 0.0, x.shape[2] == ids.shape[1])[:, 0]
+
+
+def test_causal_by_a_comparison_of_sizes() -> None:
+    captured = capture(_Causal().eval())
+    assert captured.symbolic
+    attention = torch.ops.aten.scaled_dot_product_attention.default
+    calls = captured.graph.graph.find_nodes(op="call_function", target=attention)
+    assert [a["is_causal"] for a in map(arguments, calls[-2:])] == [True, True]
+    assert F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
 
 
 def _head(q: torch.Tensor, pair: tuple[torch.Tensor, torch.Tensor], scale: float) -> object:

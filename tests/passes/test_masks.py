@@ -60,12 +60,15 @@ def test_one_flipped_entry_is_no_band(size: int, data: Any) -> None:
         assert found is None
 
 
-def window(qkv: Tensor, width: int) -> Tensor:
+def masked(qkv: Tensor, allowed: Tensor) -> Tensor:
     q, k, v = heads_first(qkv)
-    i = torch.arange(q.size(2))
-    distance = i[:, None] - i[None, :]
-    allowed = (distance >= 0) & (distance < width)
     return finish((q @ k.mT).masked_fill(~allowed, float("-inf")).softmax(-1), v)
+
+
+def window(qkv: Tensor, width: int) -> Tensor:
+    i = torch.arange(qkv.shape[2])
+    distance = i[:, None] - i[None, :]
+    return masked(qkv, (distance >= 0) & (distance < width))
 
 
 @pytest.mark.parametrize("width", [1, 2, 64, 200])
@@ -76,6 +79,29 @@ def test_windows_longer_than_the_traced_length(width: int) -> None:
     assert found.result.sites[0].params.window_left == width - 1
     longer = torch.randn(3, 1, max(2 * width, 5), 4, 6, dtype=torch.float64)
     compare(module, found.graph, [longer])
+
+
+def test_a_mask_that_is_repeated_for_every_head_and_row() -> None:
+    def repeated(qkv: Tensor) -> Tensor:
+        _, b, t, h, _ = qkv.shape
+        causal = torch.ones(t, t, dtype=torch.bool).tril()
+        return masked(qkv, causal[None].repeat(b, 1, 1).unsqueeze(1).repeat(1, h, 1, 1))
+
+    data = torch.randn(3, 2, 9, 4, 6, dtype=torch.float64)
+    found = rewrite(trace_training(Site(repeated), [data], {0: (1, 2)}))
+    assert [s.mask for s in found.result.sites] == ["causal"]
+    compare(Site(repeated), found.graph, [torch.randn(3, 3, 17, 4, 6, dtype=torch.float64)])
+
+
+def test_positions_that_come_again_after_the_length_are_no_positions() -> None:
+    def again(qkv: Tensor) -> Tensor:
+        t = qkv.shape[2]
+        i = torch.arange(t).repeat(2)[:t]  # entry T is the first: known for one length only
+        return masked(qkv, i[None, :] <= i[:, None])
+
+    data = torch.randn(3, 2, 9, 4, 6, dtype=torch.float64)
+    found = rewrite(trace_training(Site(again), [data], {0: (1, 2)}))
+    assert [s.bias for s in found.result.sites] == ["constant"]
 
 
 def test_a_plain_length_says_nothing_about_longer_ones() -> None:

@@ -165,7 +165,19 @@ def largest_so_far(self, x, idx):
     return x.cummax(1).values  # HERE
 
 
+def moved_by_padding(self, x, idx):
+    y = F.conv1d(x.transpose(1, 2), self.mix.weight[..., None], padding=1)  # HERE
+    return y[..., : x.shape[1]].transpose(1, 2)
+
+
+def a_kernel_made_of_tokens(self, x, idx):
+    scores = F.conv1d(x.transpose(1, 2), x.flatten(0, 1)[..., None])  # HERE
+    return x * scores.mean(1)[..., None]
+
+
 MIXING = [
+    (moved_by_padding, ReasonCode.MIXES_TOKENS),
+    (a_kernel_made_of_tokens, ReasonCode.MIXES_TOKENS),
     (einsum_with_dots_over_tokens, ReasonCode.MIXES_TOKENS),
     (vector_over_tokens, ReasonCode.MIXES_TOKENS),
     (tensor_product_over_tokens, ReasonCode.MIXES_TOKENS),
@@ -359,7 +371,14 @@ def statistics(self, x, idx):
     return (x - mean) / spread + x.cummax(-1).values / (high - low)
 
 
+def convolved_alone(self, x, idx):
+    y = F.conv1d(x.transpose(1, 2), self.mix.weight[..., None], self.mix.bias)
+    y = F.conv1d(y, self.mix.weight[:, :6, None], padding="same", groups=4)
+    return F.conv2d(y[..., None, :], self.mix.weight[..., None, None])[:, :, 0].transpose(1, 2)
+
+
 LOCAL = [
+    (convolved_alone, 0),
     (einsum_with_dots, 0), (vector_products, 0), (tensor_product, 0), (group_norm, 0),
     (similarity, 0), (slopes, 0),
     (statistics, 0),
