@@ -1,20 +1,23 @@
-"""Scores that one einsum makes of three tensors or more, as a chain of products of two.
+"""What one einsum makes of three tensors or more, as a chain of products of two.
 
     einsum("bhid,hde,bhje->bhij", q, w, k)  ->  einsum("bhie,bhje->bhij",
                                                        einsum("bhid,hde->bhie", q, w), k)
+    einsum("bhij,bhjd,hde->bie", p, v, o)   ->  einsum("bhid,hde->bie",
+                                                       einsum("bhij,bhjd->bhid", p, v), o)
 
 What is multiplied first has the fewest dimensions, and sums over none of them if it can: so never
-all queries with all keys before the gates of either.
+all queries with all keys before the gates of either. A softmax's weights are multiplied first.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import torch
 from torch import fx
 
-from fxport.capture.arguments import arguments
+from fxport.capture.arguments import arguments, shape_of
 from fxport.passes.attention.emit import Emitter
 from fxport.passes.attention.paths import obstacles
 from fxport.passes.attention.softmax import softmaxes
@@ -27,23 +30,49 @@ aten = torch.ops.aten
 
 
 def spell_out_chains(gm: fx.GraphModule) -> None:
-    """Replaces those that lead to a softmax."""
-    found = [n for s in softmaxes(gm.graph) for n in obstacles(s.scores)]
-    for node in dict.fromkeys(n for n in found if overload_packet(n) is aten.einsum):
+    """Replaces those that lead to a softmax, or take its weights."""
+    found: dict[fx.Node, fx.Node | None] = {}
+    for softmax in softmaxes(gm.graph):
+        found |= dict.fromkeys(obstacles(softmax.scores))
+        found |= dict(_takers(softmax.weights))
+    for node, weights in found.items():
+        if overload_packet(node) is not aten.einsum:
+            continue
         given = arguments(node)
         equation = given["equation"].replace(" ", "")
         inputs, _, result = equation.partition("->")
         terms = inputs.split(",")
         plain = "->" in equation and "." not in equation
         if len(terms) > 2 and plain and all(len(set(t)) == len(t) for t in terms):
-            whole = _chained(Emitter(gm, node, []), list(given["tensors"]), terms, result)
+            operands = list(given["tensors"])
+            whole = _chained(Emitter(gm, node, []), operands, terms, result, weights)
             node.replace_all_uses_with(whole)
             erase_if_unused(gm, [node])
 
 
-def _chained(emitter: Emitter, operands: list[fx.Node], terms: list[str], result: str) -> fx.Node:
+def _takers(weights: fx.Node, steps: int = 4) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """What takes a softmax's weights, or the same after dropout, masks and casts; and as what."""
+    for user in weights.users:
+        yield user, weights
+        if steps and _is_tensor(user) and shape_of(user) == shape_of(weights):
+            yield from _takers(user, steps - 1)
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _chained(
+    emitter: Emitter,
+    operands: list[fx.Node],
+    terms: list[str],
+    result: str,
+    weights: fx.Node | None,
+) -> fx.Node:
     while len(terms) > 2:
-        pairs = itertools.combinations(range(len(terms)), 2)
+        pairs = list(itertools.combinations(range(len(terms)), 2))
+        if weights in operands:
+            pairs = [pair for pair in pairs if operands.index(weights) in pair]
         costs = {pair: _cost(terms, _kept(terms, result, *pair), *pair) for pair in pairs}
         i, j = min(costs, key=lambda pair: costs[pair])
         kept = _kept(terms, result, i, j)

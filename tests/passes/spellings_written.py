@@ -69,6 +69,14 @@ def scores_with_a_gate_for_each_query_last(qkv: Tensor, between: Tensor) -> Tens
     return finish(s.masked_fill(~causal_bool(q.size(1)), INF).softmax(-1), v.transpose(1, 2))
 
 
+@legal("causal", parameters=(parameter(4, 6, 24),), among=DIRECT)
+def values_and_projection_in_one_einsum(qkv: Tensor, out: Tensor) -> Tensor:
+    q, k, v = qkv.unbind(0)
+    s = torch.einsum("bihd,bjhd->bhij", q, k) / 6**0.5
+    p = s.masked_fill(~causal_bool(q.size(1)), INF).softmax(-1)
+    return torch.einsum("bjhd,hde,bhij->bie", v, out, p)
+
+
 # -- written in place ------------------------------------------------------------------------------
 
 
