@@ -78,8 +78,9 @@ def _require_no_counting(model: nn.Module, fresh: Sample) -> None:
     counters = _counters(model, fresh.length)
     if counters is None:
         raise PortError(fresh.changed)
-    named = (n - 1 for n in numbers_in(model, _FAR)) if counters else ()
-    for number in [_FAR, *named][:_MOST]:
+    if not counters:
+        return
+    for number in [_FAR, *(n - 1 for n in numbers_in(model, _FAR))][:_MOST]:
         for place in counters:
             kept.put(place, number)
         try:
