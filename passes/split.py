@@ -43,7 +43,7 @@ aten = torch.ops.aten
 _PASSING_ON = {
     aten.view, aten.reshape, aten.flatten, aten.to, aten._to_copy, aten.contiguous, aten.clone,
     aten.alias, aten.detach, aten.select, aten.slice, aten.unsqueeze, aten.squeeze,
-    aten.unbind,
+    aten.unbind, aten.split, aten.chunk, aten.transpose, aten.t, aten.permute,
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -330,6 +331,22 @@ def test_split() -> None:
         ]
         given[outputs[name]] = module(*inputs)
     assert_close(given["logits"], model(ids))
+
+
+@pytest.mark.parametrize(
+    "passed",
+    [
+        lambda ids: ids.unsqueeze(-1).split(1, dim=-1)[0].squeeze(-1),
+        lambda ids: ids.t().transpose(0, 1).chunk(1, 1)[0],
+    ],
+)
+def test_ids_that_are_passed_on(passed: Callable[[Tensor], Tensor]) -> None:
+    class Passed(Model):
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(passed(ids))
+
+    traced = trace_symbolically(Passed().eval())
+    assert token_embedding(traced.tokens).target is aten.embedding.default
 
 
 def test_ids_that_are_not_looked_up_are_not_split() -> None:
