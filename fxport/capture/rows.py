@@ -26,6 +26,7 @@ from fxport.capture.arguments import arguments, shape_of, shape_of_tensor
 from fxport.capture.frames import Builder, Coordinate, Frame, refuse_selection
 from fxport.capture.location import module_of, user_location
 from fxport.capture.memory import is_mutation
+from fxport.capture.whole_rows import take_whole_rows
 from fxport.errors import Location, PortError, Reason, ReasonCode
 from fxport.report import Decision, Outcome
 
@@ -90,6 +91,7 @@ def dense_rows(gm: fx.GraphModule) -> tuple[Frame, ...]:
     if not any(n.target is aten.where.default for n in gm.graph.nodes):
         return ()
     _without_mutation(gm)
+    take_whole_rows(gm)
     rewriting = _Rewriting(gm)
     for node in list(gm.graph.nodes):
         rewriting.visit(node)

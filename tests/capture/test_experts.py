@@ -160,6 +160,37 @@ class UniqueStyle(Routed):
         return y
 
 
+class GatherStyle(Routed):
+    """Row numbers written out for every column."""
+
+    def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            rows, slot = torch.where(chosen == i)
+            if rows.numel() == 0:
+                continue
+            index = rows[:, None].expand(-1, self.columns(x))  # HERE: only some
+            z = expert(self.widened(x.gather(dim=0, index=index), x)) * weights[rows, slot, None]
+            y.scatter_add_(dim=0, index=rows.view(-1, 1).repeat(1, x.size(1)), src=z)
+        return y
+
+    def columns(self, x: Tensor) -> int:
+        return x.size(1)
+
+    def widened(self, taken: Tensor, x: Tensor) -> Tensor:
+        return taken
+
+
+class GathersAPart(GatherStyle):
+    """Half of the columns of each row."""
+
+    def columns(self, x: Tensor) -> int:
+        return x.size(1) // 2
+
+    def widened(self, taken: Tensor, x: Tensor) -> Tensor:
+        return torch.cat([taken, taken], 1)
+
+
 class HowManyUnique(UniqueStyle):
     """What a token gets depends on how many experts the others chose."""
 
@@ -184,7 +215,7 @@ class ChosenAgain(Routed):
         return y
 
 
-@pytest.mark.parametrize("style", [SlotRows, UniqueStyle])
+@pytest.mark.parametrize("style", [SlotRows, UniqueStyle, GatherStyle])
 def test_more_ways_to_find_the_rows_of_an_expert(style: type[Routed]) -> None:
     torch.manual_seed(3)
     model = decoder(style, layers=1).double().eval()
@@ -197,7 +228,7 @@ def test_more_ways_to_find_the_rows_of_an_expert(style: type[Routed]) -> None:
             assert (packed([ids])[0] - model(ids[None])[0]).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("style", [OtherSlots, HowManyUnique, ChosenAgain])
+@pytest.mark.parametrize("style", [OtherSlots, HowManyUnique, ChosenAgain, GathersAPart])
 def test_other_rows_or_their_number_are_refused(style: type[Routed]) -> None:
     with pytest.raises(PortError) as caught:
         capture(decoder(style, layers=1).eval())
