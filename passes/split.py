@@ -22,7 +22,7 @@ from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.location import user_location
 from fxport.errors import PortError, Reason, ReasonCode
 from fxport.ops.params import AttentionParams
-from fxport.passes.attention.views import overload_packet
+from fxport.passes.attention.views import laid_out, overload_packet
 from fxport.passes.axes import Axes, Axis, Dim
 from fxport.passes.constants import evaluate, is_symbolic
 from fxport.serving import AttentionLayer, Part
@@ -298,9 +298,26 @@ def _layer(node: fx.Node) -> AttentionLayer:
 def _sinks(node: fx.Node, sinks: fx.Node | None) -> str | tuple[float, ...] | None:
     if sinks is None:
         return None
-    if sinks.op == "placeholder" and graph_input(sinks).kind is InputKind.PARAMETER:
-        return graph_input(sinks).name
+    stored = _stored_vector(sinks)
+    if stored.op == "placeholder" and graph_input(stored).kind is InputKind.PARAMETER:
+        return graph_input(stored).name
     return _numbers(node, sinks, "sinks that are computed, not a parameter `[num_heads]`")
+
+
+_IN_ORDER = {
+    aten.view, aten.reshape, aten.flatten, aten.unflatten, aten.squeeze, aten.unsqueeze,
+    aten.contiguous, aten.clone, aten.alias,
+}  # fmt: skip
+
+
+def _stored_vector(node: fx.Node) -> fx.Node:
+    """What a vector is laid out of, in the same order, and with one dimension that counts."""
+    found = node
+    while overload_packet(node) in _IN_ORDER and (before := laid_out(node)) is not None:
+        node = before
+        if [n for n in shape_of(node) if n != 1] == [n for n in shape_of(found) if n != 1]:
+            found = node
+    return found
 
 
 def _slopes(node: fx.Node, slopes: fx.Node | None) -> tuple[float, ...] | None:

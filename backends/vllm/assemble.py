@@ -172,8 +172,12 @@ class _Builder:
             return torch.tensor([found[h] for h in heads.query])
         if found not in self.serving.parameters:
             raise SavedPortError(f"`{found}` is not a parameter of the port")
-        held = nn.Parameter(torch.empty(len(heads.query)), requires_grad=False)
-        self._fill(found, held, (heads.query,))
+        shape = list(self._shape(found))  # of one dimension that counts: `passes.split`
+        box: list[tuple[int, ...] | None] = [None] * len(shape)
+        dim = shape.index(max(shape))
+        shape[dim], box[dim] = len(heads.query), heads.query
+        held = nn.Parameter(torch.empty(shape), requires_grad=False)
+        self._fill(found, held, tuple(box))
         return held
 
     def _lookup(self, source: RankPart, node: fx.Node) -> None:

@@ -48,7 +48,7 @@ class PagedAttention(nn.Module):
         self.padded = supported_head_size(max(layer.head_size, layer.head_size_v))
         params = layer.params
         # Not every attention backend knows sinks: passed only where there are some.
-        extra: dict[str, Any] = {} if sinks is None else {"sinks": sinks}
+        extra: dict[str, Any] = {} if sinks is None else {"sinks": sinks.flatten()}
         self.attn = Attention(
             layer.num_heads,
             self.padded,

@@ -79,9 +79,29 @@ def test_sinks_and_slopes_reach_the_attention_layers():
 
 def test_sinks_that_are_numbers_are_saved_with_the_layers(tmp_path):
     port = fxport.port(OffByOne())
-    assert [layer.sinks for layer in port.serving.attention] == [(0.0,) * 3] * 4
+    found = [layer.sinks for layer in port.serving.attention]
+    assert found == [*[(0.0,) * 3] * 4, "layers.4.softmax.sink"]
     read = read_serving(port.save(tmp_path), has_rule, torch.float32, torch.device("cpu"))
     assert read.attention == port.serving.attention
+
+
+def test_a_sink_that_the_heads_share_is_refused():
+    """vLLM's layer takes one for each, and a parameter loads into one tensor."""
+
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.sink = nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, scores):
+            sinks = self.sink.expand(*scores.shape[:3], 1)
+            return torch.cat((scores, sinks), -1).softmax(-1)[..., :-1]
+
+    model = OffByOne()
+    model.layers = nn.ModuleList([*model.layers[:4]])
+    model.layers[2].softmax = Shared()
+    with pytest.raises(PortError, match="sinks that are computed"):
+        fxport.port(model)
 
 
 # --- broken on purpose ------------------------------------------------------------------------

@@ -41,12 +41,25 @@ class Attention(nn.Module):
         return self.out((weights @ v).transpose(1, 2).reshape(b, t, c))
 
 
+class Learned(nn.Module):
+    """A score for each head instead, in the shape of the scores."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.sink = nn.Parameter(torch.linspace(-1, 2, heads).view(1, heads, 1, 1))
+
+    def forward(self, scores: Tensor) -> Tensor:
+        b, _, t, _ = scores.shape
+        return torch.cat((scores, self.sink.expand(b, -1, t, 1)), -1).softmax(-1)[..., :-1]
+
+
 class OffByOne(nn.Module):
     def __init__(self, vocab: int = 101, dim: int = 96, heads: int = 3, max_len: int = 128) -> None:
         super().__init__()
         self.tokens, self.places = nn.Embedding(vocab, dim), nn.Embedding(max_len, dim)
         self.layers = nn.ModuleList(
-            Attention(dim, heads, softmax) for softmax in (padded, concatenated, plain, shifted)
+            Attention(dim, heads, softmax)
+            for softmax in (padded, concatenated, plain, shifted, Learned(heads))
         )
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, vocab, bias=False)
 
