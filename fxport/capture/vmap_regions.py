@@ -10,11 +10,12 @@ Before                                          After
 
 torch's own batching rules say what becomes of every call. They lie below autograd, so a part that
 switches gradients, or has a derivative of its own, stays as it is; so does one that draws random
-numbers.
+numbers, or writes in place (as the making of a BlockMask does).
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -91,6 +92,8 @@ def _region(nodes: list[fx.Node]) -> VmapRegion:
 def _is_plain(node: fx.Node) -> bool:
     if node.target is _ENTERS:
         return len(node.args) > 1 and node.args[1] == "error"  # what draws random numbers raises
+    if _writes(node.target):
+        return False
     if node.op == "call_method":
         return True
     module = getattr(node.target, "__module__", None) or ""
@@ -98,6 +101,14 @@ def _is_plain(node: fx.Node) -> bool:
     switches = node.target in (torch._C._set_grad_enabled, _enter_autocast, _exit_autocast)
     whole = isinstance(node.target, HigherOrderOperator)
     return node.op == "call_function" and not (transforms or switches or whole)
+
+
+def _writes(target: Any) -> bool:
+    """``x[i] = y``, ``x.add_(y)``; not ``operator.and_``."""
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    plain = getattr(target, "__module__", None) == "_operator"
+    in_place = name.endswith("_") and not name.endswith("__") and not plain
+    return target is operator.setitem or in_place
 
 
 def _run(node: fx.Node, env: dict[fx.Node, Any]) -> Any:
