@@ -55,6 +55,13 @@ def bilinear_scores_in_one_einsum(qkv: Tensor, between: Tensor) -> Tensor:
     return finish(s.masked_fill(~causal_bool(q.size(1)), INF).softmax(-1), v.transpose(1, 2))
 
 
+@legal("full", among=DIRECT)
+def scores_times_a_number_of_each_head(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    scale = torch.linspace(0.5, 1.0, 4, dtype=q.dtype)
+    return finish(torch.einsum("bhid,bhjd,h->bhij", q, k, scale).softmax(-1), v)
+
+
 @legal("causal", parameters=(parameter(4, 6), parameter(6)), among=DIRECT)
 def scores_with_gates_of_features_last(qkv: Tensor, gate: Tensor, shared: Tensor) -> Tensor:
     q, k, v = heads_first(qkv)

@@ -81,14 +81,6 @@ def distances(qkv: Tensor) -> Tensor:
     return finish((-torch.cdist(q, k)).softmax(-1), v)
 
 
-@tricky("unsupported-feature")
-def einsum_of_three(qkv: Tensor) -> Tensor:
-    q, k, v = heads_first(qkv)
-    scale = torch.linspace(0.5, 1.0, 4, dtype=q.dtype)
-    s = torch.einsum("bhid,bhjd,h->bhij", q, k, scale)
-    return finish(s.softmax(-1), v)
-
-
 @tricky("attention-weights-used-elsewhere")
 def divided_by_the_sum_and_returned(qkv: Tensor) -> tuple[Tensor, Tensor]:
     e, v = exponentials(qkv)
