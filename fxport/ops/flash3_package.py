@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,11 @@ from torch import Tensor
 from fxport.ops.band import Band, band_of
 from fxport.ops.facts import Facts
 from fxport.ops.fused import (
-    flash_switched_off,
+    Faster,
+    Measured,
+    borders,
     heads_first,
+    not_faster,
     not_for_flash,
     rows_first,
     seen_from_diagonal,
@@ -56,34 +58,20 @@ _PLACES = (("flash_attn_3", "."), ("xformers", "flash_attn_3"))  # package, fold
 _Operators = tuple[Callable[..., Any], Callable[..., Any]]
 
 
-@dataclass(frozen=True)
-class _Faster:
-    """From which length on the kernels beat cuDNN's, and ours; None: not at every length.
-
-    Windows and packed sequences, which only our kernels compute beside these, have an entry of
-    their own, and so have query heads that share a key head, beside cuDNN's.
-    """
-
-    cudnn: int | None
-    triton: int | None
-    parts: int | None
-    grouped: int | None
-
-
 # By compute capability, direction and head size; `python -m fxport.tools.bench_dispatcher_gpu`
 # shows the figures (docs/performance.md). What is not here was not measured, or is not faster.
-_FORWARD: dict[tuple[int, int], dict[int, _Faster]] = {
+_FORWARD: Measured = {
     (9, 0): {
-        64: _Faster(2048, 512, 1024, 4096),
-        128: _Faster(1024, 64, 1024, 512),
-        256: _Faster(1024, 64, 1024, None),
+        64: Faster(2048, 512, 1024, 4096),
+        128: Faster(1024, 64, 1024, 512),
+        256: Faster(1024, 64, 1024, None),
     },
 }
-_BACKWARD: dict[tuple[int, int], dict[int, _Faster]] = {
+_BACKWARD: Measured = {
     (9, 0): {
-        64: _Faster(128, 64, 1024, 4096),
-        128: _Faster(128, 64, 1024, 2048),
-        256: _Faster(128, 64, 1024, None),
+        64: Faster(128, 64, 1024, 4096),
+        128: Faster(128, 64, 1024, 2048),
+        256: Faster(128, 64, 1024, None),
     },
 }
 # From which length on flash-attn-4 is not faster: of packed sequences forward, and of causal rows
@@ -126,20 +114,7 @@ def _not_covered(facts: Facts) -> str | None:
 
 
 def _not_faster(facts: Facts, rival: str) -> str | None:
-    if reason := flash_switched_off():
-        return reason
-    measured = _FORWARD if facts.needs is None else _BACKWARD
-    entry = measured.get(facts.capability or (0, 0), {}).get(facts.q_shape[3])
-    if entry is None:
-        return "not measured on this GPU or at this head size"
-    in_parts = facts.packed or facts.band.low is not None
-    if rival == "cudnn":
-        least = entry.cudnn if facts.q_shape[1] == facts.k_shape[1] else entry.grouped
-    else:
-        least = entry.parts if in_parts else entry.triton
-    if least is None or min(facts.q_shape[2], facts.k_shape[2]) < least:
-        return f"not faster than {rival} at this length"
-    return None
+    return not_faster(facts, rival, _FORWARD, _BACKWARD)
 
 
 @cache
@@ -230,7 +205,4 @@ def _chosen(
     numbers: dict[str, Any] = {"softmax_scale": params.scale, "is_causal": seen["causal"]}
     for side in ("window_size_left", "window_size_right"):
         numbers[side] = -1 if (limit := seen[side]) is None else limit  # type: ignore[literal-required]
-    if cu_seqlens is not None:
-        numbers |= {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
-        numbers |= {"max_seqlen_q": rows, "max_seqlen_k": columns}
-    return operators, numbers
+    return operators, {**numbers, **borders(cu_seqlens, q, k)}

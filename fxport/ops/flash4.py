@@ -12,7 +12,6 @@ Source: https://github.com/Dao-AILab/flash-attention; Shah et al., "FlashAttenti
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
@@ -22,9 +21,12 @@ from torch import Tensor
 from fxport.ops.band import band_of
 from fxport.ops.facts import Facts
 from fxport.ops.fused import (
+    Faster,
+    Measured,
     Seen,
-    flash_switched_off,
+    borders,
     heads_first,
+    not_faster,
     not_for_flash,
     rows_first,
     seen_from_diagonal,
@@ -38,31 +40,22 @@ __all__ = ["backward", "before_flash3", "forward", "refuses"]
 _CHECKED = frozenset({"4.0.0b8", "4.0.0b36"})
 
 
-@dataclass(frozen=True)
-class _Faster:
-    """From which length on the kernels beat cuDNN's, and ours; None: not at every length.
-
-    Windows and packed sequences, which only our kernels compute beside these, have an entry of
-    their own.
-    """
-
-    cudnn: int | None
-    triton: int | None
-    parts: int | None
-
-
 # By compute capability, direction and head size; `python -m fxport.tools.bench_dispatcher_gpu`
 # shows the figures (docs/performance.md). What is not here was not measured, or is not faster.
-_FORWARD: dict[tuple[int, int], dict[int, _Faster]] = {
+_FORWARD: Measured = {
     (9, 0): {
-        64: _Faster(8192, 512, None),
-        96: _Faster(4096, 64, 1024),
-        128: _Faster(4096, 64, 128),
-        256: _Faster(2048, 128, 512),
+        64: Faster(8192, 512, None, 8192),
+        96: Faster(4096, 64, 1024, 4096),
+        128: Faster(4096, 64, 128, 4096),
+        256: Faster(2048, 128, 512, 2048),
     },
 }
-_BACKWARD: dict[tuple[int, int], dict[int, _Faster]] = {
-    (9, 0): {64: _Faster(128, 64, 128), 96: _Faster(512, 64, 1024), 128: _Faster(128, 64, 128)},
+_BACKWARD: Measured = {
+    (9, 0): {
+        64: Faster(128, 64, 128, 128),
+        96: Faster(512, 64, 1024, 512),
+        128: Faster(128, 64, 128, 128),
+    },
 }
 _PACKED_BEFORE_FLASH3 = frozenset({128})  # head sizes; at 256 it was not measured beside it
 
@@ -95,17 +88,7 @@ def _not_covered(facts: Facts) -> str | None:
 
 
 def _not_faster(facts: Facts, rival: str) -> str | None:
-    if reason := flash_switched_off():
-        return reason
-    measured = _FORWARD if facts.needs is None else _BACKWARD
-    entry = measured.get(facts.capability or (0, 0), {}).get(facts.q_shape[3])
-    if entry is None:
-        return "not measured on this GPU or at this head size"
-    in_parts = facts.packed or facts.band.low is not None
-    least = entry.cudnn if rival == "cudnn" else entry.parts if in_parts else entry.triton
-    if least is None or min(facts.q_shape[2], facts.k_shape[2]) < least:
-        return f"not faster than {rival} at this length"
-    return None
+    return not_faster(facts, rival, _FORWARD, _BACKWARD)
 
 
 @cache
@@ -149,7 +132,7 @@ def forward(
     packed = cu_seqlens is not None
     out, lse, *_ = library._flash_attn_fwd(
         *(rows_first(x, packed) for x in (q, k, v)),
-        softmax_scale=params.scale, return_lse=True, **seen, **_borders(cu_seqlens, q, k),
+        softmax_scale=params.scale, return_lse=True, **seen, **borders(cu_seqlens, q, k),
     )  # fmt: skip
     return in_heads_layout(heads_first(out, packed)), in_row_major_layout(lse.view(q.shape[:3]))
 
@@ -179,7 +162,7 @@ def backward(
         softmax_scale=params.scale,
         dlse=grad_lse if grad_lse is None or not packed else grad_lse[0],
         **seen,
-        **_borders(cu_seqlens, q, k),
+        **borders(cu_seqlens, q, k),
     )[:3]
     found = [
         in_heads_layout(heads_first(x, packed)) if need else None
@@ -195,10 +178,3 @@ def _chosen(q: Tensor, k: Tensor, params: AttentionParams) -> tuple[ModuleType, 
     if library is None or seen is None:
         raise RuntimeError("flash-attn-4 was chosen for a call that it refuses")
     return library, seen
-
-
-def _borders(cu_seqlens: Tensor | None, q: Tensor, k: Tensor) -> dict[str, Tensor | int]:
-    if cu_seqlens is None:
-        return {}
-    borders = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
-    return {**borders, "max_seqlen_q": q.shape[2], "max_seqlen_k": k.shape[2]}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TypedDict
 
 import torch
@@ -13,9 +15,13 @@ from fxport.ops.facts import Facts
 from fxport.ops.layout import addressable
 
 __all__ = [
+    "Faster",
+    "Measured",
     "Seen",
+    "borders",
     "flash_switched_off",
     "heads_first",
+    "not_faster",
     "not_for_flash",
     "not_for_libraries",
     "rows_first",
@@ -97,3 +103,47 @@ def rows_first(x: Tensor, packed: bool) -> Tensor:
 def heads_first(x: Tensor, packed: bool) -> Tensor:
     """Takes `rows_first` back."""
     return (x[None] if packed else x).transpose(1, 2)
+
+
+def borders(cu_seqlens: Tensor | None, q: Tensor, k: Tensor) -> dict[str, Tensor | int]:
+    """What the packages' operators are told of packed sequences."""
+    if cu_seqlens is None:
+        return {}
+    found = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+    return {**found, "max_seqlen_q": q.shape[2], "max_seqlen_k": k.shape[2]}
+
+
+@dataclass(frozen=True)
+class Faster:
+    """From which length on a package's kernels beat cuDNN's, and ours; None: not at every length.
+
+    Windows and packed sequences, which only our kernels compute beside these, have an entry of
+    their own, and so have query heads that share a key head, beside cuDNN's.
+    """
+
+    cudnn: int | None
+    triton: int | None
+    parts: int | None
+    grouped: int | None
+
+
+Measured = Mapping[tuple[int, int], Mapping[int, Faster]]
+"""By compute capability and head size. What is not there was not measured, or is not faster."""
+
+
+def not_faster(facts: Facts, rival: str, forward: Measured, backward: Measured) -> str | None:
+    """Why a call is left to `rival`, ``"cudnn"`` or ``"triton"``; None where the package wins."""
+    if reason := flash_switched_off():
+        return reason
+    measured = forward if facts.needs is None else backward
+    entry = measured.get(facts.capability or (0, 0), {}).get(facts.q_shape[3])
+    if entry is None:
+        return "not measured on this GPU or at this head size"
+    in_parts = facts.packed or facts.band.low is not None
+    if rival == "cudnn":
+        least = entry.cudnn if facts.q_shape[1] == facts.k_shape[1] else entry.grouped
+    else:
+        least = entry.parts if in_parts else entry.triton
+    if least is None or min(facts.q_shape[2], facts.k_shape[2]) < least:
+        return f"not faster than {rival} at this length"
+    return None

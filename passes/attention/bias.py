@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from fxport.capture.arguments import shape_of
+from fxport.capture.arguments import arguments, shape_of
 from fxport.capture.location import user_location
 from fxport.passes.attention.emit import Emitter
 from fxport.passes.attention.factors import emit_logarithm
@@ -176,7 +176,7 @@ def restore_nan(
         call: the op, with k ``[B, Hkv, Tk, D]``, v ``[B, Hkv, Tk, Dv]`` and a bias or None.
         in_scores: the NaN reaches what the scores are made of, too.
     """
-    _, k, v, bias = call.args[:4]
+    k, v, bias = (arguments(call)[name] for name in ("k", "v", "bias"))
     empty = emitter.call(aten.eq.Scalar, lse, _MINUS_INF)
     nothing = _nan_where(emitter, empty, lse, 0.0, out)
     total = _total(emitter, out, v, [2])

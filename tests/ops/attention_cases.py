@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -82,6 +83,22 @@ NOT_FOR_FLASH: tuple[tuple[Facts, str], ...] = (
     (hopper_facts(v_shape=torch.Size((2, 6, 8192, 64))), "head size"),
     (hopper_facts(q_shape=torch.Size((2, 6, 0, 128))), "empty"),
 )
+
+
+QKV = (True, True, True, False, False, False)
+
+
+def sizes(length: int, size: int, group: int = 1) -> dict[str, torch.Size]:
+    """Six key heads, `group` query heads for each."""
+    shape = torch.Size((2, 6, length, size))
+    return {"q_shape": torch.Size((2, 6 * group, length, size)), "k_shape": shape, "v_shape": shape}
+
+
+def usable(library: ModuleType) -> bool:
+    """Whether there is a Hopper GPU and one of FlashAttention's libraries for it."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        return False
+    return library._not_installed() is None
 
 
 P = AttentionParams

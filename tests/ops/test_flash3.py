@@ -9,6 +9,7 @@ import pytest
 import torch
 from attention_cases import (
     NOT_FOR_FLASH,
+    QKV,
     Case,
     assert_layouts_and_bits,
     assert_same,
@@ -16,6 +17,8 @@ from attention_cases import (
     make,
     op_on_gpu,
     run,
+    sizes,
+    usable,
 )
 
 from fxport.ops import dispatch, flash3
@@ -45,31 +48,23 @@ COVERED = (
 )  # fmt: skip
 
 
-def _sizes(length: int, size: int, group: int = 1) -> dict[str, torch.Size]:
-    shape = torch.Size((2, 6, length, size))
-    return {"q_shape": torch.Size((2, 6 * group, length, size)), "k_shape": shape, "v_shape": shape}
-
-
-_BACKWARD = (True, True, True, False, False, False)
-
-
 @pytest.mark.parametrize(
     ("facts", "rival", "reason"),
     [
         (hopper_facts(), "cudnn", None),
         (hopper_facts(packed=True), "triton", None),
         (hopper_facts(deterministic=True), "triton", None),  # forward always adds in the same order
-        (hopper_facts(**_sizes(512, 128)), "triton", None),
-        (hopper_facts(**_sizes(512, 128)), "cudnn", "not faster than cudnn"),
-        (hopper_facts(**_sizes(4096, 64, 8)), "cudnn", None),
-        (hopper_facts(**_sizes(4096, 64, 7)), "cudnn", "not faster than cudnn"),
-        (hopper_facts(**_sizes(4095, 64, 8)), "cudnn", "not faster than cudnn"),
-        (hopper_facts(**_sizes(511, 64, 8)), "triton", "not faster than triton"),
-        (hopper_facts(**_sizes(64, 128)), "triton", "not faster than triton"),
-        (hopper_facts(packed=True, **_sizes(512, 128)), "triton", None),
-        (hopper_facts(packed=True, **_sizes(8192, 64)), "triton", "not faster than triton"),
-        (hopper_facts(**_sizes(8192, 96)), "triton", "head size"),
-        (hopper_facts(_BACKWARD), "triton", "backward"),
+        (hopper_facts(**sizes(512, 128)), "triton", None),
+        (hopper_facts(**sizes(512, 128)), "cudnn", "not faster than cudnn"),
+        (hopper_facts(**sizes(4096, 64, 8)), "cudnn", None),
+        (hopper_facts(**sizes(4096, 64, 7)), "cudnn", "not faster than cudnn"),
+        (hopper_facts(**sizes(4095, 64, 8)), "cudnn", "not faster than cudnn"),
+        (hopper_facts(**sizes(511, 64, 8)), "triton", "not faster than triton"),
+        (hopper_facts(**sizes(64, 128)), "triton", "not faster than triton"),
+        (hopper_facts(packed=True, **sizes(512, 128)), "triton", None),
+        (hopper_facts(packed=True, **sizes(8192, 64)), "triton", "not faster than triton"),
+        (hopper_facts(**sizes(8192, 96)), "triton", "head size"),
+        (hopper_facts(QKV), "triton", "backward"),
         (hopper_facts(band=Band(-1023, 0)), "triton", "windows"),
         (hopper_facts(band=Band(None, 5)), "triton", "windows"),
         (hopper_facts(band=Band(None, -1)), "triton", "windows"),
@@ -120,13 +115,7 @@ def test_only_what_the_library_means(rows: int, columns: int) -> None:
 # -- on a GPU ----------------------------------------------------------------------------------
 
 
-def _usable() -> bool:
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-        return False
-    return flash3._not_installed() is None
-
-
-library = pytest.mark.skipif(not _usable(), reason="needs a Hopper GPU and vLLM's library")
+library = pytest.mark.skipif(not usable(flash3), reason="needs a Hopper GPU and vLLM's library")
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ from attention_cases import (
     FLASH_CASES,
     FLASH_ROUNDING,
     NOT_FOR_FLASH,
+    QKV,
     Case,
     assert_layouts_and_bits,
     assert_same,
@@ -17,6 +18,8 @@ from attention_cases import (
     make,
     op_on_gpu,
     run,
+    sizes,
+    usable,
 )
 
 from fxport.ops import dispatch, flash3, flash3_package, flash4
@@ -27,34 +30,35 @@ from fxport.ops.reference import reference_attention
 
 pytestmark = pytest.mark.usefixtures("nothing_judged")
 
-_BACKWARD = (True, True, True, False, False, False)
-
-
-def _sizes(length: int, size: int, group: int = 1) -> dict[str, torch.Size]:
-    shape = torch.Size((2, 6, length, size))
-    return {"q_shape": torch.Size((2, 6 * group, length, size)), "k_shape": shape, "v_shape": shape}
-
 
 @pytest.mark.parametrize(
     ("facts", "rival", "reason"),
     [
         (hopper_facts(), "cudnn", None),
-        (hopper_facts(_BACKWARD), "cudnn", None),
-        (hopper_facts(_BACKWARD, lse_gradient=True), "triton", "gradient of lse"),
+        (hopper_facts(QKV), "cudnn", None),
+        (hopper_facts(QKV, lse_gradient=True), "triton", "gradient of lse"),
         (hopper_facts(deterministic=True), "cudnn", None),  # forward always adds in the same order
-        (hopper_facts(_BACKWARD, deterministic=True), "cudnn", "deterministic"),
-        (hopper_facts(**_sizes(1024, 128)), "cudnn", None),
-        (hopper_facts(**_sizes(1023, 128)), "cudnn", "not faster than cudnn"),
-        (hopper_facts(_BACKWARD, **_sizes(2048, 128, 4)), "cudnn", None),
-        (hopper_facts(_BACKWARD, **_sizes(2047, 128, 4)), "cudnn", "not faster than cudnn"),
+        (hopper_facts(QKV, deterministic=True), "cudnn", "deterministic"),
+        (hopper_facts(**sizes(1024, 128)), "cudnn", None),
+        (hopper_facts(**sizes(1023, 128)), "cudnn", "not faster than cudnn"),
+        (hopper_facts(QKV, **sizes(2048, 128, 4)), "cudnn", None),
+        (
+            hopper_facts(QKV, **sizes(2047, 128, 4)),
+            "cudnn",
+            "not faster than cudnn",
+        ),
         (hopper_facts(band=Band(None, -1)), "triton", "see nothing"),
         (hopper_facts(band=Band(1, None)), "triton", "see nothing"),
-        (hopper_facts(**_sizes(64, 128)), "triton", None),
-        (hopper_facts(**_sizes(64, 64)), "triton", "not faster than triton"),
-        (hopper_facts(packed=True, **_sizes(1024, 256)), "triton", None),
-        (hopper_facts(band=Band(-9, 0), **_sizes(1023, 256)), "triton", "not faster than triton"),
-        (hopper_facts(**_sizes(8192, 256, 2)), "cudnn", "not faster than cudnn"),
-        (hopper_facts(**_sizes(8192, 96)), "cudnn", "at this head size"),
+        (hopper_facts(**sizes(64, 128)), "triton", None),
+        (hopper_facts(**sizes(64, 64)), "triton", "not faster than triton"),
+        (hopper_facts(packed=True, **sizes(1024, 256)), "triton", None),
+        (
+            hopper_facts(band=Band(-9, 0), **sizes(1023, 256)),
+            "triton",
+            "not faster than triton",
+        ),
+        (hopper_facts(**sizes(8192, 256, 2)), "cudnn", "not faster than cudnn"),
+        (hopper_facts(**sizes(8192, 96)), "cudnn", "at this head size"),
         (hopper_facts(capability=(10, 0)), "triton", "not measured"),
         *((facts, "triton", reason) for facts, reason in NOT_FOR_FLASH),
     ],
@@ -72,14 +76,17 @@ def test_refusals(
     [
         (hopper_facts(), "flash3_package"),
         (hopper_facts(packed=True), "flash3_package"),
-        (hopper_facts(packed=True, **_sizes(4096, 128)), "flash4"),
-        (hopper_facts(_BACKWARD), "flash3_package"),
-        (hopper_facts(_BACKWARD, **_sizes(512, 128)), "flash4"),
-        (hopper_facts(_BACKWARD, packed=True), "flash4"),
-        (hopper_facts(_BACKWARD, band=Band(None, None)), "flash4"),
-        (hopper_facts(_BACKWARD, band=Band(None, None), **_sizes(8192, 256)), "flash3_package"),
-        (hopper_facts(_BACKWARD, lse_gradient=True), "flash4"),
-        (hopper_facts(**_sizes(8192, 96)), "flash4"),
+        (hopper_facts(packed=True, **sizes(4096, 128)), "flash4"),
+        (hopper_facts(QKV), "flash3_package"),
+        (hopper_facts(QKV, **sizes(512, 128)), "flash4"),
+        (hopper_facts(QKV, packed=True), "flash4"),
+        (hopper_facts(QKV, band=Band(None, None)), "flash4"),
+        (
+            hopper_facts(QKV, band=Band(None, None), **sizes(8192, 256)),
+            "flash3_package",
+        ),
+        (hopper_facts(QKV, lse_gradient=True), "flash4"),
+        (hopper_facts(**sizes(8192, 96)), "flash4"),
     ],
 )
 def test_which_of_all_flashes(facts: Facts, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,13 +125,9 @@ def test_a_library_for_another_torch(tmp_path: Path, monkeypatch: pytest.MonkeyP
 # -- on a GPU ----------------------------------------------------------------------------------
 
 
-def _usable() -> bool:
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-        return False
-    return flash3_package._not_installed() is None
-
-
-library = pytest.mark.skipif(not _usable(), reason="needs a Hopper GPU and flash-attn-3")
+library = pytest.mark.skipif(
+    not usable(flash3_package), reason="needs a Hopper GPU and flash-attn-3"
+)
 
 
 @pytest.fixture

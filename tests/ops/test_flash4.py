@@ -13,6 +13,7 @@ from attention_cases import (
     FLASH_CASES,
     FLASH_ROUNDING,
     NOT_FOR_FLASH,
+    QKV,
     Case,
     assert_layouts_and_bits,
     assert_same,
@@ -20,6 +21,8 @@ from attention_cases import (
     make,
     op_on_gpu,
     run,
+    sizes,
+    usable,
 )
 
 from fxport.ops import dispatch, flash3, flash3_package, flash4
@@ -35,12 +38,6 @@ P = AttentionParams
 CAUSAL = P(0.1, causal=True)
 
 
-def _sizes(length: int, size: int) -> dict[str, torch.Size]:
-    shape = torch.Size((2, 6, length, size))
-    return {"q_shape": shape, "k_shape": shape, "v_shape": shape}
-
-
-_BACKWARD = (True, True, True, False, False, False)
 _EARLY = {"band": Band(None, 5)}  # some columns beyond the diagonal
 
 
@@ -48,26 +45,30 @@ _EARLY = {"band": Band(None, 5)}  # some columns beyond the diagonal
     ("facts", "rival", "reason"),
     [
         (hopper_facts(), "cudnn", None),
-        (hopper_facts(_BACKWARD), "cudnn", None),
-        (hopper_facts(_BACKWARD, lse_gradient=True), "triton", None),
+        (hopper_facts(QKV), "cudnn", None),
+        (hopper_facts(QKV, lse_gradient=True), "triton", None),
         (hopper_facts(packed=True), "triton", None),
         (hopper_facts(band=Band(-1023, 0)), "triton", None),
         (hopper_facts(**_EARLY), "triton", None),
         (hopper_facts(deterministic=True), "cudnn", None),  # forward always adds in the same order
-        (hopper_facts(_BACKWARD, deterministic=True), "cudnn", "deterministic"),
-        (hopper_facts(_BACKWARD, **_sizes(128, 128)), "cudnn", None),
-        (hopper_facts(_BACKWARD, **_sizes(127, 128)), "cudnn", "not faster than cudnn"),
-        (hopper_facts(**_sizes(2048, 128)), "cudnn", "not faster than cudnn"),
-        (hopper_facts(**_sizes(2048, 128)), "triton", None),
-        (hopper_facts(**_sizes(8192, 64)), "triton", None),
-        (hopper_facts(packed=True, **_sizes(8192, 64)), "triton", "not faster than triton"),
-        (hopper_facts(band=Band(-9, 0), **_sizes(8192, 64)), "triton", "not faster than triton"),
-        (hopper_facts(packed=True, **_sizes(1024, 96)), "triton", None),
-        (hopper_facts(_BACKWARD, band=Band(-9, 0), **_sizes(1024, 96)), "triton", None),
-        (hopper_facts(packed=True, **_sizes(1023, 96)), "triton", "not faster than triton"),
-        (hopper_facts(_BACKWARD, **_sizes(8192, 256)), "cudnn", "head size"),
-        (hopper_facts(**_sizes(8192, 160)), "cudnn", "at this head size"),
-        (hopper_facts(**_sizes(8192, 72)), "cudnn", "32 divides"),
+        (hopper_facts(QKV, deterministic=True), "cudnn", "deterministic"),
+        (hopper_facts(QKV, **sizes(128, 128)), "cudnn", None),
+        (hopper_facts(QKV, **sizes(127, 128)), "cudnn", "not faster than cudnn"),
+        (hopper_facts(**sizes(2048, 128)), "cudnn", "not faster than cudnn"),
+        (hopper_facts(**sizes(2048, 128)), "triton", None),
+        (hopper_facts(**sizes(8192, 64)), "triton", None),
+        (hopper_facts(packed=True, **sizes(8192, 64)), "triton", "not faster than triton"),
+        (
+            hopper_facts(band=Band(-9, 0), **sizes(8192, 64)),
+            "triton",
+            "not faster than triton",
+        ),
+        (hopper_facts(packed=True, **sizes(1024, 96)), "triton", None),
+        (hopper_facts(QKV, band=Band(-9, 0), **sizes(1024, 96)), "triton", None),
+        (hopper_facts(packed=True, **sizes(1023, 96)), "triton", "not faster than triton"),
+        (hopper_facts(QKV, **sizes(8192, 256)), "cudnn", "head size"),
+        (hopper_facts(**sizes(8192, 160)), "cudnn", "at this head size"),
+        (hopper_facts(**sizes(8192, 72)), "cudnn", "32 divides"),
         (hopper_facts(band=Band(None, -1)), "triton", "see nothing"),
         (hopper_facts(band=Band(1, None)), "triton", "see nothing"),
         (hopper_facts(capability=(10, 0)), "triton", "not measured"),
@@ -87,10 +88,10 @@ def test_refusals(
     [
         (hopper_facts(), "flash3"),
         (hopper_facts(packed=True), "flash4"),
-        (hopper_facts(packed=True, **_sizes(8192, 256)), "flash3"),
-        (hopper_facts(packed=True, **_sizes(8192, 64)), "triton"),
+        (hopper_facts(packed=True, **sizes(8192, 256)), "flash3"),
+        (hopper_facts(packed=True, **sizes(8192, 64)), "triton"),
         (hopper_facts(band=Band(-1023, 0)), "flash4"),
-        (hopper_facts(_BACKWARD), "flash4"),
+        (hopper_facts(QKV), "flash4"),
     ],
 )
 def test_which_of_both_flashes(facts: Facts, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,13 +176,7 @@ def test_only_what_the_library_means(rows: int, columns: int) -> None:
 # -- on a GPU ----------------------------------------------------------------------------------
 
 
-def _usable() -> bool:
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-        return False
-    return flash4._not_installed() is None
-
-
-library = pytest.mark.skipif(not _usable(), reason="needs a Hopper GPU and flash-attn-4")
+library = pytest.mark.skipif(not usable(flash4), reason="needs a Hopper GPU and flash-attn-4")
 
 
 @pytest.fixture
