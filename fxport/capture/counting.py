@@ -68,9 +68,7 @@ class LargestCounted(TorchFunctionMode):
     def _made(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The largest entry of what a call gives; None where it is not known."""
         if func is torch.arange:
-            return _last(
-                *args, **{k: v for k, v in kwargs.items() if k in ("start", "end", "step")}
-            )
+            return _last(*args, **{k: v for k, v in kwargs.items() if k in _BOUNDS})
         known = self._of(args[0]) if args else None
         if func in _ADD | _SUBTRACT and len(args) == 2 and not kwargs:
             if func in _ADD and known is None:
