@@ -2,5 +2,6 @@
 
 `attention` and `experts` are what the ops call. `call` prepares one attention, `launch` lays a
 kind of call down once, `config` holds the block shapes; `tiles`, `forward`, `backward` and `bias`
-are the kernels. Nothing here is imported where Triton is not.
+are the kernels. `gluon` decides which calls another forward kernel takes, `gluon_forward`. Nothing
+here is imported where Triton is not.
 """

@@ -17,6 +17,7 @@ from torch import Tensor
 from fxport.ops.facts import Facts
 from fxport.ops.layout import addressable, empty_heads
 from fxport.ops.params import AttentionParams
+from fxport.ops.triton import gluon
 from fxport.ops.triton.backward import delta_kernel, key_kernel, query_kernel
 from fxport.ops.triton.bias import bias_kernel, exact_norm_kernel
 from fxport.ops.triton.call import (
@@ -28,7 +29,13 @@ from fxport.ops.triton.call import (
     layout_of,
     tile_descriptor,
 )
-from fxport.ops.triton.config import Blocks, fills_the_gpu, group_parts, padded_head_size
+from fxport.ops.triton.config import (
+    Blocks,
+    fills_the_gpu,
+    group_parts,
+    lines_together,
+    padded_head_size,
+)
 from fxport.ops.triton.forward import forward_kernel
 from fxport.ops.triton.launch import Launches, on_device_of_first
 from fxport.ops.triton.tiles import FLOAT_BIAS
@@ -85,11 +92,15 @@ def forward(
             "v_size": v.shape[3],
             "PLAIN": call.plain,
             "SINKS": sinks is not None,
+            "section": batch * heads,
             "RAGGED": k.shape[2] % blocks.n != 0,
             **call.arguments(blocks, tensors),
         }
 
-    call.launches().launch(forward_kernel, tensors, prepare)
+    if gluon.refuses(call) is None:
+        gluon.forward(call, call.launches(), out, lse)
+    else:
+        call.launches().launch(forward_kernel, tensors, prepare)
     return out, lse
 
 
@@ -228,6 +239,7 @@ def _query_gradients(
             "first_line": first * heads,
             "heads": heads,
             "size": size,
+            "section": lines_together(call.k, call.v) * (heads // call.k.shape[1]),
             "grad_scale": call.params.scale,
             "PLAIN": call.plain,
             "RAGGED": call.k.shape[2] % blocks.n != 0,
@@ -277,6 +289,7 @@ def _key_gradients(
             **strides,
             "kv_heads": kv_heads,
             "group_part": group // parts,
+            "section": max(1, lines_together(call.q, incoming.grad) * parts // group),
             "BIAS_GRAD": bias_too and kernel != "value_only",
             "OF_K": kernel != "value_only",
             "OF_V": kernel != "key_only",

@@ -29,6 +29,7 @@ from fxport.ops.triton.tiles import (
     columns_of_rows,
     interval_of_row,
     keep_tile,
+    place_of_program,
     rows_of_columns,
     score_tile,
     store_bias_gradient,
@@ -164,8 +165,8 @@ def key_kernel(
     dk_stride_s, dk_stride_b, dk_stride_h, dk_stride_t,
     dv_stride_s, dv_stride_b, dv_stride_h, dv_stride_t,
     bias_stride_b, bias_stride_h, bias_stride_i, bias_stride_j,
-    kv_heads, group, group_part, rows, columns, size, v_size, low, high, q_offset, head_offset,
-    scale, grad_scale, softcap, threshold, keep_scale,
+    kv_heads, group, group_part, rows, columns, section, size, v_size, low, high, q_offset,
+    head_offset, scale, grad_scale, softcap, threshold, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, PACKED: tl.constexpr,
     PLAIN: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BIAS: tl.constexpr,
@@ -180,10 +181,12 @@ def key_kernel(
     With BIAS_GRAD also the gradient of a bias that is the same in all rows, as one line ``[B, Hq,
     Tk]`` that the caller reduces.
     """
-    lines = tl.num_programs(0) // tl.cdiv(columns, BLOCK_N)
-    batch = tl.program_id(0) % lines // kv_heads
-    kv_head = tl.program_id(0) % lines % kv_heads
-    column = tl.program_id(0) // lines * BLOCK_N
+    blocks = tl.cdiv(columns, BLOCK_N)
+    lines = tl.num_programs(0) // blocks
+    line, block = place_of_program(tl.program_id(0), blocks, lines, section)
+    batch = line // kv_heads
+    kv_head = line % kv_heads
+    column = block * BLOCK_N
     part = tl.program_id(1)
     heads = kv_heads * group
     j = column + tl.arange(0, BLOCK_N)
@@ -318,7 +321,7 @@ def query_kernel(
     dbias_ptr, dbias_desc, bias_ptr, slopes_ptr, seed_ptr, first_ptr, end_ptr,
     dq_stride_b, dq_stride_h, dq_stride_t, dbias_stride_b,
     bias_stride_b, bias_stride_h, bias_stride_i, bias_stride_j,
-    first_line, heads, group, rows, columns, size, low, high, q_offset, head_offset,
+    first_line, heads, group, rows, columns, section, size, low, high, q_offset, head_offset,
     scale, grad_scale, softcap, threshold, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr,
@@ -334,12 +337,13 @@ def query_kernel(
     """
     blocks = tl.cdiv(rows, BLOCK_M)
     lines = tl.num_programs(0) // blocks
-    line = first_line + tl.program_id(0) % lines
+    line, block = place_of_program(tl.program_id(0), blocks, lines, section)
+    line += first_line
     batch = line // heads
     head = line % heads
     dbias_b = tl.where(dbias_stride_b == 0, 0, batch)
     kv_head = head // group
-    row = (blocks - 1 - tl.program_id(0) // lines) * BLOCK_M  # the longest first, as in forward
+    row = (blocks - 1 - block) * BLOCK_M  # the longest first, as in forward
     i = row + tl.arange(0, BLOCK_M)
     low_i, high_i = interval_of_row(
         i, rows, columns, low, high, first_ptr, end_ptr, HAS_LOW, HAS_HIGH, PACKED

@@ -248,7 +248,7 @@ class Call:
         return {
             **tensors,
             **self._descriptors(blocks, tensors),
-            **self._numbers(),
+            **self.numbers(),
             **self._constants(blocks),
         }
 
@@ -273,7 +273,8 @@ class Call:
                 found[name] = _line_descriptor(x, blocks.m)
         return found
 
-    def _numbers(self) -> dict[str, int | float]:
+    def numbers(self) -> dict[str, int | float]:
+        """The numbers among the arguments that all kernels share."""
         params = self.params
         strides = (0, 0, 0, 0) if self.bias is None else self.bias.stride()
         return {

@@ -21,6 +21,7 @@ __all__ = [
     "blocks_for",
     "fills_the_gpu",
     "group_parts",
+    "lines_together",
     "padded_head_size",
 ]
 
@@ -129,6 +130,8 @@ SINGLE: dict[str, dict[int, Blocks]] = {
 _INTERPRETED = Blocks(16, 32, 4, 1)
 
 
+# bytes of the second level cache (50 MB on an H100, 60 on an H200) that lines read together fill
+CACHED = 2**24
 # programs that keep the largest GPU of the table busy twice over (132 multiprocessors)
 _MANY_PROGRAMS = 264
 
@@ -146,6 +149,12 @@ def group_parts(programs: int, group: int, interpreted: bool) -> int:
 def fills_the_gpu(programs: int, interpreted: bool) -> bool:
     """Whether a launch alone is worth its time; by sizes alone, as `group_parts`."""
     return programs >= (4 if interpreted else _MANY_PROGRAMS // 2)
+
+
+def lines_together(*read: torch.Tensor) -> int:
+    """How many lines of tensors [B, H, T, D] to read at the same time: what the cache holds."""
+    line = sum(x.shape[2] * x.shape[3] * x.element_size() for x in read)
+    return max(1, CACHED // line)
 
 
 def padded_head_size(size: int) -> int:

@@ -20,6 +20,7 @@ from fxport.ops.triton.tiles import (
     columns_of_rows,
     interval_of_row,
     keep_tile,
+    place_of_program,
     score_tile,
 )
 
@@ -89,7 +90,7 @@ def forward_kernel(
     bias_ptr, sinks_ptr, slopes_ptr, seed_ptr, first_ptr, end_ptr,
     out_stride_b, out_stride_h, out_stride_t,
     bias_stride_b, bias_stride_h, bias_stride_i, bias_stride_j,
-    heads, group, rows, columns, v_size, low, high, q_offset, head_offset,
+    heads, group, rows, columns, section, v_size, low, high, q_offset, head_offset,
     scale, softcap, threshold, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr,
@@ -105,12 +106,12 @@ def forward_kernel(
     """
     blocks = tl.cdiv(rows, BLOCK_M)
     lines = tl.num_programs(0) // blocks
-    line = tl.program_id(0) % lines
+    line, block = place_of_program(tl.program_id(0), blocks, lines, section)
     batch = line // heads
     head = line % heads
     kv_head = head // group
     # the last rows of a causal call see the most keys: they start first, so that none is left alone
-    row = (blocks - 1 - tl.program_id(0) // lines) * BLOCK_M
+    row = (blocks - 1 - block) * BLOCK_M
     i = row + tl.arange(0, BLOCK_M)
     batch64 = batch.to(tl.int64)
     head64 = head.to(tl.int64)

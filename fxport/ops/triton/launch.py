@@ -19,7 +19,6 @@ from typing import Any, ParamSpec, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 __all__ = ["Launches", "Prepare", "on_device_of_first"]
 
@@ -41,13 +40,14 @@ class _Prepared:
         run: the compiled kernel on its grid; takes all the kernel's arguments in order.
         arguments: those, with None for each tensor.
         pointers: where tensors go, by name.
-        descriptors: where descriptors of tensors go, by name, and what they are but for the tensor.
+        descriptors: where descriptors of tensors go, by name, and what they are: class, attributes
+            without the tensor.
     """
 
     run: Callable[..., None]
     arguments: tuple[Any, ...]
     pointers: tuple[tuple[int, str], ...]
-    descriptors: tuple[tuple[int, str, dict[str, Any]], ...]
+    descriptors: tuple[tuple[int, str, type, dict[str, Any]], ...]
 
     @staticmethod
     def of(
@@ -59,10 +59,11 @@ class _Prepared:
             x = given[name]
             if isinstance(x, Tensor):
                 pointers.append((place, name))
-            elif isinstance(x, TensorDescriptor):
-                descriptors.append((place, name, {**vars(x), "base": None}))
-            tensor = isinstance(x, Tensor | TensorDescriptor)
-            arguments.append(None if tensor else x)
+                x = None
+            elif _is_descriptor(x):
+                descriptors.append((place, name, type(x), {**vars(x), "base": None}))
+                x = None
+            arguments.append(x)
         whole_grid = (*grid, 1, 1)[:3]
         return _Prepared(
             compiled[whole_grid], tuple(arguments), tuple(pointers), tuple(descriptors)
@@ -72,12 +73,17 @@ class _Prepared:
         arguments = list(self.arguments)
         for place, name in self.pointers:
             arguments[place] = tensors[name]
-        for place, name, rest in self.descriptors:
-            descriptor = object.__new__(TensorDescriptor)  # the checks of the first one hold
+        for place, name, kind, rest in self.descriptors:
+            descriptor = object.__new__(kind)  # the checks of the first one hold
             descriptor.__dict__.update(rest)
             descriptor.base = tensors[name]
             arguments[place] = descriptor
         self.run(*arguments)
+
+
+def _is_descriptor(x: object) -> bool:
+    """Triton's, or Gluon's, which has a class of its own."""
+    return isinstance(getattr(x, "base", None), Tensor)
 
 
 class Launches:

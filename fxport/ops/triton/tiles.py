@@ -31,13 +31,16 @@ __all__ = [
     "columns_of_rows",
     "interval_of_row",
     "keep_tile",
+    "place_of_program",
     "rows_of_columns",
     "score_tile",
     "store_bias_gradient",
 ]
 
 # compiled once for all values: lengths change from call to call
-UNSPECIALIZED = ["rows", "columns", "low", "high", "q_offset", "head_offset", "threshold"]
+UNSPECIALIZED = [
+    "rows", "columns", "section", "low", "high", "q_offset", "head_offset", "threshold",
+]  # fmt: skip
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # the kernels' BIAS is a sum of these; 0: no bias
@@ -123,6 +126,19 @@ def rows_of_columns(
     full_begin = tl.minimum(tl.cdiv(full_begin, BLOCK_M), end)
     full_end = tl.minimum(tl.maximum(full_stop, 0) // BLOCK_M, end)
     return begin, full_begin, tl.maximum(full_begin, full_end), end
+
+
+@triton.jit
+def place_of_program(program, blocks, lines, section):
+    """The line (batch and head) and the block of a program: line by line in sections of lines.
+
+    Programs that run at the same time are neighbours. A section is as many lines as the second
+    level cache holds what they read (`lines_together`); in it, all first blocks come first.
+    """
+    first = program // (blocks * section) * section
+    inside = program - first * blocks
+    width = tl.minimum(section, lines - first)
+    return first + inside % width, inside // width
 
 
 @triton.jit
