@@ -1,9 +1,10 @@
-"""The forward kernel in Gluon: which calls it takes, and, on a GPU, its results."""
+"""The kernels in Gluon: which calls they take, and, on a GPU, their results."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def _call(
         (_call(P(_SCALE)), None),
         (_call(P(_SCALE, causal=True)), None),
         (_call(P(_SCALE, causal=True, window_left=100), dtype=torch.float16), None),
-        (_call(P(_SCALE), rows=1023), "fewer"),
+        (_call(P(_SCALE), rows=511), "fewer"),
         (_call(P(_SCALE), size=64), "head size"),
         (_call(P(_SCALE), v_size=64), "head size"),
         (_call(P(_SCALE), dtype=torch.float32), "float32"),
@@ -62,14 +63,19 @@ def test_what_it_takes(call: Call, reason: str | None, monkeypatch: pytest.Monke
     assert found is None if reason is None else found is not None and reason in found
 
 
-class _Driver:
-    """A driver of another GPU."""
-
-    def __init__(self, backend: str, arch: object) -> None:
-        self.backend, self.arch = backend, arch
-
-    def get_current_target(self) -> _Driver:
-        return self
+def test_what_backward_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What forward takes, if it fills the GPU and the order of its sums may vary."""
+    monkeypatch.setattr(gluon, "_unknown_here", lambda device: None)
+    small, large = _call(P(_SCALE)), _call(P(_SCALE), rows=66 * 128)  # and two key heads
+    assert "too few" in (gluon.refuses_backward(small) or "")
+    assert gluon.refuses_backward(large) is None
+    assert "band" in (gluon.refuses_backward(_call(P(_SCALE, softcap=3.0), rows=66 * 128)) or "")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert "deterministic" in (gluon.refuses_backward(large) or "")
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 @pytest.mark.parametrize(
@@ -94,10 +100,10 @@ def test_where_it_runs(
 ) -> None:
     """Never asked for where Triton is another: Gluon's functions may have changed."""
     monkeypatch.setattr(gluon, "INTERPRETED", interpreted)
-    monkeypatch.setattr(
-        gluon.triton.runtime.driver, "active", _Driver(backend, arch), raising=False
-    )
-    monkeypatch.setattr(gluon.triton, "__version__", version)
+    target = SimpleNamespace(backend=backend, arch=arch)
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: target))
+    found_triton = SimpleNamespace(__version__=version, runtime=SimpleNamespace(driver=driver))
+    monkeypatch.setattr(gluon, "triton", found_triton)
     found = gluon._unknown_here.__wrapped__(torch.device("cuda"))
     assert found is None if reason is None else found is not None and reason in found
 
@@ -115,25 +121,39 @@ _CASES = {
 _SHAPES = [(2, 4, 2, 1024, 1024), (1, 3, 3, 1111, 1280), (1, 2, 1, 1280, 1001)]
 
 
+_QKV = (True, True, True, False, False, False)
+hopper = pytest.mark.skipif(not _HERE, reason="no Hopper GPU, or another Triton")
+
+
+def _counted(name: str, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """One entry for each call of a function of `gluon` from now on."""
+    ran: list[bool] = []
+    function = getattr(gluon, name)
+    monkeypatch.setattr(gluon, name, lambda *args: (ran.append(True), function(*args))[1])
+    return ran
+
+
+def _tensors(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    """q, k, v and out's gradient."""
+    batch, heads, kv_heads, rows, columns = shape
+    torch.manual_seed(0)
+    sizes = ((rows, heads), (columns, kv_heads), (columns, kv_heads), (rows, heads))
+    made = [torch.randn(batch, length, n, 128) for length, n in sizes]
+    return [x.cuda().to(dtype).transpose(1, 2) for x in made]
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not _HERE, reason="no Hopper GPU, or another Triton")
+@hopper
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", _SHAPES, ids=str)
 @pytest.mark.parametrize("name", _CASES)
 def test_against_the_reference(
     name: str, shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """out and lse against float64, no number left unwritten, the same bits twice; gradients."""
-    batch, heads, kv_heads, rows, columns = shape
-    params = _CASES[name]
-    torch.manual_seed(0)
-    q, grad = (torch.randn(batch, rows, heads, 128) for _ in range(2))
-    k, v = (torch.randn(batch, columns, kv_heads, 128) for _ in range(2))
-    q, k, v, grad = (x.cuda().to(dtype).transpose(1, 2) for x in (q, k, v, grad))
-    rest = (None, None, None, None, None, params)
-    ran = []
-    taken = gluon.forward
-    monkeypatch.setattr(gluon, "forward", lambda *args: (ran.append(True), taken(*args)))
+    """out, lse and gradients against float64; the same bits twice, but for dq."""
+    q, k, v, grad = _tensors(shape, dtype)
+    rest = (None, None, None, None, None, _CASES[name])
+    ran = _counted("forward", monkeypatch)
     out, lse = triton_attention.forward(q, k, v, *rest)
     again = triton_attention.forward(q, k, v, *rest)
     assert len(ran) == 2
@@ -143,11 +163,21 @@ def test_against_the_reference(
     want, want_lse = reference_attention(*exact, *rest)
     torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
     assert _off(out, want) < 4e-3
-    needs = (True, True, True, False, False, False)
-    found = triton_attention.backward(grad, None, q, k, v, out, lse, *rest, needs)
-    for got, exactly in zip(found, torch.autograd.grad(want, exact, grad.double()), strict=False):
-        assert got is not None
-        assert _off(got, exactly) < 6e-3
+
+    monkeypatch.setattr(gluon, "fills_the_gpu", lambda programs, interpreted: True)
+    ran = _counted("backward", monkeypatch)
+    grad_lse = torch.randn_like(lse) * (lse > -torch.inf)
+    loss = (want * grad.double()).sum()
+    loss = loss + (want_lse.masked_fill(lse == -torch.inf, 0.0) * grad_lse.double()).sum()
+    exactly = torch.autograd.grad(loss, exact)
+    for _ in range(2):  # prepared, then launched as prepared
+        found = triton_attention.backward(grad, grad_lse, q, k, v, out, lse, *rest, _QKV)
+        assert found[3:] == (None, None, None)
+        for got, wanted, x in zip(found, exactly, (q, k, v), strict=False):
+            assert got is not None
+            assert got.stride() == x.stride()
+            assert _off(got, wanted) < 6e-3
+    assert len(ran) == 2
 
 
 def _off(got: Tensor, want: Tensor) -> float:
@@ -155,7 +185,37 @@ def _off(got: Tensor, want: Tensor) -> float:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not _HERE, reason="no Hopper GPU, or another Triton")
+@hopper
+def test_the_same_bits_where_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where some gradient is not needed, backward is that of the other kernels."""
+    q, k, v, grad = _tensors((4, 16, 16, 512, 512), torch.bfloat16)
+    rest = (None, None, None, None, None, P(_SCALE, causal=True))
+    out, lse = triton_attention.forward(q, k, v, *rest)
+    ran = _counted("backward", monkeypatch)
+    loose = triton_attention.backward(grad, None, q, k, v, out, lse, *rest, _QKV)
+    assert len(ran) == 1
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (
+            triton_attention.backward(grad, None, q, k, v, out, lse, *rest, _QKV) for _ in range(2)
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    dq, *_ = triton_attention.backward(grad, None, q, k, v, out, lse, *rest, (True, *[False] * 5))
+    assert len(ran) == 1
+    for a, b, c in zip(first[:3], second[:3], loose[:3], strict=True):
+        assert a is not None
+        assert b is not None
+        assert c is not None
+        assert torch.equal(a, b)
+        assert _off(c, a.double()) < 6e-3
+    assert dq is not None
+    assert first[0] is not None
+    assert torch.equal(dq, first[0])
+
+
+@pytest.mark.gpu
+@hopper
 def test_another_triton_gets_the_other_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = (torch.randn(1, 2, 1024, 128, device="cuda").bfloat16() for _ in range(3))
     rest = (None, None, None, None, None, replace(P(_SCALE), causal=True))

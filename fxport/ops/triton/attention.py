@@ -1,8 +1,9 @@
 """`fxport::attention` by Triton kernels of our own, forward and backward: the host side.
 
-Covers the whole op for head sizes up to 256, except float64 and empty tensors. Backward is
-deterministic. Memory beside the results is linear in the lengths; a bias gets a gradient of its own
-shape, no larger.
+Covers the whole op for head sizes up to 256, except float64 and empty tensors. The same bits every
+run, except dq where the kernel in Gluon makes it (`gluon`); under
+``torch.use_deterministic_algorithms`` that one is not used. Memory beside the results is linear in
+the lengths; a bias gets a gradient of its own shape, no larger.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DELTA_ROWS = 32
 # 16-bit sums of so few are as near as eager's, which rounds each batch's part
 _ADDED_BATCHES = 8
+_QKV = (True, True, True, False, False, False)
 _LINE = 128  # every kernel's block of rows divides it
 
 
@@ -132,6 +134,8 @@ def backward(
     launches = call.launches(needs, bias_shape, *map(layout_of, (out, lse, grad, grad_lse)))
     incoming = _incoming(call, launches, out, lse, grad, grad_lse)
     dq = dk = dv = dbias = dsinks = dslopes = None
+    if needs == _QKV and gluon.refuses_backward(call) is None:
+        return (*gluon.backward(call, launches, incoming), None, None, None)
     of_keys = needs[3] and bias is not None and _same_in_all_rows(bias, call)
     of_queries = needs[3] and bias is not None and _made_with_dq(bias, call)
     if needs[0] or needs[5] or of_queries:
@@ -289,7 +293,7 @@ def _key_gradients(
             **strides,
             "kv_heads": kv_heads,
             "group_part": group // parts,
-            "section": max(1, lines_together(call.q, incoming.grad) * parts // group),
+            "section": lines_together(call.q, incoming.grad),
             "BIAS_GRAD": bias_too and kernel != "value_only",
             "OF_K": kernel != "value_only",
             "OF_V": kernel != "key_only",

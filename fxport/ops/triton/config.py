@@ -131,7 +131,7 @@ _INTERPRETED = Blocks(16, 32, 4, 1)
 
 
 # bytes of the second level cache (50 MB on an H100, 60 on an H200) that lines read together fill
-CACHED = 2**24
+CACHED = 2**23
 # programs that keep the largest GPU of the table busy twice over (132 multiprocessors)
 _MANY_PROGRAMS = 264
 

@@ -1,7 +1,7 @@
-"""Which forward calls the kernel in Gluon takes, and its launch.
+"""Which calls the kernels in Gluon take, and their launches.
 
-Gluon is experimental: the kernel runs under the release of Triton alone that it was measured with,
-on the GPU it was made for. Everything else is `forward_kernel`'s.
+Gluon is experimental: they run under the release of Triton alone that they were measured with, on
+the GPU they were made for. Everything else is for the other kernels.
 """
 
 from __future__ import annotations
@@ -13,19 +13,22 @@ import torch
 import triton
 from torch import Tensor
 
-from fxport.ops.triton.call import INTERPRETED, Call
-from fxport.ops.triton.config import lines_together
+from fxport.ops.layout import empty_heads
+from fxport.ops.triton.call import INTERPRETED, Call, Incoming
+from fxport.ops.triton.config import fills_the_gpu, lines_together
 from fxport.ops.triton.launch import Launches
 
-__all__ = ["forward", "refuses"]
+__all__ = ["backward", "forward", "refuses", "refuses_backward"]
 
 _RELEASES = ("3.6.",)
 _TARGET = ("cuda", 90)
 _SIZE = 128
-_LEAST_ROWS = 1024
+_LEAST_ROWS = 512
 _DTYPES = (torch.bfloat16, torch.float16)
+_ROWS, _GROUP_ROWS = 128, 64  # of a program forward, of one of its two groups of warps
+_BACKWARD_ROWS = 64
 _KEYS, _STAGES = 128, 2
-_ROWS = 128
+_SCALE_ROWS = 32
 
 
 def refuses(call: Call) -> str | None:
@@ -40,6 +43,18 @@ def refuses(call: Call) -> str | None:
     if not call.plain or call.crowded or call.sinks is not None:
         return "more than a band and a positive scale"
     return _unknown_here(q.device)
+
+
+def refuses_backward(call: Call) -> str | None:
+    """Likewise of backward, where q, k and v all need their gradient."""
+    if torch.are_deterministic_algorithms_enabled():
+        return "deterministic algorithms are asked for: dq is summed in no fixed order"
+    if reason := refuses(call):
+        return reason
+    batch, kv_heads, columns, _ = call.k.shape
+    if not fills_the_gpu(triton.cdiv(columns, _KEYS) * batch * kv_heads, INTERPRETED):
+        return "too few blocks of keys: not faster"
+    return None
 
 
 @cache
@@ -70,26 +85,93 @@ def forward(call: Call, launches: Launches, out: Tensor, lse: Tensor) -> None:
     def prepare() -> tuple[tuple[int], dict[str, Any]]:
         batch, heads, rows, _ = call.q.shape
         group = heads // call.k.shape[1]
-        numbers = call.numbers()
-        names = ("rows", "columns", "low", "high", "scale")
         return (triton.cdiv(rows, _ROWS) * batch * heads,), {
-            "q_desc": _descriptor(call.q, _ROWS // 2),
+            "q_desc": _descriptor(call.q, _GROUP_ROWS),
             "k_desc": _descriptor(call.k, _KEYS),
             "v_desc": _descriptor(call.v, _KEYS),
-            "out_desc": _descriptor(out, _ROWS // 2),
+            "out_desc": _descriptor(out, _GROUP_ROWS),
             "lse_ptr": lse,
             "heads": heads,
-            "group": group,
             "section": group * lines_together(call.k, call.v),
-            **{name: numbers[name] for name in names},
             "BLOCK_N": _KEYS,
-            "STAGES": _STAGES,
-            "HAS_LOW": call.band.low is not None,
-            "HAS_HIGH": call.band.high is not None,
             "num_warps": 4,
+            **_arguments(call),
         }
 
     launches.launch(gluon_forward_kernel, tensors, prepare)
+
+
+def backward(call: Call, launches: Launches, incoming: Incoming) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv of a call that is not refused. The last bits of dq differ from run to run."""
+    from fxport.ops.triton.gluon_backward import gluon_backward_kernel, scale_kernel
+
+    batch, heads, rows, _ = call.q.shape
+    kv_heads, columns = call.k.shape[1:3]
+    total = call.q.new_zeros(call.q.shape, dtype=torch.float32)
+    dq = empty_heads(call.q, batch, heads, rows, _SIZE)
+    dk, dv = (empty_heads(call.k, batch, kv_heads, columns, _SIZE) for _ in range(2))
+    tensors = {
+        "q_desc": call.q,
+        "k_desc": call.k,
+        "v_desc": call.v,
+        "grad_desc": incoming.grad,
+        "norm_desc": incoming.norm,
+        "delta_desc": incoming.delta,
+        "dq_desc": total,
+        "dk_desc": dk,
+        "dv_desc": dv,
+    }
+
+    def prepare() -> tuple[tuple[int], dict[str, Any]]:
+        blocks = {"q_desc": _BACKWARD_ROWS, "grad_desc": _BACKWARD_ROWS, "dq_desc": _BACKWARD_ROWS}
+        lines = ("norm_desc", "delta_desc")
+        return (triton.cdiv(columns, _KEYS) * batch * kv_heads,), {
+            **{
+                name: _line_descriptor(x)
+                if name in lines
+                else _descriptor(x, blocks.get(name, _KEYS))
+                for name, x in tensors.items()
+            },
+            "kv_heads": kv_heads,
+            "section": lines_together(call.q, incoming.grad),
+            "grad_scale": call.params.scale,
+            "BLOCK_M": _BACKWARD_ROWS,
+            "BLOCK_N": _KEYS,
+            "RAGGED": columns % _KEYS != 0,
+            "num_warps": 8,
+            **_arguments(call),
+        }
+
+    launches.launch(gluon_backward_kernel, tensors, prepare)
+    scaled = {"sum_ptr": total, "dq_ptr": dq}
+
+    def prepare_scaling() -> tuple[tuple[int], dict[str, Any]]:
+        return (triton.cdiv(rows, _SCALE_ROWS) * batch * heads,), {
+            **scaled,
+            "dq_stride_b": dq.stride(0),
+            "dq_stride_h": dq.stride(1),
+            "dq_stride_t": dq.stride(2),
+            "heads": heads,
+            "rows": rows,
+            "grad_scale": call.params.scale,
+            "BLOCK_M": _SCALE_ROWS,
+            "SIZE": _SIZE,
+        }
+
+    launches.launch(scale_kernel, scaled, prepare_scaling)
+    return dq, dk, dv
+
+
+def _arguments(call: Call) -> dict[str, Any]:
+    """What both kernels take."""
+    numbers = call.numbers()
+    names = ("group", "rows", "columns", "low", "high", "scale")
+    return {
+        **{name: numbers[name] for name in names},
+        "STAGES": _STAGES,
+        "HAS_LOW": call.band.low is not None,
+        "HAS_HIGH": call.band.high is not None,
+    }
 
 
 def _descriptor(x: Tensor, block: int) -> Any:
@@ -98,5 +180,14 @@ def _descriptor(x: Tensor, block: int) -> Any:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     strides = [s if n > 1 else 64 for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
-    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    layout = NVMMASharedLayout(128, 8 * x.element_size(), rank=4)
     return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, block, _SIZE], layout)
+
+
+def _line_descriptor(x: Tensor) -> Any:
+    """Pieces of `Incoming`'s lines."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    layout = NVMMASharedLayout(0, 8 * x.element_size(), rank=2)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, _BACKWARD_ROWS], layout)

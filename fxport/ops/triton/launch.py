@@ -74,7 +74,7 @@ class _Prepared:
         for place, name in self.pointers:
             arguments[place] = tensors[name]
         for place, name, kind, rest in self.descriptors:
-            descriptor = object.__new__(kind)  # the checks of the first one hold
+            descriptor: Any = object.__new__(kind)  # the checks of the first one hold
             descriptor.__dict__.update(rest)
             descriptor.base = tensors[name]
             arguments[place] = descriptor

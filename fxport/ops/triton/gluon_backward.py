@@ -1,0 +1,311 @@
+"""The plain backward kernel for Hopper, in one pass: dk, dv and dq of a tile together. In Gluon.
+
+The two kernels of backward.py make the scores, and dout times v, once each: seven matrix products a
+tile. Here they are made once, five in all, and dq is added to a float32 buffer by bulk reductions
+in whatever order the programs come: **the last bits of dq differ from run to run**. Everything else
+is as there, and so are the names.
+
+One warp loads; eight compute, 128 keys by 64 rows. Barriers as in gluon_forward.py.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+__all__ = ["gluon_backward_kernel", "scale_kernel"]
+
+_SIZE = gl.constexpr(128)
+_LOADER_REGISTERS = gl.constexpr(24)
+
+
+@builtin
+def _add_to_global(descriptor, place, tile, _semantic=None):
+    """Starts to add a tile in shared memory to a tensor; Gluon lacks the name, not the operation.
+
+    Waited for as for `tma.async_copy_shared_to_global`.
+    """
+    place = _semantic._convert_to_ir_values(place, require_i64=False)
+    kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
+    _semantic.builder.create_async_tma_reduce(kind, descriptor.handle, place, tile.handle)
+
+
+@gluon.jit
+def _tile(
+    rows, columns, section, low, high, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr, RAGGED: gl.constexpr,
+):  # fmt: skip
+    """This program's line (batch and key head), first key, and the blocks of rows that see it.
+
+    As `place_of_program` and `rows_of_columns`: ``(line, column, begin, full_begin, full_end,
+    end)``; with keys past the end in the block, all rows count as at the mask's edge.
+    """
+    program = gl.program_id(0)
+    blocks = gl.cdiv(columns, BLOCK_N)
+    lines = gl.num_programs(0) // blocks
+    first = program // (blocks * section) * section
+    inside = program - first * blocks
+    width = gl.minimum(section, lines - first)
+    column = inside // width * BLOCK_N
+    last = gl.minimum(column + BLOCK_N, columns) - 1
+    begin, full_begin = column * 0, column * 0
+    end = gl.cdiv(rows, BLOCK_M)
+    full_end = end
+    if HAS_HIGH:
+        begin = gl.maximum(column - high, 0) // BLOCK_M
+        full_begin = gl.cdiv(gl.maximum(last - high, 0), BLOCK_M)
+    if HAS_LOW:
+        full_stop = gl.maximum(column - low + 1, 0)
+        if full_stop < rows:  # rows past the end have no weights: the last block may be whole
+            full_end = full_stop // BLOCK_M
+        end = gl.minimum(end, gl.cdiv(gl.maximum(last - low + 1, 0), BLOCK_M))
+    end = gl.maximum(end, begin)
+    full_begin = gl.minimum(full_begin, end)
+    full_end = gl.maximum(gl.minimum(full_end, end), full_begin)
+    if RAGGED:
+        ragged = column + BLOCK_N > columns
+        full_begin = gl.where(ragged, end, full_begin)
+        full_end = gl.where(ragged, end, full_end)
+    return first + inside % width, column, begin, full_begin, full_end, end
+
+
+@gluon.jit
+def _load(
+    q_desc, k_desc, v_desc, grad_desc, norm_desc, delta_desc, k_place, v_place,
+    q_ring, grad_ring, norm_ring, delta_ring, k_full, v_full, q_full, q_empty, grad_full,
+    grad_empty, batch, kv_head, kv_heads, group, column, begin, end,
+    BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Copies k and v, then for each head of the group the blocks of q, dout, norm and delta."""
+    mbarrier.expect(k_full, k_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(k_desc, [batch, kv_head, column, 0], k_full, k_place)
+    mbarrier.expect(v_full, v_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(v_desc, [batch, kv_head, column, 0], v_full, v_place)
+    number = 0
+    for member in range(0, group):
+        head = kv_head * group + member
+        line = (batch * kv_heads + kv_head) * group + member
+        for block in range(begin, end):
+            row = block * BLOCK_M
+            stage = number % STAGES
+            round_before = (number // STAGES & 1) ^ 1
+            full = q_full.index(stage)
+            mbarrier.wait(q_empty.index(stage), round_before)
+            mbarrier.expect(full, q_desc.block_type.nbytes + norm_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(
+                q_desc, [batch, head, row, 0], full, q_ring.index(stage)
+            )
+            tma.async_copy_global_to_shared(norm_desc, [line, row], full, norm_ring.index(stage))
+            full = grad_full.index(stage)
+            mbarrier.wait(grad_empty.index(stage), round_before)
+            mbarrier.expect(full, grad_desc.block_type.nbytes + delta_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(
+                grad_desc, [batch, head, row, 0], full, grad_ring.index(stage)
+            )
+            tma.async_copy_global_to_shared(delta_desc, [line, row], full, delta_ring.index(stage))
+            number += 1
+
+
+@gluon.jit
+def _down_the_rows(
+    dk, dv, number, dq_desc, k, v, q_ring, grad_ring, norm_ring, delta_ring, ds_place, dq_place,
+    q_full, q_empty, grad_full, grad_empty, batch, head, column, columns, begin, end,
+    low, high, scale, SCORES: gl.constexpr, BY_KEY: gl.constexpr, BY_ROW: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    MASKED: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
+):  # fmt: skip
+    """Adds the blocks of rows from `begin` to `end` to dk and dv, and their part to dq.
+
+    Tiles are transposed: [keys, rows]; dq's are not (BY_ROW).
+    """
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, BY_KEY, 2)
+    OF_ROWS: gl.constexpr = gl.SliceLayout(0, SCORES)
+    for block in range(begin, end):
+        row = block * BLOCK_M
+        stage = number % STAGES
+        this_round = number // STAGES & 1
+        q = q_ring.index(stage).reshape([BLOCK_M, _SIZE])
+        grad = grad_ring.index(stage).reshape([BLOCK_M, _SIZE])
+        zero = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout=SCORES)
+        mbarrier.wait(q_full.index(stage), this_round)
+        s_token = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+        norm = norm_ring.index(stage).reshape([BLOCK_M]).load(OF_ROWS)
+        mbarrier.wait(grad_full.index(stage), this_round)
+        dp_token = warpgroup_mma(v, grad.permute((1, 0)), zero, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(1, deps=[s_token])
+        p = gl.exp2(s * scale - norm[None, :])
+        if MASKED:
+            j = column + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, SCORES))
+            i = row + gl.arange(0, BLOCK_M, layout=OF_ROWS)
+            seen = (j < columns)[:, None]
+            if HAS_HIGH:
+                seen = seen & (j[:, None] <= (i + high)[None, :])
+            if HAS_LOW:
+                seen = seen & (j[:, None] >= (i + low)[None, :])
+            p = gl.where(seen, p, 0.0)
+        weights = gl.convert_layout(p.to(q_ring.dtype), LEFT)
+        delta = delta_ring.index(stage).reshape([BLOCK_M]).load(OF_ROWS)
+        # Waits for what has come long ago end the assembler's block of code, see gluon_forward.
+        mbarrier.wait(grad_full.index(stage), this_round)
+        dv_token = warpgroup_mma(weights, grad, dv, is_async=True)
+        dp = warpgroup_mma_wait(1, deps=[dp_token])
+        ds = (p * (dp - delta[None, :])).to(q_ring.dtype)
+        ds_place.store(ds)
+        ds_left = gl.convert_layout(ds, LEFT)
+        fence_async_shared()
+        gl.thread_barrier()
+        zero = gl.zeros([BLOCK_M, _SIZE], gl.float32, layout=BY_ROW)
+        ds_of_rows = ds_place.permute((1, 0))
+        dq_token = warpgroup_mma(ds_of_rows, k, zero, use_acc=False, is_async=True)
+        dk_token = warpgroup_mma(ds_left, q, dk, is_async=True)
+        dv, weights = warpgroup_mma_wait(2, deps=[dv_token, weights])
+        mbarrier.arrive(grad_empty.index(stage), count=1)
+        dq = warpgroup_mma_wait(1, deps=[dq_token])
+        tma.store_wait(0)  # the last tile has been read
+        gl.thread_barrier()
+        dq_place.reshape([BLOCK_M, _SIZE]).store(dq)
+        fence_async_shared()
+        gl.thread_barrier()
+        _add_to_global(dq_desc, [batch, head, row, 0], dq_place)
+        mbarrier.wait(q_full.index(stage), this_round)
+        dk, ds_left = warpgroup_mma_wait(0, deps=[dk_token, ds_left])
+        mbarrier.arrive(q_empty.index(stage), count=1)
+        number += 1
+    return dk, dv, number
+
+
+@gluon.jit
+def _compute(
+    dq_desc, dk_desc, dv_desc, k_place, v_place, q_ring, grad_ring, norm_ring, delta_ring,
+    ds_place, dq_place, k_full, v_full, q_full, q_empty, grad_full, grad_empty,
+    batch, kv_head, group, column, columns, begin, full_begin, full_end, end,
+    low, high, scale, grad_scale,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr, RAGGED: gl.constexpr,
+):  # fmt: skip
+    """One block of keys: all rows that see it, of all heads of its group; then dk and dv."""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_M, 16])
+    BY_KEY: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, _SIZE, 16])
+    BY_ROW: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, _SIZE // 2, 16])
+    k = k_place.reshape([BLOCK_N, _SIZE])
+    v = v_place.reshape([BLOCK_N, _SIZE])
+    dk = gl.zeros([BLOCK_N, _SIZE], gl.float32, layout=BY_KEY)
+    dv = gl.zeros([BLOCK_N, _SIZE], gl.float32, layout=BY_KEY)
+    number = 0
+    mbarrier.wait(k_full, 0)
+    mbarrier.wait(v_full, 0)
+    for member in range(0, group):
+        head = kv_head * group + member
+        if HAS_HIGH or HAS_LOW or RAGGED:
+            dk, dv, number = _down_the_rows(
+                dk, dv, number, dq_desc, k, v, q_ring, grad_ring, norm_ring, delta_ring, ds_place,
+                dq_place, q_full, q_empty, grad_full, grad_empty, batch, head, column, columns,
+                begin, full_begin, low, high, scale, SCORES, BY_KEY, BY_ROW,
+                BLOCK_M, BLOCK_N, STAGES, True, HAS_LOW, HAS_HIGH,
+            )  # fmt: skip
+        dk, dv, number = _down_the_rows(
+            dk, dv, number, dq_desc, k, v, q_ring, grad_ring, norm_ring, delta_ring, ds_place,
+            dq_place, q_full, q_empty, grad_full, grad_empty, batch, head, column, columns,
+            full_begin, full_end, low, high, scale, SCORES, BY_KEY, BY_ROW,
+            BLOCK_M, BLOCK_N, STAGES, False, HAS_LOW, HAS_HIGH,
+        )  # fmt: skip
+        if HAS_LOW:
+            dk, dv, number = _down_the_rows(
+                dk, dv, number, dq_desc, k, v, q_ring, grad_ring, norm_ring, delta_ring, ds_place,
+                dq_place, q_full, q_empty, grad_full, grad_empty, batch, head, column, columns,
+                full_end, end, low, high, scale, SCORES, BY_KEY, BY_ROW,
+                BLOCK_M, BLOCK_N, STAGES, True, HAS_LOW, HAS_HIGH,
+            )  # fmt: skip
+    k.store((dk * grad_scale).to(k_place.dtype))  # neither k nor v is needed any more
+    v.store(dv.to(v_place.dtype))
+    fence_async_shared()
+    gl.thread_barrier()
+    tma.async_copy_shared_to_global(dk_desc, [batch, kv_head, column, 0], k_place)
+    tma.async_copy_shared_to_global(dv_desc, [batch, kv_head, column, 0], v_place)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["rows", "columns", "section", "low", "high"])
+def gluon_backward_kernel(
+    q_desc, k_desc, v_desc, grad_desc, norm_desc, delta_desc, dq_desc, dk_desc, dv_desc,
+    kv_heads, group, rows, columns, section, low, high, scale, grad_scale,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr, RAGGED: gl.constexpr,
+):  # fmt: skip
+    """Writes dk and dv and adds to dq, float32 and not yet scaled; PLAIN, head size 128.
+
+    Grid (blocks of keys * batch * kv_heads). The arguments are those of `key_kernel`.
+    """
+    line, column, begin, full_begin, full_end, end = _tile(
+        rows, columns, section, low, high, BLOCK_M, BLOCK_N, HAS_LOW, HAS_HIGH, RAGGED
+    )
+    dtype: gl.constexpr = q_desc.dtype
+    DS: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    k_place = gl.allocate_shared_memory(dtype, [1, 1, BLOCK_N, _SIZE], k_desc.layout)
+    v_place = gl.allocate_shared_memory(dtype, [1, 1, BLOCK_N, _SIZE], v_desc.layout)
+    q_ring = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_M, _SIZE], q_desc.layout)
+    grad_ring = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_M, _SIZE], grad_desc.layout)
+    norm_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], norm_desc.layout)
+    delta_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], delta_desc.layout)
+    ds_place = gl.allocate_shared_memory(dtype, [BLOCK_N, BLOCK_M], DS)
+    dq_place = gl.allocate_shared_memory(gl.float32, [1, 1, BLOCK_M, _SIZE], dq_desc.layout)
+    k_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    grad_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    grad_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(k_full, count=1)
+    mbarrier.init(v_full, count=1)
+    for n in gl.static_range(STAGES):
+        mbarrier.init(q_full.index(n), count=1)
+        mbarrier.init(q_empty.index(n), count=1)
+        mbarrier.init(grad_full.index(n), count=1)
+        mbarrier.init(grad_empty.index(n), count=1)
+    gl.warp_specialize(
+        [
+            (_compute, (
+                dq_desc, dk_desc, dv_desc, k_place, v_place, q_ring, grad_ring, norm_ring,
+                delta_ring, ds_place, dq_place, k_full, v_full, q_full, q_empty, grad_full,
+                grad_empty, line // kv_heads, line % kv_heads, group, column, columns, begin,
+                full_begin, full_end, end, low, high, scale, grad_scale,
+                BLOCK_M, BLOCK_N, STAGES, HAS_LOW, HAS_HIGH, RAGGED,
+            )),
+            (_load, (
+                q_desc, k_desc, v_desc, grad_desc, norm_desc, delta_desc, k_place, v_place, q_ring,
+                grad_ring, norm_ring, delta_ring, k_full, v_full, q_full, q_empty, grad_full,
+                grad_empty, line // kv_heads, line % kv_heads, kv_heads, group, column, begin, end,
+                BLOCK_M, STAGES,
+            )),
+        ],
+        [1],
+        [_LOADER_REGISTERS],
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows"])
+def scale_kernel(
+    sum_ptr, dq_ptr, dq_stride_b, dq_stride_h, dq_stride_t, heads, rows, grad_scale,
+    BLOCK_M: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """dq from its sum [B, Hq, Tq, SIZE] in float32. Grid (blocks of rows * batch * heads)."""
+    blocks = tl.cdiv(rows, BLOCK_M)
+    line = tl.program_id(0) // blocks
+    i = (tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    d = tl.arange(0, SIZE)[None, :]
+    inside = i < rows
+    total = tl.load(sum_ptr + (line.to(tl.int64) * rows + i) * SIZE + d, mask=inside, other=0.0)
+    dq_ptr += (line // heads).to(tl.int64) * dq_stride_b + (line % heads).to(tl.int64) * dq_stride_h
+    place = dq_ptr + i.to(tl.int64) * dq_stride_t + d
+    tl.store(place, (total * grad_scale).to(dq_ptr.dtype.element_ty), mask=inside)
