@@ -186,6 +186,26 @@ def _off(got: Tensor, want: Tensor) -> float:
 
 @pytest.mark.gpu
 @hopper
+def test_scores_far_below_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key past the end, whose score would be zero, must not outweigh all others."""
+    monkeypatch.setattr(gluon, "fills_the_gpu", lambda programs, interpreted: True)
+    q, k, v, grad = _tensors((1, 2, 2, 640, 1001), torch.bfloat16)
+    q[..., 0], k[..., 0] = 64, -64
+    rest = (None, None, None, None, None, P(_SCALE))
+    out, lse = triton_attention.forward(q, k, v, *rest)
+    exact = [x.double().detach().requires_grad_() for x in (q, k, v)]
+    want, want_lse = reference_attention(*exact, *rest)
+    assert want_lse.max() < -300
+    torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
+    assert _off(out, want) < 4e-3
+    found = triton_attention.backward(grad, None, q, k, v, out, lse, *rest, _QKV)
+    for got, wanted in zip(found, torch.autograd.grad(want, exact, grad.double()), strict=False):
+        assert got is not None
+        assert _off(got, wanted) < 0.03  # the first number of a row cancels
+
+
+@pytest.mark.gpu
+@hopper
 def test_the_same_bits_where_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where some gradient is not needed, backward is that of the other kernels."""
     q, k, v, grad = _tensors((4, 16, 16, 512, 512), torch.bfloat16)

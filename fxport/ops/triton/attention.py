@@ -243,7 +243,8 @@ def _query_gradients(
             "first_line": first * heads,
             "heads": heads,
             "size": size,
-            "section": lines_together(call.k, call.v) * (heads // call.k.shape[1]),
+            "section": lines_together(call.k, call.v, interpreted=INTERPRETED)
+            * (heads // call.k.shape[1]),
             "grad_scale": call.params.scale,
             "PLAIN": call.plain,
             "RAGGED": call.k.shape[2] % blocks.n != 0,
@@ -293,7 +294,7 @@ def _key_gradients(
             **strides,
             "kv_heads": kv_heads,
             "group_part": group // parts,
-            "section": lines_together(call.q, incoming.grad),
+            "section": lines_together(call.q, incoming.grad, interpreted=INTERPRETED),
             "BIAS_GRAD": bias_too and kernel != "value_only",
             "OF_K": kernel != "value_only",
             "OF_V": kernel != "key_only",

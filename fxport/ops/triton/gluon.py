@@ -92,7 +92,7 @@ def forward(call: Call, launches: Launches, out: Tensor, lse: Tensor) -> None:
             "out_desc": _descriptor(out, _GROUP_ROWS),
             "lse_ptr": lse,
             "heads": heads,
-            "section": group * lines_together(call.k, call.v),
+            "section": group * lines_together(call.k, call.v, interpreted=INTERPRETED),
             "BLOCK_N": _KEYS,
             "num_warps": 4,
             **_arguments(call),
@@ -133,7 +133,7 @@ def backward(call: Call, launches: Launches, incoming: Incoming) -> tuple[Tensor
                 for name, x in tensors.items()
             },
             "kv_heads": kv_heads,
-            "section": lines_together(call.q, incoming.grad),
+            "section": lines_together(call.q, incoming.grad, interpreted=INTERPRETED),
             "grad_scale": call.params.scale,
             "BLOCK_M": _BACKWARD_ROWS,
             "BLOCK_N": _KEYS,
