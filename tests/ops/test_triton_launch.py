@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -15,6 +16,8 @@ from attention_cases import CASES, Arguments, Case, make
 from torch import Tensor
 
 pytest.importorskip("triton")
+
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fxport.ops.params import AttentionParams
 from fxport.ops.triton import attention as triton_attention
@@ -69,7 +72,7 @@ def _seen(x: Any) -> Any:
     """What a kernel sees of an argument: of memory, what is in it."""
     if isinstance(x, Tensor):
         return "tensor", x.shape, x.stride(), x.dtype
-    if isinstance(x, triton_launch.TensorDescriptor):
+    if isinstance(x, TensorDescriptor):
         rest = {**vars(x), "base": None}
         return "descriptor", _seen(x.base), x.base.data_ptr() % 16, rest
     return type(x), x
@@ -183,3 +186,28 @@ def test_no_tensor_is_kept() -> None:
     del q
     gc.collect()
     assert kept() is None
+
+
+@dataclass
+class _GluonDescriptor:
+    """As Gluon's: not Triton's class, and with one attribute more."""
+
+    base: Tensor
+    layout: str
+
+
+def test_descriptors_of_other_classes() -> None:
+    first, second = torch.zeros(8), torch.ones(8)
+    prepared = triton_launch._Prepared.of(
+        _Compiled(
+            _Recorder(SimpleNamespace(params=[SimpleNamespace(name="x_desc")], __name__="k"))
+        ),
+        (1,),
+        ["x_desc"],
+        {"x_desc": _GluonDescriptor(first, "swizzled")},
+    )
+    launched: list[Any] = []
+    replace(prepared, run=launched.append)({"x_desc": second})
+    assert type(launched[0]) is _GluonDescriptor
+    assert launched[0].base is second
+    assert launched[0].layout == "swizzled"
