@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
 from fxport.capture.dynamo import lowered_graphs
+from fxport.errors import ReasonCode
 from fxport.passes.attention.rewrite import AttentionSite, rewrite_attention
 from fxport.passes.empty_parts import drop_empty_parts
 from fxport.passes.known_values import fold_known_values
@@ -37,5 +39,15 @@ def training_pipeline(gm: fx.GraphModule) -> PipelineResult:
         fold_known_values(graph)
         attention = rewrite_attention(graph, check_scores=True)
         sites.extend(attention.sites)
-        decisions.extend(attention.decisions)
+        decisions = _corrected(decisions, attention.decisions)
     return PipelineResult(tuple(sites), tuple(decisions))
+
+
+def _corrected(inner: list[Decision], outer: Sequence[Decision]) -> list[Decision]:
+    """The graph around a body knows of a softmax in it what the body alone does not show."""
+    known = {d.location for d in outer if d.reason is not None and d.location is not None}
+    apart = [
+        d.reason is not None and d.reason.code is ReasonCode.NOT_ATTENTION and d.location in known
+        for d in inner
+    ]
+    return [d for d, gone in zip(inner, apart, strict=True) if not gone] + list(outer)

@@ -41,11 +41,11 @@ from fxport.capture.vmap_regions import VmapRegion, vmap_regions
 from fxport.errors import Reason, ReasonCode
 from fxport.report import Decision, Outcome
 
-__all__ = ["Lowered", "lower", "lowered_graphs"]
+__all__ = ["PLAIN_BODIES", "Lowered", "lower", "lowered_graphs"]
 
 # Higher-order ops that run their bodies as ordinary code on the operands after them. The bodies
 # of others (FlexAttention's score functions, scans) have rules of their own and stay as they are.
-_PLAIN_BODIES = frozenset(
+PLAIN_BODIES = frozenset(
     {
         "autograd_function_apply",
         "invoke_subgraph",
@@ -294,7 +294,7 @@ class _GraphLowering:
     def _higher_order(self, node: fx.Node) -> None:
         new = self._verbatim(node)
         assert isinstance(node.target, HigherOrderOperator)
-        if node.target.name() not in _PLAIN_BODIES:
+        if node.target.name() not in PLAIN_BODIES:
             return
         bodies = [a for a in node.args if isinstance(a, fx.Node) and _is_body(self._gm, a)]
         operands = [a for a in new.args[len(bodies) :] if not isinstance(a, str)]

@@ -4,6 +4,7 @@
 
     where      softmax, sdpa, flex     where an attention may begin
                unread, vmapped         what looks like one and is only reported
+               bodies                  .. of which a part may be in the body of another operation
     respell    fills, chains,          what has another spelling gets the usual one
                repeats, cosines
                ones, spread            .. and its own back where that led nowhere (respelled)

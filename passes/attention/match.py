@@ -33,7 +33,7 @@ from fxport.passes.attention.learned import is_learned_product
 from fxport.passes.attention.paths import Walk, obstacles, paths, product_behind, walk
 from fxport.passes.attention.products import Contraction, as_product, contract, sums_products
 from fxport.passes.attention.scores import Scores
-from fxport.passes.attention.site import Left, MaskKind, MaskStep, Match, Shift, Torn
+from fxport.passes.attention.site import Apart, Left, MaskKind, MaskStep, Match, Shift, Torn
 from fxport.passes.attention.softmax import PlacedSink, Softmax, subtracted_maximum, subtracts_whole
 from fxport.passes.attention.terms import is_score_like, join_terms
 from fxport.passes.attention.trace import Step, as_it_is, trace
@@ -131,9 +131,7 @@ def _no_product(facts: GraphFacts, scores: fx.Node) -> Left:
                 f"`{obstacle.target}` stands between the product of q and k and the softmax",
                 obstacle,
             )
-    return Left(
-        ReasonCode.NOT_ATTENTION, "this softmax is not over a product of two tensors", scores
-    )
+    return Apart("this softmax is not over a product of two tensors", scores)
 
 
 def _data_of(facts: GraphFacts, node: fx.Node) -> list[fx.Node]:

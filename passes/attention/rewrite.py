@@ -58,12 +58,12 @@ from fxport.passes.attention.repeats import spell_out_repeats
 from fxport.passes.attention.respelled import Respelled
 from fxport.passes.attention.sdpa import is_sdpa, match_sdpa
 from fxport.passes.attention.sinks import emit_sinks
-from fxport.passes.attention.site import AttentionSite, Left, MaskKind, Match
+from fxport.passes.attention.site import Apart, AttentionSite, Left, MaskKind, Match
 from fxport.passes.attention.softmax import Softmax, is_softmax_call, softmaxes
 from fxport.passes.attention.spread import respell_uses
 from fxport.passes.attention.terms import emit_terms, join_terms
 from fxport.passes.attention.trace import trace
-from fxport.passes.attention.unread import unread_exponentials
+from fxport.passes.attention.unread import may_be_unread, unread_scores
 from fxport.passes.attention.views import moved_input
 from fxport.passes.attention.vmapped import vmapped_softmaxes
 from fxport.passes.graph_facts import GraphFacts, erase_dead, erase_if_unused
@@ -103,7 +103,8 @@ def rewrite_attention(
             be; the site says how far scores may differ for that. Otherwise it is a bias.
     """
     decisions = [stays(node, left.reason(node)) for node, left in vmapped_softmaxes(gm.graph)]
-    if not any(map(_may_start, gm.graph.nodes)) and not flex_calls(gm.graph):
+    started = any(_may_start(n) or may_be_unread(gm, n) for n in gm.graph.nodes)
+    if not started and not flex_calls(gm.graph):
         return AttentionResult((), tuple(decisions))
     without_inplace(gm)
     flex = _write_out_flex(gm, decisions)
@@ -117,8 +118,8 @@ def rewrite_attention(
     respelled = sums_apart(gm, facts)
     starts = _starts(gm.graph)
     softmaxes = [s for s in starts if isinstance(s, Softmax)]
-    for node, left in unread_exponentials(facts, softmaxes):
-        decisions.append(stays(node, left.reason(node)))
+    unread = unread_scores(facts, softmaxes)
+    decisions += [stays(node, left.reason(node)) for node, left in unread.reported]
     respelled += respell_uses(gm, facts, softmaxes)
     sites: dict[fx.Node, AttentionSite] = {}
     said: dict[fx.Node, list[Decision]] = {}
@@ -131,7 +132,8 @@ def rewrite_attention(
                 match = _match(facts, start)
                 site, more = _rewrite(gm, facts, prover, match, check_scores, assume_spread)
             except Left as left:
-                said[node] = [stays(node, left.reason(node))]
+                unseen = unread.between.get(node) if isinstance(left, Apart) else None
+                said[node] = [stays(node, (unseen or left).reason(node))]
                 if left.code is ReasonCode.WEIGHTS_USED_ELSEWHERE:
                     again.append(start)
                 continue

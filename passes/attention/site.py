@@ -14,6 +14,7 @@ from fxport.passes.attention.layout import Dim, Dims
 from fxport.passes.attention.trace import Step
 
 __all__ = [
+    "Apart",
     "AttentionSite",
     "Left",
     "MaskKind",
@@ -46,6 +47,13 @@ class Torn(Left):
 
     def __init__(self, message: str, node: fx.Node) -> None:
         super().__init__(ReasonCode.UNSUPPORTED_FEATURE, message, node)
+
+
+class Apart(Left):
+    """Nothing is seen of a product of q and k before a softmax, or of one with values after it."""
+
+    def __init__(self, message: str, node: fx.Node | None) -> None:
+        super().__init__(ReasonCode.NOT_ATTENTION, message, node)
 
 
 class MaskKind(enum.Enum):

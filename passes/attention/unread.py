@@ -1,76 +1,303 @@
-"""Exponentials of ``q.k`` that go into a product with values, and are no softmax that is known.
+"""Scores ``q.k`` that meet values by a way that no softmax of this graph accounts for.
 
-e = exp(q @ k.T);  (e @ v) / unknown(e)       reported, so that nothing is slow in silence
+    e = exp(q @ k.T);  (e @ v) / unknown(e)              another denominator, or a detached one
+    sigmoid(q @ k.T) @ v     relu(q @ k.T) @ v           no softmax at all
+    checkpoint(softmax, q @ k.T) @ v                     a part of it in a body of its own
+
+Reported, so that nothing is slow in silence. What is linear in the scores all the way (linear
+attention, retention) has nothing that a kernel for attention would do, and is not reported.
 """
 
 from __future__ import annotations
 
-import itertools
+import operator
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
+from fxport.capture.arguments import shape_of
+from fxport.capture.inputs import InputKind, graph_input
 from fxport.errors import ReasonCode
+from fxport.passes.attention.bodies import body_of
 from fxport.passes.attention.made import power_of
-from fxport.passes.attention.paths import paths
-from fxport.passes.attention.products import as_product, factors_of
-from fxport.passes.attention.quotient import division_of
+from fxport.passes.attention.products import as_product, factors_of, sums_products
 from fxport.passes.attention.site import Left
-from fxport.passes.attention.softmax import Softmax
-from fxport.passes.attention.views import moved_input, overload_packet
+from fxport.passes.attention.softmax import Softmax, is_softmax_call, softmaxes
+from fxport.passes.attention.views import moved_input, number, overload_packet
 from fxport.passes.graph_facts import GraphFacts, Source
 
-__all__ = ["unread_exponentials"]
+__all__ = ["Unread", "may_be_unread", "unread_scores"]
 
 aten = torch.ops.aten
 
-_MAX_PATHS = 8
-_MAX_STEPS = 8
-_KEEPS_WEIGHTS = {aten.mul, aten.masked_fill, aten.where, aten.dropout, aten.clamp, aten.clamp_min}
+# Pointwise, and yet linear in the scores (or the scores with something added).
+_LINEAR = {
+    aten.mul, aten.div, aten.true_divide, aten.add, aten.sub, aten.neg, aten.masked_fill,
+    aten.where, aten.clone, aten.nan_to_num,
+}  # fmt: skip
+# Not pointwise, and yet every result is made of a few scores.
+_CARRIES = {
+    aten.detach, aten.dropout, aten.rsub, aten.tril, aten.triu, aten.cat, aten.pad,
+    aten.constant_pad_nd, aten.slice, aten.narrow, aten.cumsum, aten.flip, aten.roll, aten.gather,
+    aten.scatter, aten.index_put,
+}  # fmt: skip
+_ORDERS = {aten.sort, aten.topk}
 
 
-def unread_exponentials(
-    facts: GraphFacts, known: Collection[Softmax]
-) -> Iterator[tuple[fx.Node, Left]]:
-    """Each with its reason."""
-    read = {node for softmax in known for node in softmax.nodes}
-    for node in facts.gm.graph.nodes:
-        power = power_of(node)
-        if power is None or node in read or not _meets_values(node):
-            continue
-        if any(_of_data(facts, p[0]) for p in itertools.islice(paths(power[0]), _MAX_PATHS)):
-            yield (
-                node,
-                Left(
-                    ReasonCode.UNSUPPORTED_FEATURE,
-                    "exponentials of q.k meet the values, and are not known to be divided by "
-                    "their sum over the keys and nothing more",
-                    node,
-                    "softmax(x), or e = exp(x - amax(x)) and e / e.sum(); a learned sink in the sum"
-                    " is a column of the scores: softmax(cat([x, sink], -1))[..., :-1]",
-                ),
-            )
+@dataclass(frozen=True)
+class Unread:
+    """What was found in one graph.
+
+    Attributes:
+        reported: the operations that stand between q.k and the values, each with its reason.
+        between: the softmaxes that stand there, by their start, each with the reason for the case
+            that the pass sees no attention in it.
+    """
+
+    reported: tuple[tuple[fx.Node, Left], ...]
+    between: dict[fx.Node, Left]
 
 
-def _of_data(facts: GraphFacts, node: fx.Node) -> bool:
+@dataclass(frozen=True)
+class _Way:
+    """How a value was made of scores.
+
+    Attributes:
+        node: the value.
+        bend: the operation that is not linear, an exponential before any other.
+        softmax: whether that is a softmax that is known.
+        outside: whether it is in the body of another operation.
+        border: the operation that a part of the way is a body of.
+    """
+
+    node: fx.Node
+    bend: fx.Node | None = None
+    softmax: bool = False
+    outside: bool = False
+    border: fx.Node | None = None
+
+    def at(self, node: fx.Node) -> _Way:
+        return replace(self, node=node)
+
+
+def unread_scores(facts: GraphFacts, known: Collection[Softmax]) -> Unread:
+    """All that one graph shows, the bodies of its higher-order operations included.
+
+    What lies in one of those bodies as a whole is left to a call with the body.
+    """
+    scope = _Scope(facts, known, {})
+    reported: dict[fx.Node, Left] = {}
+    between: dict[fx.Node, Left] = {}
+    for ways in scope.to_values().values():
+        for way in _telling(ways):
+            assert way.bend is not None
+            own = way.softmax and not way.outside
+            (between if own else reported).setdefault(way.bend, _reason(way))
+    return Unread(tuple(reported.items()), between)
+
+
+def _telling(ways: list[_Way]) -> list[_Way]:
+    """Of the ways to one product with values: those by a softmax, or an exponential, or one."""
+    bent = [way for way in ways if way.bend is not None]
+    softmaxes = [way for way in bent if way.softmax]
+    powers = [way for way in bent if way.bend is not None and power_of(way.bend) is not None]
+    return softmaxes or powers or bent[:1]
+
+
+def _reason(way: _Way) -> Left:
+    assert way.bend is not None
+    code = ReasonCode.UNSUPPORTED_FEATURE
+    if way.border is not None:
+        return Left(
+            code,
+            f"a part of this attention runs in `{way.border.target}`, the rest outside of it",
+            way.bend,
+            "let it cover q.k, the softmax and the product with the values, or none of them",
+        )
+    if way.softmax:
+        return Left(
+            code,
+            "the scores q.k reach this softmax, or its weights the values, by operations that are "
+            "not followed here",
+            way.bend,
+        )
+    if power_of(way.bend) is not None:
+        return Left(
+            code,
+            "exponentials of q.k meet the values, and are not known to be divided by "
+            "their sum over the keys and nothing more",
+            way.bend,
+            "softmax(x), or e = exp(x - amax(x)) and e / e.sum(), all of it with its gradient; a "
+            "learned sink in the sum is a column of the scores: "
+            "softmax(cat([x, sink], -1))[..., :-1]",
+        )
+    return Left(
+        code,
+        f"scores q.k meet the values by `{way.bend.target}`, which is no softmax: no kernel has it",
+        way.bend,
+        "it stays as it is, and needs memory for all queries with all keys",
+    )
+
+
+_Met: TypeAlias = tuple[_Way, fx.Node]  # a way, and the product with values that it ends before
+
+
+def _across(before: _Way, after: _Way, border: fx.Node) -> _Way:
+    """A way that went through the body of `border`."""
+    outside = before.outside or after.bend is not before.bend
+    return replace(after, border=border, outside=outside)
+
+
+def may_be_unread(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether scores may begin at a node: cheap, and true of too much."""
     product = as_product(node)
-    assert product is not None
-    return all(Source.DATA in facts.source(n) for n in (product.left, product.right))
+    if product is None:
+        return body_of(gm, node) is not None
+    return not any(map(_is_stored, (product.left, product.right)))
 
 
-def _meets_values(node: fx.Node) -> bool:
-    """Whether a product follows, after steps that keep the weights' meaning."""
-    pending = [(node, 0)]
-    while pending:
-        current, steps = pending.pop()
-        for user in current.users:
-            if factors_of(user) is not None:
-                return True
-            product = None if overload_packet(user) is aten.sum else as_product(user)
-            if product is not None:
-                return True
-            follows = overload_packet(user) in _KEEPS_WEIGHTS or moved_input(user) is current
-            if steps < _MAX_STEPS and (follows or division_of(user) is not None):
-                pending.append((user, steps + 1))
-    return False
+def _is_stored(node: fx.Node) -> bool:
+    return node.op == "get_attr" or (
+        node.op == "placeholder" and graph_input(node).kind is not InputKind.DATA
+    )
+
+
+class _Scope:
+    """One graph: what carries scores on in it."""
+
+    def __init__(
+        self,
+        facts: GraphFacts,
+        known: Collection[Softmax],
+        bodies: dict[fx.GraphModule, _Scope],
+    ) -> None:
+        self.facts = facts
+        self.read = {n: s.start for s in known for n in s.nodes}
+        self.bodies = bodies
+
+    def _inner(self, gm: fx.GraphModule) -> _Scope:
+        if gm not in self.bodies:
+            self.bodies[gm] = _Scope(GraphFacts(gm), list(softmaxes(gm.graph)), self.bodies)
+        return self.bodies[gm]
+
+    def made(self) -> Iterator[_Way]:
+        """The scores: products of data with data, and what bodies return that is made of them."""
+        for node in self.facts.gm.graph.nodes:
+            if self._is_scores(node):
+                yield _Way(node)
+            body = body_of(self.facts.gm, node)
+            if body is not None:
+                inner = self._inner(body.gm)
+                for way in inner.made():
+                    _, returned = inner.follow(way)
+                    for end in returned:
+                        for result in body.left(end.node):
+                            yield replace(end, node=result, outside=True, border=node)
+
+    def to_values(self) -> dict[fx.Node, list[_Way]]:
+        """The ways from scores to each product with values."""
+        found: dict[fx.Node, list[_Way]] = {}
+        for start in self.made():
+            for way, product in self.follow(start)[0]:
+                found.setdefault(product, []).append(way)
+        return found
+
+    def follow(self, start: _Way) -> tuple[list[_Met], list[_Way]]:
+        """The ways to a product with values that are not made of these scores; and to the output.
+
+        A way ends before the product.
+        """
+        pending, seen = [start], {(start.node, start.bend)}
+        here: list[_Met] = []
+        inside: list[_Met] = []
+        returned: list[_Way] = []
+        while pending:
+            way = pending.pop(0)
+            for user in way.node.users:
+                if user.op == "output":
+                    returned.append(way)
+                elif _is_product(user, way.node):
+                    here.append((way, user))
+                found, onwards = self._after(way, user)
+                inside += found
+                for after in onwards:
+                    if (after.node, after.bend) not in seen:
+                        seen.add((after.node, after.bend))
+                        pending.append(after)
+        made = {node for node, _ in seen}
+        return [met for met in here if self._takes_values(met[1], made)] + inside, returned
+
+    def _after(self, way: _Way, user: fx.Node) -> tuple[list[_Met], list[_Way]]:
+        """Products in the body that a user runs, and what carries the scores on after the user."""
+        body = body_of(self.facts.gm, user)
+        if body is None:
+            return [], [self._bent(way.at(user))] if _carries(user, way.node) else []
+        met: list[_Met] = []
+        onwards: list[_Way] = []
+        for place in body.entered(way.node):
+            found, returned = self._inner(body.gm).follow(way.at(place))
+            met += [(_across(way, end, user), product) for end, product in found]
+            for end in returned:
+                onwards += [_across(way, end, user).at(n) for n in body.left(end.node)]
+        return met, onwards
+
+    def _bent(self, way: _Way) -> _Way:
+        node = way.node
+        if node in self.read:
+            return replace(way, bend=self.read[node], softmax=True, outside=False)
+        if way.softmax or not _bends(node):
+            return way
+        first = way.bend is None or power_of(node) is not None
+        return replace(way, bend=node) if first else way
+
+    def _is_scores(self, node: fx.Node) -> bool:
+        product = as_product(node)
+        if product is None or product.left is product.right:
+            return False
+        one_by_one = overload_packet(node) is aten.sum
+        if one_by_one and shape_of(product.left) == shape_of(product.right):
+            return False
+        return all(Source.DATA in self.facts.source(n) for n in (product.left, product.right))
+
+    def _takes_values(self, product: fx.Node, made: Collection[fx.Node]) -> bool:
+        """Whether something of the data enters that is not made of the scores themselves."""
+        others = [n for n in product.all_input_nodes if n not in made]
+        return any(Source.DATA in self.facts.source(n) for n in others)
+
+
+def _is_product(node: fx.Node, factor: fx.Node) -> bool:
+    if factors_of(node) is not None:
+        return shape_of(node) != shape_of(factor)
+    if overload_packet(node) is aten.sum:
+        return False
+    return as_product(node) is not None or sums_products(node)
+
+
+def _carries(node: fx.Node, value: fx.Node) -> bool:
+    """Whether a node's result is made of single entries of a value."""
+    if node.target is operator.getitem:
+        return overload_packet(value) in _ORDERS and number(node.args[1]) == 0
+    packet = overload_packet(node)
+    if packet in _ORDERS:
+        return True
+    result = node.meta.get("val")
+    if not isinstance(result, torch.Tensor) or not result.dtype.is_floating_point:
+        return False
+    known = packet in _CARRIES or is_softmax_call(node) or moved_input(node) is value
+    return known or _is_pointwise(node)
+
+
+def _bends(node: fx.Node) -> bool:
+    packet = overload_packet(node)
+    if packet in _ORDERS or is_softmax_call(node):
+        return True
+    squares = packet is aten.mul and node.args[0] is node.args[1]
+    return squares or (_is_pointwise(node) and packet not in _LINEAR)
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    return isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags

@@ -21,7 +21,7 @@ from fxport.passes.attention.layout import Axis, Dims, LayoutError, axes_of, is_
 from fxport.passes.attention.paths import Walk
 from fxport.passes.attention.products import Product, as_product, factors_of
 from fxport.passes.attention.quotient import kept_by
-from fxport.passes.attention.site import Left, MaskKind, MaskStep, RowScale, Torn
+from fxport.passes.attention.site import Apart, Left, MaskKind, MaskStep, RowScale, Torn
 from fxport.passes.attention.softmax import Softmax
 from fxport.passes.attention.views import moved_input, number, overload_packet, view_dims
 from fxport.passes.graph_facts import lends_shape_only, only_checks
@@ -212,9 +212,7 @@ def _only_user(node: fx.Node, softmax: Softmax, tests: list[fx.Node]) -> fx.Node
     products = [u for u in users if as_product(u) is not None]
     where = next((u for u in users if u not in products), None)
     if not users or not (products or any(_leads_to_product(u) for u in users)):
-        raise Left(
-            ReasonCode.NOT_ATTENTION, "the softmax's result is not multiplied with values", node
-        )
+        raise Apart("the softmax's result is not multiplied with values", node)
     raise Left(
         ReasonCode.WEIGHTS_USED_ELSEWHERE,
         "the attention weights are returned or used besides the product with the values",
@@ -266,13 +264,17 @@ def _drop_sink(node: fx.Node, walked: Walk, dims: Dims, softmax: Softmax) -> Dim
 
 
 def _goes_elsewhere(node: fx.Node) -> Left:
-    code = ReasonCode.WEIGHTS_USED_ELSEWHERE if _values_follow(node) else ReasonCode.NOT_ATTENTION
-    return Left(code, f"the softmax's result goes into `{node.target}`", node)
+    message = f"the softmax's result goes into `{node.target}`"
+    if not _values_follow(node):
+        return Apart(message, node)
+    return Left(ReasonCode.WEIGHTS_USED_ELSEWHERE, message, node)
 
 
 def _changed(node: fx.Node) -> Left:
-    code = ReasonCode.UNSUPPORTED_FEATURE if _values_follow(node) else ReasonCode.NOT_ATTENTION
-    return Left(code, "the weights are changed here, each in another way", node)
+    message = "the weights are changed here, each in another way"
+    if not _values_follow(node):
+        return Apart(message, node)
+    return Left(ReasonCode.UNSUPPORTED_FEATURE, message, node)
 
 
 def _values_follow(node: fx.Node) -> bool:

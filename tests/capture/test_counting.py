@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 import pytest
@@ -29,7 +30,15 @@ KNOWN: list[Callable[[int], Tensor]] = [
     shifted,
     lambda n: torch.arange(n).max() + 1 > 8,
     lambda n: torch.arange(n).max() >= 12,
-]
+    *(
+        lambda n, compare=compare, number=number: compare(torch.arange(n).max(), number)
+        for compare in (
+            operator.gt, operator.ge, operator.lt, operator.le,
+            Tensor.gt, Tensor.ge, Tensor.lt, Tensor.le,
+        )
+        for number in (6, 7, 8)  # below, at and above the largest of eight
+    ),
+]  # fmt: skip
 
 
 def added_later(n: int) -> Tensor:

@@ -284,7 +284,12 @@ class Counts(Tiny):
 
 
 @pytest.mark.parametrize(
-    "number", [lambda calls: 1.0 + (calls > 500), lambda calls: 1.0 + (calls % 4 == 0)]
+    "number",
+    [
+        lambda calls: 1.0 + (calls > 500),
+        lambda calls: 1.0 + (calls % 4 == 0),
+        lambda calls: 1.0 + (calls == 500),
+    ],
 )
 def test_many_earlier_calls_must_make_no_difference(number):
     with pytest.raises(PortError) as caught:

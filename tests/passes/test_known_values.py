@@ -280,3 +280,32 @@ def test_ids_that_are_looked_up_are_never_negative(pad: int, looked_up: bool, fo
     assert bool(gm.graph.find_nodes(op="call_function", target=aten.cumsum.default)) != folded
     found = run_like(gm, site, [ids, table])
     torch.testing.assert_close(found, function(ids, table), rtol=0, atol=0)
+
+
+def test_a_table_is_no_id_that_is_looked_up_in_it() -> None:
+    def function(ids: Tensor, table: Tensor) -> Tensor:
+        return F.embedding(ids, table) * (table == -1).sum()
+
+    ids, table = torch.tensor([[3, 0]]), torch.full((7, 3), -1.0)
+    site = Site(function)
+    gm = trace_directly(site, [ids, table], {0: (0, 1)})
+    fold_known_values(gm)
+    assert torch.equal(run_like(gm, site, [ids, table]), function(ids, table))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, p: x + (p.clamp(min=1) == p),
+        lambda x, p: x + ((2 - p).clamp(min=0) == 2 - p),
+        lambda x, p: x + (p.clamp(min=0, max=3) == p),
+        lambda x, p: x + ~torch.zeros_like(p),
+        lambda x, p: torch.cat([x, x], 1) + (p.repeat(1, 2) == torch.arange(2 * x.shape[1])),
+    ],
+)
+def test_almost_the_same_positions(function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    site, data = Site(lambda x: function(x, positions(x))), [torch.randn(2, 7)]
+    gm = trace_directly(site, data, {0: (0, 1)})
+    fold_known_values(gm)
+    for given in (data, [torch.randn(3, 5)]):
+        assert torch.equal(run_like(gm, site, given), site(*given))
