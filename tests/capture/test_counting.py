@@ -60,6 +60,7 @@ UNKNOWN: list[Callable[[int], Tensor]] = [
     lambda n: torch.max(torch.arange(n), torch.tensor(50)).max(),
     lambda n: (torch.arange(n) * 2).max(),
     lambda n: (torch.arange(n) > 3).max(),
+    lambda n: (torch.arange(n) < 3).max(),
     lambda n: torch.arange(1).to(torch.bool).max(),
     lambda n: (torch.arange(n).max() > 9) + 3,
     lambda n: torch.arange(n).sub(torch.ones(n, dtype=torch.long)).max(),

@@ -92,3 +92,28 @@ def test_gradients_that_are_switched_off_inside_stay_off() -> None:
     found = rewrite(trace_training(module, [example(2, 7)]))
     assert found.count == 0
     compare(module, found.graph, [example(2, 7)])
+
+
+def dropped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.dropout((q @ k.mT).softmax(-1), 0.5, training=True) @ v
+
+
+def masked_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = q @ k.mT
+    s[..., 0] = 1.0
+    return s.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("head", [dropped, masked_in_place])
+def test_what_is_not_run_at_once_is_reported(head: Function) -> None:
+    module = Site(lambda x: torch.vmap(head, randomness="different")(*heads_first(x)))
+    found = rewrite(trace_training(module, [example(2, 7)]))
+    assert found.count == 0 and found.left() == ["unsupported-feature"]
+    assert "torch.vmap" in found.result.decisions[0].reason.message  # type: ignore[union-attr]
+
+
+def test_a_write_in_place_stays_below_the_map() -> None:
+    module = Site(lambda x: torch.vmap(masked_in_place)(*heads_first(x)))
+    found = rewrite(trace_training(module, [example(2, 7)]))
+    assert found.count == 0 and found.left() == ["unsupported-feature"]
+    compare(module, found.graph, [example(2, 7)])

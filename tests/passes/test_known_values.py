@@ -297,7 +297,7 @@ def test_a_table_is_no_id_that_is_looked_up_in_it() -> None:
     "function",
     [
         lambda x, p: x + (p.clamp(min=1) == p),
-        lambda x, p: x + ((2 - p).clamp(min=0) == 2 - p),
+        lambda x, p: x + ((p * -1 + 2).clamp(min=0) == p * -1 + 2),
         lambda x, p: x + (p.clamp(min=0, max=3) == p),
         lambda x, p: x + ~torch.zeros_like(p),
         lambda x, p: torch.cat([x, x], 1) + (p.repeat(1, 2) == torch.arange(2 * x.shape[1])),

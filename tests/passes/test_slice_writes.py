@@ -175,6 +175,28 @@ def test_pieces_in_another_grad_mode_stay() -> None:
     assert join_written_pieces(gm) == 0
 
 
+def into_a_view(x: Tensor) -> Tensor:
+    y = x.new_zeros(10, x.shape[1], x.shape[0])
+    view = y.transpose(0, 2)
+    view[..., :5].copy_(x)
+    view[..., 5:].copy_(x.sin())
+    return y * 2
+
+
+def one_column_for_several(x: Tensor) -> Tensor:
+    y = x.new_zeros(x.shape[0], x.shape[1], 10)
+    y[..., :5].copy_(x[..., :1])
+    y[..., 5:].copy_(x)
+    return y * 2
+
+
+def turns_of_two_lengths(x: Tensor) -> Tensor:
+    y = x.new_zeros(x.shape[0], x.shape[1], 9)
+    y[..., ::2] = x
+    y[..., 1::2] = x[..., 1:]
+    return y * 2
+
+
 PART_BY_PART = [
     a_gap,
     a_row_selected_twice,
@@ -183,6 +205,7 @@ PART_BY_PART = [
     written_once_more,
     source_changed_in_between,
     of_another_type,
+    one_column_for_several,
 ]
 
 
@@ -198,7 +221,8 @@ def test_what_is_more_than_that_is_written_part_by_part(
 
 
 @pytest.mark.parametrize(
-    "function", [one_of_two_turns, turns_that_leave_the_last_out, the_same_turn_twice]
+    "function",
+    [one_of_two_turns, turns_that_leave_the_last_out, the_same_turn_twice, turns_of_two_lengths],
 )
 def test_turns_that_do_not_cover_the_axis_are_refused(function: Callable[[Tensor], Tensor]) -> None:
     x = torch.randn(3, 7, 5, dtype=torch.float64)
@@ -214,6 +238,14 @@ def test_what_an_earlier_view_shows_stays() -> None:
     assert join_written_pieces(gm) == 0
     with pytest.raises(PortError, match="changes a tensor"):
         functionalise(gm)
+
+
+def test_what_a_view_was_taken_of_is_written() -> None:
+    x = torch.randn(3, 7, 5, dtype=torch.float64)
+    gm = traced(into_a_view, x)
+    join_written_pieces(gm)
+    gm.recompile()
+    torch.testing.assert_close(gm(x), into_a_view(x), rtol=0, atol=0)
 
 
 def test_an_argument_is_left_alone() -> None:
