@@ -3,6 +3,8 @@
     e = exp(q @ k.T);  (e @ v) / unknown(e)              another denominator, or a detached one
     sigmoid(q @ k.T) @ v     relu(q @ k.T) @ v           no softmax at all
     checkpoint(softmax, q @ k.T) @ v                     a part of it in a body of its own
+    softmax(-cdist(q, k)) @ v                            scores that are no q.k
+    softmax(-((q[:, None] - k) ** 2).sum(-1)) @ v
 
 Reported, so that nothing is slow in silence. What is linear in the scores all the way (linear
 attention, retention) has nothing that a kernel for attention would do, and is not reported.
@@ -13,7 +15,8 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from itertools import combinations
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx
@@ -23,6 +26,7 @@ from fxport.capture.arguments import shape_of
 from fxport.capture.inputs import InputKind, graph_input
 from fxport.errors import ReasonCode
 from fxport.passes.attention.bodies import body_of
+from fxport.passes.attention.layout import is_one
 from fxport.passes.attention.made import power_of
 from fxport.passes.attention.products import as_product, factors_of, sums_products
 from fxport.passes.attention.site import Left
@@ -46,6 +50,8 @@ _CARRIES = {
     aten.scatter, aten.index_put,
 }  # fmt: skip
 _ORDERS = {aten.sort, aten.topk}
+_SUMS = {aten.sum, aten.mean, aten.norm, aten.linalg_vector_norm}
+_MAX_DEPTH = 4  # operations between pairs of queries and keys and their sum
 
 
 @dataclass(frozen=True)
@@ -121,8 +127,8 @@ def _reason(way: _Way) -> Left:
     if way.softmax:
         return Left(
             code,
-            "the scores q.k reach this softmax, or its weights the values, by operations that are "
-            "not followed here",
+            "scores of queries and keys reach this softmax, or its weights the values, by "
+            "operations that are not followed here",
             way.bend,
         )
     if power_of(way.bend) is not None:
@@ -137,7 +143,8 @@ def _reason(way: _Way) -> Left:
         )
     return Left(
         code,
-        f"scores q.k meet the values by `{way.bend.target}`, which is no softmax: no kernel has it",
+        f"scores of queries and keys meet the values by `{way.bend.target}`, which is no softmax: "
+        "no kernel has it",
         way.bend,
         "it stays as it is, and needs memory for all queries with all keys",
     )
@@ -156,7 +163,8 @@ def may_be_unread(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether scores may begin at a node: cheap, and true of too much."""
     product = as_product(node)
     if product is None:
-        return body_of(gm, node) is not None
+        sums = overload_packet(node) in _SUMS or overload_packet(node) is aten.cdist
+        return sums or body_of(gm, node) is not None
     return not any(map(_is_stored, (product.left, product.right)))
 
 
@@ -255,18 +263,43 @@ class _Scope:
         return replace(way, bend=node) if first else way
 
     def _is_scores(self, node: fx.Node) -> bool:
+        """Sums of data times data, or of what else is made of every query with every key."""
+        if overload_packet(node) is aten.cdist:
+            return self._is_data(*node.args[:2])
         product = as_product(node)
-        if product is None or product.left is product.right:
+        if product is not None and self._is_data(product.left, product.right):
+            one_by_one = overload_packet(node) is aten.sum
+            plain = one_by_one and shape_of(product.left) == shape_of(product.right)
+            return product.left is not product.right and not plain
+        summed = overload_packet(node) in _SUMS and isinstance(node.args[0], fx.Node)
+        return summed and self._is_of_pairs(node.args[0])
+
+    def _is_data(self, *values: Any) -> bool:
+        return all(isinstance(v, fx.Node) and Source.DATA in self.facts.source(v) for v in values)
+
+    def _is_of_pairs(self, value: Any, depth: int = _MAX_DEPTH) -> bool:
+        """``f(q[:, :, None] - k[:, None])``, entry by entry."""
+        if not isinstance(value, fx.Node) or not _is_pointwise(value):
             return False
-        one_by_one = overload_packet(node) is aten.sum
-        if one_by_one and shape_of(product.left) == shape_of(product.right):
-            return False
-        return all(Source.DATA in self.facts.source(n) for n in (product.left, product.right))
+        given = [n for n in value.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+        if any(_spread(a, b) and self._is_data(a, b) for a, b in combinations(given, 2)):
+            return True
+        whole = [n for n in given if shape_of(n) == shape_of(value)]
+        return depth > 0 and any(self._is_of_pairs(n, depth - 1) for n in whole)
 
     def _takes_values(self, product: fx.Node, made: Collection[fx.Node]) -> bool:
         """Whether something of the data enters that is not made of the scores themselves."""
         others = [n for n in product.all_input_nodes if n not in made]
         return any(Source.DATA in self.facts.source(n) for n in others)
+
+
+def _spread(one: fx.Node, other: fx.Node) -> bool:
+    """Whether each of two values is repeated along a dimension of the other."""
+    a, b = shape_of(one), shape_of(other)
+    if len(a) != len(b) or len(a) < 3:
+        return False
+    pairs = list(zip(map(is_one, a), map(is_one, b), strict=True))
+    return (True, False) in pairs and (False, True) in pairs
 
 
 def _is_product(node: fx.Node, factor: fx.Node) -> bool:

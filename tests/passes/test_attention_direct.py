@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from attention_graphs import Site, compare, rewrite, softmax_count, trace_directly
 from spellings import LEGAL
 from spellings_base import DIRECT, Spelling
@@ -47,3 +48,16 @@ def test_tricky(case: Tricky) -> None:
     assert all(case.found in str(site) for site in rewritten.result.sites), rewritten.result.sites
     assert not case.found or rewritten.count == 1
     compare(module, rewritten.graph, [example(2, 15)])
+
+
+def test_an_einsum_of_three_that_names_no_result() -> None:
+    """Its letters that occur once are the result, in order."""
+
+    def function(x: torch.Tensor, between: torch.Tensor) -> torch.Tensor:
+        q, k, v = x.unbind(0)
+        return torch.einsum("id,de,je", q, between, k).softmax(-1) @ v
+
+    generator = torch.Generator().manual_seed(3)
+    data = [torch.randn(3, 5, 4, generator=generator, dtype=torch.float64)]
+    module = Site(function, [torch.randn(4, 4, generator=generator, dtype=torch.float64)])
+    compare(module, rewrite(trace_directly(module, data)).graph, data)

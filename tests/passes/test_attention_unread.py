@@ -113,11 +113,20 @@ def scattered(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.zeros_like(s).scatter(-1, index, (s - best).softmax(-1).gather(-1, index)) @ v
 
 
+def distances(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (-(torch.cdist(q, k) ** 2)).softmax(-1) @ v
+
+
+def distances_written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (-((q[:, :, :, None] - k[:, :, None]) ** 2).sum(-1)).softmax(-1) @ v
+
+
 @pytest.mark.parametrize(
     "function",
     [
-        sum_detached, exponentials_detached, dividend_detached, weights_detached,
-        logarithm_detached, sum_without_gradient, sigmoids, rectified, squared, sparse_maximum,
+        distances, distances_written_out, sum_detached, exponentials_detached,
+        dividend_detached, weights_detached, logarithm_detached, sum_without_gradient,
+        sigmoids, rectified, squared, sparse_maximum,
         last_of_running_sums, three_at_once, scattered,
     ],
 )  # fmt: skip
@@ -152,11 +161,18 @@ def own_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return x @ x.mT
 
 
+def differences(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Made of pairs, and of no sum over features: what decays, say."""
+    return (
+        (q.sum(-1)[..., None, None] - k.sum(-1)[:, :, None, :, None]).exp() * v[:, :, None]
+    ).sum(3)
+
+
 def learned_after(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
     return (q @ k.mT).relu() @ w
 
 
-@pytest.mark.parametrize("function", [linear, decaying, similar, own_products])
+@pytest.mark.parametrize("function", [linear, decaying, similar, own_products, differences])
 def test_products_that_are_no_attention(function: Callable[..., Tensor]) -> None:
     assert not rewrite(trace_directly(Site(function), example())).result.decisions
 
