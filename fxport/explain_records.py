@@ -21,7 +21,7 @@ class Door(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Site:
-    """One softmax, or one call of scaled_dot_product_attention.
+    """One softmax, what stands in its place between q.k and the values, or one call of SDPA.
 
     Attributes:
         outcome: REWRITTEN to ``fxport::attention``; PROVEN: no attention, stays and is right to;
