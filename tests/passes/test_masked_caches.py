@@ -40,6 +40,23 @@ def turned(cache: Tensor, at: Tensor, new: Tensor) -> Tensor:
     return cache.index_copy(2, at.flip(0), new)
 
 
+def added_up(cache: Tensor, at: Tensor, new: Tensor) -> Tensor:
+    written: Tensor = aten.index_put.default(cache, [None, None, at], new, True)
+    return written
+
+
+def as_it_was(cache: Tensor, at: Tensor, new: Tensor) -> Tensor:
+    before = cache.clone()
+    cache[:, :, at] = new
+    return before
+
+
+def changed_later(cache: Tensor, at: Tensor, new: Tensor) -> Tensor:
+    written = cache.index_copy(2, at, new)
+    new.mul_(2.0)
+    return written
+
+
 class Cached(nn.Module):
     """One layer in the manner of a generation loop; a batch of one."""
 
@@ -158,6 +175,9 @@ def test_the_caches_are_gone() -> None:
         {"filled": float("nan")},  # zero times that is not zero
         {"write": one_later},
         {"write": turned},
+        {"write": added_up},
+        {"write": as_it_was},
+        {"write": changed_later},
         {"added": True, "lowest": -1e6},  # scores may differ by as much
         {"added": True, "seen": -1, "lowest": -2.4e38},  # the first row sees nothing: all alike
         {"by_hand": True, "write": one_later, "added": True},
