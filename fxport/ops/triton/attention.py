@@ -30,13 +30,7 @@ from fxport.ops.triton.call import (
     layout_of,
     tile_descriptor,
 )
-from fxport.ops.triton.config import (
-    Blocks,
-    fills_the_gpu,
-    group_parts,
-    lines_together,
-    padded_head_size,
-)
+from fxport.ops.triton.config import Blocks, fills_the_gpu, group_parts, padded_head_size
 from fxport.ops.triton.forward import forward_kernel
 from fxport.ops.triton.launch import Launches, on_device_of_first
 from fxport.ops.triton.tiles import FLOAT_BIAS
@@ -243,8 +237,7 @@ def _query_gradients(
             "first_line": first * heads,
             "heads": heads,
             "size": size,
-            "section": lines_together(call.k, call.v, interpreted=INTERPRETED)
-            * (heads // call.k.shape[1]),
+            "section": call.section(call.k, call.v) * (heads // call.k.shape[1]),
             "grad_scale": call.params.scale,
             "PLAIN": call.plain,
             "RAGGED": call.k.shape[2] % blocks.n != 0,
@@ -294,7 +287,7 @@ def _key_gradients(
             **strides,
             "kv_heads": kv_heads,
             "group_part": group // parts,
-            "section": lines_together(call.q, incoming.grad, interpreted=INTERPRETED),
+            "section": call.section(call.q, incoming.grad),
             "BIAS_GRAD": bias_too and kernel != "value_only",
             "OF_K": kernel != "value_only",
             "OF_V": kernel != "key_only",

@@ -20,7 +20,7 @@ from fxport.ops.band import Band, band_of
 from fxport.ops.dropout import keep_scale, threshold
 from fxport.ops.layout import addressable
 from fxport.ops.params import AttentionParams
-from fxport.ops.triton.config import Blocks, blocks_for, padded_head_size
+from fxport.ops.triton.config import Blocks, blocks_for, lines_together, padded_head_size
 from fxport.ops.triton.launch import Launches
 from fxport.ops.triton.tiles import (
     BIAS_KEYS,
@@ -227,6 +227,15 @@ class Call:
         """Whether dk and dv are made by a launch each: together they do not fit in registers."""
         widest = padded_head_size(max(self.q.shape[3], self.v.shape[3]))
         return widest > 128 and self.q.dtype != torch.float32 and not INTERPRETED
+
+    def section(self, *read: Tensor) -> int:
+        """How many lines (batch and head) run together, see `place_of_program`.
+
+        All of them with tiles of a bias that lines share: else each line fetches them again.
+        """
+        if self.bias is not None and self.has_bias_tiles and 0 in self.bias.stride()[:2]:
+            return self.q.shape[0] * self.q.shape[1]
+        return lines_together(*read, interpreted=INTERPRETED)
 
     def blocks(self, kernel: str) -> Blocks:
         """The block shapes of one of the kernels."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fxport.ops.layout import empty_heads
 from fxport.ops.triton.call import INTERPRETED, Call, Incoming
-from fxport.ops.triton.config import fills_the_gpu, lines_together
+from fxport.ops.triton.config import fills_the_gpu
 from fxport.ops.triton.launch import Launches
 
 __all__ = ["backward", "forward", "refuses", "refuses_backward"]
@@ -92,7 +92,7 @@ def forward(call: Call, launches: Launches, out: Tensor, lse: Tensor) -> None:
             "out_desc": _descriptor(out, _GROUP_ROWS),
             "lse_ptr": lse,
             "heads": heads,
-            "section": group * lines_together(call.k, call.v, interpreted=INTERPRETED),
+            "section": group * call.section(call.k, call.v),
             "BLOCK_N": _KEYS,
             "num_warps": 4,
             **_arguments(call),
@@ -133,7 +133,7 @@ def backward(call: Call, launches: Launches, incoming: Incoming) -> tuple[Tensor
                 for name, x in tensors.items()
             },
             "kv_heads": kv_heads,
-            "section": lines_together(call.q, incoming.grad, interpreted=INTERPRETED),
+            "section": call.section(call.q, incoming.grad),
             "grad_scale": call.params.scale,
             "BLOCK_M": _BACKWARD_ROWS,
             "BLOCK_N": _KEYS,
