@@ -41,7 +41,8 @@ class Sample:
         output: the output node.
         memory: who shares memory with whom.
         needed: nodes that the output depends on.
-        data: nodes that depend on the token ids, through memory too.
+        data: nodes that depend on the token ids, through memory too; and those that depend on
+            values made of parameters that are written to, of which the order counts as well.
         learned: nodes that depend on parameters.
         varying: the nodes of `data` that the output needs, in order.
         logits: which output of the model is kept, in words.
@@ -256,6 +257,12 @@ def sample_of(
     return replace(_analysed(gm, batch, length, logits, []), unkept=unkept)
 
 
+def _written(graph: fx.Graph, memory: Memory, learned: Set[fx.Node]) -> list[fx.Node]:
+    """Values made of parameters, in memory of their own, that forward writes to."""
+    held = {memory.shared(n) for n in graph.nodes if n.op == "placeholder"}
+    return [n for n in learned if memory.shared(n) not in held and memory.written_by(n)]
+
+
 def _analysed(
     gm: fx.GraphModule, batch: int, length: int, logits: str, changed: list[Reason]
 ) -> Sample:
@@ -269,6 +276,7 @@ def _analysed(
         [n for n in inputs if graph_input(n).kind is InputKind.PARAMETER], gm.graph
     )
     data = memory.reaching(given, gm.graph)
+    data |= memory.reaching(_written(gm.graph, memory, learned), gm.graph)
     output = next(n for n in gm.graph.nodes if n.op == "output")
     return Sample(
         batch=batch,

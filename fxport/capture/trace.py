@@ -25,6 +25,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from fxport.capture.aliases import plain_names
 from fxport.capture.as_eager import asked_as_eager
+from fxport.capture.experts.runs import narrowed_as_slices
 from fxport.capture.gradients import note_view_of_parameter, stop_gradients
 from fxport.capture.inline import inline_regions
 from fxport.capture.inputs import GraphInput, InputKind
@@ -76,6 +77,7 @@ def export(
     selections = Selections(empty, StoredValues(model, plain=dynamic is None))
     with (
         as_traced(),
+        narrowed_as_slices(),
         nothing_remembered(model),
         asked_as_eager(model),
         _nothing_drawn(model),

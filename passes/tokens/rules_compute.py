@@ -183,7 +183,7 @@ def _linear(call: Call) -> Axes:
     return (*axes[:-1], weight[0])
 
 
-@rule(aten.matmul, aten.mm, aten.bmm, aten.mv, aten.dot)
+@rule(aten.matmul, aten.mm, aten.bmm, aten.mv, aten.dot, aten.vdot)
 def _matmul(call: Call) -> Axes:
     names = ("self", "other", "mat2", "vec", "tensor")
     left, right = (call.axes[n] for n in _operands(call, names))

@@ -105,6 +105,50 @@ def test_a_model_that_was_called_gives_the_same_graph_and_keeps_its_state():
     assert targets[0] == targets[1]
 
 
+class Quantised(nn.Linear):
+    """BitNet's: a scale that is written to, read before as well as after; weights rounded."""
+
+    def scale(self) -> Tensor:
+        return self.weight.abs().mean() / 100
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.scale()
+        small = scale + 1
+        scale.clamp_(min=0.2)
+        rounded = (self.weight / scale).round().clamp_(-1, 1) * scale
+        return nn.functional.linear(x, rounded / small, self.bias)
+
+
+class WeightWritten(Quantised):
+    """The weight itself is written to."""
+
+    def scale(self) -> Tensor:
+        return self.weight.view(-1)[0]
+
+
+def quantised(made: type[Quantised]) -> nn.Module:
+    model = Decoder(mask=awkward.CachedMask)
+    attention = model.blocks[1].attention
+    assert isinstance(attention, awkward.Attention)
+    attention.qkv = made(attention.qkv.in_features, attention.qkv.out_features)
+    return model.eval()
+
+
+def test_values_made_of_parameters_may_be_written_to() -> None:
+    torch.manual_seed(3)
+    model = quantised(Quantised)
+    captured = capture(model)
+    assert "unified" in captured.way
+    assert max(differences(model, captured, [2, 37, LIMIT])) < 2e-5
+    lower_for_serving(captured, None)
+
+
+def test_a_parameter_may_not() -> None:
+    with pytest.raises(PortError) as refused:
+        lower_for_serving(capture(quantised(WeightWritten)), None)
+    assert any(r.location and "clamp_(min" in r.location.source for r in refused.value.reasons)
+
+
 class PartOfARow(awkward.Attention):
     """ALiBi for each key, from a row that the first call makes."""
 

@@ -17,14 +17,15 @@ from fxport.errors import PortError
 from fxport.passes.serving import lower_for_serving
 from tests.zoo.awkward import LAYERS, LIMIT, VOCAB, WIDTH
 from tests.zoo.experts import decoder
-from tests.zoo.sorted_experts import ELSEWHERE, EXACT, MIXING, sorted_experts
+from tests.zoo.sorted_experts import ELSEWHERE, EXACT, MIXING, numbered_experts, sorted_experts
 
 
-def test_the_port_is_the_model() -> None:
+@pytest.mark.parametrize("made", [sorted_experts, numbered_experts])
+def test_the_port_is_the_model(made: Callable[[], nn.Module]) -> None:
     """Two sequences packed, in float64; one token leaves experts empty."""
     torch.manual_seed(3)
-    model = sorted_experts().double().eval()
-    port = fxport.port(model)
+    model = made().double().eval()
+    port = fxport.port(model, max_seq_len=LIMIT)
     alone = {d.module for d in port.report.decisions if d.pass_name == "experts"}
     assert len(alone) == LAYERS, alone  # no expert runs on every slot
     packed = PackedModel(port.serving, port.parameters)

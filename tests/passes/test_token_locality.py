@@ -75,6 +75,10 @@ def linear_over_tokens(self, x, idx):
     return x + (x.transpose(1, 2) @ x).mean(1, keepdim=True)  # HERE
 
 
+def product_of_all_tokens(self, x, idx):
+    return x * torch.vdot(x.flatten(), x.flatten())  # HERE
+
+
 def begin_of_sequence(self, x, idx):
     bos = self.wpe.weight[:1].expand(x.shape[0], 1, C)
     return torch.cat((bos, x), 1)  # HERE
@@ -191,6 +195,7 @@ MIXING = [
     (roll, ReasonCode.MIXES_TOKENS),
     (mean_over_tokens, ReasonCode.MIXES_TOKENS),
     (softmax_over_tokens, ReasonCode.MIXES_TOKENS),
+    (product_of_all_tokens, ReasonCode.MIXES_TOKENS),
     (linear_over_tokens, ReasonCode.MIXES_TOKENS),
     (begin_of_sequence, ReasonCode.MIXES_TOKENS),
     (drop_first, ReasonCode.MIXES_TOKENS),
@@ -343,7 +348,8 @@ def einsum_with_dots(self, x, idx):
 
 def vector_products(self, x, idx):
     gate = x @ self.mix.bias + torch.mv(self.mix.weight, self.mix.bias) @ self.mix.bias
-    return x * gate[..., None]
+    spectral = torch.vdot(self.mix.bias, torch.mv(self.mix.weight, self.mix.bias))
+    return x * gate[..., None] / spectral
 
 
 def tensor_product(self, x, idx):

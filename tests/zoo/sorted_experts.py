@@ -118,6 +118,58 @@ class Grouped(Routed):
         return F.gelu(x).scatter_add(dim=0, index=index, src=out)
 
 
+class Numbered(Routed):
+    """The token of every slot as numbers, sorted; the runs added back expert by expert."""
+
+    def numbers(self, tokens: int, chosen: Tensor) -> Tensor:
+        return torch.arange(tokens).repeat_interleave(CHOSEN)
+
+    def cut(self, rows: Tensor, start: int, count: int) -> Tensor:
+        return rows[start : start + count]
+
+    def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        flat = chosen.reshape(-1)
+        order = torch.argsort(flat, stable=True)
+        counts = torch.bincount(flat, minlength=EXPERTS).tolist()
+        tokens = self.numbers(x.shape[0], chosen)[order]
+        gates = weights.reshape(-1)[order]
+        y, start = torch.zeros_like(x), 0
+        for expert, count in zip(self.experts, counts, strict=True):
+            if count > 0:
+                token = self.cut(tokens, start, count)
+                gate = self.cut(gates, start, count).unsqueeze(-1)
+                y.index_add_(0, token, gate * expert(x.index_select(0, token)))
+            start += count
+        return y
+
+
+class NumberedWide(Numbered):
+    """A column beside itself, and `narrow`."""
+
+    def numbers(self, tokens: int, chosen: Tensor) -> Tensor:
+        return torch.arange(tokens)[:, None].expand(-1, CHOSEN).reshape(-1)
+
+    def cut(self, rows: Tensor, start: int, count: int) -> Tensor:
+        return rows.narrow(0, start, count)
+
+
+class NumberedAs(NumberedWide):
+    """The same by the shape of what was chosen."""
+
+    def numbers(self, tokens: int, chosen: Tensor) -> Tensor:
+        return torch.arange(tokens).view(-1, 1).expand_as(chosen).flatten()
+
+    def cut(self, rows: Tensor, start: int, count: int) -> Tensor:
+        return torch.narrow(rows, dim=0, start=start, length=count)
+
+
+class NumberedBySlot(Numbered):
+    """The number of the slot, divided."""
+
+    def numbers(self, tokens: int, chosen: Tensor) -> Tensor:
+        return torch.arange(tokens * CHOSEN) // CHOSEN
+
+
 # --- twins: the line that must be named is marked ------------------------------------------------
 
 
@@ -305,6 +357,37 @@ class RunOfRun(Scattered):
         return tokens[start:end][start:end]  # refused
 
 
+class NumbersRepeated(Numbered):
+    """All tokens, and all once more: no slot has the number of its own."""
+
+    def numbers(self, tokens: int, chosen: Tensor) -> Tensor:
+        return torch.arange(tokens).repeat(CHOSEN)
+
+
+class NumbersShifted(Numbered):
+    """Slots have the number of the token before theirs."""
+
+    def numbers(self, tokens: int, chosen: Tensor) -> Tensor:
+        return torch.arange(-1, tokens - 1).repeat_interleave(CHOSEN) % tokens
+
+
+class NumbersChanged(Numbered):
+    """The first token's slots get another number, through a view, before they are sorted."""
+
+    def numbers(self, tokens: int, chosen: Tensor) -> Tensor:
+        found = torch.arange(tokens).repeat_interleave(CHOSEN)
+        found[:1].fill_(tokens - 1)  # refused
+        return found
+
+
+class OthersRun(Numbered):
+    """The weights of one expert's slots, one further."""
+
+    def cut(self, rows: Tensor, start: int, count: int) -> Tensor:
+        start = start + 1 if rows.is_floating_point() else start
+        return rows[start : start + count]  # refused
+
+
 class ByMask(Joined):
     """Rows by a sort that may leave those of an expert in any order, and by a mask."""
 
@@ -348,6 +431,10 @@ MIXING: dict[str, Callable[[], nn.Module]] = {
     "others' counts": OthersCounts,
     "how many entries": HowManyEntries,
     "run of run": RunOfRun,
+    "numbers repeated": NumbersRepeated,
+    "numbers shifted": NumbersShifted,
+    "numbers changed": NumbersChanged,
+    "other's run": OthersRun,
     "by mask": ByMask,
 }
 # Where these are refused; the others at the line that is marked.
@@ -359,6 +446,15 @@ ELSEWHERE = {
     "not inverted": SORTED,
     "descending": COUNTED,
 }
+
+
+NUMBERED = (Numbered, NumberedWide, NumberedAs, NumberedBySlot)
+
+
+def numbered_experts() -> nn.Module:
+    """A decoder with one of each way to number the tokens."""
+    made = iter(NUMBERED)
+    return Decoder(mlp=lambda: next(made)())
 
 
 def sorted_experts() -> nn.Module:

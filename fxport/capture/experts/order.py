@@ -94,15 +94,18 @@ class Labels:
     Args:
         ask: fills in `lengths` and `rows` of an order.
         rows: ``torch.where`` of a mask that holds somewhere.
+        numbered: how many slots a token has, where a vector holds the token of every slot.
     """
 
     def __init__(
         self,
         ask: Callable[[ExpertOrder], None],
         rows: Callable[[Tensor], tuple[Tensor, ...]],
+        numbered: Callable[[Tensor], int | None],
     ) -> None:
         self.orders: list[ExpertOrder] = []
         self.rows = rows
+        self.numbered = numbered
         self._ask = ask
         self._labels: dict[int, Label] = {}
 

@@ -2,6 +2,7 @@
 
     forward, sorted                        beside it, in the order of slots
     tokens = order // K                    the token of each slot
+    arange(N).repeat_interleave(K)[order]  the same
     y = x[tokens]                          y' = x.unsqueeze(1).expand(-1, K, ..).flatten(0, 1)
     w = weights.view(-1)[order]            w' = weights.view(-1)
     z = y.float() * w.reshape(-1, 1)       z' = y'.float() * w'.reshape(-1, 1)
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from fxport.capture.experts.order import Kind, Label, Labels, same_sizes
 from fxport.capture.run_lengths import same
+from fxport.capture.unwritten import mark_unwritten
 
 __all__ = [
     "ARGSORTS", "DIVIDES", "MULTIPLIES",
@@ -151,6 +153,9 @@ def take(labels: Labels, source: Tensor, label: Label, true: Callable[[], Tensor
     if label.kind is Kind.RUN:
         return _take_run(source, label)
     if label.kind is Kind.ORDER and same(source.shape[0], order.slots):
+        if (each := labels.numbered(source)) is not None:
+            mark_unwritten(source, origin=True)
+            return labels.numbers(true(), Kind.TOKEN, order, each=each)
         return labels.value(true(), order, source.clone())
     if label.kind is Kind.TOKEN and same(source.shape[0] * label.each, order.slots):
         return labels.value(true(), order, _of_each_slot(source, label.each))

@@ -3,7 +3,8 @@
     forward                                       instead
     order[start_e:end_e]                          where(chosen == e)
     (order // K)[start_e:end_e]                   where(chosen.view(-1, K) == e)[0]
-    y[start_e:end_e], y.split(counts)[e]          y'[where(chosen == e)]
+    y[start_e:end_e], y.split(counts)[e]          y'[where(chosen == e)]; y'.view(-1, K, ..)[token,
+    y.narrow(0, start_e, n_e)                     slot] of both where the run's tokens were taken
     y[:sum(counts)]                               y
     y[start:start]                                y[:0]
 
@@ -13,6 +14,8 @@ Where a run begins and ends is known as sums of `RunLength`; a cut at anything e
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,7 +26,7 @@ from fxport.capture.experts.rows import keep_rows, take
 from fxport.capture.run_lengths import RunLength, alike, run_between, same
 from fxport.capture.unwritten import mark_unwritten
 
-__all__ = ["SPLITS", "index", "split"]
+__all__ = ["SPLITS", "index", "narrowed_as_slices", "split"]
 
 SPLITS = (torch.split, Tensor.split, torch.functional.split)
 
@@ -42,6 +45,26 @@ def index(labels: Labels, tensor: Tensor, at: Any) -> Any:
     if inverse and at.dim() == 1 and label.raw is not None:
         return label.raw.clone()
     return NotImplemented
+
+
+@contextmanager
+def narrowed_as_slices() -> Iterator[None]:
+    """``narrow(y, 0, start, n_e)`` is ``y[start : start + n_e]`` for the time of a trace.
+
+    Torch's own parser refuses a length that is no number before any mode sees the call.
+    """
+    function, method = torch.narrow, Tensor.narrow
+
+    def cut(input: Tensor, dim: int, start: Any, length: Any) -> Tensor:
+        if dim == 0 and any(isinstance(n, RunLength) for n in (start, length)):
+            return input[start : start + length]
+        return method(input, dim, start, length)
+
+    torch.narrow, Tensor.narrow = cut, cut  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        torch.narrow, Tensor.narrow = function, method  # type: ignore[method-assign]
 
 
 def _is_everything(at: Any) -> bool:
@@ -97,7 +120,12 @@ def _cut(labels: Labels, label: Label, start: Any, stop: Any) -> Any:
 
 def _run(labels: Labels, order: ExpertOrder, raw: Tensor, expert: int) -> Tensor:
     """What forward holds shares the memory of all rows; this is a copy: nobody may write to it."""
-    run = raw[order.rows[expert]]
+    cells = [(each, found) for (e, each), found in order.cells.items() if e == expert]
+    if cells:
+        each, (token, slot) = cells[0]
+        run = raw.view(-1, each, *raw.shape[1:])[token, slot]
+    else:
+        run = raw[order.rows[expert]]
     if len(order.rows) == 1:
         return labels.numbers(run, Kind.ONLY, order, expert=expert)
     mark_unwritten(run)

@@ -22,6 +22,7 @@ from torch import Tensor, fx
 from fxport.capture.experts import back, rows, runs
 from fxport.capture.experts.counts import Counts, counts_of, holds
 from fxport.capture.experts.order import ExpertOrder, Labels
+from fxport.capture.experts.tokens import slots_of_each_token
 from fxport.capture.location import line_of_user
 from fxport.capture.mask_facts import Emptiness, emptiness, index_bound, values_of
 from fxport.capture.run_lengths import NumbersTaken, RunLength, array_of, run_lengths
@@ -49,7 +50,7 @@ class SortedExperts:
         rows: Callable[[Tensor, fx.Node], tuple[Tensor, ...]],
     ) -> None:
         self._node, self._number, self._is_empty, self._rows = node, number, is_empty, rows
-        self._labels = Labels(self._ask_lengths, self._where)
+        self._labels = Labels(self._ask_lengths, self._where, self._numbered)
         # Entries of counts: the entry, the counts, which one.
         self._entries: dict[int, tuple[Tensor, Tensor, int]] = {}
         # What sorted tensors were computed to in a way that is not understood, and where.
@@ -206,6 +207,10 @@ class SortedExperts:
         if node is None:
             raise NumbersTaken
         return self._rows(mask, node)
+
+    def _numbered(self, tensor: Tensor) -> int | None:
+        node = self._node(tensor)
+        return None if node is None else slots_of_each_token(node)
 
     # --- ties ------------------------------------------------------------------------------------
 
