@@ -27,6 +27,7 @@ __all__ = ["SORTS", "EverySelected"]
 
 _ROWS = (torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere)
 SORTS = (torch.argsort, Tensor.argsort, torch.sort, Tensor.sort)
+_COUNTS = (torch.bincount, Tensor.bincount)
 _EQUALS = (Tensor.__eq__, Tensor.eq, torch.eq)
 
 
@@ -48,6 +49,7 @@ class EverySelected(TorchFunctionMode):
         self._zeros: dict[int, Tensor] = {}
         # Entries of counts, and the number of each.
         self._numbers: dict[int, tuple[Tensor, Any]] = {}
+        self._least: dict[int, tuple[Tensor, int]] = {}  # how many entries a count has at least
         self._found: dict[int, Tensor] = {}  # rows that were looked for
         self._sorted: Any = None  # how many there were, the last time that any were
 
@@ -65,6 +67,8 @@ class EverySelected(TorchFunctionMode):
                 return self._yes(args[0])
             if func is Tensor.numpy and self._is_count(args[0]):
                 return array_of(self._of_each(args[0]))
+            if func is Tensor.tolist and self._is_count(args[0]):
+                return self._of_each(args[0])
             if func is Tensor.unbind and args[1:] in ((), (0,)) and self._is_count(args[0]):
                 return self._entries(args[0])
             if func is Tensor.item and id(args[0]) in self._numbers:
@@ -76,6 +80,8 @@ class EverySelected(TorchFunctionMode):
         result = func(*args, **kwargs)
         if func in _EQUALS and type(args[1]) is int and args[1] == 0:
             self._zeros[id(result)] = result
+        if func in _COUNTS and "minlength" in kwargs:
+            self._least[id(result)] = (result, kwargs["minlength"])
         return result
 
     def _is_count(self, tensor: Tensor) -> bool:
@@ -84,7 +90,9 @@ class EverySelected(TorchFunctionMode):
 
     def _of_each(self, tensor: Tensor) -> list[Any]:
         self.answered = True
-        size = tensor.shape[0] if type(tensor.shape[0]) is int else 1
+        size = tensor.shape[0]
+        if type(size) is not int:
+            size = max(1, self._least.get(id(tensor), (None, 1))[1])
         return [self._sorted, *[0] * (size - 1)]
 
     def _entries(self, tensor: Tensor) -> Any:

@@ -21,6 +21,7 @@ _EXACT = (torch.int64, torch.int32)
 _SAME = (aten.to, aten._to_copy, aten.contiguous, aten.clone, aten.detach, aten.alias)
 _SHAPES = (aten.view, aten.reshape, aten._unsafe_view, aten.flatten)
 _COLUMNS = (*_SHAPES, aten.unsqueeze)
+_WIDENS = (aten.expand, aten.expand_as, aten.repeat)
 _FLOORS = (aten.floor_divide, aten.div)
 
 
@@ -72,7 +73,7 @@ def _divided(node: fx.Node) -> int | None:
 def _widened(node: fx.Node) -> int | None:
     """A column ``[N, 1]`` of all tokens beside itself, K times, read row by row."""
     wide = _without_copies(node.all_input_nodes[0])
-    if getattr(wide.target, "overloadpacket", None) not in (aten.expand, aten.repeat):
+    if getattr(wide.target, "overloadpacket", None) not in _WIDENS:
         return None
     column = _without_copies(wide.all_input_nodes[0])
     if getattr(column.target, "overloadpacket", None) not in _COLUMNS:
