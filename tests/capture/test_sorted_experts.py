@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxport
 from fxport.backends.torch import PackedModel
+from fxport.capture.experts.tokens import slots_of_each_token
 from fxport.capture.export import capture
 from fxport.capture.run_lengths import NumbersTaken, run_between, run_lengths
 from fxport.errors import PortError
@@ -20,14 +22,14 @@ from tests.zoo.experts import decoder
 from tests.zoo.sorted_experts import ELSEWHERE, EXACT, MIXING, numbered_experts, sorted_experts
 
 
-@pytest.mark.parametrize("made", [sorted_experts, numbered_experts])
-def test_the_port_is_the_model(made: Callable[[], nn.Module]) -> None:
+@pytest.mark.parametrize(("made", "lifted"), [(sorted_experts, LAYERS), (numbered_experts, 0)])
+def test_the_port_is_the_model(made: Callable[[], nn.Module], lifted: int) -> None:
     """Two sequences packed, in float64; one token leaves experts empty."""
     torch.manual_seed(3)
     model = made().double().eval()
     port = fxport.port(model, max_seq_len=LIMIT)
     alone = {d.module for d in port.report.decisions if d.pass_name == "experts"}
-    assert len(alone) == LAYERS, alone  # no expert runs on every slot
+    assert len(alone) == lifted, alone  # of these no expert runs on every slot
     packed = PackedModel(port.serving, port.parameters)
     for length in (1, 2, 5, 37, LIMIT):
         sequences = [torch.randint(0, VOCAB, (n,)) for n in (length, 11)]
@@ -53,6 +55,34 @@ def test_models_run(made: Callable[[], nn.Module]) -> None:
     block = made()
     with torch.no_grad():
         assert block(torch.randn(2, 37, WIDTH)).shape == (2, 37, WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "each"),
+    [
+        (lambda n: torch.arange(n).repeat_interleave(3), 3),
+        (lambda n: torch.arange(n).long()[:, None].expand(-1, 3).reshape(-1), 3),
+        (lambda n: torch.arange(n).unsqueeze(-1).repeat(1, 3).flatten(), 3),
+        (lambda n: torch.arange(0, 3 * n, 1) // 3, 3),
+        (lambda n: torch.arange(n).repeat(3), None),
+        (lambda n: torch.arange(n)[:, None].repeat(3, 1).flatten(), None),
+        (lambda n: torch.arange(n)[None].expand(3, -1).reshape(-1), None),
+        (lambda n: torch.arange(1, n).repeat_interleave(3), None),
+        (lambda n: torch.arange(0, 2 * n, 2).repeat_interleave(3), None),
+        (lambda n: torch.arange(n).to(torch.int8).repeat_interleave(3), None),
+        (lambda n: torch.arange(n).float() / 3, None),
+        (lambda n: torch.arange(-n, n) // 3, None),
+    ],
+)
+def test_which_numbers_are_those_of_the_tokens(
+    numbers: Callable[[int], Tensor], each: int | None
+) -> None:
+    traced = make_fx(lambda x: numbers(x.shape[0]), tracing_mode="fake", pre_dispatch=True)
+    graph = traced(torch.zeros(7)).graph
+    (made,) = graph.find_nodes(op="output")[0].all_input_nodes
+    assert slots_of_each_token(made) == each
+    if each is not None:
+        assert numbers(7).tolist() == [i // each for i in range(7 * each)]
 
 
 def _lengths(*empty: bool) -> tuple[Any, ...]:

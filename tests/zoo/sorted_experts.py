@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.zoo.awkward import Decoder
-from tests.zoo.experts import CHOSEN, EXPERTS, WIDTH, Routed
+from tests.zoo.experts import CHOSEN, EXPERTS, WIDTH, Routed, decoder
 
 
 class Joined(Routed):
@@ -380,14 +380,6 @@ class NumbersChanged(Numbered):
         return found
 
 
-class OthersRun(Numbered):
-    """The weights of one expert's slots, one further."""
-
-    def cut(self, rows: Tensor, start: int, count: int) -> Tensor:
-        start = start + 1 if rows.is_floating_point() else start
-        return rows[start : start + count]  # refused
-
-
 class ByMask(Joined):
     """Rows by a sort that may leave those of an expert in any order, and by a mask."""
 
@@ -434,27 +426,26 @@ MIXING: dict[str, Callable[[], nn.Module]] = {
     "numbers repeated": NumbersRepeated,
     "numbers shifted": NumbersShifted,
     "numbers changed": NumbersChanged,
-    "other's run": OthersRun,
     "by mask": ByMask,
 }
 # Where these are refused; the others at the line that is marked.
 SORTED, COUNTED = "return chosen.view(-1).argsort()", "return counts.cpu().numpy()"
+ADDED = "y.index_add_(0, token, gate * expert(x.index_select(0, token)))"
 ELSEWHERE = {
     "others' weights": SORTED,
     "other order's weights": SORTED,
     "rows of others": SORTED,
     "not inverted": SORTED,
     "descending": COUNTED,
+    "numbers repeated": ADDED,
+    "numbers shifted": ADDED,
 }
 
 
-NUMBERED = (Numbered, NumberedWide, NumberedAs, NumberedBySlot)
-
-
 def numbered_experts() -> nn.Module:
-    """A decoder with one of each way to number the tokens."""
-    made = iter(NUMBERED)
-    return Decoder(mlp=lambda: next(made)())
+    """A decoder with two of the ways to number the tokens."""
+    made = iter([NumberedWide, NumberedBySlot])
+    return decoder(lambda: next(made)(), layers=2)
 
 
 def sorted_experts() -> nn.Module:
