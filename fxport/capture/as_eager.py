@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from fxport.capture.location import is_library
-from fxport.capture.memos import own_files
+from fxport.capture.memos import files_around
 
 __all__ = ["asked_as_eager"]
 
@@ -31,7 +31,7 @@ def asked_as_eager(model: nn.Module) -> Iterator[None]:
     """For the time of a trace."""
     places = [vars(sys.modules[name]) for name in _WHERE if name in sys.modules]
     asked = {f: _eager(f) for names in places for q in _QUESTIONS if callable(f := names.get(q))}
-    places += [vars(file) for file in own_files(model)]
+    places += [vars(file) for file in files_around(model)]
     held = [(names, k, v) for names in places for k, v in names.items() if _is_one(v, asked)]
     for names, key, function in held:
         names[key] = asked[function]

@@ -13,6 +13,7 @@ import sympy
 import torch
 from torch import fx, nn
 
+from fxport.capture.calls_before import refuse_counted_calls
 from fxport.capture.clone import clone_for_capture, convert, off_meta, take_modes
 from fxport.capture.gradients import watch_gradients
 from fxport.capture.hugging_face import experts_by_row, without_cache
@@ -106,6 +107,8 @@ def capture(
     if dtype is not None:
         convert(clone, dtype, buffers=convert_buffers)
         parameters = dict(clone.named_parameters(remove_duplicate=True))
+    else:
+        refuse_counted_calls(clone)
     frozen = _frozen(model, dtype)
     with watch_gradients(model) as untrainable:
         plain = own is not None and not own.symbolic

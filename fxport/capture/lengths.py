@@ -23,6 +23,7 @@ from fxport.capture.batches import asked_about_rows, require_every_batch
 from fxport.capture.causal_calls import masks_at_every_length
 from fxport.capture.earlier_calls import give_the_same, histories_of
 from fxport.capture.location import forward_line
+from fxport.capture.paths import refuse_another_path
 from fxport.capture.questions import Asked, ask, by_shapes, first_change, numbers_in
 from fxport.capture.recurrence import refuse_recurrence
 from fxport.capture.sample import Sample, device_of, take_sample
@@ -30,7 +31,7 @@ from fxport.capture.sizes import at_sizes
 from fxport.capture.trace import token_argument
 from fxport.capture.traced import Traced
 from fxport.capture.unify import NeedsTable, Unified, unify
-from fxport.capture.walk import Walked, walk
+from fxport.capture.walk import Walked, plain_path, walk
 from fxport.capture.written import writes_to_state
 from fxport.errors import PortError, Reason, ReasonCode
 
@@ -156,6 +157,9 @@ def _at_all(
         taken = {s.length: s for s in known}
         samples = [taken.get(n) or take_sample(model, _batch(n), n, history) for n in found.samples]
         samples += [take_sample(model, b, n, history) for b, n in found.together]
+        for sample in samples:
+            plain = plain_path(model, sample.batch, sample.length, sample.history)
+            refuse_another_path(sample.paths, plain)
         try:
             unified, longest = _unified(model, samples, history, limit)
         except PortError as error:
@@ -263,11 +267,16 @@ def _lengths(model: nn.Module, limit: int | None) -> _Lengths:
     others: tuple[int, ...] = ()
     asked = one = ask(model, allowed[0])
     known, counted = set(one.sides), asked.counted
+    if not counted:  # else forward may tell a symbol from a number
+        plain = plain_path(model, 1, allowed[0])
+        counted = plain is not None and plain.steps != one.path.steps
     pending = {n for n in _chased(asked, allowed[0]) if n <= longest}
+    going = set(one.going)
     while pending and len(known) < _MOST_PATHS:
         hint = pending.pop()
         asked = ask(model, hint, 1, one.of)
         counted |= asked.counted
+        going |= asked.going
         pending |= {n for n in _chased(asked, hint) - known if n <= longest}
         known |= asked.sides
     beyond = [n for n in known if n > longest]
@@ -275,9 +284,9 @@ def _lengths(model: nn.Module, limit: int | None) -> _Lengths:
         limit = min(beyond) - 1
     doubtful: set[int] = set()
     walked: Walked | None = None
-    if counted or pending:
+    if counted or pending or going:
         named = numbers_in(model, longest)
-        walked = walk(model, allowed[0], longest, named)
+        walked = walk(model, allowed[0], longest, (*named, *sorted(going)))
         if walked is not None:
             others = walked.others
             if walked.longest < longest:
@@ -292,7 +301,7 @@ def _lengths(model: nn.Module, limit: int | None) -> _Lengths:
     samples = dict.fromkeys([*allowed, *sorted({*sides, *others})])
     # The walk has one row: what it found may hold for one row alone.
     together = (*_together(model, allowed[0], one, longest), *((1, n) for n in others if n > 2))
-    unseen = _unseen(walked) if counted or pending else ""
+    unseen = _unseen(walked) if counted or pending or going else ""
     return _Lengths(tuple(samples), together, limit, tuple(sorted(doubtful)), walked, unseen)
 
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from fxport.capture.location import is_library
 
-__all__ = ["nothing_remembered", "own_files"]
+__all__ = ["files_around", "nothing_remembered", "own_files"]
 
 _METHODS = (classmethod, staticmethod, MethodType)
 
@@ -40,7 +40,7 @@ def _is_own(file: ModuleType) -> bool:
 @contextmanager
 def nothing_remembered(model: nn.Module) -> Iterator[None]:
     """For the time of a trace."""
-    files = [vars(file) for file in _and_imported(own_files(model))]
+    files = [vars(file) for file in files_around(model)]
     memos = [memo for names in files for memo in _memos(names)]
     held = [(names, names.copy()) for names in files]
     held += [(v, v.copy()) for _, names in list(held) for v in names.values() if _is_memory(v)]
@@ -57,8 +57,10 @@ def nothing_remembered(model: nn.Module) -> Iterator[None]:
             names.update({k: v for k, v in before.items() if names.get(k, memos) is not v})
 
 
-def _and_imported(files: list[ModuleType]) -> list[ModuleType]:
-    """Not through what is installed: that imports hundreds."""
+def files_around(model: nn.Module) -> list[ModuleType]:
+    """Those, and the user's files that they import; not through what is installed: that imports
+    hundreds."""
+    files = own_files(model)
     found = dict.fromkeys(files)
     pending = [f for f in files if "site-packages" not in (f.__file__ or "")]
     while pending:

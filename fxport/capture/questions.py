@@ -27,8 +27,9 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from fxport.capture.emitter import symbolic_tokens
-from fxport.capture.memos import nothing_remembered, own_files
+from fxport.capture.memos import files_around, nothing_remembered
 from fxport.capture.moving import with_length
+from fxport.capture.paths import Path, followed_calls, joined
 from fxport.capture.row_numbers import lists_of_rows
 from fxport.capture.sample import device_of
 from fxport.capture.selected import EverySelected
@@ -49,8 +50,12 @@ __all__ = [
 # A question that is no comparison of straight lines is asked at each length up to here.
 _EACH = 1024
 _FAR = 2**17
-# How many changes of an answer that comes and goes (``T % 64 == 0``) are looked at.
+# How many changes of an answer that comes and goes (``T % 64 == 0``) are looked at; one with more
+# than a few is asked at every length up to `_GOING`, and so many lengths are named.
 _FIRST = 2
+_FEW = 4
+_GOING = 4096
+_NAMED = 128
 # What code keeps several numbers in: ``T in {64, 128}``.
 _HOLDERS = (tuple, frozenset)
 
@@ -64,10 +69,14 @@ class Asked:
         counted: whether the length was taken as a plain number, or forward failed half-way (a
             length as a key of a set), or chose among the tokens: nobody sees what is asked after
             that.
+        going: lengths on both sides of answers that come and go: other questions may hang on them.
+        path: what the user's code did.
     """
 
     of: Mapping[str, frozenset[int]]
     counted: bool
+    going: frozenset[int]
+    path: Path
 
     @property
     def sides(self) -> frozenset[int]:
@@ -84,7 +93,7 @@ def ask(model: nn.Module, hint: int, batch: int = 1, known: Container[str] = ())
     Args:
         known: questions in words that name no such number.
     """
-    questions, length, counted = _heard(model, hint, batch)
+    questions, length, counted, path = _heard(model, hint, batch)
     if counted and any(str(q) not in known and _sides(q, length) for q in dict.fromkeys(questions)):
         for steps in ((1, 2), (-1, -2)):
             others = [_heard(model, hint + step, batch)[0] for step in steps]
@@ -92,14 +101,18 @@ def ask(model: nn.Module, hint: int, batch: int = 1, known: Container[str] = ())
                 questions = moved
                 break
     of: dict[str, frozenset[int]] = {}
+    going: set[int] = set()
     for question in dict.fromkeys(questions):
+        going |= _going(question, length)
         if not isinstance(question, sympy.Eq) or question.subs({length: hint}) != sympy.true:
             of[str(question)] = _sides(question, length)
-    return Asked(of, counted)
+    return Asked(of, counted, frozenset(going), path)
 
 
-def _heard(model: nn.Module, hint: int, batch: int) -> tuple[list[sympy.Rel], sympy.Symbol, bool]:
-    """The comparisons that are about the length alone, its symbol, and `Asked.counted`."""
+def _heard(
+    model: nn.Module, hint: int, batch: int
+) -> tuple[list[sympy.Rel], sympy.Symbol, bool, Path]:
+    """The comparisons that are about the length alone, its symbol, and the rest of `Asked`."""
     shapes = _Open()
     mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
     ids = torch.zeros(batch, hint, dtype=torch.long, device=device_of(model))
@@ -107,12 +120,14 @@ def _heard(model: nn.Module, hint: int, batch: int) -> tuple[list[sympy.Rel], sy
     shapes.sizes = {length: hint}
     counted = True
     # The sample at this length says what is wrong, if anything is.
-    with by_shapes(model, mode) as selected, contextlib.suppress(Exception):
-        model(fake)
+    paths: list[Path] = []
+    with by_shapes(model, mode) as selected, followed_calls(model, paths):
+        with contextlib.suppress(Exception):
+            model(fake)
         counted = selected.answered  # else it came to its end: what it asked later was seen, too
     about = [q for q in shapes.questions if q.free_symbols == {length}]
     comparisons = [q for q in about if isinstance(q, sympy.Rel)]
-    return comparisons, length, counted or len(comparisons) < len(about)
+    return comparisons, length, counted or len(comparisons) < len(about), joined(paths)
 
 
 class _Open(ShapeEnv):
@@ -146,6 +161,17 @@ def _sides(question: sympy.Rel, length: sympy.Symbol) -> frozenset[int]:
         pairs = _changes(question, length, _FAR)
     found = (p for i, p in enumerate(pairs) if i < _FIRST or ends.issuperset(p))
     return frozenset(n for pair in found for n in pair)
+
+
+@functools.lru_cache(maxsize=1024)
+def _going(question: sympy.Rel, length: sympy.Symbol) -> frozenset[int]:
+    """Neighbouring lengths with different answers, of an answer that comes and goes."""
+    with quiet():
+        if len(_changes(question, length, _FAR)) <= _FEW:
+            return frozenset()
+        pairs = list(_among(question, length, range(2, _GOING + 1)))
+    spread = pairs[:: -(-2 * len(pairs) // _NAMED)]
+    return frozenset(n for pair in spread for n in pair)
 
 
 def near(question: sympy.Basic) -> list[int]:
@@ -277,7 +303,7 @@ def numbers_in(model: nn.Module, longest: int) -> tuple[int, ...]:
 def _constants(model: nn.Module) -> Iterator[Iterable[Any]]:
     """Globals, and what stands in the code, of the user's files that define the modules."""
     classes = dict.fromkeys(cls for module in model.modules() for cls in type(module).__mro__)
-    own = {file.__name__: file for file in own_files(model)}
+    own = {file.__name__: file for file in files_around(model)}
     owners: list[Any] = [c for c in classes if c.__module__ in own]  # some are in a function
     for file in own.values():
         yield vars(file).values()

@@ -21,6 +21,7 @@ from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.location import forward_line, user_location
 from fxport.capture.logits import keep_logits
 from fxport.capture.memory import Memory
+from fxport.capture.paths import Path, followed_calls
 from fxport.capture.selections import Empties
 from fxport.capture.skips import without_selections
 from fxport.capture.state import State
@@ -48,6 +49,8 @@ class Sample:
         logits: which output of the model is kept, in words.
         changed: what forward changed in the model's state: path -> reason.
         unkept: inputs that forward writes to and the output does not depend on.
+        history: lengths of earlier calls.
+        paths: what the user's code did in each call of the trace.
     """
 
     batch: int
@@ -63,6 +66,8 @@ class Sample:
     logits: str
     changed: tuple[Reason, ...]
     unkept: tuple[str, ...] = ()
+    history: tuple[int, ...] = ()
+    paths: tuple[Path, ...] = field(default=(), repr=False)
     _values: dict[fx.Node, Any] = field(default_factory=dict, repr=False)
 
     def value(self, node: fx.Node) -> Any:
@@ -134,9 +139,11 @@ def take_sample(
     )
     aliases = aliases_of(model)
     changed: list[Reason] = []
+    followed: list[list[Path]] = []
 
     def graph_with(empty: Empties) -> fx.GraphModule:
-        with _watched(model) as now:
+        followed.append([])
+        with _watched(model) as now, followed_calls(model, followed[-1]):
             try:
                 exported = export(model, inputs, None, empty)
             except Exception as error:  # any failure of user code
@@ -154,7 +161,8 @@ def take_sample(
     logits = keep_logits(graph)
     unkept = read_what_was_written(graph)
     without_selections(graph, again, every_pair=every_pair)
-    return replace(_analysed(graph, batch, length, logits, changed), unkept=unkept)
+    sample = _analysed(graph, batch, length, logits, changed)
+    return replace(sample, unkept=unkept, history=tuple(history), paths=tuple(followed[0]))
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -238,7 +246,7 @@ def analysed_again(sample: Sample) -> Sample:
     again = _analysed(
         sample.graph, sample.batch, sample.length, sample.logits, list(sample.changed)
     )
-    return replace(again, unkept=sample.unkept)
+    return replace(again, unkept=sample.unkept, history=sample.history, paths=sample.paths)
 
 
 def with_values(sample: Sample, frozen: Set[str]) -> Sample:

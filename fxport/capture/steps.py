@@ -52,11 +52,22 @@ class Other(Exception):
 
 
 class Reference:
-    """The path of one usual length, and of the longest where that is the same."""
+    """The path of one usual length, and of the longest where that is the same.
+
+    Args:
+        exact: every number must be the one of the usual length, too.
+    """
 
     def __init__(
-        self, low: int, lows: list[Step], high: int = 0, highs: list[Step] | None = None
+        self,
+        low: int,
+        lows: list[Step],
+        high: int = 0,
+        highs: list[Step] | None = None,
+        *,
+        exact: bool = False,
     ) -> None:
+        self.exact = exact
         self.low, self.high = low, high
         self.lows, self.highs = lows, highs
 
@@ -101,7 +112,7 @@ class Reference:
             return value is low
         if isinstance(value, int) and not isinstance(value, bool):
             if high is None:
-                return True
+                return not self.exact or value == low
             return (value - low) * (self.high - self.low) == (high - low) * (length - self.low)
         return bool(value == low) or value != value
 

@@ -18,6 +18,7 @@ from fxport.capture.clone import watch_attributes
 from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.location import forward_line, is_library, location_at
 from fxport.capture.logits import keep_logits
+from fxport.capture.paths import Path, followed_calls, refuse_another_path
 from fxport.capture.questions import first_change
 from fxport.capture.sample import device_of, take_sample
 from fxport.capture.skips import general_path
@@ -30,6 +31,7 @@ from fxport.capture.trace import (
     token_argument,
 )
 from fxport.capture.traced import Traced
+from fxport.capture.walk import plain_path
 from fxport.errors import Location, PortError, Reason, ReasonCode
 
 __all__ = ["trace_symbolically"]
@@ -52,7 +54,12 @@ def trace_symbolically(model: nn.Module, *, every_pair: bool = True, needed: int
         PortError: tracing failed, the length was specialised, or forward changes the model.
     """
     state = State(model)
-    with watch_attributes(model) as attributes, user_questions() as questions:
+    traced: list[Path] = []
+    with (
+        watch_attributes(model) as attributes,
+        user_questions() as questions,
+        followed_calls(model, traced),
+    ):
         exported, hint = _export(model, needed, state)
     paths = state.changes()
     state.restore()
@@ -60,6 +67,7 @@ def trace_symbolically(model: nn.Module, *, every_pair: bool = True, needed: int
         raise PortError(kept)
     if paths:
         raise PortError([_changes(model, path) for path in paths])
+    refuse_another_path(traced, plain_path(model, _BATCH, hint))
     graph = graph_of(exported, aliases_of(model))
     output = keep_logits(graph)
     unkept = read_what_was_written(graph)

@@ -12,21 +12,24 @@ Where that takes more than `_MOST_STEPS`, a grid of lengths is walked, and what 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fxport.capture.paths import Path, followed_calls, joined
 from fxport.capture.questions import forward_only
 from fxport.capture.sample import device_of
 from fxport.capture.selected import EverySelected
 from fxport.capture.steps import Constant, Of, Reference, Step
 
-__all__ = ["Walked", "walk"]
+__all__ = ["Walked", "plain_path", "steps_of", "walk"]
 
 aten = torch.ops.aten
 
@@ -110,7 +113,8 @@ def walk(model: nn.Module, usual: int, longest: int, named: Sequence[int]) -> Wa
 def _which(longest: int, most: int, named: Sequence[int]) -> list[int]:
     if longest - 1 <= most:
         return list(range(2, longest + 1))
-    near = {n + side for n in named for side in (-1, 0, 1)}
+    powers = [2**n for n in range(longest.bit_length())]
+    near = {n + side for n in (*named, *powers) for side in (-1, 0, 1)}
     step = -(-longest // most)
     return sorted(n for n in {*range(2, longest, step), *near} if 2 <= n <= longest)
 
@@ -128,38 +132,53 @@ def _last(holds: Callable[[int], bool], low: int, high: int) -> int:
 # --- one length ------------------------------------------------------------------------------
 
 
-class _Shape(torch.Tensor):
-    """Stands for what depends on tokens or parameters: where it would live, without numbers."""
+def _shape(like: torch.Tensor, of: Of) -> torch.Tensor:
+    """Stands for what depends on tokens or parameters: a plain tensor without numbers."""
+    made = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
+    made.fxport_of = of  # type: ignore[attr-defined]
+    return made
 
-    empty: torch.Tensor
-    of: Of
 
-    @staticmethod
-    def __new__(cls, empty: torch.Tensor, device: torch.device, of: Of) -> _Shape:
-        made: _Shape = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, empty.shape, strides=empty.stride(), dtype=empty.dtype, device=device
-        )
-        made.empty, made.of = empty, of
-        return made
+def _is_shape(value: Any) -> bool:
+    return hasattr(value, "fxport_of")
 
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, *_: Any) -> Any:
-        raise NotImplementedError(f"{func} outside a walk")
+
+_DEVICE = torch.Tensor.device.__get__  # type: ignore[attr-defined]
+_KINDS = {
+    torch.Tensor.is_meta.__get__: "meta",  # type: ignore[attr-defined]
+    torch.Tensor.is_cpu.__get__: "cpu",  # type: ignore[attr-defined]
+    torch.Tensor.is_cuda.__get__: "cuda",  # type: ignore[attr-defined]
+}
+
+
+class _Somewhere(TorchFunctionMode):
+    """Shapes say that they are where the model's parameters are."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if args and (func == _DEVICE or func in _KINDS) and _is_shape(args[0]):
+            return self.device if func == _DEVICE else self.device.type == _KINDS[func]
+        return func(*args, **(kwargs or {}))
 
 
 class _Recorder(TorchDispatchMode):
     """Runs constants, and of everything else the shapes."""
 
-    def __init__(self, device: torch.device, seen: Callable[[int, Step], None]) -> None:
+    def __init__(self, seen: Callable[[int, Step], None]) -> None:
         super().__init__()
-        self.device, self.seen = device, seen
+        self.seen = seen
         self.steps = self.cost = 0
         self.made: Any = WeakIdKeyDictionary()  # constant -> how, and the version it then had
         self.results: dict[Any, Any] = {}
         self.written: dict[int, tuple[Any, Of]] = {}  # memory of the model that holds tokens
 
-    def tokens(self, length: int) -> _Shape:
-        return _Shape(torch.empty(1, length, dtype=torch.long, device="meta"), self.device, Of(-1))
+    def tokens(self, batch: int, length: int) -> torch.Tensor:
+        return _shape(torch.empty(batch, length, dtype=torch.long, device="meta"), Of(-1))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.cost += 1
@@ -174,8 +193,9 @@ class _Recorder(TorchDispatchMode):
         return self._shapes(func, args, kwargs or {})
 
     def _of(self, value: torch.Tensor) -> Of | None:
-        if isinstance(value, _Shape):
-            return value.of
+        if _is_shape(value):
+            found: Of = value.fxport_of  # type: ignore[attr-defined]
+            return found
         if isinstance(value, nn.Parameter):
             return Of(-2)
         if self.written:
@@ -207,7 +227,7 @@ class _Recorder(TorchDispatchMode):
             raise NotImplementedError(f"{func} changes a shape in place")
         _check_range(func, args)
         here = Of(self.steps - 1)
-        if func._schema.is_mutable and not isinstance(args[0], _Shape):
+        if func._schema.is_mutable and not _is_shape(args[0]):
             memory = args[0].untyped_storage()
             self.written[memory._cdata] = memory, here
         key = (func, tuple(map(_size, _flat((args, *sorted(kwargs.items()))))))
@@ -217,12 +237,12 @@ class _Recorder(TorchDispatchMode):
             self.results[key] = func(*_mapped(args, _emptied), **_mapped(kwargs, _emptied))
         if func._schema.is_mutable:
             return args[0]
-        return _mapped(self.results[key], lambda t: _Shape(t, self.device, here))
+        return _mapped(self.results[key], lambda t: _shape(t, here))
 
 
 def _check_range(func: Any, args: Any) -> None:
     """Torch would find a position beyond a table of parameters only with numbers."""
-    if func is not aten.embedding.default or isinstance(args[1], _Shape) or not args[1].numel():
+    if func is not aten.embedding.default or _is_shape(args[1]) or not args[1].numel():
         return
     if int(args[1].max()) >= args[0].shape[0]:
         raise IndexError("beyond the table")
@@ -236,8 +256,8 @@ def _size(value: Any) -> Any:
 
 
 def _emptied(value: torch.Tensor) -> torch.Tensor:
-    if isinstance(value, _Shape):
-        return value.empty
+    if _is_shape(value):
+        return value
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 
 
@@ -265,20 +285,51 @@ def _flat(values: Sequence[Any]) -> Iterator[Any]:
 def _run(
     model: nn.Module, length: int, seen: Callable[[int, Step], None] | None = None
 ) -> tuple[list[Step], int]:
-    """The steps, unless `seen` takes them, and what all operations cost."""
+    """See `steps_of`; nothing is left on the model."""
+    with forward_only(model):
+        return steps_of(model, length, seen)
+
+
+def steps_of(
+    model: nn.Module, length: int, seen: Callable[[int, Step], None] | None = None
+) -> tuple[list[Step], int]:
+    """The steps, unless `seen` takes them, and what all operations cost.
+
+    Raises:
+        Exception: forward does not take this length, or cannot be run on shapes.
+    """
     steps: list[Step] = []
     kept = [0]
 
     def keep(_: int, step: Step) -> None:
         steps.append(Step(step.target, tuple(_within(v, kept) for v in step.given)))
 
-    recorder = _Recorder(device_of(model), seen or keep)
-    ids = recorder.tokens(length)
-    with forward_only(model), recorder, EverySelected(recorder.numberless):
-        model(ids)
+    recorder = _Recorder(seen or keep)
+    with recorder, _Somewhere(device_of(model)), EverySelected(recorder.numberless):
+        model(recorder.tokens(1, length))
     if seen is not None:
         seen(recorder.steps, _END)
     return [*steps, _END], recorder.cost
+
+
+def plain_path(
+    model: nn.Module, batch: int, length: int, history: Sequence[int] = ()
+) -> Path | None:
+    """What the user's code does in a call with plain sizes and tensors, after earlier calls.
+
+    Returns:
+        None where that is not known: it cannot be run on shapes, or asks about the tokens.
+    """
+    recorder = _Recorder(lambda *_: None)
+    selected = EverySelected(recorder.numberless)
+    ids = [recorder.tokens(batch, n) for n in (*history, length)]
+    with forward_only(model), contextlib.suppress(Exception):
+        paths: list[Path] = []
+        with recorder, _Somewhere(device_of(model)), selected, followed_calls(model, paths):
+            for given in ids:
+                model(given)
+        return None if selected.answered else joined(paths)
+    return None
 
 
 _END = Step("the end", ())
