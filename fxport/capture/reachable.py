@@ -16,6 +16,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Iterator
+from contextvars import ContextVar
 from types import CellType, FunctionType, GeneratorType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -36,6 +37,7 @@ _MOST = 10_000
 _LONGEST = 100_000
 _LISTS = (list, deque, bytearray)
 _SIZED = (dict, set, *_LISTS)
+_CELLS = (CellType, ContextVar)
 # The classes of objects that are looked into wherever they lie; others where a module holds them.
 _NAMESPACES = ("SimpleNamespace", "Namespace", "_local")
 
@@ -155,7 +157,7 @@ class Reachable:
             return value.__module__ in self._own
         if isinstance(value, ModuleType):
             return value in (sys, torch)
-        kinds = (*_SIZED, CellType, GeneratorType)
+        kinds = (*_SIZED, *_CELLS, GeneratorType)
         return (
             isinstance(value, kinds)
             or _is_iterator(value)
@@ -206,10 +208,10 @@ def _entries(holder: Any) -> dict[Any, Any]:
         return dict(vars(holder))
     if isinstance(holder, ModuleType):
         return {k: v for k, v in vars(holder).items() if type(v) in ATOMS}
-    if isinstance(holder, CellType):
+    if isinstance(holder, _CELLS):
         try:
-            return {"": holder.cell_contents}
-        except ValueError:  # not assigned yet
+            return {"": holder.cell_contents if isinstance(holder, CellType) else holder.get()}
+        except (ValueError, LookupError):  # not assigned yet
             return {}
     if isinstance(holder, GeneratorType) or _is_iterator(holder):
         return {STATE: _how_far(holder)}
@@ -224,6 +226,8 @@ def _write(holder: Any, key: Any, value: Any) -> None:
         holder.add(key)
     elif isinstance(holder, CellType):
         holder.cell_contents = value
+    elif isinstance(holder, ContextVar):
+        holder.set(value)
     elif not (key is STATE or isinstance(holder, GeneratorType)):
         setattr(holder, key, value)
 
@@ -235,7 +239,7 @@ def _remove(holder: Any, key: Any) -> None:
         holder.discard(key)
     elif isinstance(holder, bytearray):
         del holder[-1]
-    elif not isinstance(holder, CellType):
+    elif not isinstance(holder, _CELLS):
         delattr(holder, key)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextvars
 import functools
 import itertools
 import os
@@ -161,6 +162,14 @@ def on_torch(_: Counts) -> int:
     return int(torch.fxport_test_calls)  # type: ignore[attr-defined]
 
 
+CONTEXT: contextvars.ContextVar[int] = contextvars.ContextVar("CONTEXT", default=0)
+
+
+def in_context(_: Counts) -> int:
+    CONTEXT.set(CONTEXT.get() + 1)
+    return CONTEXT.get()
+
+
 COUNTING: dict[str, tuple[Callable[[Any], int], Callable[[], Any]]] = {
     "list": (appended, list),
     "deque": (appended, collections.deque),
@@ -181,6 +190,7 @@ COUNTING: dict[str, tuple[Callable[[Any], int], Callable[[], Any]]] = {
     "closure": (closed(), type(None)),
     "function": (attribute, type(None)),
     "memory": (remembers, type(None)),
+    "context": (in_context, type(None)),
     "torch": (on_torch, type(None)),
 }
 
