@@ -137,7 +137,7 @@ class _Runs:
         line = _line_that_changes(places, place, self.steps)
         reason = Reason(
             ReasonCode.MUTATED_STATE,
-            f"forward changes `{name}`, and takes other steps after other calls",
+            f"forward changes `{name}`, and its steps depend on earlier calls",
             line or forward_line(self.model),
             "compute the value in __init__, or pass it through forward",
         )
