@@ -9,6 +9,7 @@ Forward is run on shapes, see `fxport.capture.walk`: its steps must be the same 
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from fxport.capture.questions import forward_only, numbers_in
 from fxport.capture.reachable import SIZE, STATE, Place, Reachable
 from fxport.capture.state import State
 from fxport.capture.steps import Other, Reference, Step
-from fxport.capture.walk import steps_of
+from fxport.capture.walk import Written, steps_of
 from fxport.errors import Location, PortError, Reason, ReasonCode
 
 __all__ = ["refuse_counted_calls"]
@@ -45,7 +46,7 @@ def refuse_counted_calls(model: nn.Module) -> bool:
     """
     for length in _LENGTHS:
         runs = _Runs(model, length)
-        with _put_back(model):
+        with _put_back(model), contextlib.closing(runs.written):
             try:
                 runs.first()
             except PortError:
@@ -69,9 +70,10 @@ def _put_back(model: nn.Module) -> Iterator[None]:
 class _Runs:
     def __init__(self, model: nn.Module, length: int) -> None:
         self.model, self.length = model, length
+        self.written = Written(model)
 
     def steps(self) -> list[Step]:
-        return steps_of(self.model, self.length)[0]
+        return steps_of(self.model, self.length, written=self.written)[0]
 
     def first(self) -> None:
         """The first calls: what they leave beside the model may be no more than a memory."""

@@ -54,13 +54,8 @@ def trace_symbolically(model: nn.Module, *, every_pair: bool = True, needed: int
         PortError: tracing failed, the length was specialised, or forward changes the model.
     """
     state = State(model)
-    traced: list[Path] = []
-    with (
-        watch_attributes(model) as attributes,
-        user_questions() as questions,
-        followed_calls(model, traced),
-    ):
-        exported, hint = _export(model, needed, state)
+    with watch_attributes(model) as attributes, user_questions() as questions:
+        exported, hint, traced = _export(model, needed, state)
     paths = state.changes()
     state.restore()
     if kept := attributes.kept():
@@ -107,16 +102,17 @@ def _changes(model: nn.Module, path: str) -> Reason:
     )
 
 
-def _export_at(model: nn.Module, length: int) -> torch.export.ExportedProgram:
+def _export_at(model: nn.Module, length: int, paths: list[Path]) -> torch.export.ExportedProgram:
     ids = torch.zeros(_BATCH, length, dtype=torch.long, device=device_of(model))
     dynamic = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
-    return export(model, (ids,), {token_argument(model): dynamic})
+    with followed_calls(model, paths):
+        return export(model, (ids,), {token_argument(model): dynamic})
 
 
 def _export(
     model: nn.Module, needed: int, state: State
-) -> tuple[torch.export.ExportedProgram, int]:
-    """The exported model, and the length at which it was traced.
+) -> tuple[torch.export.ExportedProgram, int, list[Path]]:
+    """The exported model, the length at which it was traced, and what the user's code did.
 
     Args:
         state: of the model before; a trace that fails leaves none of its symbols behind.
@@ -124,7 +120,8 @@ def _export(
     errors: list[Exception] = []
     for length in _LENGTHS:
         try:
-            return _export_at(model, length), length
+            paths: list[Path] = []
+            return _export_at(model, length, paths), length, paths
         except Exception as error:  # any failure of user code; all of them are reported below
             errors.append(error)
             state.restore()

@@ -23,13 +23,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fxport.capture.memos import files_around
 from fxport.capture.paths import Path, followed_calls, joined
 from fxport.capture.questions import forward_only
 from fxport.capture.sample import device_of
 from fxport.capture.selected import EverySelected
+from fxport.capture.state import State
 from fxport.capture.steps import Constant, Of, Reference, Step
 
-__all__ = ["Walked", "plain_path", "steps_of", "walk"]
+__all__ = ["Walked", "Written", "plain_path", "steps_of", "walk"]
 
 aten = torch.ops.aten
 
@@ -166,11 +168,33 @@ class _Somewhere(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class Written:
+    """What lay in the model's own memory before constants were written there."""
+
+    def __init__(self, model: nn.Module) -> None:
+        held = [*State(model).values(), *(v for f in files_around(model) for v in vars(f).values())]
+        tensors = [t for t in held if isinstance(t, torch.Tensor) and not t.is_meta]
+        self._own = {t.untyped_storage()._cdata for t in tensors}
+        self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+
+    def note(self, value: torch.Tensor) -> None:
+        """Before an operation that may write to it."""
+        memory = value.untyped_storage()
+        if memory._cdata in self._own and memory._cdata not in self._before:
+            self._before[memory._cdata] = memory, memory.clone()
+
+    def close(self) -> None:
+        """Puts it back; no tensor's version counts that."""
+        for memory, before in self._before.values():
+            memory.copy_(before)
+
+
 class _Recorder(TorchDispatchMode):
     """Runs constants, and of everything else the shapes."""
 
-    def __init__(self, seen: Callable[[int, Step], None]) -> None:
+    def __init__(self, written: Written, seen: Callable[[int, Step], None]) -> None:
         super().__init__()
+        self.numbers = written
         self.seen = seen
         self.steps = self.cost = 0
         self.made: Any = WeakIdKeyDictionary()  # constant -> how, and the version it then had
@@ -187,6 +211,10 @@ class _Recorder(TorchDispatchMode):
         given = tuple(self._given(v) if isinstance(v, torch.Tensor) else v for v in flat)
         step = Step((func, tuple(sorted(kwargs or {}))), given)
         if not shapeless:
+            if func._schema.is_mutable:
+                for value in flat:
+                    if isinstance(value, torch.Tensor):
+                        self.numbers.note(value)
             return self._constant(step, func(*args, **(kwargs or {})))
         self.seen(self.steps, step)
         self.steps += 1
@@ -291,9 +319,15 @@ def _run(
 
 
 def steps_of(
-    model: nn.Module, length: int, seen: Callable[[int, Step], None] | None = None
+    model: nn.Module,
+    length: int,
+    seen: Callable[[int, Step], None] | None = None,
+    written: Written | None = None,
 ) -> tuple[list[Step], int]:
     """The steps, unless `seen` takes them, and what all operations cost.
+
+    Args:
+        written: takes what the model's buffers held, which is put back here otherwise.
 
     Raises:
         Exception: forward does not take this length, or cannot be run on shapes.
@@ -304,9 +338,14 @@ def steps_of(
     def keep(_: int, step: Step) -> None:
         steps.append(Step(step.target, tuple(_within(v, kept) for v in step.given)))
 
-    recorder = _Recorder(seen or keep)
-    with recorder, _Somewhere(device_of(model)), EverySelected(recorder.numberless):
-        model(recorder.tokens(1, length))
+    numbers = written or Written(model)
+    recorder = _Recorder(numbers, seen or keep)
+    try:
+        with recorder, _Somewhere(device_of(model)), EverySelected(recorder.numberless):
+            model(recorder.tokens(1, length))
+    finally:
+        if written is None:
+            numbers.close()
     if seen is not None:
         seen(recorder.steps, _END)
     return [*steps, _END], recorder.cost
@@ -320,10 +359,11 @@ def plain_path(
     Returns:
         None where that is not known: it cannot be run on shapes, or asks about the tokens.
     """
-    recorder = _Recorder(lambda *_: None)
+    written = Written(model)
+    recorder = _Recorder(written, lambda *_: None)
     selected = EverySelected(recorder.numberless)
     ids = [recorder.tokens(batch, n) for n in (*history, length)]
-    with forward_only(model), contextlib.suppress(Exception):
+    with forward_only(model), contextlib.closing(written), contextlib.suppress(Exception):
         paths: list[Path] = []
         with recorder, _Somewhere(device_of(model)), selected, followed_calls(model, paths):
             for given in ids:

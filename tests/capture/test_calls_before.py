@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fxport.capture.calls_before import refuse_counted_calls
 from fxport.capture.clone import clone_for_capture
 from fxport.capture.reachable import SIZE, Reachable
+from fxport.capture.walk import plain_path, walk
 from fxport.errors import PortError, ReasonCode
 from tests.capture import counted_beside
 from tests.zoo import remembered
@@ -282,6 +283,31 @@ class Logs(Tiny):
 def test_what_is_only_logged_is_taken() -> None:
     assert refuse_counted_calls(clone_for_capture(Logs().eval()))
     assert Logs.calls == 0 and counted_beside.SEEN == {"calls": 0}
+
+
+class Writes(Tiny):
+    """Writes constants to a buffer, and to a tensor of its file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.zeros(40))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.kept[: ids.shape[1]] = torch.arange(ids.shape[1]) * 1.0
+        OF_FILE.add_(1)
+        return super().forward(ids)
+
+
+OF_FILE = torch.zeros(1)
+
+
+@pytest.mark.parametrize(
+    "run", [refuse_counted_calls, lambda m: plain_path(m, 1, 7), lambda m: walk(m, 7, 9, ())]
+)
+def test_no_number_is_written_to_the_memory_of_the_model(run: Callable[[nn.Module], Any]) -> None:
+    model = clone_for_capture(Writes().eval())
+    assert run(model) is not None
+    assert not model.kept.any() and not OF_FILE.any()
 
 
 # --- places ------------------------------------------------------------------------------------
