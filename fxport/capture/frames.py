@@ -18,9 +18,12 @@ from fxport.capture.location import user_location
 from fxport.capture.mask_facts import one_true_along, rows_source
 from fxport.errors import PortError, Reason, ReasonCode
 
-__all__ = ["Builder", "Coordinate", "Frame", "refuse_selection"]
+__all__ = ["ADDS", "Builder", "Coordinate", "Frame", "refuse_selection"]
 
 aten = torch.ops.aten
+
+# On a node that puts selected rows back: (the node to use when the selection is empty, the mask).
+ADDS = "fxport_adds"
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ _SAME_ORDER = (
     aten.contiguous, aten.clone, aten.alias, aten.detach, aten._unsafe_view,
 )  # fmt: skip
 _CASTS = (aten.to, aten._to_copy, aten.type_as)
+_ANDS = (aten.logical_and, aten.bitwise_and, aten.mul)
 _COMPARES = (aten.gt, aten.greater, aten.ne, aten.not_equal, aten.ge, aten.greater_equal)
 
 
@@ -140,6 +141,8 @@ def _emptiness(node: fx.Node) -> Emptiness | None:
     found = emptiness(_source(node))
     if found is None:
         return None
+    if _is_every(node):
+        return found
     if packet in _SAME_ORDER or packet in (aten.permute, aten.transpose, aten.movedim):
         return found if found.class_axis is None else _moved(node, found)
     if packet in _CASTS:
@@ -154,6 +157,29 @@ def _emptiness(node: fx.Node) -> Emptiness | None:
         one = isinstance(start, int) and end == start + 1 and start >= 0
         return found.of_class(start) if one else None
     return None
+
+
+def _is_every(node: fx.Node) -> bool:
+    """``(chosen == 3) & ones``: what it was, as nothing is taken out."""
+    if _packet(node) not in _ANDS or _dtype(node) != torch.bool:
+        return False
+    mask, kept = arguments(node)["self"], arguments(node)["other"]
+    both = isinstance(kept, fx.Node) and _dtype(mask) == _dtype(kept) == torch.bool
+    return both and mask.meta["val"].shape == node.meta["val"].shape and _all_true(kept)
+
+
+def _all_true(node: fx.Node) -> bool:
+    while node.op == "call_function" and _packet(node) in (*_SAME_ORDER, aten.expand):
+        node = _source(node)
+    if _packet(node) in (aten.ones, aten.ones_like, aten.new_ones):
+        return True
+    fills = _packet(node) in (aten.full, aten.full_like, aten.new_full)
+    return fills and arguments(node)["fill_value"] is True
+
+
+def _dtype(node: fx.Node) -> torch.dtype:
+    dtype: torch.dtype = node.meta["val"].dtype
+    return dtype
 
 
 def _counts_classes(value: fx.Node, other: Any) -> bool:
@@ -270,6 +296,9 @@ def one_true_along(mask: fx.Node) -> int | None:
         return distinct_along(bound["self"])
     if packet is aten.slice:  # along another axis, or a part along this one
         return one_true_along(bound["self"])
+    if packet in _ANDS and mask.meta["val"].dtype == torch.bool:
+        same = bound["self"].meta["val"].shape == mask.meta["val"].shape
+        return one_true_along(bound["self"]) if same else None  # fewer are True
     if packet in (*_COMPARES, *_CASTS):
         if packet in _COMPARES and ("equal" in str(packet) or bound["other"] != 0):
             return None

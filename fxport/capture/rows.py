@@ -23,9 +23,10 @@ from torch import fx
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from fxport.capture.arguments import arguments, shape_of, shape_of_tensor
-from fxport.capture.frames import Builder, Coordinate, Frame, refuse_selection
+from fxport.capture.frames import ADDS, Builder, Coordinate, Frame, refuse_selection
 from fxport.capture.location import module_of, user_location
 from fxport.capture.memory import is_mutation
+from fxport.capture.slot_numbers import slots_apart
 from fxport.capture.whole_rows import take_whole_rows
 from fxport.errors import Location, PortError, Reason, ReasonCode
 from fxport.report import Decision, Outcome
@@ -34,8 +35,6 @@ __all__ = ["ADDS", "EVERY_ROW", "dense_rows", "every_row_records", "without_empt
 
 aten = torch.ops.aten
 
-# On a node that puts selected rows back: (the node to use when the selection is empty, the mask).
-ADDS = "fxport_adds"
 # On what was computed for every row, also in a unified graph.
 EVERY_ROW = "fxport_every_row"
 
@@ -92,6 +91,7 @@ def dense_rows(gm: fx.GraphModule) -> tuple[Frame, ...]:
         return ()
     _without_mutation(gm)
     take_whole_rows(gm)
+    slots_apart(gm)
     rewriting = _Rewriting(gm)
     for node in list(gm.graph.nodes):
         rewriting.visit(node)
@@ -299,6 +299,9 @@ class _Rewriting:
         first, found = self._coordinates_of(node, into, indices)
         frame = found[0].frame
         order = [c.axis for c in found]
+        if frame.slot_axis is not None and sorted(order) == list(range(len(order))) == [0, 1]:
+            self._put_slot(node, into, values, frame, first, order, adds=adds)
+            return
         if order != list(frame.row_axes):
             if frame.slot_axis is not None or not adds or order != sorted(set(order)):
                 refuse_selection(node, "rows go back to other places than they were taken from")
@@ -317,6 +320,34 @@ class _Rewriting:
         new.meta[EVERY_ROW] = True
         if len(frame.row_axes) > 1:
             new = self.build.call(aten.reshape.default, new, self.build.sizes(into))
+        self._is_back(node, new, into, frame)
+
+    def _put_slot(
+        self,
+        node: fx.Node,
+        into: fx.Node,
+        values: Any,
+        frame: Frame,
+        first: int,
+        order: Sequence[int],
+        *,
+        adds: bool,
+    ) -> None:
+        """Puts each row at the one slot of its own where the mask holds."""
+        after = len(shape_of(into)) - first - 2
+        given = self._aligned(node, values, frame, after)
+        if values in self.dense:
+            assert frame.slot_axis is not None
+            at = len(shape_of(given)) - after - 1 + order.index(frame.slot_axis)
+            given = self.build.call(aten.unsqueeze.default, given, at)
+        mask = self.build.call(aten.permute.default, frame.truth, list(order))
+        mask = self.build.before(mask, after)
+        if adds:
+            given = self.build.call(aten.where.ScalarOther, mask, given, 0)
+            new = self.build.call(aten.add.Tensor, into, given)
+        else:
+            new = self.build.call(aten.where.self, mask, given, into)
+        new.meta[EVERY_ROW] = True
         self._is_back(node, new, into, frame)
 
     def _add_back(

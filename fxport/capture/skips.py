@@ -21,7 +21,7 @@ from torch import fx
 from fxport.capture.arguments import shape_of
 from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.location import user_location
-from fxport.capture.mask_facts import Emptiness, emptiness, question
+from fxport.capture.mask_facts import Emptiness, emptiness, index_bound, question
 from fxport.capture.memory import Memory, is_mutation
 from fxport.capture.repeated import merge_repeated, selects_rows
 from fxport.capture.rows import ADDS, dense_rows, without_empty_rows
@@ -51,7 +51,9 @@ def without_selections(
     asked = _questions(gm)
     dense_rows(gm)
     patterns = _patterns(len(asked)) if asked else iter(())
-    for pattern in patterns if every_pair else itertools.islice(patterns, 1):
+    whole = _never_all_empty({number: about for number, (about, _) in asked.items()})
+
+    def require_same(pattern: frozenset[int]) -> None:
         other = again(pattern.__contains__)
         if selects:  # its empty selections may be gone
             merge_repeated(other)
@@ -59,6 +61,16 @@ def without_selections(
         without_empty_rows(other)
         dense_rows(other)
         _require_same(gm, asked, other, asked_there, pattern & set(asked_there))
+
+    for pattern in patterns if every_pair else itertools.islice(patterns, 1):
+        try:
+            require_same(pattern)
+        except PortError:
+            possible = _possible(pattern, whole)
+            if pattern in possible:
+                raise
+            for instead in possible:
+                require_same(instead)
     _without_markers(gm)
 
 
@@ -113,6 +125,28 @@ def _patterns(count: int) -> Iterator[frozenset[int]]:
     choices = list(itertools.islice(itertools.combinations(range(width), width // 2), count))
     for pattern in range(width):
         yield frozenset(number for number in everything if pattern in choices[number])
+
+
+def _never_all_empty(asked: dict[int, Emptiness]) -> list[list[int]]:
+    """The questions about every expert that there is: each slot chose one of them."""
+    about: dict[fx.Node, dict[int, int]] = {}
+    for number, one in asked.items():
+        if one.constant is not None:
+            about.setdefault(one.node, {})[one.constant] = number
+    return [
+        [number for _, number in sorted(found.items())]
+        for node, found in about.items()
+        if (experts := index_bound(node)) is not None and set(range(experts)) <= set(found)
+    ]
+
+
+def _possible(pattern: frozenset[int], whole: list[list[int]]) -> set[frozenset[int]]:
+    """What a pattern stands for, once of all experts one has tokens: the first, second or last.
+
+    Any two of more than two experts are both empty in one of the three.
+    """
+    full = [group for group in whole if pattern.issuperset(group)]
+    return {pattern - {group[min(which, len(group) - 1)] for group in full} for which in (0, 1, -1)}
 
 
 # --- two graphs --------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def propagate(node: fx.Node, axes: dict[fx.Node, Any], symbols: Symbols) -> Any:
 
 
 # Only these arguments may hold a size that varies with the input.
-_SIZE_ARGUMENTS = {"size", "shape", "start", "end", "repeats", "sizes", "implicit"}
+_SIZE_ARGUMENTS = {"size", "shape", "start", "end", "length", "repeats", "sizes", "implicit"}
 
 
 def _no_sizes_as_numbers(call: Call) -> None:
