@@ -113,6 +113,7 @@ def port(
             call (a tuple, or a mapping by name), the ids among them, several of them long. The
             report says how each other argument was fixed for every call.
         max_seq_len: the longest sequence to serve; by default the longest that the model allows.
+            What the model does with longer ones, and keeps of them, does not matter then.
 
     Raises:
         PortError: the model cannot be proven; every obstacle with file and line.
@@ -158,7 +159,7 @@ def _batch_first(model: nn.Module, max_seq_len: int | None) -> Port:
     from fxport.capture.rows import every_row_records
     from fxport.passes.serving import lower_for_serving
 
-    captured = capture(model)
+    captured = capture(model, most=max_seq_len)
     lowered = lower_for_serving(captured, max_seq_len, _stated_length(model))
     selections = every_row_records(captured.graph)  # those that no pass took out
     serving = lowered.serving
@@ -245,7 +246,12 @@ def _half(
     for buffers in (False, True):
         try:
             captured = capture(
-                model, torch.bfloat16, convert_buffers=buffers, own=own, needed=length
+                model,
+                torch.bfloat16,
+                convert_buffers=buffers,
+                own=own,
+                needed=length,
+                most=length,
             )
             half = lower_for_serving(captured, length).serving
         except PortError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from fxport.capture.arguments import shape_of
 from fxport.capture.export import Captured
 from fxport.capture.gradients import let_gradients_pass
 from fxport.capture.inputs import InputKind, graph_input
+from fxport.capture.location import user_location
 from fxport.capture.recurrence import convolutions_over
 from fxport.capture.walk import Walked
 from fxport.diff.stages import Recorder, Stage
@@ -292,13 +294,26 @@ def _width(state: fx.Node, form: Axes | None) -> int:
 
 
 def _dtype(captured: Captured) -> torch.dtype:
-    found = {p.dtype for p in captured.parameters.values() if p.is_floating_point()}
+    found = Counter(p.dtype for p in captured.parameters.values() if p.is_floating_point())
+    usual = found.most_common(1)[0][0]
     if len(found) == 1:
-        return found.pop()
+        return usual
     names = ", ".join(sorted(str(d) for d in found))
+    odd = (n for n in captured.graph.graph.find_nodes(op="placeholder") if _is_odd(n, usual))
+    read = next((n for n in odd if n.users), None)
+    which = f": `{graph_input(read).name}` is {read.meta['val'].dtype}" if read else ""
     reason = Reason(
         ReasonCode.UNSUPPORTED_FEATURE,
-        f"parameters of several dtypes ({names})",
-        hint="convert the model to one dtype",
+        f"parameters of several dtypes ({names}){which}",
+        user_location(next(iter(read.users))) if read else None,
+        "convert the model to one dtype; forward may cast what it computes, and buffers may differ",
     )
     raise PortError([reason])
+
+
+def _is_odd(node: fx.Node, usual: torch.dtype) -> bool:
+    """A parameter of another dtype than most are."""
+    if graph_input(node).kind is not InputKind.PARAMETER:
+        return False
+    dtype: torch.dtype = node.meta["val"].dtype
+    return dtype.is_floating_point and dtype != usual

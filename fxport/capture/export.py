@@ -83,6 +83,7 @@ def capture(
     own_modes: bool = False,
     own: Captured | None = None,
     needed: int = 0,
+    most: int | None = None,
 ) -> Captured:
     """Captures `model(tokens)` in eval mode, without gradient, for dynamic batch and length.
 
@@ -95,6 +96,7 @@ def capture(
         own: with `dtype`, the model as captured in its own dtype: if plain lengths were the way
             then, a symbolic length is not tried again.
         needed: see `trace_symbolically`.
+        most: see `trace_at_lengths`.
 
     Raises:
         PortError: when the model cannot be captured as one graph that holds for every length.
@@ -113,7 +115,9 @@ def capture(
     with watch_gradients(model) as untrainable:
         plain = own is not None and not own.symbolic
         every = dtype is None
-        traced = _trace(clone, every_pair=every, plain=plain, needed=needed, frozen=frozen)
+        traced = _trace(
+            clone, every_pair=every, plain=plain, needed=needed, most=most, frozen=frozen
+        )
     return Captured(
         graph=traced.graph,
         tokens=traced.tokens.name,
@@ -154,11 +158,17 @@ def _frozen(model: nn.Module, dtype: torch.dtype | None) -> frozenset[str] | Non
 
 
 def _trace(
-    clone: nn.Module, *, every_pair: bool, plain: bool, needed: int, frozen: frozenset[str] | None
+    clone: nn.Module,
+    *,
+    every_pair: bool,
+    plain: bool,
+    needed: int,
+    most: int | None,
+    frozen: frozenset[str] | None,
 ) -> Traced:
     """Symbolically where that holds for every length, else at several plain lengths."""
     at_lengths = functools.partial(
-        trace_at_lengths, clone, every_pair=every_pair, needed=needed, frozen=frozen
+        trace_at_lengths, clone, every_pair=every_pair, needed=needed, most=most, frozen=frozen
     )
     if plain:
         return at_lengths()

@@ -40,6 +40,7 @@ __all__ = ["continues", "trace_at_lengths", "trace_one_more"]
 # Lengths that share no factors with each other or with usual feature sizes. The first gives the
 # hints of the symbolic graph; 1 is checked with numbers, as many models treat it apart.
 _LENGTHS = (37, 53, 41, 29, 23, 17, 11, 7, 5, 3)
+_FEWEST = sorted(_LENGTHS)[2]  # a model that is served shorter ones is captured for these
 _BATCHES = (2, 3, 4)  # few: a cache may have no more rows
 # Without a limit in the model, tables are made up to here; also the longest [T, T] constant.
 _UNBOUNDED = 4096
@@ -85,6 +86,7 @@ def trace_at_lengths(
     every_pair: bool = True,
     needed: int = 0,
     shown: int = 0,
+    most: int | None = None,
     frozen: Set[str] | None = frozenset(),
 ) -> Traced:
     """Captures a clone at several lengths and unifies the graphs.
@@ -93,6 +95,7 @@ def trace_at_lengths(
         every_pair: for the first length, see `without_selections`.
         needed: see `trace_symbolically`.
         shown: see `Traced`; that is not shown again.
+        most: no longer sequence will be given to the model: what it does then does not matter.
         frozen: names of parameters that are never trained and have their values: what earlier
             calls have kept of these is what is computed of them, if the numbers are the same.
             None: they have no values here, and this was shown of the model as it is.
@@ -105,7 +108,8 @@ def trace_at_lengths(
     fresh = _first(model, every_pair, needed, shown)
     second = _second(model, fresh)
     refuse_recurrence(fresh, second)  # before the search for the longest length: that runs loops
-    limit = _longest(model, fresh.length)
+    asked_for = most if most is not None and most >= _FEWEST else None
+    limit = _smaller(_longest(model, fresh.length), asked_for)
     found = _lengths(model, limit)
     lengths, limit = found.samples, found.limit
     histories = histories_of(model, fresh, limit or _UNBOUNDED, frozen)

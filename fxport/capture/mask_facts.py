@@ -143,7 +143,7 @@ def _emptiness(node: fx.Node) -> Emptiness | None:
         return None
     if _is_every(node):
         return found
-    if packet in _SAME_ORDER or packet in (aten.permute, aten.transpose, aten.movedim):
+    if packet in _SAME_ORDER or packet in (aten.permute, aten.transpose, aten.t, aten.movedim):
         return found if found.class_axis is None else _moved(node, found)
     if packet in _CASTS:
         return found if _whole(_source(node)) else None
@@ -215,6 +215,8 @@ def _moved(node: fx.Node, found: Emptiness) -> Emptiness | None:
     if node.target is aten.transpose.int:
         one, other = bound["dim0"] % rank, bound["dim1"] % rank
         return replace(found, class_axis={one: other, other: one}.get(axis, axis))
+    if packet is aten.t:
+        return replace(found, class_axis=rank - 1 - axis)
     if packet is aten.unsqueeze:
         return replace(found, class_axis=axis + (bound["dim"] % rank <= axis))
     if node.target is aten.squeeze.dim:
@@ -336,7 +338,7 @@ def distinct_along(node: fx.Node) -> int | None:
 def _axis_after(node: fx.Node, of: Any) -> int | None:
     """Follows an axis through permutations, and through views that keep the last axis."""
     packet = _packet(node)
-    moves = (aten.permute, aten.transpose, aten.unsqueeze)
+    moves = (aten.permute, aten.transpose, aten.t, aten.unsqueeze)
     if packet not in (*_SAME_ORDER, *moves):
         return None
     source = _source(node)

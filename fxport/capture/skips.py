@@ -3,8 +3,9 @@
     for e in range(E):                        general: y = y + where(mask_e, f_e(x), 0) for every e
         if not mask_e.any(): continue         mask_e empty: y stays y; the traced path must be that
 
-Forward is traced again with every question answered "empty", and with enough other patterns
-that any two questions get all four combinations of answers. Each graph must be, operation by
+Forward is traced again with every question answered "empty" (of all the experts that there are,
+all but one: each token has some), and with enough other patterns that any two questions get all
+four combinations of answers. Each graph must be, operation by
 operation, what the general graph becomes when those selections are empty.
 """
 
@@ -50,7 +51,6 @@ def without_selections(
         merge_repeated(gm)
     asked = _questions(gm)
     dense_rows(gm)
-    patterns = _patterns(len(asked)) if asked else iter(())
     whole = _never_all_empty({number: about for number, (about, _) in asked.items()})
 
     def require_same(pattern: frozenset[int]) -> None:
@@ -62,7 +62,10 @@ def without_selections(
         dense_rows(other)
         _require_same(gm, asked, other, asked_there, pattern & set(asked_there))
 
-    for pattern in patterns if every_pair else itertools.islice(patterns, 1):
+    everything, *others = _patterns(len(asked)) if asked else [frozenset[int]()]
+    for pattern in _possible(everything, whole)[: None if every_pair else 1] if asked else ():
+        require_same(pattern)
+    for pattern in others if every_pair else ():
         try:
             require_same(pattern)
         except PortError:
@@ -140,13 +143,14 @@ def _never_all_empty(asked: dict[int, Emptiness]) -> list[list[int]]:
     ]
 
 
-def _possible(pattern: frozenset[int], whole: list[list[int]]) -> set[frozenset[int]]:
+def _possible(pattern: frozenset[int], whole: list[list[int]]) -> list[frozenset[int]]:
     """What a pattern stands for, once of all experts one has tokens: the first, second or last.
 
     Any two of more than two experts are both empty in one of the three.
     """
     full = [group for group in whole if pattern.issuperset(group)]
-    return {pattern - {group[min(which, len(group) - 1)] for group in full} for which in (0, 1, -1)}
+    kept = ({group[min(which, len(group) - 1)] for group in full} for which in (-1, 0, 1))
+    return list(dict.fromkeys(pattern - some for some in kept))
 
 
 # --- two graphs --------------------------------------------------------------------------------

@@ -57,7 +57,10 @@ def _first(call: Call) -> Axes:
     return call.of("self")
 
 
-@rule(aten.zeros, aten.ones, aten.full, aten.scalar_tensor, aten.empty)
+@rule(
+    aten.zeros, aten.ones, aten.full, aten.scalar_tensor, aten.empty,
+    aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty,
+)  # fmt: skip
 def _uniform(call: Call) -> Axes:
     """The same number everywhere: a size of k*B*T may stand for k slots of each token."""
     return checked(tuple(_slots(s, call.symbols) for s in call.sizes()))
@@ -87,11 +90,6 @@ def _range(call: Call) -> Axes:
 @rule(aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like)
 def _factory_like(call: Call) -> Axes:
     return call.of("self")
-
-
-@rule(aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty)
-def _new(call: Call) -> Axes:
-    return _factory(call)
 
 
 # --- views --------------------------------------------------------------------------------------

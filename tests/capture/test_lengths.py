@@ -404,3 +404,31 @@ def test_a_length_that_cannot_be_found_is_refused() -> None:
     with pytest.raises(PortError, match="longest sequence is unknown") as caught:
         _longest(Looks().eval(), 37)
     assert caught.value.reasons[0].location is not None
+
+
+class StretchedRotary(nn.Module):
+    """TeleChat: tables of the longest sequence yet; beyond 64 tokens they are scaled by it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.longest, self.cos, self.sin = 0, torch.zeros(0), torch.zeros(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = max(x.shape[2], 64)
+        if length > self.longest:
+            self.longest = length
+            self.cos, self.sin = (table * (length / 64) for table in tables(length))
+        return rotate(x, self.cos[: x.shape[2]], self.sin[: x.shape[2]])
+
+
+def test_what_happens_beyond_the_longest_sequence_asked_for_does_not_matter() -> None:
+    torch.manual_seed(3)
+    model = Decoder(StretchedRotary).double().eval()
+    with pytest.raises(PortError):
+        capture(model)
+    captured = capture(model, most=64)
+    assert captured.limit == 64
+    for length in (2, 37, 64):
+        ids = torch.randint(0, VOCAB, (2, length))
+        with torch.no_grad():
+            assert (run(captured, ids) - model(ids)).abs().max() < 1e-12

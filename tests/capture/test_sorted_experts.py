@@ -19,7 +19,14 @@ from fxport.errors import PortError
 from fxport.passes.serving import lower_for_serving
 from tests.zoo.awkward import LAYERS, LIMIT, VOCAB, WIDTH
 from tests.zoo.experts import decoder
-from tests.zoo.sorted_experts import ELSEWHERE, EXACT, MIXING, numbered_experts, sorted_experts
+from tests.zoo.sorted_experts import (
+    ELSEWHERE,
+    EXACT,
+    MIXING,
+    Parallel,
+    numbered_experts,
+    sorted_experts,
+)
 
 
 @pytest.mark.parametrize(("made", "lifted"), [(sorted_experts, LAYERS), (numbered_experts, 0)])
@@ -37,6 +44,18 @@ def test_the_port_is_the_model(made: Callable[[], nn.Module], lifted: int) -> No
             with torch.no_grad():
                 expected = model(sequence[None])[0]
             assert (found - expected).abs().max() < 1e-12
+
+
+def test_rows_are_computed_on_together_between_two_products() -> None:
+    torch.manual_seed(3)
+    model = decoder(Parallel, layers=1).double().eval()
+    port = fxport.port(model)
+    packed = PackedModel(port.serving, port.parameters)
+    for length in (1, 37):
+        sequence = torch.randint(0, VOCAB, (length,))
+        with torch.no_grad():
+            expected = model(sequence[None])[0]
+        assert (packed([sequence])[0] - expected).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("name", MIXING)

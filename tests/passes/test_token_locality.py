@@ -79,6 +79,10 @@ def product_of_all_tokens(self, x, idx):
     return x * torch.vdot(x.flatten(), x.flatten())  # HERE
 
 
+def narrowed_shift(self, x, idx):
+    return x + F.pad(x.narrow(1, 0, x.size(1) - 1), (0, 0, 1, 0))  # HERE
+
+
 def begin_of_sequence(self, x, idx):
     bos = self.wpe.weight[:1].expand(x.shape[0], 1, C)
     return torch.cat((bos, x), 1)  # HERE
@@ -198,6 +202,7 @@ MIXING = [
     (product_of_all_tokens, ReasonCode.MIXES_TOKENS),
     (linear_over_tokens, ReasonCode.MIXES_TOKENS),
     (begin_of_sequence, ReasonCode.MIXES_TOKENS),
+    (narrowed_shift, ReasonCode.MIXES_TOKENS),
     (drop_first, ReasonCode.MIXES_TOKENS),
     (over_the_batch, ReasonCode.MIXES_TOKENS),
     (length_as_a_number_of_a_tensor, ReasonCode.DEPENDS_ON_LENGTH),
@@ -265,6 +270,11 @@ def counted(self, x, idx):
 
 def buffer_rows(self, x, idx):
     return x + self.pe[:, : x.size(1)]
+
+
+def narrowed_to_all(self, x, idx):
+    rows = self.pe[0][torch.arange(x.size(1)).repeat(x.size(0), 1)]
+    return x + rows.narrow(1, rows.size(1) - x.size(1), x.size(1))
 
 
 def narrowed(self, x, idx):
@@ -391,7 +401,8 @@ LOCAL = [
     (float_positions, 1), (counted_by_a_float, 1), (joined_alone, 0),
     (learned, 1), (learned_offset, 1), (learned_rows, 1), (expanded, 1), (counted, 1),
     (inv_freq_in_forward, 1), (unknown_op_on_constants, 0), (padded_features, 0),
-    (buffer_rows, 1), (narrowed, 1), (on_the_fly, 1), (einsum_angles, 1), (like_zeros, 0),
+    (buffer_rows, 1), (narrowed, 1), (narrowed_to_all, 1), (on_the_fly, 1),
+    (einsum_angles, 1), (like_zeros, 0),
     (squeezed_by_name, 0), (squeezed_gain, 0),
     (folded, 0), (time_first, 0), (per_head, 0), (routed, 0), (in_place, 0),
     (diagonals, 0),

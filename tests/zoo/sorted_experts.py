@@ -170,6 +170,36 @@ class NumberedBySlot(Numbered):
         return torch.arange(tokens * CHOSEN) // CHOSEN
 
 
+class Parallel(Joined):
+    """JetMoE: weights of all experts in one tensor; what all of them gave is cut into halves,
+    gated, and given to the next ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList()
+        self.up = nn.Parameter(torch.randn(EXPERTS, 2 * 48, WIDTH) * WIDTH**-0.5)
+        self.down = nn.Parameter(torch.randn(EXPERTS, WIDTH, 48) * 48**-0.5)
+
+    def by_expert(self, rows: Tensor, counts: list[int], weight: Tensor) -> Tensor:
+        parts = rows.split(counts, dim=0)
+        return torch.cat([F.linear(parts[i], weight[i]) for i in range(EXPERTS)], dim=0)
+
+    def halves(self, rows: Tensor) -> Tensor:
+        value, gate = rows.chunk(2, dim=-1)
+        return F.silu(value) * gate
+
+    def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        zeros = torch.zeros(x.shape[0], EXPERTS, dtype=x.dtype)
+        _, order = chosen.flatten().sort(0)
+        counts = zeros.scatter(1, chosen, 1).long().sum(0).tolist()
+        token = order.div(CHOSEN, rounding_mode="trunc")
+        out = self.by_expert(
+            self.halves(self.by_expert(x[token], counts, self.up)), counts, self.down
+        )
+        out = out * weights.flatten()[order][:, None]
+        return torch.zeros_like(x).index_add(0, token, out)
+
+
 # --- twins: the line that must be named is marked ------------------------------------------------
 
 
@@ -178,6 +208,13 @@ class Rolled(Joined):
 
     def change(self, rows: Tensor) -> Tensor:
         return rows + rows.roll(1, 0)  # refused
+
+
+class OverRows(Parallel):
+    """The rows share one softmax."""
+
+    def halves(self, rows: Tensor) -> Tensor:
+        return rows.softmax(0)[:, :48]  # refused
 
 
 class FirstDoubled(Joined):
@@ -404,6 +441,7 @@ EXACT: dict[str, Callable[[], nn.Module]] = {
 }
 MIXING: dict[str, Callable[[], nn.Module]] = {
     "rolled": Rolled,
+    "over rows": OverRows,
     "first doubled": FirstDoubled,
     "written later": WrittenLater,
     "in place": InPlace,

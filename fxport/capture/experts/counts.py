@@ -3,7 +3,7 @@
 bincount(chosen)                               [E]
 one_hot(chosen, E).sum(0)                      [E]
 histc(chosen.float(), E, min=0, max=E)         [E]
-zeros(N, E).scatter_(1, chosen, 1).sum(0)      [E]; a token chooses no expert twice
+zeros(N, E).scatter_(1, chosen, 1).sum(0)      [E]; a token chooses no expert twice; or cast first
 any of these .cumsum(0)                        where the run of each expert ends
 """
 
@@ -91,6 +91,8 @@ def _of_bins(bound: dict[str, Any]) -> Counts | None:
 
 def _of_sum(bound: dict[str, Any]) -> Counts | None:
     source, keeps = bound["self"], bound["keepdim"]
+    while getattr(source.target, "overloadpacket", None) in _CASTS:  # ones and zeros stay so
+        source = arguments(source)["self"]
     rank = len(shape_of(source))
     others = sorted(d % rank for d in bound["dim"] or range(rank))
     made = isinstance(source.target, torch._ops.OpOverload)

@@ -6,6 +6,7 @@
     y = x[tokens]                          y' = x.unsqueeze(1).expand(-1, K, ..).flatten(0, 1)
     w = weights.view(-1)[order]            w' = weights.view(-1)
     z = y.float() * w.reshape(-1, 1)       z' = y'.float() * w'.reshape(-1, 1)
+    a, b = z.chunk(2, -1); z = silu(a) * b a', b' = z'.chunk(2, -1); z' = silu(a') * b'
     back = order.argsort(); z[back]        z'
 
 Each function returns what the call gives, or `NotImplemented` where it is not understood.
@@ -24,17 +25,28 @@ from fxport.capture.run_lengths import same
 from fxport.capture.unwritten import mark_unwritten
 
 __all__ = [
-    "ARGSORTS", "DIVIDES", "MULTIPLIES",
-    "divide", "gather", "invert", "keep_rows", "multiply", "take",
+    "ARGSORTS", "DIVIDES", "MULTIPLIES", "PARTS",
+    "apart", "divide", "gather", "invert", "keep_rows", "multiply", "take",
 ]  # fmt: skip
 
 MULTIPLIES = (Tensor.mul, torch.mul, Tensor.__mul__, Tensor.__rmul__)
 DIVIDES = (Tensor.__floordiv__, torch.floor_divide, Tensor.floor_divide, torch.div, Tensor.div)
+PARTS = (torch.chunk, Tensor.chunk, torch.split, Tensor.split, torch.functional.split)
 ARGSORTS = (torch.argsort, Tensor.argsort)
 _CASTS = (
     Tensor.to, Tensor.type, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double,
     Tensor.long, Tensor.int, Tensor.contiguous, Tensor.type_as, Tensor.cuda, Tensor.cpu,
     Tensor.detach, Tensor.clone,
+)  # fmt: skip
+# One number after the other; what they are given beside it is numbers.
+_ACTIVATIONS = tuple(
+    getattr(place, name)
+    for place in (torch, Tensor, torch.nn.functional)
+    for name in (
+        "silu", "gelu", "relu", "sigmoid", "tanh", "mish", "leaky_relu", "elu", "softplus",
+        "hardswish", "square", "logsigmoid", "relu6", "selu",
+    )
+    if hasattr(place, name)
 )  # fmt: skip
 _COLUMNS = (Tensor.view, Tensor.reshape, torch.reshape)
 _UNSQUEEZES = (Tensor.unsqueeze, torch.unsqueeze)
@@ -48,8 +60,9 @@ _EXACT = (torch.int64, torch.int32)
 def keep_rows(
     labels: Labels, func: Any, first: Label, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Casts, a column made of a vector, and copies of a column of numbers."""
+    """Casts, activations, a column made of a vector, and copies of a column of numbers."""
     cast = func in _CASTS and not any(labels.of(a) for a in args[1:])
+    cast = cast or _is_activation(func, first, args, kwargs)
     if not (cast or _is_column(func, args, kwargs) or _is_widened(first, func, args, kwargs)):
         return NotImplemented
     made = func(*args, **kwargs)
@@ -62,6 +75,22 @@ def keep_rows(
         return labels.value(made, first.order, raw.clone())
     exact = first.kind is Kind.ONLY or made.dtype in _EXACT
     return labels.again(first, made) if exact else NotImplemented
+
+
+def _is_activation(func: Any, first: Label, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    others = (*args[1:], *kwargs.values())  # True is `inplace`
+    plain = not any(isinstance(a, Tensor) or a is True for a in others)
+    return first.raw is not None and func in _ACTIVATIONS and plain
+
+
+def apart(labels: Labels, func: Any, first: Label, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Parts of every row: ``y.chunk(2, dim=-1)``, ``y.split(sizes, -1)``."""
+    dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
+    if first.raw is None or type(dim) is not int or dim % first.tensor.dim() == 0:
+        return NotImplemented
+    pairs = zip(func(*args, **kwargs), func(first.raw, *args[1:], **kwargs), strict=True)
+    parts = [labels.value(part, first.order, raw.clone()) for part, raw in pairs]
+    return NotImplemented if any(p is NotImplemented for p in parts) else tuple(parts)
 
 
 def _is_column(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -26,7 +26,7 @@ from fxport.capture.experts.rows import keep_rows, take
 from fxport.capture.run_lengths import RunLength, alike, run_between, same
 from fxport.capture.unwritten import mark_unwritten
 
-__all__ = ["SPLITS", "index", "narrowed_as_slices", "split"]
+__all__ = ["SPLITS", "by_lengths", "index", "narrowed_as_slices", "split"]
 
 SPLITS = (torch.split, Tensor.split, torch.functional.split)
 
@@ -65,6 +65,12 @@ def narrowed_as_slices() -> Iterator[None]:
         yield
     finally:
         torch.narrow, Tensor.narrow = function, method  # type: ignore[method-assign]
+
+
+def by_lengths(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call is given a list with the number of slots of an expert."""
+    given = (a for a in (*args, *kwargs.values()) if isinstance(a, list | tuple))
+    return any(isinstance(n, RunLength) for sizes in given for n in sizes)
 
 
 def _is_everything(at: Any) -> bool:

@@ -69,6 +69,8 @@ class SortedExperts:
             return self._index(*args)
         if func is Tensor.__setitem__:
             return back.put(labels, *args)
+        if func in runs.SPLITS and not labels.of(args[0]) and runs.by_lengths(args, kwargs):
+            raise PortError([self._not_runs(args[0])])
         given = [labels.of(a) for a in (*args, *kwargs.values())]
         if all(g is None for g in given):
             return NotImplemented
@@ -81,8 +83,10 @@ class SortedExperts:
             return rows.gather(labels, func, args, kwargs)
         if func in rows.ARGSORTS:
             return rows.invert(first, labels, func, args, kwargs)
-        if func in runs.SPLITS:
-            return runs.split(labels, first, args, kwargs)
+        if func in rows.PARTS:
+            parts = rows.apart(labels, func, first, args, kwargs)
+            whole = func in runs.SPLITS and parts is NotImplemented
+            return runs.split(labels, first, args, kwargs) if whole else parts
         if func in rows.DIVIDES:
             return rows.divide(first, labels, func, args, kwargs)
         return rows.keep_rows(labels, func, first, args, kwargs)
