@@ -162,7 +162,14 @@ class Emitter:
         if any(len(group) != 1 for group in have):
             node = self.call(aten.view.default, node, self.sizes([a.size for a in flat]))
         target = [axis for group in wanted for axis in group]
-        node = self._permute(node, [flat.index(axis) for axis in target if axis in flat])
+        order = [flat.index(axis) for axis in target if axis in flat]
+        if sorted(order) != list(range(len(flat))):
+            raise Left(
+                ReasonCode.UNSUPPORTED_FEATURE,
+                "an axis of this operand is several axes of the attention (windows that overlap)",
+                node,
+            )
+        node = self._permute(node, order)
         missing = [axis for axis in target if axis not in flat]
         if missing:
             ones: list[Size] = [1 if a in missing else a.size for a in target]
