@@ -299,7 +299,8 @@ class _Rewriting:
         first, found = self._coordinates_of(node, into, indices)
         frame = found[0].frame
         order = [c.axis for c in found]
-        if frame.slot_axis is not None and sorted(order) == list(range(len(order))) == [0, 1]:
+        by_slot = len(shape_of(frame.mask)) == 2 and sorted(order) == [0, 1]
+        if frame.slot_axis is not None and by_slot:
             self._put_slot(node, into, values, frame, first, order, adds=adds)
             return
         if order != list(frame.row_axes):
