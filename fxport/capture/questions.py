@@ -121,9 +121,9 @@ def _heard(
     counted = True
     # The sample at this length says what is wrong, if anything is.
     paths: list[Path] = []
-    with by_shapes(model, mode) as selected, followed_calls(model, paths):
-        with contextlib.suppress(Exception):
-            model(fake)
+    following = followed_calls(model, paths)
+    with by_shapes(model, mode) as selected, following, contextlib.suppress(Exception):
+        model(fake)
         counted = selected.answered  # else it came to its end: what it asked later was seen, too
     about = [q for q in shapes.questions if q.free_symbols == {length}]
     comparisons = [q for q in about if isinstance(q, sympy.Rel)]
