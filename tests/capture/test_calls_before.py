@@ -280,6 +280,30 @@ class Logs(Tiny):
         return logits
 
 
+class NamesMany(Tiny):
+    """One call of all is special; its number is behind many smaller ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = tuple(range(2, 80))
+        self.calls = 0
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.calls += 1
+        logits = super().forward(ids)
+        return logits * 2 if self.calls == 777 else logits
+
+
+def test_every_number_that_the_code_names_is_tried() -> None:
+    refused(NamesMany())
+
+
+def test_more_numbers_than_are_tried_are_refused() -> None:
+    model = Logs()
+    model.sizes_of = tuple(range(2, 300))  # type: ignore[assignment]
+    refused(model)
+
+
 def test_what_is_only_logged_is_taken() -> None:
     assert refuse_counted_calls(clone_for_capture(Logs().eval()))
     assert Logs.calls == 0 and counted_beside.SEEN == {"calls": 0}
