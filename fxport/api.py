@@ -155,8 +155,8 @@ def _of_model(found: Port, model: nn.Module, decisions: tuple[Decision, ...]) ->
 
 def _batch_first(model: nn.Module, max_seq_len: int | None) -> Port:
     """See `port`; for a model that takes ``[B, T]``."""
+    from fxport.capture.every_row import every_row_records
     from fxport.capture.export import capture
-    from fxport.capture.rows import every_row_records
     from fxport.passes.serving import lower_for_serving
 
     captured = capture(model, most=max_seq_len)

@@ -22,9 +22,9 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 
 from fxport.capture.arguments import shape_of, shape_of_tensor
+from fxport.capture.every_row import EVERY_ROW
 from fxport.capture.inputs import GraphInput, InputKind, add_input, graph_input
 from fxport.capture.location import user_location
-from fxport.capture.rows import EVERY_ROW
 from fxport.capture.sample import Sample
 from fxport.capture.trace import in_one_line
 from fxport.errors import PortError, Reason, ReasonCode

@@ -23,20 +23,17 @@ from torch import fx
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from fxport.capture.arguments import arguments, shape_of, shape_of_tensor
+from fxport.capture.every_row import EVERY_ROW
 from fxport.capture.frames import ADDS, Builder, Coordinate, Frame, refuse_selection
-from fxport.capture.location import module_of, user_location
+from fxport.capture.location import user_location
 from fxport.capture.memory import is_mutation
 from fxport.capture.slot_numbers import slots_apart
 from fxport.capture.whole_rows import take_whole_rows
-from fxport.errors import Location, PortError, Reason, ReasonCode
-from fxport.report import Decision, Outcome
+from fxport.errors import PortError, Reason
 
-__all__ = ["ADDS", "EVERY_ROW", "dense_rows", "every_row_records", "without_empty_rows"]
+__all__ = ["dense_rows", "without_empty_rows"]
 
 aten = torch.ops.aten
-
-# On what was computed for every row, also in a unified graph.
-EVERY_ROW = "fxport_every_row"
 
 _SCATTERS = {
     aten.index_add.default,
@@ -98,28 +95,6 @@ def dense_rows(gm: fx.GraphModule) -> tuple[Frame, ...]:
     gm.graph.eliminate_dead_code()
     gm.recompile()
     return tuple(rewriting.frames.values())
-
-
-def every_row_records(gm: fx.GraphModule) -> tuple[Decision, ...]:
-    """What it costs that selections are gone: one record for each place and module."""
-    places: dict[tuple[str, Location | None], int] = {}
-    for node in gm.graph.nodes:
-        if node.meta.get(EVERY_ROW):
-            place = (module_of(node), user_location(node))
-            places[place] = places.get(place, 0) + 1
-    return tuple(_record(count, *place) for place, count in places.items())
-
-
-def _record(count: int, module: str, line: Location | None) -> Decision:
-    reason = Reason(
-        ReasonCode.EVERY_TOKEN,
-        f"{count} selections are computed for every token and kept where selected: "
-        f"{count} times the work of one, however few tokens each has",
-        line,
-        "experts that are alike, and chosen by one topk, would run on their own tokens only",
-    )
-    subject, detail = "work on selected tokens", f"{count} selections"
-    return Decision("selection", Outcome.LEFT, subject, detail, module, line, reason)
 
 
 def _without_mutation(gm: fx.GraphModule) -> None:

@@ -20,12 +20,13 @@ import torch
 from torch import fx
 
 from fxport.capture.arguments import shape_of
+from fxport.capture.frames import ADDS
 from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.location import user_location
 from fxport.capture.mask_facts import Emptiness, emptiness, index_bound, question
 from fxport.capture.memory import Memory, is_mutation
 from fxport.capture.repeated import merge_repeated, selects_rows
-from fxport.capture.rows import ADDS, dense_rows, without_empty_rows
+from fxport.capture.rows import dense_rows, without_empty_rows
 from fxport.capture.selections import Empties, is_marker, marked
 from fxport.errors import PortError, Reason, ReasonCode
 

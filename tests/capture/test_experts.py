@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import fxport
 from fxport.backends.torch import PackedModel
 from fxport.capture.export import capture
-from fxport.capture.rows import ADDS
+from fxport.capture.frames import ADDS
 from fxport.errors import PortError, ReasonCode
 from fxport.passes.serving import lower_for_serving
 from tests.zoo.awkward import LAYERS, LIMIT, VOCAB
