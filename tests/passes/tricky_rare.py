@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from spellings_base import causal_bool, finish, heads_first, parameter
 from torch import Tensor
 from tricky_spellings import DIRECT, tricky
@@ -226,6 +227,19 @@ def mask_changed_among_several(qkv: Tensor) -> Tensor:
     mask = torch.full((q.size(2), q.size(2)), -1e9, dtype=q.dtype).triu(1)
     torch._foreach_mul_([mask], 0.0)
     return finish((q @ k.mT + mask).softmax(-1), v)
+
+
+@tricky("unsupported-feature", among=DIRECT)
+def windows_that_overlap(qkv: Tensor) -> Tensor:
+    """Each window of 4 sees the one before it: both are axes of one overlapping view."""
+    length = qkv.size(-3)
+    q, k, v = (F.pad(x, (0, 0, 0, -length % 4)).unflatten(2, (-1, 4)) for x in heads_first(qkv))
+    k, v = (
+        F.pad(x, (0, 0, 0, 0, 1, 0)).unfold(2, 2, 1).movedim(-1, 3).flatten(3, 4) for x in (k, v)
+    )
+    seen = torch.arange(8) <= torch.arange(4)[:, None] + 4
+    weights = (q @ (k + k.flip(-1)).mT).masked_fill(~seen, INF).softmax(-1)
+    return (weights @ v).flatten(2, 3)[:, :, :length].transpose(1, 2).flatten(2)
 
 
 # -- writes by indexing ----------------------------------------------------------------------------
