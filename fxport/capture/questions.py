@@ -270,7 +270,7 @@ def forward_only(model: nn.Module) -> Iterator[None]:
     """Runs that leave no trace on the model."""
     state = State(model)
     try:
-        with as_traced(), nothing_remembered(model):
+        with as_traced(model), nothing_remembered(model):
             yield
     finally:
         state.restore()

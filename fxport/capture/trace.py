@@ -76,10 +76,9 @@ def export(
     """
     selections = Selections(empty, StoredValues(model, plain=dynamic is None))
     with (
-        as_traced(),
+        as_traced(model),
         narrowed_as_slices(),
         nothing_remembered(model),
-        asked_as_eager(model),
         _nothing_drawn(model),
         _without_partial_graph(),
         record_user_lines(),
@@ -92,9 +91,9 @@ def export(
 
 
 @contextmanager
-def as_traced() -> Iterator[None]:
+def as_traced(model: nn.Module) -> Iterator[None]:
     """What forward is asked with shapes alone is asked as a trace would ask it."""
-    with _no_fast_path(), rephrased(), quiet(), torch.no_grad():
+    with asked_as_eager(model), _no_fast_path(), rephrased(), quiet(), torch.no_grad():
         yield
 
 
