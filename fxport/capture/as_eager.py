@@ -76,8 +76,10 @@ def asked_as_eager(model: nn.Module) -> Iterator[None]:
         if callable(function := vars(library).get(question)) and not hasattr(function, _OURS)
     }
     places = [*libraries, *files_around(model)]
-    held = [(p, k, v) for p in places for k, v in vars(p).items() if _is_one(v, asked)]
-    contexts = [(c, "try_get", vars(c)["try_get"]) for c in _CONTEXTS]
+    held: list[tuple[Any, str, Any]] = [
+        (p, k, v) for p in places for k, v in vars(p).items() if _is_one(v, asked)
+    ]
+    contexts: list[tuple[Any, str, Any]] = [(c, "try_get", vars(c)["try_get"]) for c in _CONTEXTS]
     for place, name, function in held:
         setattr(place, name, asked[function])
     for place, name, function in contexts:

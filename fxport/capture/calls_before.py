@@ -4,7 +4,8 @@
     x = x * 2 if Layer.calls > 500 else x       Layer.calls = 499, 500, a million, ...
     TABLES[key] = ...                           changed by the first call alone: a memory
 
-Forward is run on shapes, see `fxport.capture.walk`: its steps must be the same ones each time.
+Forward is run on shapes, see `fxport.capture.walk`, or with numbers where that fails: its steps
+must be the same ones each time.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from torch import nn
 from fxport.capture.location import forward_line, is_library, location_at
 from fxport.capture.questions import forward_only, numbers_in
 from fxport.capture.reachable import SIZE, STATE, Place, Reachable
+from fxport.capture.recorder import Written, WrittenAnywhere
 from fxport.capture.state import State
 from fxport.capture.steps import Other, Reference, Step
-from fxport.capture.walk import Written, steps_of
+from fxport.capture.walk import steps_of, steps_with_numbers
 from fxport.errors import Location, PortError, Reason, ReasonCode
 
 __all__ = ["refuse_counted_calls"]
@@ -38,14 +40,15 @@ def refuse_counted_calls(model: nn.Module) -> bool:
     """Runs a clone several times, and puts everything back.
 
     Returns:
-        Whether it could be run on shapes; else nothing is known.
+        Whether it could be run at any length; else nothing is known.
 
     Raises:
         PortError: forward takes other steps after other calls, by what they left beside the model
             or counted anywhere; at the line that leaves it.
     """
-    for length in _LENGTHS:
-        runs = _Runs(model, length)
+    kinds = (*((_Runs, n) for n in _LENGTHS), *((_RunsWithNumbers, n) for n in _LENGTHS[::-1]))
+    for kind, length in kinds:
+        runs = kind(model, length)
         with _put_back(model), contextlib.closing(runs.written):
             try:
                 runs.first()
@@ -73,7 +76,7 @@ class _Runs:
         self.written = Written(model)
 
     def steps(self) -> list[Step]:
-        return steps_of(self.model, self.length, written=self.written)[0]
+        return steps_of(self.model, self.length, None, self.written)[0]
 
     def first(self) -> None:
         """The first calls: what they leave beside the model may be no more than a memory."""
@@ -144,6 +147,17 @@ class _Runs:
             "compute the value in __init__, or pass it through forward",
         )
         return PortError([reason])
+
+
+class _RunsWithNumbers(_Runs):
+    written: WrittenAnywhere
+
+    def __init__(self, model: nn.Module, length: int) -> None:
+        super().__init__(model, length)
+        self.written = WrittenAnywhere(model)
+
+    def steps(self) -> list[Step]:
+        return steps_with_numbers(self.model, self.length, self.written)
 
 
 def _differing(*values: dict[Place, Any]) -> list[Place]:

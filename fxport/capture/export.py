@@ -24,7 +24,7 @@ from fxport.capture.symbolic import trace_symbolically
 from fxport.capture.trace import aliases_of
 from fxport.capture.traced import Traced
 from fxport.capture.walk import Walked
-from fxport.errors import Location, PortError, Reason
+from fxport.errors import Location, PortError, Reason, ReasonCode
 
 __all__ = ["Captured", "capture", "ready"]
 
@@ -106,11 +106,12 @@ def capture(
         take_modes(clone, model)
     parameters = dict(clone.named_parameters(remove_duplicate=True))
     experts = ready(clone)
+    calls_known = True
     if dtype is not None:
         convert(clone, dtype, buffers=convert_buffers)
         parameters = dict(clone.named_parameters(remove_duplicate=True))
     else:
-        refuse_counted_calls(clone)
+        calls_known = refuse_counted_calls(clone)
     frozen = _frozen(model, dtype)
     with watch_gradients(model) as untrainable:
         plain = own is not None and not own.symbolic
@@ -118,6 +119,8 @@ def capture(
         traced = _trace(
             clone, every_pair=every, plain=plain, needed=needed, most=most, frozen=frozen
         )
+    if not calls_known:
+        raise PortError([_unknown_calls(model)])
     return Captured(
         graph=traced.graph,
         tokens=traced.tokens.name,
@@ -138,6 +141,16 @@ def capture(
         experts=experts,
         untrainable=tuple(untrainable),
         symbolic=traced.symbolic,
+    )
+
+
+def _unknown_calls(model: nn.Module) -> Reason:
+    return Reason(
+        ReasonCode.MUTATED_STATE,
+        "forward can be traced, but not be run here at any short length, so nobody knows whether "
+        "its result depends on earlier calls",
+        forward_line(model),
+        "port it where forward runs on the parameters' own device",
     )
 
 

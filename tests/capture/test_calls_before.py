@@ -11,12 +11,14 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from fxport.capture.calls_before import refuse_counted_calls
 from fxport.capture.clone import clone_for_capture
+from fxport.capture.export import capture
 from fxport.capture.reachable import SIZE, Reachable
 from fxport.capture.walk import plain_path, walk
 from fxport.errors import PortError, ReasonCode
@@ -332,6 +334,75 @@ def test_no_number_is_written_to_the_memory_of_the_model(run: Callable[[nn.Modul
     model = clone_for_capture(Writes().eval())
     assert run(model) is not None
     assert not model.kept.any() and not OF_FILE.any()
+
+
+# --- where shapes do not do -----------------------------------------------------------------------
+
+
+class Sums(Tiny):
+    """Looks at its numbers in a way that shapes cannot answer, and at how often it was called."""
+
+    def __init__(self, number: int = 500) -> None:
+        super().__init__()
+        self.number = number
+        self.calls = 0
+        self.register_buffer("kept", torch.zeros(1, 3, 61))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        NUMBERS[0] += 1
+        logits = super().forward(ids)
+        OF_FILE.add_(logits.sum())
+        self.kept.copy_(logits[:, :3])
+        positive = np.asarray(logits.detach()).sum() > 1e9
+        return logits * 2 if positive or NUMBERS[0] > self.number else logits
+
+
+def test_with_numbers_where_shapes_do_not_do() -> None:
+    refused(Sums())
+    assert NUMBERS == [0] and not OF_FILE.any()
+
+
+def test_what_is_counted_and_not_asked_about_is_taken_with_numbers() -> None:
+    model = clone_for_capture(Sums(10**9).eval())
+    drawn = torch.get_rng_state()
+    assert refuse_counted_calls(model)
+    assert NUMBERS == [0] and not OF_FILE.any() and not model.kept.any()
+    assert torch.equal(drawn, torch.get_rng_state())
+
+
+class NeverRuns(Tiny):
+    """Only in a trace."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if type(ids) is Tensor:
+            raise RuntimeError("no kernel for this machine")
+        return super().forward(ids)
+
+
+def test_what_cannot_be_run_is_refused() -> None:
+    clone = clone_for_capture(NeverRuns().eval())
+    assert not refuse_counted_calls(clone)
+    with pytest.raises(PortError) as caught:
+        capture(NeverRuns().eval())
+    location = caught.value.reasons[0].location
+    assert location is not None and location.file == __file__
+
+
+class Inferred(Tiny):
+    """Constants made in inference mode have no versions."""
+
+    @torch.inference_mode()
+    def forward(self, ids: Tensor) -> Tensor:
+        kept = torch.zeros(ids.shape[1], 1)
+        kept += 1
+        return super().forward(ids) * kept
+
+
+def test_inference_mode_is_run_on_shapes() -> None:
+    model = clone_for_capture(Inferred().eval())
+    assert plain_path(model, 1, 7) is not None
+    walked = walk(model, 7, 12, ())
+    assert walked is not None and walked.every
 
 
 # --- places ------------------------------------------------------------------------------------

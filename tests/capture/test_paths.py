@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fxport.capture.clone import clone_for_capture
 from fxport.capture.lengths import trace_at_lengths
@@ -58,6 +59,17 @@ TRACES: dict[str, Callable[[Tensor, Any], Any]] = {
     "fx": lambda x, n: not torch.fx._symbolic_trace.is_fx_tracing() and n > 60,
     "frames": lambda x, n: all("export" not in f.filename for f in inspect.stack(0)) and n > 60,
 }
+# Modes and contexts, as a plain call has none.
+ACTIVE: dict[str, Callable[[], Any]] = {
+    "dispatch modes": lambda: _get_current_dispatch_mode_stack(),
+    "function modes": lambda: torch.overrides._get_current_function_mode_stack(),
+    "how many": lambda: torch._C._len_torch_dispatch_stack(),
+    "a context": lambda: torch._guards.TracingContext.try_get(),
+    "fx": lambda: torch.fx._symbolic_trace.is_fx_tracing(),
+    "proxies": lambda: torch.fx.experimental.proxy_tensor.get_proxy_mode(),
+    "shapes": lambda: torch._guards.detect_fake_mode(),
+    "overridden": lambda: torch.overrides.has_torch_function((torch.zeros(1),)),
+}
 # The same answer in a trace.
 ALIKE: dict[str, Callable[[Tensor, Any], Any]] = {
     "device": lambda x, n: x.device.type == "meta" or x.is_meta or not x.is_cpu,
@@ -90,6 +102,16 @@ def test_a_trace_is_told_from_a_call(when: Callable[[Tensor, Any], Any]) -> None
 @pytest.mark.parametrize("when", ALIKE.values(), ids=ALIKE)
 def test_what_has_one_answer_is_captured(when: Callable[[Tensor, Any], Any]) -> None:
     assert trace_symbolically(clone_for_capture(Asks(when).eval())).symbolic
+
+
+@pytest.mark.parametrize("active", ACTIVE.values(), ids=ACTIVE)
+def test_modes_are_those_of_a_plain_call(active: Callable[[], Any]) -> None:
+    """The length is asked about in either case, and answered."""
+    traced = Asks(lambda x, n: bool(active()) and n > 60)
+    assert trace_symbolically(clone_for_capture(traced.eval())).limit == 96
+    plain = Asks(lambda x, n: (n > 60) & (not active()))
+    assert trace_symbolically(clone_for_capture(plain.eval())).limit == 60
+    assert not active()
 
 
 class Beside(Tiny):
