@@ -391,10 +391,12 @@ def test_what_cannot_be_run_is_refused() -> None:
 class Inferred(Tiny):
     """Constants made in inference mode have no versions."""
 
+    more = 1
+
     @torch.inference_mode()
     def forward(self, ids: Tensor) -> Tensor:
         kept = torch.zeros(ids.shape[1], 1)
-        kept += 1
+        kept += self.more if ids.shape[1] > 9 else 1
         return super().forward(ids) * kept
 
 
@@ -403,6 +405,9 @@ def test_inference_mode_is_run_on_shapes() -> None:
     assert plain_path(model, 1, 7) is not None
     walked = walk(model, 7, 12, ())
     assert walked is not None and walked.every
+    model.more = 2  # type: ignore[assignment]
+    walked = walk(model, 7, 12, ())
+    assert walked is not None and walked.others == (9, 10, 12)
 
 
 # --- places ------------------------------------------------------------------------------------
