@@ -66,16 +66,65 @@ def test_what_it_takes(call: Call, reason: str | None, monkeypatch: pytest.Monke
 def test_what_backward_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     """What forward takes, if it fills the GPU and the order of its sums may vary."""
     monkeypatch.setattr(gluon, "_unknown_here", lambda device: None)
-    small, large = _call(P(_SCALE)), _call(P(_SCALE), rows=66 * 128)  # and two key heads
-    assert "too few" in (gluon.refuses_backward(small) or "")
-    assert gluon.refuses_backward(large) is None
-    assert "band" in (gluon.refuses_backward(_call(P(_SCALE, softcap=3.0), rows=66 * 128)) or "")
+    small, large = _call(P(_SCALE)), _call(P(_SCALE), rows=_LONG)  # and two key heads
+    assert "too few" in (gluon.refuses_backward(small, None) or "")
+    assert gluon.refuses_backward(large, None) is None
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
-        assert "deterministic" in (gluon.refuses_backward(large) or "")
+        assert "deterministic" in (gluon.refuses_backward(large, None) or "")
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+_LONG = 66 * 128
+
+
+def _bias(*lead: int, dtype: torch.dtype = torch.bfloat16, rows_apart: int = _LONG) -> Tensor:
+    return torch.empty(*lead, _LONG, rows_apart, dtype=dtype, device="meta")[..., :_LONG]
+
+
+@pytest.mark.parametrize(
+    ("params", "given", "reason"),
+    [
+        (P(_SCALE), {"bias": _bias(1, 4)}, None),
+        (P(_SCALE, causal=True), {"bias": _bias(1, 1)}, None),
+        (P(-_SCALE), {"bias": _bias(1, 4)}, None),
+        (P(_SCALE), {"bias": _bias(1, 4), "sinks": torch.zeros(4)}, None),
+        (P(_SCALE), {"sinks": torch.zeros(4)}, None),
+        (P(_SCALE, softcap=3.0), {}, "positive scale"),
+        (P(-_SCALE), {}, "positive scale"),
+        (P(_SCALE), {"slopes": torch.zeros(4)}, "positive scale"),
+        (P(_SCALE), {"bias": torch.zeros(1, 4, 1, _LONG)}, "both lengths"),
+        (P(_SCALE), {"bias": torch.zeros(1, 4, _LONG, 1)}, "both lengths"),
+        (P(_SCALE), {"bias": _bias(1, 4, dtype=torch.bool)}, "uint8"),
+        (P(_SCALE), {"bias": _bias(1, 4, dtype=torch.float32)}, "float32"),
+        (P(_SCALE), {"bias": _bias(1, 4, dtype=torch.float16)}, "float16"),
+        (P(_SCALE), {"bias": _bias(1, 4, rows_apart=_LONG + 1)}, "both lengths"),
+        (P(_SCALE, softcap=3.0), {"bias": _bias(1, 4)}, "otherwise"),
+        (P(_SCALE), {"bias": _bias(1, 4), "slopes": torch.zeros(4)}, "otherwise"),
+        (P(_SCALE, dropout_p=0.1), {"seed": torch.zeros(1, dtype=torch.int64)}, "dropout"),
+        (P(_SCALE, True), {"cu_seqlens": torch.tensor([0, 9, _LONG], dtype=torch.int32)}, "packed"),
+    ],
+)
+def test_what_backward_takes_beside_a_band(
+    params: P, given: dict[str, Tensor], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gluon, "_unknown_here", lambda device: None)
+    found = gluon.refuses_backward(_call(params, rows=_LONG, **given), None)
+    assert found is None if reason is None else found is not None and reason in found
+
+
+def test_a_gradient_that_it_cannot_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are not aligned; or batches one after the other, each too small."""
+    monkeypatch.setattr(gluon, "_unknown_here", lambda device: None)
+    call = _call(P(_SCALE), rows=_LONG, bias=_bias(1, 4))
+    assert gluon.refuses_backward(call, _bias(1, 4)) is None
+    assert "aligned" in (gluon.refuses_backward(call, _bias(1, 4, rows_apart=_LONG + 1)) or "")
+    q, k, v = (torch.empty(2, n, _LONG, 128, dtype=torch.bfloat16) for n in (2, 1, 1))
+    two = Call.of(q, k, v, _bias(2, 2), None, None, None, None, P(_SCALE))
+    assert gluon.refuses_backward(two, _bias(2, 2)) is None
+    assert "too few" in (gluon.refuses_backward(two, _bias(1, 2)) or "")
 
 
 @pytest.mark.parametrize(
@@ -182,6 +231,58 @@ def test_against_the_reference(
 
 def _off(got: Tensor, want: Tensor) -> float:
     return ((got.double() - want).norm() / want.norm()).item()
+
+
+# learned by itself in all batches, by each batch; shared by heads; the same for all, or a mask
+_BIASES = {
+    "all batches": (1, None, True),
+    "each batch": (None, None, True),
+    "each batch, not learned": (None, None, False),
+    "all heads": (None, 1, True),
+    "one": (1, 1, False),
+}
+_BIAS_SHAPES = [(2, 4, 2, 640, 1024), (3, 2, 2, 1001, 1280)]
+
+
+@pytest.mark.gpu
+@hopper
+@pytest.mark.parametrize("name", ["full", "causal", "both sides", "rows without keys"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", _BIAS_SHAPES, ids=str)
+@pytest.mark.parametrize("kind", _BIASES)
+def test_a_bias_against_the_reference(
+    kind: str, name: str, shape: tuple[int, ...], dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """All gradients, the bias' too, with hidden keys and a row of the least scores; and sinks."""
+    q, k, v, grad = _tensors(shape, dtype)
+    batch, heads, _, rows, columns = shape
+    batches, bias_heads, learned = _BIASES[kind]
+    lead = (batches or batch, bias_heads or heads)
+    bias = torch.randn(*lead, rows, columns, device="cuda").to(dtype)
+    bias.masked_fill_(torch.rand_like(bias) < 0.1, -torch.inf)
+    bias[..., 7, :] = torch.finfo(dtype).min
+    sinks = torch.randn(heads, device="cuda") if learned else None
+    rest = (None, None, None, _CASES[name])
+    out, lse = triton_attention.forward(q, k, v, bias, sinks, *rest)
+    inputs = [x for x in (q, k, v, bias, sinks) if x is not None]
+    exact = [x.double().detach().requires_grad_() for x in inputs]
+    want, _ = reference_attention(*exact, *[None] * (5 - len(exact)), *rest)
+    assert _off(out, want) < 4e-3
+    exactly = torch.autograd.grad((want * grad.double()).sum(), exact)
+
+    monkeypatch.setattr(gluon, "fills_the_gpu", lambda programs, interpreted: True)
+    ran = _counted("backward", monkeypatch)
+    needs = (True, True, True, learned, learned, False)
+    for _ in range(2):  # prepared, then launched as prepared
+        found = triton_attention.backward(grad, None, q, k, v, out, lse, bias, sinks, *rest, needs)
+        for got, wanted, x, need in zip(found, exactly, inputs, needs, strict=False):
+            assert (got is not None) == need
+            if got is not None:
+                assert got.shape == x.shape
+                assert got.dtype == x.dtype
+                assert _off(got, wanted) < 6e-3
+    assert len(ran) == 2
 
 
 @pytest.mark.gpu

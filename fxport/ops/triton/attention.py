@@ -128,15 +128,17 @@ def backward(
     launches = call.launches(needs, bias_shape, *map(layout_of, (out, lse, grad, grad_lse)))
     incoming = _incoming(call, launches, out, lse, grad, grad_lse)
     dq = dk = dv = dbias = dsinks = dslopes = None
-    if needs == _QKV and gluon.refuses_backward(call) is None:
-        return (*gluon.backward(call, launches, incoming), None, None, None)
     of_keys = needs[3] and bias is not None and _same_in_all_rows(bias, call)
     of_queries = needs[3] and bias is not None and _made_with_dq(bias, call)
-    if needs[0] or needs[5] or of_queries:
-        dq, dslopes, dbias = _query_gradients(
-            call, launches, incoming, needs[5], bias if of_queries else None
-        )
-    if needs[1] or needs[2] or of_keys:
+    if bias is not None and of_queries:
+        dbias = bias.new_empty(_leading(bias))
+    if all(needs[:3]) and gluon.refuses_backward(call, dbias) is None:
+        dq, dk, dv = gluon.backward(call, launches, incoming, dbias)
+    elif needs[0] or needs[5] or of_queries:
+        dq, dslopes = _query_gradients(call, launches, incoming, needs[5], dbias)
+    if bias is not None and dbias is not None:
+        dbias = dbias.view(bias.shape)
+    if dk is None and (needs[1] or needs[2] or of_keys):
         dk, dv, line = _key_gradients(call, launches, incoming, of_keys)
         if bias is not None and line is not None:
             dbias = _summed(line, bias)
@@ -211,13 +213,12 @@ def _split_norm(call: Call, launches: Launches, norm: Tensor) -> Tensor:
 
 
 def _query_gradients(
-    call: Call, launches: Launches, incoming: Incoming, slopes: bool, bias: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dq; if wanted, the slopes' gradient [Hq] in float32; that of a bias, see `_made_with_dq`."""
+    call: Call, launches: Launches, incoming: Incoming, slopes: bool, dbias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """dq; if wanted, the slopes' gradient [Hq] in float32. Writes dbias, see `_made_with_dq`."""
     batch, heads, rows, size = call.q.shape
     dq = empty_heads(call.q, batch, heads, rows, size)
     dslope = incoming.delta.new_empty((batch, heads, rows)) if slopes else None
-    dbias = None if bias is None else bias.new_empty(_leading(bias))
     tensors = {
         **call.tensors(incoming),
         "dq_ptr": dq,
@@ -253,8 +254,7 @@ def _query_gradients(
         kernel = "query" if dbias is None else "query_add" if first else "query_grad"
         prepared = partial(prepare, kernel, first, each)
         launches.launch(query_kernel, tensors, prepared, f"{kernel} {first}")
-    found = None if bias is None or dbias is None else dbias.view(bias.shape)
-    return dq, None if dslope is None else dslope.sum((0, 2)), found
+    return dq, None if dslope is None else dslope.sum((0, 2))
 
 
 def _key_gradients(

@@ -187,7 +187,7 @@ class Call:
             "q_desc": self.q,
             "k_desc": self.k,
             "v_desc": self.v,
-            "bias_ptr": self._stored_bias(),
+            "bias_ptr": self.stored_bias,
             "slopes_ptr": self.slopes,
             "seed_ptr": self.seed,
             "first_ptr": self.first,
@@ -200,7 +200,9 @@ class Call:
             found["rest_desc"] = incoming.rest
         return found
 
-    def _stored_bias(self) -> Tensor | None:
+    @property
+    def stored_bias(self) -> Tensor | None:
+        """The bias as the kernels read it: where it comes in tiles, only what is in memory."""
         if self.bias is None or not self.bias_kind & BIAS_TILES.value:
             return self.bias
         return _without_repeats(self.bias)

@@ -6,7 +6,7 @@ the GPU they were made for. Everything else is for the other kernels.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -14,9 +14,10 @@ import triton
 from torch import Tensor
 
 from fxport.ops.layout import empty_heads
-from fxport.ops.triton.call import INTERPRETED, Call, Incoming
+from fxport.ops.triton.call import INTERPRETED, Call, Incoming, comes_in_tiles
 from fxport.ops.triton.config import fills_the_gpu
 from fxport.ops.triton.launch import Launches
+from fxport.ops.triton.tiles import BIAS_TILES
 
 __all__ = ["backward", "forward", "refuses", "refuses_backward"]
 
@@ -33,6 +34,12 @@ _SCALE_ROWS = 32
 
 def refuses(call: Call) -> str | None:
     """Why the kernel does not take a forward call; None if it does."""
+    if not call.plain or call.crowded or call.sinks is not None:
+        return "more than a band and a positive scale"
+    return _refuses_both(call)
+
+
+def _refuses_both(call: Call) -> str | None:
     q, k = call.q, call.k
     if q.shape[2] < _LEAST_ROWS:
         return f"fewer than {_LEAST_ROWS} rows: not faster"
@@ -40,21 +47,41 @@ def refuses(call: Call) -> str | None:
         return f"head size other than {_SIZE}"
     if q.dtype not in _DTYPES or k.dtype != q.dtype or call.v.dtype != q.dtype:
         return f"no kernel for {q.dtype}"
-    if not call.plain or call.crowded or call.sinks is not None:
-        return "more than a band and a positive scale"
     return _unknown_here(q.device)
 
 
-def refuses_backward(call: Call) -> str | None:
-    """Likewise of backward, where q, k and v all need their gradient."""
+def refuses_backward(call: Call, dbias: Tensor | None) -> str | None:
+    """Likewise of backward, where q, k and v all need their gradient; arguments as `backward`.
+
+    A bias may come as tiles of q's dtype. Sinks make no difference: lse knows of them.
+    """
     if torch.are_deterministic_algorithms_enabled():
         return "deterministic algorithms are asked for: dq is summed in no fixed order"
-    if reason := refuses(call):
+    bias = call.bias
+    in_tiles = bias is not None and call.has_bias_tiles and call.bias_kind & BIAS_TILES.value
+    if not in_tiles and not call.plain:
+        return "more than a band, a positive scale, and a bias of both lengths"
+    if bias is not None and bias.dtype != call.q.dtype:
+        return f"a bias in {bias.dtype}"
+    if dbias is not None and not comes_in_tiles(dbias):
+        return "rows of the bias' gradient are not aligned"
+    if call.slopes is not None or call.params.softcap > 0:
+        return "the scores are changed otherwise"
+    if call.seed is not None or call.first is not None:
+        return "dropout, or packed sequences"
+    if reason := _refuses_both(call):
         return reason
-    batch, kv_heads, columns, _ = call.k.shape
-    if not fills_the_gpu(triton.cdiv(columns, _KEYS) * batch * kv_heads, INTERPRETED):
+    kv_heads, columns = call.k.shape[1:3]
+    programs = triton.cdiv(columns, _KEYS) * _batches_of_a_launch(call, dbias) * kv_heads
+    if not fills_the_gpu(programs, INTERPRETED):
         return "too few blocks of keys: not faster"
     return None
+
+
+def _batches_of_a_launch(call: Call, dbias: Tensor | None) -> int:
+    """Of backward: batches that share a bias write its gradient one after the other."""
+    batch = call.q.shape[0]
+    return 1 if dbias is not None and dbias.shape[0] < batch else batch
 
 
 @cache
@@ -101,9 +128,21 @@ def forward(call: Call, launches: Launches, out: Tensor, lse: Tensor) -> None:
     launches.launch(gluon_forward_kernel, tensors, prepare)
 
 
-def backward(call: Call, launches: Launches, incoming: Incoming) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv of a call that is not refused. The last bits of dq differ from run to run."""
-    from fxport.ops.triton.gluon_backward import gluon_backward_kernel, scale_kernel
+def backward(
+    call: Call, launches: Launches, incoming: Incoming, dbias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv of a call that is not refused. The last bits of dq differ from run to run.
+
+    Args:
+        dbias: where to write the bias' gradient [B or 1, Hq, Tq, Tk]; batches that share it come
+            one after the other, and add up in its dtype.
+    """
+    from fxport.ops.triton.gluon_backward import (
+        ADDED,
+        STORED,
+        gluon_backward_kernel,
+        scale_kernel,
+    )
 
     batch, heads, rows, _ = call.q.shape
     kv_heads, columns = call.k.shape[1:3]
@@ -116,33 +155,38 @@ def backward(call: Call, launches: Launches, incoming: Incoming) -> tuple[Tensor
         "v_desc": call.v,
         "grad_desc": incoming.grad,
         "norm_desc": incoming.norm,
+        "rest_desc": incoming.rest,
         "delta_desc": incoming.delta,
+        "bias_desc": call.stored_bias,
         "dq_desc": total,
         "dk_desc": dk,
         "dv_desc": dv,
+        "dbias_desc": dbias,
     }
+    each = _batches_of_a_launch(call, dbias)
 
-    def prepare() -> tuple[tuple[int], dict[str, Any]]:
-        blocks = {"q_desc": _BACKWARD_ROWS, "grad_desc": _BACKWARD_ROWS, "dq_desc": _BACKWARD_ROWS}
-        lines = ("norm_desc", "delta_desc")
-        return (triton.cdiv(columns, _KEYS) * batch * kv_heads,), {
-            **{
-                name: _line_descriptor(x)
-                if name in lines
-                else _descriptor(x, blocks.get(name, _KEYS))
-                for name, x in tensors.items()
-            },
+    def prepare(first: int) -> tuple[tuple[int], dict[str, Any]]:
+        strides = (0, 0) if call.bias is None else call.bias.stride()[:2]
+        added = 0 if dbias is None else (ADDED if first else STORED).value
+        return (triton.cdiv(columns, _KEYS) * each * kv_heads,), {
+            **{name: _backward_descriptor(name, x) for name, x in tensors.items()},
+            "first_line": first * kv_heads,
+            "bias_per_batch": int(strides[0] > 0),
+            "bias_per_head": int(strides[1] > 0),
             "kv_heads": kv_heads,
             "section": call.section(call.q, incoming.grad),
             "grad_scale": call.params.scale,
             "BLOCK_M": _BACKWARD_ROWS,
             "BLOCK_N": _KEYS,
             "RAGGED": columns % _KEYS != 0,
+            "BIAS": call.bias is not None,
+            "BIAS_GRAD": added,
             "num_warps": 8,
             **_arguments(call),
         }
 
-    launches.launch(gluon_backward_kernel, tensors, prepare)
+    for first in range(0, batch, each):
+        launches.launch(gluon_backward_kernel, tensors, partial(prepare, first), f"gluon {first}")
     scaled = {"sum_ptr": total, "dq_ptr": dq}
 
     def prepare_scaling() -> tuple[tuple[int], dict[str, Any]]:
@@ -182,6 +226,15 @@ def _descriptor(x: Tensor, block: int) -> Any:
     strides = [s if n > 1 else 64 for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
     layout = NVMMASharedLayout(128, 8 * x.element_size(), rank=4)
     return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, block, _SIZE], layout)
+
+
+def _backward_descriptor(name: str, x: Tensor | None) -> Any:
+    if x is None:
+        return None
+    if name in ("norm_desc", "rest_desc", "delta_desc"):
+        return _line_descriptor(x)
+    of_rows = name in ("q_desc", "grad_desc", "dq_desc", "bias_desc", "dbias_desc")
+    return _descriptor(x, _BACKWARD_ROWS if of_rows else _KEYS)
 
 
 def _line_descriptor(x: Tensor) -> Any:

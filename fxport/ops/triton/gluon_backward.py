@@ -1,9 +1,10 @@
-"""The plain backward kernel for Hopper, in one pass: dk, dv and dq of a tile together. In Gluon.
+"""The backward kernel for Hopper, in one pass: dk, dv, dq and dbias of a tile together. In Gluon.
 
 The two kernels of backward.py make the scores, and dout times v, once each: seven matrix products a
 tile. Here they are made once, five in all, and dq is added to a float32 buffer by bulk reductions
 in whatever order the programs come: **the last bits of dq differ from run to run**. Everything else
-is as there, and so are the names.
+is as there, and so are the names. A bias comes in whole tiles, of the dtype of q; its gradient is
+the tile ds itself, on its way to dq.
 
 One warp loads; eight compute, 128 keys by 64 rows. Barriers as in gluon_forward.py.
 """
@@ -24,7 +25,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-__all__ = ["gluon_backward_kernel", "scale_kernel"]
+__all__ = ["ADDED", "STORED", "gluon_backward_kernel", "scale_kernel"]
+
+LOG2E = gl.constexpr(1.4426950408889634)
+# the kernel's BIAS_GRAD; 0: none
+STORED = gl.constexpr(1)
+ADDED = gl.constexpr(2)  # to that of other batches
 
 _SIZE = gl.constexpr(128)
 _LOADER_REGISTERS = gl.constexpr(24)
@@ -82,12 +88,15 @@ def _tile(
 
 @gluon.jit
 def _load(
-    q_desc, k_desc, v_desc, grad_desc, norm_desc, delta_desc, k_place, v_place,
-    q_ring, grad_ring, norm_ring, delta_ring, k_full, v_full, q_full, q_empty, grad_full,
-    grad_empty, batch, kv_head, kv_heads, group, column, begin, end,
-    BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    q_desc, k_desc, v_desc, grad_desc, norm_desc, rest_desc, delta_desc, bias_desc,
+    k_place, v_place, q_ring, grad_ring, norm_ring, rest_ring, delta_ring, bias_ring,
+    k_full, v_full, q_full, q_empty, grad_full, grad_empty,
+    batch, kv_head, kv_heads, group, bias_batch, bias_per_head, column, begin, end,
+    BLOCK_M: gl.constexpr, STAGES: gl.constexpr, BIAS: gl.constexpr,
 ):  # fmt: skip
-    """Copies k and v, then for each head of the group the blocks of q, dout, norm and delta."""
+    """Copies k and v, then for each head of the group what belongs to the blocks of its rows."""
+    LINES: gl.constexpr = norm_desc.block_type.nbytes * (2 if BIAS else 1)
+    BIAS_TILE: gl.constexpr = bias_desc.block_type.nbytes if BIAS else 0
     mbarrier.expect(k_full, k_desc.block_type.nbytes)
     tma.async_copy_global_to_shared(k_desc, [batch, kv_head, column, 0], k_full, k_place)
     mbarrier.expect(v_full, v_desc.block_type.nbytes)
@@ -102,11 +111,16 @@ def _load(
             round_before = (number // STAGES & 1) ^ 1
             full = q_full.index(stage)
             mbarrier.wait(q_empty.index(stage), round_before)
-            mbarrier.expect(full, q_desc.block_type.nbytes + norm_desc.block_type.nbytes)
+            mbarrier.expect(full, q_desc.block_type.nbytes + LINES + BIAS_TILE)
             tma.async_copy_global_to_shared(
                 q_desc, [batch, head, row, 0], full, q_ring.index(stage)
             )
             tma.async_copy_global_to_shared(norm_desc, [line, row], full, norm_ring.index(stage))
+            if BIAS:
+                bias = [bias_batch, head * bias_per_head, row, column]
+                tma.async_copy_global_to_shared(bias_desc, bias, full, bias_ring.index(stage))
+                rest = rest_ring.index(stage)
+                tma.async_copy_global_to_shared(rest_desc, [line, row], full, rest)
             full = grad_full.index(stage)
             mbarrier.wait(grad_empty.index(stage), round_before)
             mbarrier.expect(full, grad_desc.block_type.nbytes + delta_desc.block_type.nbytes)
@@ -119,11 +133,12 @@ def _load(
 
 @gluon.jit
 def _down_the_rows(
-    dk, dv, number, dq_desc, k, v, q_ring, grad_ring, norm_ring, delta_ring, ds_place, dq_place,
-    q_full, q_empty, grad_full, grad_empty, batch, head, column, columns, begin, end,
-    low, high, scale, SCORES: gl.constexpr, BY_KEY: gl.constexpr, BY_ROW: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    MASKED: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
+    dk, dv, number, dq_desc, dbias_desc, k, v, q_ring, grad_ring, norm_ring, rest_ring, delta_ring,
+    bias_ring, ds_place, dq_place, q_full, q_empty, grad_full, grad_empty,
+    batch, head, bias_batch, column, columns, begin, end, low, high, scale,
+    SCORES: gl.constexpr, BY_KEY: gl.constexpr, BY_ROW: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
+    HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr, BIAS: gl.constexpr, BIAS_GRAD: gl.constexpr,
 ):  # fmt: skip
     """Adds the blocks of rows from `begin` to `end` to dk and dv, and their part to dq.
 
@@ -143,8 +158,16 @@ def _down_the_rows(
         norm = norm_ring.index(stage).reshape([BLOCK_M]).load(OF_ROWS)
         mbarrier.wait(grad_full.index(stage), this_round)
         dp_token = warpgroup_mma(v, grad.permute((1, 0)), zero, use_acc=False, is_async=True)
+        if BIAS:
+            bias = bias_ring.index(stage).reshape([BLOCK_M, BLOCK_N]).permute((1, 0)).load(SCORES)
+            rest = rest_ring.index(stage).reshape([BLOCK_M]).load(OF_ROWS)
         s = warpgroup_mma_wait(1, deps=[s_token])
-        p = gl.exp2(s * scale - norm[None, :])
+        if BIAS:
+            s = s * scale + bias.to(gl.float32)
+            s = (s - norm[None, :]) * LOG2E - rest[None, :]
+            p = gl.exp2(gl.minimum(s, 0.0))
+        else:
+            p = gl.exp2(s * scale - norm[None, :])
         if MASKED:
             j = column + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, SCORES))
             i = row + gl.arange(0, BLOCK_M, layout=OF_ROWS)
@@ -161,18 +184,23 @@ def _down_the_rows(
         dv_token = warpgroup_mma(weights, grad, dv, is_async=True)
         dp = warpgroup_mma_wait(1, deps=[dp_token])
         ds = (p * (dp - delta[None, :])).to(q_ring.dtype)
-        ds_place.store(ds)
+        ds_of_rows = ds_place.reshape([BLOCK_M, BLOCK_N])
+        ds_of_rows.permute((1, 0)).store(ds)
         ds_left = gl.convert_layout(ds, LEFT)
         fence_async_shared()
         gl.thread_barrier()
+        if BIAS_GRAD == STORED:
+            place = [bias_batch, head, row, column]
+            tma.async_copy_shared_to_global(dbias_desc, place, ds_place)
+        if BIAS_GRAD == ADDED:
+            _add_to_global(dbias_desc, [bias_batch, head, row, column], ds_place)
         zero = gl.zeros([BLOCK_M, _SIZE], gl.float32, layout=BY_ROW)
-        ds_of_rows = ds_place.permute((1, 0))
         dq_token = warpgroup_mma(ds_of_rows, k, zero, use_acc=False, is_async=True)
         dk_token = warpgroup_mma(ds_left, q, dk, is_async=True)
         dv, weights = warpgroup_mma_wait(2, deps=[dv_token, weights])
         mbarrier.arrive(grad_empty.index(stage), count=1)
         dq = warpgroup_mma_wait(1, deps=[dq_token])
-        tma.store_wait(0)  # the last tile has been read
+        tma.store_wait(0)  # the last tile has been read, and this one's ds
         gl.thread_barrier()
         dq_place.reshape([BLOCK_M, _SIZE]).store(dq)
         fence_async_shared()
@@ -186,13 +214,31 @@ def _down_the_rows(
 
 
 @gluon.jit
+def _store_zeros(
+    dbias_desc, place, batch, head, column, begin, end, blocks,
+    SCORES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """The gradient of a bias in the blocks of rows that do not see this block of keys."""
+    zeros = gl.zeros([BLOCK_N, BLOCK_M], place.dtype, layout=SCORES)
+    place.reshape([BLOCK_M, BLOCK_N]).permute((1, 0)).store(zeros)
+    fence_async_shared()
+    gl.thread_barrier()
+    for step in range(0, blocks - (end - begin)):
+        row = gl.where(step < begin, step, step + end - begin) * BLOCK_M
+        tma.async_copy_shared_to_global(dbias_desc, [batch, head, row, column], place)
+    tma.store_wait(0)
+    gl.thread_barrier()
+
+
+@gluon.jit
 def _compute(
-    dq_desc, dk_desc, dv_desc, k_place, v_place, q_ring, grad_ring, norm_ring, delta_ring,
-    ds_place, dq_place, k_full, v_full, q_full, q_empty, grad_full, grad_empty,
-    batch, kv_head, group, column, columns, begin, full_begin, full_end, end,
-    low, high, scale, grad_scale,
+    dq_desc, dk_desc, dv_desc, dbias_desc, k_place, v_place, q_ring, grad_ring, norm_ring,
+    rest_ring, delta_ring, bias_ring, ds_place, dq_place, k_full, v_full, q_full, q_empty,
+    grad_full, grad_empty, batch, kv_head, group, bias_batch, rows, column, columns,
+    begin, full_begin, full_end, end, low, high, scale, grad_scale,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr, RAGGED: gl.constexpr,
+    BIAS: gl.constexpr, BIAS_GRAD: gl.constexpr,
 ):  # fmt: skip
     """One block of keys: all rows that see it, of all heads of its group; then dk and dv."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_M, 16])
@@ -203,29 +249,38 @@ def _compute(
     dk = gl.zeros([BLOCK_N, _SIZE], gl.float32, layout=BY_KEY)
     dv = gl.zeros([BLOCK_N, _SIZE], gl.float32, layout=BY_KEY)
     number = 0
+    if BIAS_GRAD == STORED:
+        for member in range(0, group):
+            _store_zeros(
+                dbias_desc, ds_place, bias_batch, kv_head * group + member, column,
+                begin, end, gl.cdiv(rows, BLOCK_M), SCORES, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
     mbarrier.wait(k_full, 0)
     mbarrier.wait(v_full, 0)
     for member in range(0, group):
         head = kv_head * group + member
         if HAS_HIGH or HAS_LOW or RAGGED:
             dk, dv, number = _down_the_rows(
-                dk, dv, number, dq_desc, k, v, q_ring, grad_ring, norm_ring, delta_ring, ds_place,
-                dq_place, q_full, q_empty, grad_full, grad_empty, batch, head, column, columns,
-                begin, full_begin, low, high, scale, SCORES, BY_KEY, BY_ROW,
-                BLOCK_M, BLOCK_N, STAGES, True, HAS_LOW, HAS_HIGH,
+                dk, dv, number, dq_desc, dbias_desc, k, v, q_ring, grad_ring, norm_ring, rest_ring,
+                delta_ring, bias_ring, ds_place, dq_place, q_full, q_empty, grad_full, grad_empty,
+                batch, head, bias_batch, column, columns, begin, full_begin, low, high, scale,
+                SCORES, BY_KEY, BY_ROW, BLOCK_M, BLOCK_N, STAGES, True, HAS_LOW, HAS_HIGH,
+                BIAS, BIAS_GRAD,
             )  # fmt: skip
         dk, dv, number = _down_the_rows(
-            dk, dv, number, dq_desc, k, v, q_ring, grad_ring, norm_ring, delta_ring, ds_place,
-            dq_place, q_full, q_empty, grad_full, grad_empty, batch, head, column, columns,
-            full_begin, full_end, low, high, scale, SCORES, BY_KEY, BY_ROW,
-            BLOCK_M, BLOCK_N, STAGES, False, HAS_LOW, HAS_HIGH,
+            dk, dv, number, dq_desc, dbias_desc, k, v, q_ring, grad_ring, norm_ring, rest_ring,
+            delta_ring, bias_ring, ds_place, dq_place, q_full, q_empty, grad_full, grad_empty,
+            batch, head, bias_batch, column, columns, full_begin, full_end, low, high, scale,
+            SCORES, BY_KEY, BY_ROW, BLOCK_M, BLOCK_N, STAGES, False, HAS_LOW, HAS_HIGH,
+            BIAS, BIAS_GRAD,
         )  # fmt: skip
         if HAS_LOW:
             dk, dv, number = _down_the_rows(
-                dk, dv, number, dq_desc, k, v, q_ring, grad_ring, norm_ring, delta_ring, ds_place,
-                dq_place, q_full, q_empty, grad_full, grad_empty, batch, head, column, columns,
-                full_end, end, low, high, scale, SCORES, BY_KEY, BY_ROW,
-                BLOCK_M, BLOCK_N, STAGES, True, HAS_LOW, HAS_HIGH,
+                dk, dv, number, dq_desc, dbias_desc, k, v, q_ring, grad_ring, norm_ring, rest_ring,
+                delta_ring, bias_ring, ds_place, dq_place, q_full, q_empty, grad_full, grad_empty,
+                batch, head, bias_batch, column, columns, full_end, end, low, high, scale,
+                SCORES, BY_KEY, BY_ROW, BLOCK_M, BLOCK_N, STAGES, True, HAS_LOW, HAS_HIGH,
+                BIAS, BIAS_GRAD,
             )  # fmt: skip
     k.store((dk * grad_scale).to(k_place.dtype))  # neither k nor v is needed any more
     v.store(dv.to(v_place.dtype))
@@ -238,28 +293,41 @@ def _compute(
 
 @gluon.jit(do_not_specialize=["rows", "columns", "section", "low", "high"])
 def gluon_backward_kernel(
-    q_desc, k_desc, v_desc, grad_desc, norm_desc, delta_desc, dq_desc, dk_desc, dv_desc,
+    q_desc, k_desc, v_desc, grad_desc, norm_desc, rest_desc, delta_desc, bias_desc,
+    dq_desc, dk_desc, dv_desc, dbias_desc, first_line, bias_per_batch, bias_per_head,
     kv_heads, group, rows, columns, section, low, high, scale, grad_scale,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr, RAGGED: gl.constexpr,
+    BIAS: gl.constexpr, BIAS_GRAD: gl.constexpr,
 ):  # fmt: skip
-    """Writes dk and dv and adds to dq, float32 and not yet scaled; PLAIN, head size 128.
+    """Writes dk and dv and adds to dq, float32 and not yet scaled; head size 128.
 
-    Grid (blocks of keys * batch * kv_heads). The arguments are those of `key_kernel`.
+    Grid (blocks of keys * batch * kv_heads). The arguments are those of `key_kernel`. Where batches
+    share a bias that gets its gradient, each is a launch (`first_line`: its first key head); those
+    after the first add to what is there. `bias_per_batch`, `bias_per_head`: 1, or 0 where shared.
     """
     line, column, begin, full_begin, full_end, end = _tile(
         rows, columns, section, low, high, BLOCK_M, BLOCK_N, HAS_LOW, HAS_HIGH, RAGGED
     )
+    line += first_line
+    batch = line // kv_heads
+    kv_head = line % kv_heads
+    bias_batch = batch * bias_per_batch
     dtype: gl.constexpr = q_desc.dtype
-    DS: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     k_place = gl.allocate_shared_memory(dtype, [1, 1, BLOCK_N, _SIZE], k_desc.layout)
     v_place = gl.allocate_shared_memory(dtype, [1, 1, BLOCK_N, _SIZE], v_desc.layout)
     q_ring = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_M, _SIZE], q_desc.layout)
     grad_ring = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_M, _SIZE], grad_desc.layout)
     norm_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], norm_desc.layout)
     delta_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], delta_desc.layout)
-    ds_place = gl.allocate_shared_memory(dtype, [BLOCK_N, BLOCK_M], DS)
+    ds_place = gl.allocate_shared_memory(dtype, [1, 1, BLOCK_M, BLOCK_N], q_desc.layout)
     dq_place = gl.allocate_shared_memory(gl.float32, [1, 1, BLOCK_M, _SIZE], dq_desc.layout)
+    rest_ring, bias_ring = norm_ring, q_ring  # not read without a bias
+    if BIAS:
+        rest_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], rest_desc.layout)
+        bias_ring = gl.allocate_shared_memory(
+            dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_N], bias_desc.layout
+        )
     k_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -276,17 +344,18 @@ def gluon_backward_kernel(
     gl.warp_specialize(
         [
             (_compute, (
-                dq_desc, dk_desc, dv_desc, k_place, v_place, q_ring, grad_ring, norm_ring,
-                delta_ring, ds_place, dq_place, k_full, v_full, q_full, q_empty, grad_full,
-                grad_empty, line // kv_heads, line % kv_heads, group, column, columns, begin,
-                full_begin, full_end, end, low, high, scale, grad_scale,
-                BLOCK_M, BLOCK_N, STAGES, HAS_LOW, HAS_HIGH, RAGGED,
+                dq_desc, dk_desc, dv_desc, dbias_desc, k_place, v_place, q_ring, grad_ring,
+                norm_ring, rest_ring, delta_ring, bias_ring, ds_place, dq_place, k_full, v_full,
+                q_full, q_empty, grad_full, grad_empty, batch, kv_head, group, bias_batch, rows,
+                column, columns, begin, full_begin, full_end, end, low, high, scale, grad_scale,
+                BLOCK_M, BLOCK_N, STAGES, HAS_LOW, HAS_HIGH, RAGGED, BIAS, BIAS_GRAD,
             )),
             (_load, (
-                q_desc, k_desc, v_desc, grad_desc, norm_desc, delta_desc, k_place, v_place, q_ring,
-                grad_ring, norm_ring, delta_ring, k_full, v_full, q_full, q_empty, grad_full,
-                grad_empty, line // kv_heads, line % kv_heads, kv_heads, group, column, begin, end,
-                BLOCK_M, STAGES,
+                q_desc, k_desc, v_desc, grad_desc, norm_desc, rest_desc, delta_desc, bias_desc,
+                k_place, v_place, q_ring, grad_ring, norm_ring, rest_ring, delta_ring, bias_ring,
+                k_full, v_full, q_full, q_empty, grad_full, grad_empty,
+                batch, kv_head, kv_heads, group, bias_batch, bias_per_head, column, begin, end,
+                BLOCK_M, STAGES, BIAS,
             )),
         ],
         [1],
