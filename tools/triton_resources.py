@@ -98,9 +98,13 @@ def _cases() -> Iterator[tuple[str, Callable[[], object]]]:
         for size in (64, 128, 256):
             yield f"{name} causal {size}", partial(_both, size, dtype, 1, length, causal=True)
     for name, limits in (("causal", {"causal": True}), ("window", {"window_left": 300})):
-        yield f"bf16 long {name} 128", partial(_both, 128, half, 2, 17 * length, **limits)
+        for size in (64, 128):
+            call = partial(_both, size, half, 2, 17 * length, **limits)
+            yield f"bf16 long {name} {size}", call
     long_bias = torch.zeros(1, 4, 17 * length, 17 * length, dtype=half)
-    yield "bf16 long bias 128", partial(_both, 128, half, 2, 17 * length, bias=long_bias)
+    for size in (64, 128):
+        call = partial(_both, size, half, 2, 17 * length, bias=long_bias)
+        yield f"bf16 long bias {size}", call
     dense = partial(_both, 128, half)
     yield "bf16 dense 128", partial(dense, 1, length)
     yield "bf16 ragged 128", partial(dense, 1, 500)

@@ -23,7 +23,7 @@ __all__ = ["backward", "forward", "refuses", "refuses_backward"]
 
 _RELEASES = ("3.6.",)
 _TARGET = ("cuda", 90)
-_SIZE = 128
+_SIZES = (64, 128)
 _LEAST_ROWS = 512
 _DTYPES = (torch.bfloat16, torch.float16)
 _ROWS, _GROUP_ROWS = 128, 64  # of a program forward, of one of its two groups of warps
@@ -43,8 +43,8 @@ def _refuses_both(call: Call) -> str | None:
     q, k = call.q, call.k
     if q.shape[2] < _LEAST_ROWS:
         return f"fewer than {_LEAST_ROWS} rows: not faster"
-    if q.shape[3] != _SIZE or call.v.shape[3] != _SIZE:
-        return f"head size other than {_SIZE}"
+    if q.shape[3] not in _SIZES or call.v.shape[3] != q.shape[3]:
+        return f"head size not one of {_SIZES}"
     if q.dtype not in _DTYPES or k.dtype != q.dtype or call.v.dtype != q.dtype:
         return f"no kernel for {q.dtype}"
     return _unknown_here(q.device)
@@ -110,13 +110,13 @@ def forward(call: Call, launches: Launches, out: Tensor, lse: Tensor) -> None:
     }
 
     def prepare() -> tuple[tuple[int], dict[str, Any]]:
-        batch, heads, rows, _ = call.q.shape
+        batch, heads, rows, size = call.q.shape
         group = heads // call.k.shape[1]
         return (triton.cdiv(rows, _ROWS) * batch * heads,), {
-            "q_desc": _descriptor(call.q, _GROUP_ROWS),
-            "k_desc": _descriptor(call.k, _KEYS),
-            "v_desc": _descriptor(call.v, _KEYS),
-            "out_desc": _descriptor(out, _GROUP_ROWS),
+            "q_desc": _descriptor(call.q, _GROUP_ROWS, size),
+            "k_desc": _descriptor(call.k, _KEYS, size),
+            "v_desc": _descriptor(call.v, _KEYS, size),
+            "out_desc": _descriptor(out, _GROUP_ROWS, size),
             "lse_ptr": lse,
             "heads": heads,
             "section": group * call.section(call.k, call.v),
@@ -144,11 +144,11 @@ def backward(
         scale_kernel,
     )
 
-    batch, heads, rows, _ = call.q.shape
+    batch, heads, rows, size = call.q.shape
     kv_heads, columns = call.k.shape[1:3]
     total = call.q.new_zeros(call.q.shape, dtype=torch.float32)
-    dq = empty_heads(call.q, batch, heads, rows, _SIZE)
-    dk, dv = (empty_heads(call.k, batch, kv_heads, columns, _SIZE) for _ in range(2))
+    dq = empty_heads(call.q, batch, heads, rows, size)
+    dk, dv = (empty_heads(call.k, batch, kv_heads, columns, size) for _ in range(2))
     tensors = {
         "q_desc": call.q,
         "k_desc": call.k,
@@ -199,7 +199,7 @@ def backward(
             "rows": rows,
             "grad_scale": call.params.scale,
             "BLOCK_M": _SCALE_ROWS,
-            "SIZE": _SIZE,
+            "SIZE": size,
         }
 
     launches.launch(scale_kernel, scaled, prepare_scaling)
@@ -218,14 +218,14 @@ def _arguments(call: Call) -> dict[str, Any]:
     }
 
 
-def _descriptor(x: Tensor, block: int) -> Any:
+def _descriptor(x: Tensor, block: int, width: int) -> Any:
     """As `tile_descriptor`, in Gluon's class and with the layout that the tiles get."""
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     strides = [s if n > 1 else 64 for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
     layout = NVMMASharedLayout(128, 8 * x.element_size(), rank=4)
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, block, _SIZE], layout)
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, block, width], layout)
 
 
 def _backward_descriptor(name: str, x: Tensor | None) -> Any:
@@ -234,7 +234,8 @@ def _backward_descriptor(name: str, x: Tensor | None) -> Any:
     if name in ("norm_desc", "rest_desc", "delta_desc"):
         return _line_descriptor(x)
     of_rows = name in ("q_desc", "grad_desc", "dq_desc", "bias_desc", "dbias_desc")
-    return _descriptor(x, _BACKWARD_ROWS if of_rows else _KEYS)
+    width = _KEYS if name in ("bias_desc", "dbias_desc") else x.shape[3]
+    return _descriptor(x, _BACKWARD_ROWS if of_rows else _KEYS, width)
 
 
 def _line_descriptor(x: Tensor) -> Any:

@@ -32,7 +32,6 @@ LOG2E = gl.constexpr(1.4426950408889634)
 STORED = gl.constexpr(1)
 ADDED = gl.constexpr(2)  # to that of other batches
 
-_SIZE = gl.constexpr(128)
 _LOADER_REGISTERS = gl.constexpr(24)
 
 
@@ -146,12 +145,13 @@ def _down_the_rows(
     """
     LEFT: gl.constexpr = gl.DotOperandLayout(0, BY_KEY, 2)
     OF_ROWS: gl.constexpr = gl.SliceLayout(0, SCORES)
+    SIZE: gl.constexpr = q_ring.shape[4]
     for block in range(begin, end):
         row = block * BLOCK_M
         stage = number % STAGES
         this_round = number // STAGES & 1
-        q = q_ring.index(stage).reshape([BLOCK_M, _SIZE])
-        grad = grad_ring.index(stage).reshape([BLOCK_M, _SIZE])
+        q = q_ring.index(stage).reshape([BLOCK_M, SIZE])
+        grad = grad_ring.index(stage).reshape([BLOCK_M, SIZE])
         zero = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, layout=SCORES)
         mbarrier.wait(q_full.index(stage), this_round)
         s_token = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -194,7 +194,7 @@ def _down_the_rows(
             tma.async_copy_shared_to_global(dbias_desc, place, ds_place)
         if BIAS_GRAD == ADDED:
             _add_to_global(dbias_desc, [bias_batch, head, row, column], ds_place)
-        zero = gl.zeros([BLOCK_M, _SIZE], gl.float32, layout=BY_ROW)
+        zero = gl.zeros([BLOCK_M, SIZE], gl.float32, layout=BY_ROW)
         dq_token = warpgroup_mma(ds_of_rows, k, zero, use_acc=False, is_async=True)
         dk_token = warpgroup_mma(ds_left, q, dk, is_async=True)
         dv, weights = warpgroup_mma_wait(2, deps=[dv_token, weights])
@@ -202,7 +202,7 @@ def _down_the_rows(
         dq = warpgroup_mma_wait(1, deps=[dq_token])
         tma.store_wait(0)  # the last tile has been read, and this one's ds
         gl.thread_barrier()
-        dq_place.reshape([BLOCK_M, _SIZE]).store(dq)
+        dq_place.reshape([BLOCK_M, SIZE]).store(dq)
         fence_async_shared()
         gl.thread_barrier()
         _add_to_global(dq_desc, [batch, head, row, 0], dq_place)
@@ -241,13 +241,14 @@ def _compute(
     BIAS: gl.constexpr, BIAS_GRAD: gl.constexpr,
 ):  # fmt: skip
     """One block of keys: all rows that see it, of all heads of its group; then dk and dv."""
+    SIZE: gl.constexpr = q_ring.shape[4]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_M, 16])
-    BY_KEY: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, _SIZE, 16])
-    BY_ROW: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, _SIZE // 2, 16])
-    k = k_place.reshape([BLOCK_N, _SIZE])
-    v = v_place.reshape([BLOCK_N, _SIZE])
-    dk = gl.zeros([BLOCK_N, _SIZE], gl.float32, layout=BY_KEY)
-    dv = gl.zeros([BLOCK_N, _SIZE], gl.float32, layout=BY_KEY)
+    BY_KEY: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, SIZE, 16])
+    BY_ROW: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, SIZE // 2, 16])
+    k = k_place.reshape([BLOCK_N, SIZE])
+    v = v_place.reshape([BLOCK_N, SIZE])
+    dk = gl.zeros([BLOCK_N, SIZE], gl.float32, layout=BY_KEY)
+    dv = gl.zeros([BLOCK_N, SIZE], gl.float32, layout=BY_KEY)
     number = 0
     if BIAS_GRAD == STORED:
         for member in range(0, group):
@@ -300,7 +301,7 @@ def gluon_backward_kernel(
     HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr, RAGGED: gl.constexpr,
     BIAS: gl.constexpr, BIAS_GRAD: gl.constexpr,
 ):  # fmt: skip
-    """Writes dk and dv and adds to dq, float32 and not yet scaled; head size 128.
+    """Writes dk and dv and adds to dq, float32 and not yet scaled; head size 64 or 128.
 
     Grid (blocks of keys * batch * kv_heads). The arguments are those of `key_kernel`. Where batches
     share a bias that gets its gradient, each is a launch (`first_line`: its first key head); those
@@ -314,14 +315,15 @@ def gluon_backward_kernel(
     kv_head = line % kv_heads
     bias_batch = batch * bias_per_batch
     dtype: gl.constexpr = q_desc.dtype
-    k_place = gl.allocate_shared_memory(dtype, [1, 1, BLOCK_N, _SIZE], k_desc.layout)
-    v_place = gl.allocate_shared_memory(dtype, [1, 1, BLOCK_N, _SIZE], v_desc.layout)
-    q_ring = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_M, _SIZE], q_desc.layout)
-    grad_ring = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_M, _SIZE], grad_desc.layout)
+    SIZE: gl.constexpr = q_desc.block_type.shape[3]
+    k_place = gl.allocate_shared_memory(dtype, [1, 1, BLOCK_N, SIZE], k_desc.layout)
+    v_place = gl.allocate_shared_memory(dtype, [1, 1, BLOCK_N, SIZE], v_desc.layout)
+    q_ring = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_M, SIZE], q_desc.layout)
+    grad_ring = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_M, SIZE], grad_desc.layout)
     norm_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], norm_desc.layout)
     delta_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], delta_desc.layout)
     ds_place = gl.allocate_shared_memory(dtype, [1, 1, BLOCK_M, BLOCK_N], q_desc.layout)
-    dq_place = gl.allocate_shared_memory(gl.float32, [1, 1, BLOCK_M, _SIZE], dq_desc.layout)
+    dq_place = gl.allocate_shared_memory(gl.float32, [1, 1, BLOCK_M, SIZE], dq_desc.layout)
     rest_ring, bias_ring = norm_ring, q_ring  # not read without a bias
     if BIAS:
         rest_ring = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], rest_desc.layout)

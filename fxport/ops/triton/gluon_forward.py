@@ -26,7 +26,6 @@ __all__ = ["GROUP_ROWS", "gluon_forward_kernel"]
 LN2 = gl.constexpr(0.6931471805599453)
 GROUP_ROWS = 64  # what a warp group's matrix instruction has
 _ROWS = gl.constexpr(GROUP_ROWS)
-_SIZE = gl.constexpr(128)
 _LOADER_REGISTERS = gl.constexpr(24)
 _GROUP_REGISTERS = gl.constexpr(240)
 
@@ -117,15 +116,16 @@ def _attend(
 ):  # fmt: skip
     """`count` blocks of keys from `block` down; `weights`: of the one before, not in acc yet."""
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+    SIZE: gl.constexpr = v_ring.shape[4]
     for step in range(0, count):
         stage, before = number % STAGES, (number - 1) % STAGES
         before_round = (number - 1) // STAGES & 1
         mbarrier.wait(k_full.index(stage), number // STAGES & 1)
-        k = k_ring.index(stage).reshape([BLOCK_N, _SIZE]).permute((1, 0))
+        k = k_ring.index(stage).reshape([BLOCK_N, SIZE]).permute((1, 0))
         zero = gl.zeros([_ROWS, BLOCK_N], gl.float32, layout=SCORES)
         s_token = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
         mbarrier.wait(v_full.index(before), before_round)
-        v = v_ring.index(before).reshape([BLOCK_N, _SIZE])
+        v = v_ring.index(before).reshape([BLOCK_N, SIZE])
         acc_token = warpgroup_mma(weights, v, acc, is_async=True)
         s = warpgroup_mma_wait(1, deps=[s_token])
         mbarrier.arrive(k_empty.index(stage), count=1)
@@ -154,17 +154,18 @@ def _rows_of_group(
     HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
 ):  # fmt: skip
     """One group's 64 rows: the last block of keys, with a mask; the others; out and lse."""
+    SIZE: gl.constexpr = v_ring.shape[4]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _SIZE, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, SIZE, 16])
     BY_ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
     row += _ROWS * GROUP
     i = row + gl.arange(0, _ROWS, layout=BY_ROW)
     peak = gl.full([_ROWS], float("-inf"), gl.float32, layout=BY_ROW)
-    acc = gl.zeros([_ROWS, _SIZE], gl.float32, layout=OUT)
+    acc = gl.zeros([_ROWS, SIZE], gl.float32, layout=OUT)
     mbarrier.wait(q_full.index(GROUP), 0)
-    q = q_place.index(GROUP).reshape([_ROWS, _SIZE])
+    q = q_place.index(GROUP).reshape([_ROWS, SIZE])
     mbarrier.wait(k_full.index(0), 0)
-    k = k_ring.index(0).reshape([BLOCK_N, _SIZE]).permute((1, 0))
+    k = k_ring.index(0).reshape([BLOCK_N, SIZE]).permute((1, 0))
     zero = gl.zeros([_ROWS, BLOCK_N], gl.float32, layout=SCORES)
     s = warpgroup_mma_wait(0, deps=[warpgroup_mma(q, k, zero, use_acc=False, is_async=True)])
     mbarrier.arrive(k_empty.index(0), count=1)
@@ -195,7 +196,7 @@ def _rows_of_group(
         )  # fmt: skip
     before = (number - 1) % STAGES
     mbarrier.wait(v_full.index(before), (number - 1) // STAGES & 1)
-    v = v_ring.index(before).reshape([BLOCK_N, _SIZE])
+    v = v_ring.index(before).reshape([BLOCK_N, SIZE])
     acc, weights = warpgroup_mma_wait(
         0, deps=[warpgroup_mma(weights, v, acc, is_async=True), weights]
     )
@@ -217,7 +218,7 @@ def gluon_forward_kernel(
     heads, group, rows, columns, section, low, high, scale,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
 ):  # fmt: skip
-    """Writes out and lse: as `forward_kernel` where that is PLAIN, with head size 128.
+    """Writes out and lse: as `forward_kernel` where that is PLAIN, with head size 64 or 128.
 
     Grid (blocks of 128 rows * batch * heads). Descriptors have tiles of 64 rows of q and out,
     BLOCK_N of k and v. `scale` includes log2(e).
@@ -228,9 +229,10 @@ def gluon_forward_kernel(
         rows, columns, section, low, high, blocks, lines, BLOCK_N, HAS_LOW, HAS_HIGH
     )
     dtype: gl.constexpr = q_desc.dtype
-    q_place = gl.allocate_shared_memory(dtype, [2, 1, 1, _ROWS, _SIZE], q_desc.layout)
-    k_ring = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, _SIZE], k_desc.layout)
-    v_ring = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, _SIZE], v_desc.layout)
+    SIZE: gl.constexpr = q_desc.block_type.shape[3]
+    q_place = gl.allocate_shared_memory(dtype, [2, 1, 1, _ROWS, SIZE], q_desc.layout)
+    k_ring = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, SIZE], k_desc.layout)
+    v_ring = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, SIZE], v_desc.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
