@@ -23,7 +23,7 @@ __all__ = ["backward", "forward", "refuses", "refuses_backward"]
 
 _RELEASES = ("3.6.",)
 _TARGET = ("cuda", 90)
-_SIZES = (64, 128)
+_SIZE, _BIASED_SIZES = 128, (64, 128)  # at 64 and without a bias: not faster
 _LEAST_ROWS = 512
 _DTYPES = (torch.bfloat16, torch.float16)
 _ROWS, _GROUP_ROWS = 128, 64  # of a program forward, of one of its two groups of warps
@@ -36,15 +36,15 @@ def refuses(call: Call) -> str | None:
     """Why the kernel does not take a forward call; None if it does."""
     if not call.plain or call.crowded or call.sinks is not None:
         return "more than a band and a positive scale"
-    return _refuses_both(call)
+    return _refuses_both(call, (_SIZE,))
 
 
-def _refuses_both(call: Call) -> str | None:
+def _refuses_both(call: Call, sizes: tuple[int, ...]) -> str | None:
     q, k = call.q, call.k
     if q.shape[2] < _LEAST_ROWS:
         return f"fewer than {_LEAST_ROWS} rows: not faster"
-    if q.shape[3] not in _SIZES or call.v.shape[3] != q.shape[3]:
-        return f"head size not one of {_SIZES}"
+    if q.shape[3] not in sizes or call.v.shape[3] != q.shape[3]:
+        return f"head size not one of {sizes}"
     if q.dtype not in _DTYPES or k.dtype != q.dtype or call.v.dtype != q.dtype:
         return f"no kernel for {q.dtype}"
     return _unknown_here(q.device)
@@ -69,7 +69,7 @@ def refuses_backward(call: Call, dbias: Tensor | None) -> str | None:
         return "the scores are changed otherwise"
     if call.seed is not None or call.first is not None:
         return "dropout, or packed sequences"
-    if reason := _refuses_both(call):
+    if reason := _refuses_both(call, (_SIZE,) if bias is None else _BIASED_SIZES):
         return reason
     kv_heads, columns = call.k.shape[1:3]
     programs = triton.cdiv(columns, _KEYS) * _batches_of_a_launch(call, dbias) * kv_heads

@@ -218,7 +218,7 @@ def gluon_forward_kernel(
     heads, group, rows, columns, section, low, high, scale,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
 ):  # fmt: skip
-    """Writes out and lse: as `forward_kernel` where that is PLAIN, with head size 64 or 128.
+    """Writes out and lse: as `forward_kernel` where that is PLAIN, with head size 128.
 
     Grid (blocks of 128 rows * batch * heads). Descriptors have tiles of 64 rows of q and out,
     BLOCK_N of k and v. `scale` includes log2(e).
