@@ -101,6 +101,9 @@ def _cases() -> Iterator[tuple[str, Callable[[], object]]]:
         for size in (64, 128):
             call = partial(_both, size, half, 2, 17 * length, **limits)
             yield f"bf16 long {name} {size}", call
+    borders = torch.tensor([0, 5000, 17 * length], dtype=torch.int32)
+    call = partial(_both, 128, half, 2, 17 * length, causal=True, cu_seqlens=borders)
+    yield "bf16 long packed 128", call
     long_bias = torch.zeros(1, 4, 17 * length, 17 * length, dtype=half)
     for size in (64, 128):
         call = partial(_both, size, half, 2, 17 * length, bias=long_bias)

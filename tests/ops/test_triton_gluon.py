@@ -55,7 +55,7 @@ def _call(
         (_call(P(_SCALE), bias=torch.zeros(1, 4, 1, 1024)), "band"),
         (_call(P(_SCALE), sinks=torch.zeros(4)), "band"),
         (_call(P(_SCALE), slopes=torch.zeros(4)), "band"),
-        (_call(P(_SCALE, True), cu_seqlens=torch.tensor([0, 9, 1024], dtype=torch.int32)), "band"),
+        (_call(P(_SCALE, True), cu_seqlens=torch.tensor([0, 9, 1024], dtype=torch.int32)), None),
         (_call(P(_SCALE, dropout_p=0.1), seed=torch.zeros(1, dtype=torch.int64)), "band"),
     ],
 )
@@ -110,7 +110,7 @@ def _bias(*lead: int, dtype: torch.dtype = torch.bfloat16, rows_apart: int = _LO
         (P(_SCALE, softcap=3.0), {"bias": _bias(1, 4)}, "otherwise"),
         (P(_SCALE), {"bias": _bias(1, 4), "slopes": torch.zeros(4)}, "otherwise"),
         (P(_SCALE, dropout_p=0.1), {"seed": torch.zeros(1, dtype=torch.int64)}, "dropout"),
-        (P(_SCALE, True), {"cu_seqlens": torch.tensor([0, 9, _LONG], dtype=torch.int32)}, "packed"),
+        (P(_SCALE, True), {"cu_seqlens": torch.tensor([0, 9, _LONG], dtype=torch.int32)}, None),
     ],
 )
 def test_what_backward_takes_beside_a_band(
@@ -290,6 +290,49 @@ def test_a_bias_against_the_reference(
                 # of the sinks: sums over all rows, which cancel
                 assert _off(got, wanted) < (6e-3 if x.dim() > 1 else 0.03)
     assert len(ran) == 2
+
+
+_PACKED = {
+    "causal": P(_SCALE, causal=True),
+    "full": P(_SCALE),
+    "window": P(_SCALE, causal=True, window_left=90),
+    "both sides": P(0.2, window_left=130, window_right=70),
+}
+
+
+@pytest.mark.gpu
+@hopper
+@pytest.mark.parametrize("name", _PACKED)
+@pytest.mark.parametrize("length", [1024, 1111])
+@pytest.mark.parametrize("more", ["", "sinks", "bias"])
+def test_packed_sequences(
+    more: str, length: int, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 1 to 400 tokens, at borders of blocks and elsewhere; a bias or sinks beside."""
+    q, k, v, grad = _tensors((1, 4, 2, length, length, 128), torch.bfloat16)
+    borders = [0, 1, 64, 128, 131, 512, 576, 976, length]
+    cu_seqlens = torch.tensor(borders, dtype=torch.int32, device="cuda")
+    columns = length + -length % 8
+    whole = torch.randn(1, 1, length, columns, device="cuda", dtype=torch.bfloat16)
+    bias = whole[..., :length] if more == "bias" else None
+    sinks = torch.randn(4, device="cuda") if more == "sinks" else None
+    rest = (bias, sinks, None, cu_seqlens, None, _PACKED[name])
+    forwards, backwards = (_counted(x, monkeypatch) for x in ("forward", "backward"))
+    monkeypatch.setattr(gluon, "fills_the_gpu", lambda programs, interpreted: True)
+    exact = [x.double().detach().requires_grad_() for x in (q, k, v)]
+    wide = [None if x is None else x.double() for x in (bias, sinks)]
+    want, want_lse = reference_attention(*exact, *wide, *rest[2:])
+    exactly = torch.autograd.grad((want * grad.double()).sum(), exact)
+    for _ in range(2):  # prepared, then launched as prepared
+        out, lse = triton_attention.forward(q, k, v, *rest)
+        torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-5)
+        assert _off(out, want) < 4e-3
+        found = triton_attention.backward(grad, None, q, k, v, out, lse, *rest, _QKV)
+        for got, wanted in zip(found, exactly, strict=False):
+            assert got is not None
+            assert _off(got, wanted) < 6e-3
+    assert len(forwards) == (0 if more else 2)
+    assert len(backwards) == 2
 
 
 @pytest.mark.gpu

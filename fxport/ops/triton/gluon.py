@@ -34,8 +34,8 @@ _SCALE_ROWS = 32
 
 def refuses(call: Call) -> str | None:
     """Why the kernel does not take a forward call; None if it does."""
-    if not call.plain or call.crowded or call.sinks is not None:
-        return "more than a band and a positive scale"
+    if not call.plain or call.seed is not None or call.sinks is not None:
+        return "more than a band, packed sequences and a positive scale"
     return _refuses_both(call, (_SIZE,))
 
 
@@ -67,8 +67,8 @@ def refuses_backward(call: Call, dbias: Tensor | None) -> str | None:
         return "rows of the bias' gradient are not aligned"
     if call.slopes is not None or call.params.softcap > 0:
         return "the scores are changed otherwise"
-    if call.seed is not None or call.first is not None:
-        return "dropout, or packed sequences"
+    if call.seed is not None:
+        return "dropout"
     if reason := _refuses_both(call, (_SIZE,) if bias is None else _BIASED_SIZES):
         return reason
     kv_heads, columns = call.k.shape[1:3]
@@ -107,6 +107,8 @@ def forward(call: Call, launches: Launches, out: Tensor, lse: Tensor) -> None:
         "v_desc": call.v,
         "out_desc": out,
         "lse_ptr": lse,
+        "first_ptr": call.first,
+        "end_ptr": call.end,
     }
 
     def prepare() -> tuple[tuple[int], dict[str, Any]]:
@@ -118,6 +120,8 @@ def forward(call: Call, launches: Launches, out: Tensor, lse: Tensor) -> None:
             "v_desc": _descriptor(call.v, _KEYS, size),
             "out_desc": _descriptor(out, _GROUP_ROWS, size),
             "lse_ptr": lse,
+            "first_ptr": call.first,
+            "end_ptr": call.end,
             "heads": heads,
             "section": group * call.section(call.k, call.v),
             "BLOCK_N": _KEYS,
@@ -162,6 +166,8 @@ def backward(
         "dk_desc": dk,
         "dv_desc": dv,
         "dbias_desc": dbias,
+        "first_ptr": call.first,
+        "end_ptr": call.end,
     }
     each = _batches_of_a_launch(call, dbias)
 
@@ -169,7 +175,7 @@ def backward(
         strides = (0, 0) if call.bias is None else call.bias.stride()[:2]
         added = 0 if dbias is None else (ADDED if first else STORED).value
         return (triton.cdiv(columns, _KEYS) * each * kv_heads,), {
-            **{name: _backward_descriptor(name, x) for name, x in tensors.items()},
+            **{name: _backward_argument(name, x) for name, x in tensors.items()},
             "first_line": first * kv_heads,
             "bias_per_batch": int(strides[0] > 0),
             "bias_per_head": int(strides[1] > 0),
@@ -215,6 +221,7 @@ def _arguments(call: Call) -> dict[str, Any]:
         "STAGES": _STAGES,
         "HAS_LOW": call.band.low is not None,
         "HAS_HIGH": call.band.high is not None,
+        "PACKED": call.first is not None,
     }
 
 
@@ -228,9 +235,9 @@ def _descriptor(x: Tensor, block: int, width: int) -> Any:
     return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, block, width], layout)
 
 
-def _backward_descriptor(name: str, x: Tensor | None) -> Any:
-    if x is None:
-        return None
+def _backward_argument(name: str, x: Tensor | None) -> Any:
+    if x is None or name in ("first_ptr", "end_ptr"):
+        return x
     if name in ("norm_desc", "rest_desc", "delta_desc"):
         return _line_descriptor(x)
     of_rows = name in ("q_desc", "grad_desc", "dq_desc", "bias_desc", "dbias_desc")

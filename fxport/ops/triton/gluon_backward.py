@@ -48,8 +48,9 @@ def _add_to_global(descriptor, place, tile, _semantic=None):
 
 @gluon.jit
 def _tile(
-    rows, columns, section, low, high, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr, RAGGED: gl.constexpr,
+    rows, columns, section, low, high, first_ptr, end_ptr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr, PACKED: gl.constexpr, RAGGED: gl.constexpr,
 ):  # fmt: skip
     """This program's line (batch and key head), first key, and the blocks of rows that see it.
 
@@ -65,18 +66,23 @@ def _tile(
     column = inside // width * BLOCK_N
     last = gl.minimum(column + BLOCK_N, columns) - 1
     begin, full_begin = column * 0, column * 0
-    end = gl.cdiv(rows, BLOCK_M)
-    full_end = end
+    stop, full_stop = begin + rows, begin + rows
     if HAS_HIGH:
-        begin = gl.maximum(column - high, 0) // BLOCK_M
-        full_begin = gl.cdiv(gl.maximum(last - high, 0), BLOCK_M)
+        begin = gl.maximum(begin, column - high)
+        full_begin = gl.maximum(full_begin, last - high)
     if HAS_LOW:
-        full_stop = gl.maximum(column - low + 1, 0)
-        if full_stop < rows:  # rows past the end have no weights: the last block may be whole
-            full_end = full_stop // BLOCK_M
-        end = gl.minimum(end, gl.cdiv(gl.maximum(last - low + 1, 0), BLOCK_M))
-    end = gl.maximum(end, begin)
-    full_begin = gl.minimum(full_begin, end)
+        stop = gl.minimum(stop, gl.maximum(last - low + 1, 0))
+        full_stop = gl.minimum(full_stop, gl.maximum(column - low + 1, 0))
+    if PACKED:
+        begin = gl.maximum(begin, gl.load(first_ptr + column))
+        full_begin = gl.maximum(full_begin, gl.load(first_ptr + last))
+        stop = gl.minimum(stop, gl.load(end_ptr + last))
+        full_stop = gl.minimum(full_stop, gl.load(end_ptr + column))
+    # rows past the end have no weights: the last block may be whole
+    full_end = gl.where(full_stop >= rows, gl.cdiv(rows, BLOCK_M), full_stop // BLOCK_M)
+    begin = begin // BLOCK_M
+    end = gl.maximum(gl.cdiv(stop, BLOCK_M), begin)
+    full_begin = gl.minimum(gl.cdiv(full_begin, BLOCK_M), end)
     full_end = gl.maximum(gl.minimum(full_end, end), full_begin)
     if RAGGED:
         ragged = column + BLOCK_N > columns
@@ -134,10 +140,11 @@ def _load(
 def _down_the_rows(
     dk, dv, number, dq_desc, dbias_desc, k, v, q_ring, grad_ring, norm_ring, rest_ring, delta_ring,
     bias_ring, ds_place, dq_place, q_full, q_empty, grad_full, grad_empty,
-    batch, head, bias_batch, column, columns, begin, end, low, high, scale,
+    batch, head, bias_batch, column, columns, begin, end, low, high, first_ptr, end_ptr, scale,
     SCORES: gl.constexpr, BY_KEY: gl.constexpr, BY_ROW: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
-    HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr, BIAS: gl.constexpr, BIAS_GRAD: gl.constexpr,
+    HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr, PACKED: gl.constexpr,
+    BIAS: gl.constexpr, BIAS_GRAD: gl.constexpr,
 ):  # fmt: skip
     """Adds the blocks of rows from `begin` to `end` to dk and dv, and their part to dq.
 
@@ -176,6 +183,10 @@ def _down_the_rows(
                 seen = seen & (j[:, None] <= (i + high)[None, :])
             if HAS_LOW:
                 seen = seen & (j[:, None] >= (i + low)[None, :])
+            if PACKED:
+                token = gl.minimum(i, columns - 1)
+                seen = seen & (j[:, None] >= gl.load(first_ptr + token)[None, :])
+                seen = seen & (j[:, None] < gl.load(end_ptr + token)[None, :])
             p = gl.where(seen, p, 0.0)
         weights = gl.convert_layout(p.to(q_ring.dtype), LEFT)
         delta = delta_ring.index(stage).reshape([BLOCK_M]).load(OF_ROWS)
@@ -235,9 +246,9 @@ def _compute(
     dq_desc, dk_desc, dv_desc, dbias_desc, k_place, v_place, q_ring, grad_ring, norm_ring,
     rest_ring, delta_ring, bias_ring, ds_place, dq_place, k_full, v_full, q_full, q_empty,
     grad_full, grad_empty, batch, kv_head, group, bias_batch, rows, column, columns,
-    begin, full_begin, full_end, end, low, high, scale, grad_scale,
+    begin, full_begin, full_end, end, low, high, first_ptr, end_ptr, scale, grad_scale,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr, RAGGED: gl.constexpr,
+    HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr, PACKED: gl.constexpr, RAGGED: gl.constexpr,
     BIAS: gl.constexpr, BIAS_GRAD: gl.constexpr,
 ):  # fmt: skip
     """One block of keys: all rows that see it, of all heads of its group; then dk and dv."""
@@ -260,28 +271,28 @@ def _compute(
     mbarrier.wait(v_full, 0)
     for member in range(0, group):
         head = kv_head * group + member
-        if HAS_HIGH or HAS_LOW or RAGGED:
+        if HAS_HIGH or HAS_LOW or PACKED or RAGGED:
             dk, dv, number = _down_the_rows(
                 dk, dv, number, dq_desc, dbias_desc, k, v, q_ring, grad_ring, norm_ring, rest_ring,
                 delta_ring, bias_ring, ds_place, dq_place, q_full, q_empty, grad_full, grad_empty,
-                batch, head, bias_batch, column, columns, begin, full_begin, low, high, scale,
-                SCORES, BY_KEY, BY_ROW, BLOCK_M, BLOCK_N, STAGES, True, HAS_LOW, HAS_HIGH,
-                BIAS, BIAS_GRAD,
+                batch, head, bias_batch, column, columns, begin, full_begin, low, high,
+                first_ptr, end_ptr, scale, SCORES, BY_KEY, BY_ROW, BLOCK_M, BLOCK_N, STAGES, True,
+                HAS_LOW, HAS_HIGH, PACKED, BIAS, BIAS_GRAD,
             )  # fmt: skip
         dk, dv, number = _down_the_rows(
             dk, dv, number, dq_desc, dbias_desc, k, v, q_ring, grad_ring, norm_ring, rest_ring,
             delta_ring, bias_ring, ds_place, dq_place, q_full, q_empty, grad_full, grad_empty,
-            batch, head, bias_batch, column, columns, full_begin, full_end, low, high, scale,
-            SCORES, BY_KEY, BY_ROW, BLOCK_M, BLOCK_N, STAGES, False, HAS_LOW, HAS_HIGH,
-            BIAS, BIAS_GRAD,
+            batch, head, bias_batch, column, columns, full_begin, full_end, low, high,
+            first_ptr, end_ptr, scale, SCORES, BY_KEY, BY_ROW, BLOCK_M, BLOCK_N, STAGES, False,
+            HAS_LOW, HAS_HIGH, PACKED, BIAS, BIAS_GRAD,
         )  # fmt: skip
-        if HAS_LOW:
+        if HAS_LOW or PACKED:
             dk, dv, number = _down_the_rows(
                 dk, dv, number, dq_desc, dbias_desc, k, v, q_ring, grad_ring, norm_ring, rest_ring,
                 delta_ring, bias_ring, ds_place, dq_place, q_full, q_empty, grad_full, grad_empty,
-                batch, head, bias_batch, column, columns, full_end, end, low, high, scale,
-                SCORES, BY_KEY, BY_ROW, BLOCK_M, BLOCK_N, STAGES, True, HAS_LOW, HAS_HIGH,
-                BIAS, BIAS_GRAD,
+                batch, head, bias_batch, column, columns, full_end, end, low, high,
+                first_ptr, end_ptr, scale, SCORES, BY_KEY, BY_ROW, BLOCK_M, BLOCK_N, STAGES, True,
+                HAS_LOW, HAS_HIGH, PACKED, BIAS, BIAS_GRAD,
             )  # fmt: skip
     k.store((dk * grad_scale).to(k_place.dtype))  # neither k nor v is needed any more
     v.store(dv.to(v_place.dtype))
@@ -295,10 +306,11 @@ def _compute(
 @gluon.jit(do_not_specialize=["rows", "columns", "section", "low", "high"])
 def gluon_backward_kernel(
     q_desc, k_desc, v_desc, grad_desc, norm_desc, rest_desc, delta_desc, bias_desc,
-    dq_desc, dk_desc, dv_desc, dbias_desc, first_line, bias_per_batch, bias_per_head,
+    dq_desc, dk_desc, dv_desc, dbias_desc, first_ptr, end_ptr,
+    first_line, bias_per_batch, bias_per_head,
     kv_heads, group, rows, columns, section, low, high, scale, grad_scale,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr, RAGGED: gl.constexpr,
+    HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr, PACKED: gl.constexpr, RAGGED: gl.constexpr,
     BIAS: gl.constexpr, BIAS_GRAD: gl.constexpr,
 ):  # fmt: skip
     """Writes dk and dv and adds to dq, float32 and not yet scaled; head size 64 or 128.
@@ -308,8 +320,9 @@ def gluon_backward_kernel(
     after the first add to what is there. `bias_per_batch`, `bias_per_head`: 1, or 0 where shared.
     """
     line, column, begin, full_begin, full_end, end = _tile(
-        rows, columns, section, low, high, BLOCK_M, BLOCK_N, HAS_LOW, HAS_HIGH, RAGGED
-    )
+        rows, columns, section, low, high, first_ptr, end_ptr,
+        BLOCK_M, BLOCK_N, HAS_LOW, HAS_HIGH, PACKED, RAGGED,
+    )  # fmt: skip
     line += first_line
     batch = line // kv_heads
     kv_head = line % kv_heads
@@ -349,8 +362,9 @@ def gluon_backward_kernel(
                 dq_desc, dk_desc, dv_desc, dbias_desc, k_place, v_place, q_ring, grad_ring,
                 norm_ring, rest_ring, delta_ring, bias_ring, ds_place, dq_place, k_full, v_full,
                 q_full, q_empty, grad_full, grad_empty, batch, kv_head, group, bias_batch, rows,
-                column, columns, begin, full_begin, full_end, end, low, high, scale, grad_scale,
-                BLOCK_M, BLOCK_N, STAGES, HAS_LOW, HAS_HIGH, RAGGED, BIAS, BIAS_GRAD,
+                column, columns, begin, full_begin, full_end, end, low, high, first_ptr, end_ptr,
+                scale, grad_scale, BLOCK_M, BLOCK_N, STAGES, HAS_LOW, HAS_HIGH, PACKED, RAGGED,
+                BIAS, BIAS_GRAD,
             )),
             (_load, (
                 q_desc, k_desc, v_desc, grad_desc, norm_desc, rest_desc, delta_desc, bias_desc,

@@ -31,8 +31,9 @@ _GROUP_REGISTERS = gl.constexpr(240)
 
 
 @gluon.jit
-def _tile(rows, columns, section, low, high, blocks, lines,
-    BLOCK_N: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
+def _tile(
+    rows, columns, section, low, high, first_ptr, end_ptr, blocks, lines,
+    BLOCK_N: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """This program's line (batch and head), first row, and blocks of keys, one at least.
 
@@ -50,8 +51,15 @@ def _tile(rows, columns, section, low, high, blocks, lines,
         stop = gl.maximum(gl.minimum(stop, last + high + 1), 0)
         full_stop = gl.maximum(gl.minimum(full_stop, row + high + 1), 0)
     if HAS_LOW:
-        begin = gl.maximum(row + low, 0) // BLOCK_N
-        full_begin = gl.cdiv(gl.maximum(last + low, 0), BLOCK_N)
+        begin = gl.maximum(row + low, 0)
+        full_begin = gl.maximum(last + low, 0)
+    if PACKED:
+        begin = gl.maximum(begin, gl.load(first_ptr + row))
+        full_begin = gl.maximum(full_begin, gl.load(first_ptr + last))
+        stop = gl.minimum(stop, gl.load(end_ptr + last))
+        full_stop = gl.minimum(full_stop, gl.load(end_ptr + row))
+    begin = begin // BLOCK_N
+    full_begin = gl.cdiv(full_begin, BLOCK_N)
     end = gl.maximum(gl.cdiv(stop, BLOCK_N), begin + 1)
     full_begin = gl.minimum(full_begin, end)
     full_end = gl.maximum(gl.minimum(full_stop // BLOCK_N, end), full_begin)
@@ -87,8 +95,9 @@ def _load(
 
 @gluon.jit
 def _weights(
-    s, peak, i, column, columns, low, high, scale, SCORES: gl.constexpr,
-    BLOCK_N: gl.constexpr, MASKED: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
+    s, peak, i, column, columns, low, high, first_ptr, end_ptr, scale, SCORES: gl.constexpr,
+    BLOCK_N: gl.constexpr, MASKED: gl.constexpr,
+    HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """Weights of a tile of scores, the new peak, and the factor of what was summed before."""
     if MASKED:
@@ -96,9 +105,14 @@ def _weights(
         stop = i * 0 + columns
         if HAS_HIGH:
             stop = gl.minimum(stop, i + high + 1)
+        if PACKED:  # as many rows as columns
+            token = gl.minimum(i, columns - 1)
+            stop = gl.minimum(stop, gl.load(end_ptr + token))
         seen = j[None, :] < stop[:, None]
         if HAS_LOW:
             seen = seen & (j[None, :] >= (i + low)[:, None])
+        if PACKED:
+            seen = seen & (j[None, :] >= gl.load(first_ptr + token)[:, None])
         s = gl.where(seen, s, float("-inf"))
     new_peak = gl.maximum(peak, gl.max(s, 1) * scale)
     base = new_peak
@@ -110,9 +124,9 @@ def _weights(
 @gluon.jit
 def _attend(
     acc, total, peak, weights, number, q, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
-    i, block, count, columns, low, high, scale, SCORES: gl.constexpr, OUT: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    MASKED: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
+    i, block, count, columns, low, high, first_ptr, end_ptr, scale,
+    SCORES: gl.constexpr, OUT: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    MASKED: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """`count` blocks of keys from `block` down; `weights`: of the one before, not in acc yet."""
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
@@ -130,8 +144,8 @@ def _attend(
         s = warpgroup_mma_wait(1, deps=[s_token])
         mbarrier.arrive(k_empty.index(stage), count=1)
         p, peak, shrink = _weights(
-            s, peak, i, (block - step) * BLOCK_N, columns, low, high, scale,
-            SCORES, BLOCK_N, MASKED, HAS_LOW, HAS_HIGH,
+            s, peak, i, (block - step) * BLOCK_N, columns, low, high, first_ptr, end_ptr, scale,
+            SCORES, BLOCK_N, MASKED, HAS_LOW, HAS_HIGH, PACKED,
         )  # fmt: skip
         total = total * shrink + gl.sum(p, 1)
         next_weights = gl.convert_layout(p.to(v_ring.dtype), WEIGHTS)
@@ -149,9 +163,10 @@ def _attend(
 @gluon.jit
 def _rows_of_group(
     out_desc, lse_ptr, q_place, k_ring, v_ring, q_full, k_full, k_empty, v_full, v_empty,
-    line, heads, row, rows, columns, low, high, scale, begin, full_begin, full_end, end,
+    line, heads, row, rows, columns, low, high, first_ptr, end_ptr, scale,
+    begin, full_begin, full_end, end,
     GROUP: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
+    HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """One group's 64 rows: the last block of keys, with a mask; the others; out and lse."""
     SIZE: gl.constexpr = v_ring.shape[4]
@@ -170,8 +185,8 @@ def _rows_of_group(
     s = warpgroup_mma_wait(0, deps=[warpgroup_mma(q, k, zero, use_acc=False, is_async=True)])
     mbarrier.arrive(k_empty.index(0), count=1)
     p, peak, _ = _weights(
-        s, peak, i, (end - 1) * BLOCK_N, columns, low, high, scale,
-        SCORES, BLOCK_N, True, HAS_LOW, HAS_HIGH,
+        s, peak, i, (end - 1) * BLOCK_N, columns, low, high, first_ptr, end_ptr, scale,
+        SCORES, BLOCK_N, True, HAS_LOW, HAS_HIGH, PACKED,
     )  # fmt: skip
     total = gl.sum(p, 1)
     weights = gl.convert_layout(p.to(v_ring.dtype), gl.DotOperandLayout(0, OUT, 2))
@@ -180,19 +195,19 @@ def _rows_of_group(
     full_begin = gl.minimum(full_begin, full_end)
     acc, total, peak, weights, number = _attend(
         acc, total, peak, weights, number, q, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
-        i, end - 2, end - 1 - full_end, columns, low, high, scale, SCORES, OUT,
-        BLOCK_N, STAGES, True, HAS_LOW, HAS_HIGH,
+        i, end - 2, end - 1 - full_end, columns, low, high, first_ptr, end_ptr, scale,
+        SCORES, OUT, BLOCK_N, STAGES, True, HAS_LOW, HAS_HIGH, PACKED,
     )  # fmt: skip
     acc, total, peak, weights, number = _attend(
         acc, total, peak, weights, number, q, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
-        i, full_end - 1, full_end - full_begin, columns, low, high, scale, SCORES, OUT,
-        BLOCK_N, STAGES, False, HAS_LOW, HAS_HIGH,
+        i, full_end - 1, full_end - full_begin, columns, low, high, first_ptr, end_ptr, scale,
+        SCORES, OUT, BLOCK_N, STAGES, False, HAS_LOW, HAS_HIGH, PACKED,
     )  # fmt: skip
-    if HAS_LOW:
+    if HAS_LOW or PACKED:
         acc, total, peak, weights, number = _attend(
             acc, total, peak, weights, number, q, k_ring, v_ring, k_full, k_empty, v_full, v_empty,
-            i, full_begin - 1, full_begin - begin, columns, low, high, scale, SCORES, OUT,
-            BLOCK_N, STAGES, True, HAS_LOW, HAS_HIGH,
+            i, full_begin - 1, full_begin - begin, columns, low, high, first_ptr, end_ptr, scale,
+            SCORES, OUT, BLOCK_N, STAGES, True, HAS_LOW, HAS_HIGH, PACKED,
         )  # fmt: skip
     before = (number - 1) % STAGES
     mbarrier.wait(v_full.index(before), (number - 1) // STAGES & 1)
@@ -214,9 +229,10 @@ def _rows_of_group(
 
 @gluon.jit(do_not_specialize=["rows", "columns", "section", "low", "high"])
 def gluon_forward_kernel(
-    q_desc, k_desc, v_desc, out_desc, lse_ptr,
+    q_desc, k_desc, v_desc, out_desc, lse_ptr, first_ptr, end_ptr,
     heads, group, rows, columns, section, low, high, scale,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    HAS_LOW: gl.constexpr, HAS_HIGH: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """Writes out and lse: as `forward_kernel` where that is PLAIN, with head size 128.
 
@@ -226,8 +242,9 @@ def gluon_forward_kernel(
     blocks = gl.cdiv(rows, 2 * _ROWS)
     lines = gl.num_programs(0) // blocks
     line, row, begin, full_begin, full_end, end = _tile(
-        rows, columns, section, low, high, blocks, lines, BLOCK_N, HAS_LOW, HAS_HIGH
-    )
+        rows, columns, section, low, high, first_ptr, end_ptr, blocks, lines,
+        BLOCK_N, HAS_LOW, HAS_HIGH, PACKED,
+    )  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     SIZE: gl.constexpr = q_desc.block_type.shape[3]
     q_place = gl.allocate_shared_memory(dtype, [2, 1, 1, _ROWS, SIZE], q_desc.layout)
@@ -249,13 +266,13 @@ def gluon_forward_kernel(
         [
             (_rows_of_group, (
                 out_desc, lse_ptr, q_place, k_ring, v_ring, q_full, k_full, k_empty, v_full,
-                v_empty, line, heads, row, rows, columns, low, high, scale, begin, full_begin,
-                full_end, end, 0, BLOCK_N, STAGES, HAS_LOW, HAS_HIGH,
+                v_empty, line, heads, row, rows, columns, low, high, first_ptr, end_ptr, scale,
+                begin, full_begin, full_end, end, 0, BLOCK_N, STAGES, HAS_LOW, HAS_HIGH, PACKED,
             )),
             (_rows_of_group, (
                 out_desc, lse_ptr, q_place, k_ring, v_ring, q_full, k_full, k_empty, v_full,
-                v_empty, line, heads, row, rows, columns, low, high, scale, begin, full_begin,
-                full_end, end, 1, BLOCK_N, STAGES, HAS_LOW, HAS_HIGH,
+                v_empty, line, heads, row, rows, columns, low, high, first_ptr, end_ptr, scale,
+                begin, full_begin, full_end, end, 1, BLOCK_N, STAGES, HAS_LOW, HAS_HIGH, PACKED,
             )),
             (_load, (
                 q_desc, k_desc, v_desc, q_place, k_ring, v_ring, q_full, k_full, k_empty, v_full,
