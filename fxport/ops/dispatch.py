@@ -2,10 +2,10 @@
 
 All implementations mean the same by (out, lse), so forward and backward choose independently. A
 choice depends on the call's facts and on torch's settings, never on values, timings or earlier
-calls. On CUDA: cuDNN where it covers the call and was measured faster (`fxport.ops.cudnn`), else
-our Triton kernels; instead of either FlashAttention-3 or FlashAttention-4, where it is installed
-and was measured faster (`fxport.ops.flash3_package`, `flash3`, `flash4`); else, with a warning, the
-blocked path.
+calls. On CUDA: cuDNN where it covers the call and was measured faster (`fxport.ops.cudnn`,
+`fxport.ops.triton.gluon`), else our Triton kernels; instead of either FlashAttention-3 or
+FlashAttention-4, where it is installed and was measured faster (`fxport.ops.flash3_package`,
+`flash3`, `flash4`); else, with a warning, the blocked path.
 """
 
 from __future__ import annotations
@@ -81,6 +81,15 @@ def _triton() -> Implementation | None:
     return Implementation("triton", kernels.refuses, kernels.forward, kernels.backward)
 
 
+def _triton_before_cudnn(facts: Facts) -> Implementation | None:
+    triton = _triton()
+    if triton is None or triton.refuses(facts) is not None:
+        return None
+    from fxport.ops.triton.attention import before_cudnn
+
+    return triton if before_cudnn(facts) else None
+
+
 @cache
 def _warn_slow(reason: str) -> None:
     """Once per reason. On CPU the blocked path keeps up with ATen's kernel: nothing to warn of."""
@@ -103,7 +112,8 @@ def choose(facts: Facts) -> Implementation:
 
 def _choose_cuda(facts: Facts) -> Implementation:
     if torch.backends.cudnn.is_available() and cudnn.refuses(facts) is None:
-        return _or_flash(_CUDNN, facts)
+        chosen = _or_flash(_CUDNN, facts)
+        return (_triton_before_cudnn(facts) or chosen) if chosen is _CUDNN else chosen
     triton = _triton()
     reason = "Triton is not installed" if triton is None else triton.refuses(facts)
     if triton is not None and reason is None:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from fxport.ops import attention, dispatch
+from fxport.ops.facts import Facts
 from fxport.ops.params import AttentionParams
 from fxport.ops.reference import reference_attention
 from fxport.ops.triton import attention as triton_attention
@@ -110,7 +112,7 @@ def _bias(*lead: int, dtype: torch.dtype = torch.bfloat16, rows_apart: int = _LO
         (P(_SCALE, softcap=3.0), {"bias": _bias(1, 4)}, "otherwise"),
         (P(_SCALE), {"bias": _bias(1, 4), "slopes": torch.zeros(4)}, "otherwise"),
         (P(_SCALE, dropout_p=0.1), {"seed": torch.zeros(1, dtype=torch.int64)}, "dropout"),
-        (P(_SCALE, True), {"cu_seqlens": torch.tensor([0, 9, _LONG], dtype=torch.int32)}, None),
+        (P(_SCALE, True), {"cu_seqlens": torch.tensor([0, 9, _LONG]).int()}, "too few"),
     ],
 )
 def test_what_backward_takes_beside_a_band(
@@ -119,6 +121,43 @@ def test_what_backward_takes_beside_a_band(
     monkeypatch.setattr(gluon, "_unknown_here", lambda device: None)
     found = gluon.refuses_backward(_call(params, rows=_LONG, **given), None)
     assert found is None if reason is None else found is not None and reason in found
+
+
+def test_packed_sequences_want_many_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gluon, "_unknown_here", lambda device: None)
+    borders = torch.tensor([0, 9, 4096], dtype=torch.int32)
+    for heads, reason in ((31, "too few"), (32, None)):
+        q, k, v = (torch.empty(1, heads, 4096, 128, dtype=torch.bfloat16) for _ in range(3))
+        packed = Call.of(q, k, v, None, None, None, borders, None, P(_SCALE, causal=True))
+        assert gluon.refuses_backward(replace(packed, first=None, end=None), None) is None
+        found = gluon.refuses_backward(packed, None)
+        assert found is None if reason is None else reason in (found or "")
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "dtype", "params", "needs", "expected"),
+    [
+        (4096, 128, torch.bfloat16, P(_SCALE, causal=True), None, True),
+        (8192, 128, torch.float16, P(_SCALE, causal=True), None, True),
+        (4095, 128, torch.bfloat16, P(_SCALE, causal=True), None, False),
+        (4096, 64, torch.bfloat16, P(_SCALE, causal=True), None, False),
+        (4096, 128, torch.float32, P(_SCALE, causal=True), None, False),
+        (4096, 128, torch.bfloat16, P(_SCALE), None, False),
+        (4096, 128, torch.bfloat16, P(-_SCALE, causal=True), None, False),
+        (4096, 128, torch.bfloat16, P(_SCALE, causal=True), (True,) * 3 + (False,) * 3, False),
+    ],
+)
+def test_what_it_is_used_for_instead_of_cudnn(
+    rows: int, size: int, dtype: torch.dtype, params: P, needs: tuple[bool, ...] | None,
+    expected: bool, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    q, k, v = (torch.empty(1, n, rows, size, dtype=dtype, device="meta") for n in (4, 2, 2))
+    facts = Facts.of(q, k, v, None, None, None, None, params, needs)
+    monkeypatch.setattr(gluon, "_unknown_here", lambda device: None)
+    assert gluon.before_cudnn(facts) is expected
+    monkeypatch.setattr(gluon, "_unknown_here", lambda device: "another Triton")
+    assert not gluon.before_cudnn(facts)
 
 
 def test_a_gradient_that_it_cannot_write(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,6 +358,7 @@ def test_packed_sequences(
     rest = (bias, sinks, None, cu_seqlens, None, _PACKED[name])
     forwards, backwards = (_counted(x, monkeypatch) for x in ("forward", "backward"))
     monkeypatch.setattr(gluon, "fills_the_gpu", lambda programs, interpreted: True)
+    monkeypatch.setattr(gluon, "_PACKED_PROGRAMS", 0)
     exact = [x.double().detach().requires_grad_() for x in (q, k, v)]
     wide = [None if x is None else x.double() for x in (bias, sinks)]
     want, want_lse = reference_attention(*exact, *wide, *rest[2:])
@@ -383,6 +423,27 @@ def test_the_same_bits_where_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dq is not None
     assert first[0] is not None
     assert torch.equal(dq, first[0])
+
+
+@pytest.mark.gpu
+@hopper
+def test_long_causal_calls_without_flash_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward is ours, backward cuDNN's: they mean the same by lse."""
+    for flash in (dispatch.flash3, dispatch.flash4, dispatch.flash3_package):
+        monkeypatch.setattr(flash, "refuses", lambda facts, rival: "not installed")
+    dispatch.calls.clear()
+    q, k, v, grad = _tensors((1, 2, 1, 4096, 4096, 128), torch.bfloat16)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    params = P(_SCALE, causal=True)
+    out, _ = attention(*leaves, params=params)
+    found = torch.autograd.grad(out, leaves, grad)
+    assert set(dispatch.calls) == {"triton.forward", "cudnn.backward"}
+    exact = [x.double().detach().requires_grad_() for x in (q, k, v)]
+    want, _ = reference_attention(*exact, None, None, None, None, None, params)
+    assert _off(out, want) < 4e-3
+    exactly = torch.autograd.grad(want, exact, grad.double())
+    for got, wanted in zip(found, exactly, strict=True):
+        assert _off(got, wanted) < 6e-3
 
 
 @pytest.mark.gpu

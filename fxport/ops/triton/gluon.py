@@ -13,18 +13,22 @@ import torch
 import triton
 from torch import Tensor
 
+from fxport.ops.band import Band
+from fxport.ops.facts import Facts
 from fxport.ops.layout import empty_heads
 from fxport.ops.triton.call import INTERPRETED, Call, Incoming, comes_in_tiles
 from fxport.ops.triton.config import fills_the_gpu
 from fxport.ops.triton.launch import Launches
 from fxport.ops.triton.tiles import BIAS_TILES
 
-__all__ = ["backward", "forward", "refuses", "refuses_backward"]
+__all__ = ["backward", "before_cudnn", "forward", "refuses", "refuses_backward"]
 
 _RELEASES = ("3.6.",)
 _TARGET = ("cuda", 90)
 _SIZE, _BIASED_SIZES = 128, (64, 128)  # at 64 and without a bias: not faster
 _LEAST_ROWS = 512
+_BEFORE_CUDNN = 4096  # causal; 2 to 7% faster from here on, docs/performance.md
+_PACKED_PROGRAMS = 1024  # sequences differ in length: few programs end unevenly
 _DTYPES = (torch.bfloat16, torch.float16)
 _ROWS, _GROUP_ROWS = 128, 64  # of a program forward, of one of its two groups of warps
 _BACKWARD_ROWS = 64
@@ -37,6 +41,20 @@ def refuses(call: Call) -> str | None:
     if not call.plain or call.seed is not None or call.sinks is not None:
         return "more than a band, packed sequences and a positive scale"
     return _refuses_both(call, (_SIZE,))
+
+
+def before_cudnn(facts: Facts) -> bool:
+    """Whether forward is faster than cuDNN's, for a call that cuDNN takes."""
+    rows, size = facts.q_shape[2:]
+    return (
+        facts.needs is None
+        and facts.band == Band(None, 0)
+        and rows >= _BEFORE_CUDNN
+        and size == facts.v_shape[3] == _SIZE
+        and facts.dtype in _DTYPES
+        and facts.params.scale > 0
+        and _unknown_here(torch.device("cuda", torch.cuda.current_device())) is None
+    )
 
 
 def _refuses_both(call: Call, sizes: tuple[int, ...]) -> str | None:
@@ -73,7 +91,8 @@ def refuses_backward(call: Call, dbias: Tensor | None) -> str | None:
         return reason
     kv_heads, columns = call.k.shape[1:3]
     programs = triton.cdiv(columns, _KEYS) * _batches_of_a_launch(call, dbias) * kv_heads
-    if not fills_the_gpu(programs, INTERPRETED):
+    uneven = call.first is not None and programs < _PACKED_PROGRAMS
+    if uneven or not fills_the_gpu(programs, INTERPRETED):
         return "too few blocks of keys: not faster"
     return None
 
