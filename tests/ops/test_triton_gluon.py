@@ -316,7 +316,8 @@ def test_a_bias_against_the_reference(
     assert _off(out, want) < 4e-3
     exactly = torch.autograd.grad((want * grad.double()).sum(), exact)
 
-    monkeypatch.setattr(gluon, "fills_the_gpu", lambda programs, interpreted: True)
+    for module in (gluon, triton_attention):
+        monkeypatch.setattr(module, "fills_the_gpu", lambda programs, interpreted: True)
     ran = _counted("backward", monkeypatch)
     needs = (True, True, True, learned, learned, False)
     for _ in range(2):  # prepared, then launched as prepared
