@@ -315,6 +315,7 @@ def _self_check(model: nn.Module, serving: ServingGraph, captured: Captured) -> 
     from fxport.backends.torch import PackedModel, check_against
     from fxport.capture.clone import clone_to_run, spread_constants
     from fxport.original import logits_function
+    from fxport.passes.dtypes import coarsest
 
     parameters = captured.parameters
     if any(p.is_meta for p in parameters.values()):
@@ -337,7 +338,7 @@ def _self_check(model: nn.Module, serving: ServingGraph, captured: Captured) -> 
         PackedModel(serving, {**parameters, **dict(clone.named_parameters())}),
         lengths,
         serving.known_ids,
-        serving.dtype,
+        coarsest(serving),
     )
     listed = ", ".join(str(n) for n in lengths)
     return Decision(

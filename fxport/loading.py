@@ -106,7 +106,8 @@ def check_weights(directory: str | Path, serving: ServingGraph) -> None:
 def _specs(serving: ServingGraph) -> dict[str, torch.Tensor]:
     """Every tensor that the graphs read, without values."""
     parameters = {
-        n: torch.empty(s, dtype=serving.dtype, device="meta") for n, s in serving.parameters.items()
+        n: torch.empty(s, dtype=serving.dtype_of(n), device="meta")
+        for n, s in serving.parameters.items()
     }
     return {**parameters, **serving.constants}
 

@@ -120,7 +120,7 @@ def _graph_dict(serving: ServingGraph, allowed: Allowed) -> dict[str, Any]:
         "body": part_to_dict(serving.body, allowed, serving.dtype),
         "head": part_to_dict(serving.head, allowed, serving.dtype),
         "attention": [asdict(layer) for layer in serving.attention],
-        "parameters": {name: list(shape) for name, shape in serving.parameters.items()},
+        "parameters": {name: _parameter_dict(serving, name) for name in serving.parameters},
         "constants": {
             name: {"shape": list(t.shape), "dtype": _name(t.dtype)}
             for name, t in serving.constants.items()
@@ -132,6 +132,13 @@ def _graph_dict(serving: ServingGraph, allowed: Allowed) -> dict[str, Any]:
         "hidden_size": serving.hidden_size,
         "max_position_embeddings": serving.max_position_embeddings,
     }
+
+
+def _parameter_dict(serving: ServingGraph, name: str) -> Any:
+    """The shape; and the dtype where it is not the model's."""
+    shape = list(serving.parameters[name])
+    odd = serving.dtypes.get(name)
+    return shape if odd is None else {"shape": shape, "dtype": _name(odd)}
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -292,7 +299,10 @@ def _serving(data: Any, allowed: Allowed, dtype: torch.dtype, device: torch.devi
         head=part_from_dict(data["head"], allowed, dtype, device),
         attention=tuple(_attention_layer(a) for a in data["attention"]),
         constants={n: _meta_tensor(n, t) for n, t in data["constants"].items()},
-        parameters={str(n): _shape(n, s) for n, s in data["parameters"].items()},
+        parameters={
+            str(n): _shape(n, s["shape"] if isinstance(s, dict) else s)
+            for n, s in data["parameters"].items()
+        },
         aliases={str(k): str(v) for k, v in data["aliases"].items()},
         unused=tuple(str(u) for u in data["unused"]),
         untrainable=tuple(str(u) for u in data["untrainable"]),
@@ -300,6 +310,9 @@ def _serving(data: Any, allowed: Allowed, dtype: torch.dtype, device: torch.devi
         hidden_size=_size(data["hidden_size"]),
         max_position_embeddings=_size(data["max_position_embeddings"]),
         dtype=dtype,
+        dtypes={
+            str(n): _dtype(s["dtype"]) for n, s in data["parameters"].items() if isinstance(s, dict)
+        },
     )
 
 

@@ -11,7 +11,7 @@ N tokens of many requests lie end to end; only ``fxport::attention`` looks at ot
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx
@@ -78,7 +78,8 @@ class ServingGraph:
         aliases: further names of tied parameters -> the name used here.
         unused: tensors of the original's state_dict that serving does not need (masks).
         vocab_size, hidden_size, max_position_embeddings: sizes.
-        dtype: the parameters' dtype at capture.
+        dtype: in which attention runs, and most parameters are.
+        dtypes: parameters of another dtype.
         untrainable: why the original has other gradients than these graphs, in words.
     """
 
@@ -95,6 +96,11 @@ class ServingGraph:
     max_position_embeddings: int
     dtype: torch.dtype
     untrainable: tuple[str, ...] = ()
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """In which dtype a parameter is held."""
+        return self.dtypes.get(name, self.dtype)
 
     @property
     def known_ids(self) -> int:

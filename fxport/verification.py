@@ -24,6 +24,7 @@ from fxport.capture.extra_arguments import ExampleInputs, token_ids_alone
 from fxport.capture.sample import device_of
 from fxport.errors import FxportError
 from fxport.loading import Loaded, load
+from fxport.passes.dtypes import coarsest
 from fxport.verify_prompts import prompts_for
 from fxport.verify_records import Comparison, FirstDifference, Verification
 from fxport.verify_trace import first_in_engine, first_in_graph, first_in_weights
@@ -74,7 +75,7 @@ def verify(
     asked = _checked(prompts, loaded, new_tokens) or prompts_for(
         serving.known_ids, serving.max_position_embeddings, new_tokens, seed
     )
-    original = _Original(model, serving.vocab_size, _BOUNDS[serving.dtype])
+    original = _Original(model, serving.vocab_size, _BOUNDS[coarsest(serving)])
     weights = first_in_weights(loaded, dict(model.named_parameters()))
     comparisons = [_weights(loaded, weights), _graph(loaded, original, asked)]
     comparisons.append(_trainable(model, original, asked))

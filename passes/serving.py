@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,6 @@ from fxport.capture.arguments import shape_of
 from fxport.capture.export import Captured
 from fxport.capture.gradients import let_gradients_pass
 from fxport.capture.inputs import InputKind, graph_input
-from fxport.capture.location import user_location
 from fxport.capture.recurrence import convolutions_over
 from fxport.capture.walk import Walked
 from fxport.diff.stages import Recorder, Stage
@@ -28,6 +26,7 @@ from fxport.passes.attention.rewrite import rewrite_attention
 from fxport.passes.axes import Axes, Axis, Symbols
 from fxport.passes.constants import depends_on
 from fxport.passes.decisions import sites_of
+from fxport.passes.dtypes import held_apart, serving_dtype
 from fxport.passes.empty_parts import drop_empty_parts
 from fxport.passes.experts.loops import run_chosen_experts
 from fxport.passes.experts.products import multiply_by_expert
@@ -263,6 +262,8 @@ def _split(
         if n.op == "placeholder" and "input" in n.meta
     }
     used = {name for p in (embed, body, head) for name in p.weights.values()}
+    learned = sorted(used & set(captured.parameters))
+    dtype = serving_dtype(gm, captured.parameters)
     for name in used - set(constants):
         if inputs[name].kind is InputKind.BUFFER:
             value = inputs[name].value
@@ -274,15 +275,14 @@ def _split(
         head=head,
         attention=layers,
         constants=constants,
-        parameters={
-            n: tuple(captured.parameters[n].shape) for n in sorted(used & set(captured.parameters))
-        },
+        parameters={n: tuple(captured.parameters[n].shape) for n in learned},
         aliases=dict(captured.aliases),
         unused=tuple(sorted(set(captured.state) - used - set(captured.aliases))),
         vocab_size=int(shape_of(logits)[-1]),
         hidden_size=width,
         max_position_embeddings=max_seq_len,
-        dtype=_dtype(captured),
+        dtype=dtype,
+        dtypes=held_apart(captured.parameters, learned, dtype),
         untrainable=tuple(str(reason) for reason in captured.untrainable),
     )
 
@@ -291,29 +291,3 @@ def _width(state: fx.Node, form: Axes | None) -> int:
     """How many features each token has."""
     sizes = shape_of(state) if form is None else (f for dim in form for f in dim)
     return math.prod(s for s in sizes if isinstance(s, int))
-
-
-def _dtype(captured: Captured) -> torch.dtype:
-    found = Counter(p.dtype for p in captured.parameters.values() if p.is_floating_point())
-    usual = found.most_common(1)[0][0]
-    if len(found) == 1:
-        return usual
-    names = ", ".join(sorted(str(d) for d in found))
-    odd = (n for n in captured.graph.graph.find_nodes(op="placeholder") if _is_odd(n, usual))
-    read = next((n for n in odd if n.users), None)
-    which = f": `{graph_input(read).name}` is {read.meta['val'].dtype}" if read else ""
-    reason = Reason(
-        ReasonCode.UNSUPPORTED_FEATURE,
-        f"parameters of several dtypes ({names}){which}",
-        user_location(next(iter(read.users))) if read else None,
-        "convert the model to one dtype; forward may cast what it computes, and buffers may differ",
-    )
-    raise PortError([reason])
-
-
-def _is_odd(node: fx.Node, usual: torch.dtype) -> bool:
-    """A parameter of another dtype than most are."""
-    if graph_input(node).kind is not InputKind.PARAMETER:
-        return False
-    dtype: torch.dtype = node.meta["val"].dtype
-    return dtype.is_floating_point and dtype != usual

@@ -51,6 +51,7 @@ from fxport.nested import attach
 from fxport.parallel.context import ParallelContext
 from fxport.parallel.modules import Gather, ReduceFrom
 from fxport.parallel.plan import ParameterShard, Plan
+from fxport.passes.held_as_read import hold_as_read
 from fxport.passes.tensor_parallel.boxes import Box
 from fxport.passes.tensor_parallel.emission import LocalHeads
 from fxport.passes.tensor_parallel.serving import (
@@ -176,7 +177,7 @@ class _Builder:
         box: list[tuple[int, ...] | None] = [None] * len(shape)
         dim = shape.index(max(shape))
         shape[dim], box[dim] = len(heads.query), heads.query
-        held = nn.Parameter(torch.empty(shape), requires_grad=False)
+        held = nn.Parameter(torch.empty(shape, dtype=self.serving.dtype_of(found)), False)
         self._fill(found, held, tuple(box))
         return held
 
@@ -190,7 +191,10 @@ class _Builder:
         path = f"embeddings.{name}"
         if name not in self.embeddings:
             layer = vocabulary_layer(
-                self._shard(name), self.vllm_config, f"{self.prefix}.{_owner(name)}"
+                self._shard(name),
+                self.serving.dtype_of(name),
+                self.vllm_config,
+                f"{self.prefix}.{_owner(name)}",
             )
             self.embeddings[name] = layer
             attach(self.root, path, layer)
@@ -225,7 +229,8 @@ class _Builder:
             return False
         path, tied = f"heads.{weight}", self.embeddings.get(weight)
         prefix = f"{self.prefix}.{_owner(weight)}"
-        head = Head(self._shard(weight), bias is not None, tied, self.vllm_config, prefix)
+        dtype = self.serving.dtype_of(weight)
+        head = Head(self._shard(weight), dtype, bias is not None, tied, self.vllm_config, prefix)
         attach(self.root, path, head)
         if tied is None:
             self._fill(weight, head.lm_head.get_parameter("weight"), None)
@@ -255,7 +260,8 @@ class _Builder:
     def _join(self, graph: fx.Graph, group: list[Sibling]) -> None:
         shapes = [self._shape(sibling.weight) for sibling in group]
         prefix = f"{self.prefix}.{_owner(group[0].weight)}"
-        joined = Joined(shapes, group[0].bias is not None, self.vllm_config, prefix)
+        dtype = self.serving.dtype_of(group[0].weight)
+        joined = Joined(shapes, dtype, group[0].bias is not None, self.vllm_config, prefix)
         path = f"siblings.s{len(list(self.root.modules()))}"
         attach(self.root, path, joined)
         for name, tensor, rows in joined.filled_by(group):
@@ -276,6 +282,7 @@ class _Builder:
         owner = _owner(weight)
         linear = linear_layer(
             self._shard(weight),
+            self.serving.dtype_of(weight),
             bias is not None,
             self.rank.context.rank,
             self.serving.attention,
@@ -339,11 +346,13 @@ class _Builder:
         bound = arguments(node)
         names = [source.part.weights.get(n.name, "") for n in bound["tensors"]]
         once = all(n in self.serving.parameters and self.uses[n] == 1 for n in names)
-        if bound["dim"] != 0 or not once or len(set(names)) < len(names):
+        dtypes = {self.serving.dtype_of(n) for n in names}
+        if bound["dim"] != 0 or not once or len(set(names)) < len(names) or len(dtypes) > 1:
             return
         rank, graph = self.rank.context.rank, source.part.graph
         local = self._shard(names[0]).local_shape(rank)
-        tensor = nn.Parameter(torch.empty(len(names), *local), requires_grad=False)
+        stacked = torch.empty(len(names), *local, dtype=dtypes.pop())
+        tensor = nn.Parameter(stacked, requires_grad=False)
         path = f"stacks.{names[0]}"
         attach(self.root, path, tensor)
         for index, name in enumerate(names):
@@ -378,7 +387,8 @@ class _Builder:
     def _tensor(self, name: str) -> torch.Tensor:
         if name in self.serving.parameters:
             local = self._shard(name).local_shape(self.rank.context.rank)
-            return nn.Parameter(torch.empty(local), requires_grad=False)
+            held = torch.empty(local, dtype=self.serving.dtype_of(name))
+            return nn.Parameter(held, requires_grad=False)
         if name not in self.serving.constants:
             raise SavedPortError(f"the graph reads `{name}`, which the port does not have")
         # Constants keep the dtype they were captured in, whatever vLLM's default dtype is.
@@ -402,13 +412,14 @@ def _owner(name: str) -> str:
 
 
 def assemble(serving: ServingGraph, vllm_config: VllmConfig, prefix: str) -> Assembled:
-    """Builds the three modules; parameters are uninitialised, in vLLM's default dtype.
+    """Builds the three modules; parameters are uninitialised, in the port's dtypes.
 
     Raises:
         FxportError: a parallel layout that a port cannot be served with.
         SavedPortError: the graphs do not fit their record.
     """
     _check_layout(vllm_config)
+    serving = hold_as_read(serving)
     ranks = get_tensor_model_parallel_world_size()
     if ranks == 1:
         rank = whole_serving(serving)

@@ -71,7 +71,7 @@ class PagedAttention(nn.Module):
         out = out.view(1, -1, layer.num_heads, self.padded)
         if self.padded != layer.head_size_v:
             out = out[..., : layer.head_size_v]
-        return out.transpose(1, 2)
+        return out.transpose(1, 2).to(v.dtype)
 
     def _flat(self, x: torch.Tensor) -> torch.Tensor:
         """``[1, H, N, D]`` -> ``[N, H * padded]``"""

@@ -79,6 +79,7 @@ class Linear(nn.Module):
 @dataclass(frozen=True)
 class _Maker:
     shard: ParameterShard
+    dtype: torch.dtype
     bias: bool
     rank: int
     vllm_config: VllmConfig
@@ -88,6 +89,7 @@ class _Maker:
         made: nn.Module = layer(
             *sizes,
             bias=self.bias,
+            params_dtype=self.dtype,
             quant_config=self.vllm_config.quant_config,
             prefix=self.prefix,
             return_bias=False,
@@ -104,6 +106,7 @@ class _Maker:
 
 def linear_layer(
     shard: ParameterShard,
+    dtype: torch.dtype,
     bias: bool,
     rank: int,
     heads: Iterable[AttentionLayer],
@@ -118,7 +121,7 @@ def linear_layer(
     Raises:
         FxportError: the part is none of vLLM's, and the weights are to be quantised.
     """
-    maker = _Maker(shard, bias, rank, vllm_config, prefix)
+    maker = _Maker(shard, dtype, bias, rank, vllm_config, prefix)
     out_features, in_features = shard.shape
     rows = _indices(shard, 0)
     columns = _indices(shard, 1)
@@ -211,13 +214,14 @@ def _packed_heads(layer: AttentionLayer, ranks: int) -> Rows | None:
 
 
 def vocabulary_layer(
-    shard: ParameterShard, vllm_config: VllmConfig, prefix: str
+    shard: ParameterShard, dtype: torch.dtype, vllm_config: VllmConfig, prefix: str
 ) -> VocabParallelEmbedding:
     """The token embedding whose rows are divided as `fxport.passes...vocabulary` says."""
     size, width = shard.shape
     return VocabParallelEmbedding(
         size,
         width,
+        params_dtype=dtype,
         padding_size=padding(size, len(shard.indices)),
         quant_config=vllm_config.quant_config,
         prefix=prefix,
@@ -230,6 +234,7 @@ class Head(nn.Module):
     def __init__(
         self,
         shard: ParameterShard,
+        dtype: torch.dtype,
         bias: bool,
         tied: VocabParallelEmbedding | None,
         vllm_config: VllmConfig,
@@ -241,6 +246,7 @@ class Head(nn.Module):
             self.size,
             width,
             bias=bias,
+            params_dtype=dtype,
             padding_size=padding(self.size, len(shard.indices)),
             quant_config=vllm_config.quant_config,
             prefix=prefix,

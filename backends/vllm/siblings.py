@@ -79,11 +79,13 @@ class Joined(nn.Module):
 
     Args:
         shapes: of the weights, ``[out_i, in]``.
+        dtype: of the value that they read, and of them.
     """
 
     def __init__(
         self,
         shapes: Sequence[tuple[int, ...]],
+        dtype: torch.dtype,
         bias: bool,
         vllm_config: VllmConfig,
         prefix: str,
@@ -94,6 +96,7 @@ class Joined(nn.Module):
             shapes[0][1],
             sum(self.sizes),
             bias=bias,
+            params_dtype=dtype,
             quant_config=vllm_config.quant_config,
             prefix=prefix,
             return_bias=False,

@@ -110,10 +110,10 @@ def divide_serving(
     Raises:
         FxportError: no division was found, or the independent check found it wrong.
     """
-    sources = [
-        _Source(serving, part, context.world_size, device)
-        for part in (serving.embed, serving.body, serving.head)
-    ]
+    sources: list[_Source] = []
+    for part in (serving.embed, serving.body, serving.head):
+        before = sources[-1].dtype if sources else serving.dtype
+        sources.append(_Source(serving, part, context.world_size, device, before))
     whole: frozenset[str] = frozenset()
     for _ in range(sum(len(s.labels.leaves) for s in sources) + len(serving.parameters) + 1):
         try:
@@ -144,13 +144,22 @@ def _agree(emissions: list[Emission]) -> None:
 
 
 class _Source:
-    """A part with shapes for one token, and its labels."""
+    """A part with shapes for one token, and its labels.
+
+    Args:
+        state: dtype of the embeddings or the hidden state that the part takes.
+    """
 
     def __init__(
-        self, serving: ServingGraph, part: Part, world_size: int, device: torch.device
+        self,
+        serving: ServingGraph,
+        part: Part,
+        world_size: int,
+        device: torch.device,
+        state: torch.dtype,
     ) -> None:
         self.part = part
-        self.gm = _with_values(serving, part, device)
+        self.gm = _with_values(serving, part, device, state)
         self.labels: Labels = label(
             self.gm, world_size, without_tokens=frozenset({_POSITIONS}), equal_heads=True
         )
@@ -158,6 +167,13 @@ class _Source:
             n for n in self.gm.graph.nodes if _is_vocabulary(n, part, serving, world_size)
         )
         keep_beside_vocabulary(self.labels, self.vocabulary)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what the part gives."""
+        (output,) = self.gm.graph.find_nodes(op="output")
+        found: torch.dtype = output.args[0].meta["val"].dtype
+        return found
 
     def emit(self, context: ParallelContext, whole: frozenset[str]) -> Emission:
         while True:
@@ -188,7 +204,9 @@ def _is_vocabulary(node: fx.Node, part: Part, serving: ServingGraph, world_size:
     return parameter and divides(unit_shape(weight)[0], world_size)
 
 
-def _with_values(serving: ServingGraph, part: Part, device: torch.device) -> fx.GraphModule:
+def _with_values(
+    serving: ServingGraph, part: Part, device: torch.device, state: torch.dtype
+) -> fx.GraphModule:
     """A copy of the part whose nodes know their shape for one token."""
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
@@ -198,7 +216,7 @@ def _with_values(serving: ServingGraph, part: Part, device: torch.device) -> fx.
         for node in graph.nodes:
             if node.op == "placeholder":
                 node.meta["input"] = _input(serving, part, node.name)
-                node.meta["val"] = _value(serving, graph_input(node), device)
+                node.meta["val"] = _value(serving, graph_input(node), device, state)
             elif node.op == "call_function":
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
                 node.meta["val"] = node.target(*args, **kwargs)
@@ -229,9 +247,12 @@ def _input(serving: ServingGraph, part: Part, name: str) -> GraphInput:
     return GraphInput(InputKind.PARAMETER if parameter else InputKind.BUFFER, found)
 
 
-def _value(serving: ServingGraph, given: GraphInput, device: torch.device) -> Tensor:
+def _value(
+    serving: ServingGraph, given: GraphInput, device: torch.device, state: torch.dtype
+) -> Tensor:
     if given.kind is InputKind.PARAMETER:
-        return torch.empty(serving.parameters[given.name], dtype=serving.dtype, device=device)
+        dtype = serving.dtype_of(given.name)
+        return torch.empty(serving.parameters[given.name], dtype=dtype, device=device)
     if given.kind is InputKind.BUFFER:
         spec = serving.constants[given.name]
         return torch.empty(spec.shape, dtype=spec.dtype, device=device)
@@ -239,7 +260,7 @@ def _value(serving: ServingGraph, given: GraphInput, device: torch.device) -> Te
         return torch.empty(1, dtype=torch.int64, device=device)
     if given.name == "input_ids":
         return torch.empty(1, 1, dtype=torch.int64, device=device)
-    return torch.empty(1, 1, serving.hidden_size, dtype=serving.dtype, device=device)
+    return torch.empty(1, 1, serving.hidden_size, dtype=state, device=device)
 
 
 def _prove(serving: ServingGraph, whole: fx.Graph, emission: Emission, plan: Plan) -> None:
@@ -250,7 +271,8 @@ def _prove(serving: ServingGraph, whole: fx.Graph, emission: Emission, plan: Pla
     """
     root = nn.Module()
     for shard in plan.parameters:
-        local = torch.empty(shard.local_shape(emission.rank), device="meta", dtype=serving.dtype)
+        dtype = serving.dtype_of(shard.name)
+        local = torch.empty(shard.local_shape(emission.rank), device="meta", dtype=dtype)
         attach(root, shard.name, nn.Parameter(local, requires_grad=False))
     for name, spec in serving.constants.items():
         attach(root, name, spec.to("meta"), persistent=True)

@@ -74,7 +74,6 @@ CODES = {
     "reads more than it wrote": ReasonCode.MUTATED_STATE,
     "reads before it writes": ReasonCode.MUTATED_STATE,
     "nn.TransformerEncoder, no mask": ReasonCode.NOT_CAUSAL,
-    "autocast switched on": ReasonCode.UNSUPPORTED_OP,
     "tables made of values": ReasonCode.MUTATED_STATE,
 }
 

@@ -22,7 +22,6 @@ from fxport.passes import serving as serving_passes
 from fxport.passes.tokens.rules import has_rule
 from fxport.saved import read_serving
 from tests.saved_ports import edit, write_graph
-from tests.zoo import awkward
 from tests.zoo.gemma import Gemma
 from tests.zoo.gpt import GPT
 from tests.zoo.llama import Llama
@@ -404,24 +403,3 @@ def test_a_model_without_attention_is_refused() -> None:
     model = nn.Sequential(nn.Embedding(17, 8), nn.GELU(), nn.Linear(8, 17))
     with pytest.raises(PortError, match="the model has no attention"):
         fxport.port(model, max_seq_len=32)
-
-
-class OtherTable(awkward.Decoder):
-    """As in nanochat, a table of embeddings is kept in half precision."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.extra = nn.Embedding(awkward.VOCAB, awkward.WIDTH).to(torch.bfloat16)
-
-    def forward(self, ids):
-        x = self.embed(ids) + self.extra(ids).float()  # HERE
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))
-
-
-def test_a_parameter_of_another_dtype_is_named_with_its_line() -> None:
-    with pytest.raises(PortError, match=r"`extra.weight` is torch.bfloat16") as refused:
-        fxport.port(OtherTable().eval())
-    location = refused.value.reasons[0].location
-    assert location is not None and location.source.endswith("# HERE")

@@ -242,12 +242,12 @@ EXACT: dict[str, Callable[[], nn.Module]] = {
     "mask registered in forward": RegisteredMask,
     "nn.Sequential": sequential,
     "autocast switched off": Regions,
+    "autocast switched on": lambda: Regions(enabled=True),
     "other names": OtherNames,
     "weights beside modules": WeightsBesideModules,
     "tables kept in the dtype of a value": SharedTables,
 }
 REFUSED: dict[str, Callable[[], nn.Module]] = {
     "nn.TransformerEncoder, no mask": lambda: TutorialLM(causal=False),
-    "autocast switched on": lambda: Regions(enabled=True),
     "tables made of values": lambda: SharedTables(from_tokens=True),
 }
