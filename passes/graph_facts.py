@@ -22,6 +22,7 @@ __all__ = [
     "erase_dead",
     "erase_if_unused",
     "grad_modes",
+    "is_random",
     "lends_shape_only",
     "only_checks",
     "reachable",
@@ -124,7 +125,7 @@ class GraphFacts:
         if is_symbolic(node):
             data = free_unbacked_symbols(node.meta["val"])
             return Source.DATA if data else Source.CONSTANT
-        if node.op != "call_function" or _is_random(node):
+        if node.op != "call_function" or is_random(node):
             own |= Source.DATA
         if not isinstance(node.target, OpOverload) and node.target is not operator.getitem:
             own |= Source.DATA
@@ -182,7 +183,8 @@ _KINDS = {
 }
 
 
-def _is_random(node: fx.Node) -> bool:
+def is_random(node: fx.Node) -> bool:
+    """Whether it draws numbers."""
     return isinstance(node.target, OpOverload) and (
         torch.Tag.nondeterministic_seeded in node.target.tags
     )
@@ -232,7 +234,7 @@ def computes(node: fx.Node) -> bool:
     """Whether a node does nothing but compute its result, the same at any place of the graph."""
     if is_symbolic(node) or node.op == "get_attr":
         return True
-    return _is_pure(node) and not _is_random(node)
+    return _is_pure(node) and not is_random(node)
 
 
 def _writes(nodes: Iterable[fx.Node]) -> dict[fx.Node, list[fx.Node]]:

@@ -64,7 +64,8 @@ class Emitter:
     def constant(self, name: str, value: torch.Tensor) -> fx.Node:
         """A tensor stored with the graph, equal ones once."""
         for known, stored in self.gm.named_buffers(recurse=False):
-            if known.startswith(f"_fxport_{name}") and torch.equal(stored, value):
+            same = stored.dtype == value.dtype and known.startswith(f"_fxport_{name}")
+            if same and torch.equal(stored, value):
                 break
         else:
             known = f"_fxport_{name}_{len(list(self.gm.named_buffers(recurse=False)))}"

@@ -1,7 +1,9 @@
-"""A number written where a mask says so, as the fill that it is.
+"""A number written where a mask says so, or outside a triangle, as the fill that it is.
 
     s[:, :, ~mask] = -inf        index_put(s, [None, None, mask], c)  ->  masked_fill(s, mask, c)
     m[rows > columns] = 0.0      index_put(m, [mask], c)              ->  masked_fill(m, mask, c)
+
+    e = tril(exp(s))             tril(e)                    ->  masked_fill(e, ~tril(ones), 0)
 
 The values and the gradients are the same to the last bit.
 """
@@ -12,9 +14,10 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fxport.capture.arguments import arguments
+from fxport.capture.arguments import arguments, shape_of
 from fxport.passes.attention.emit import Emitter
-from fxport.passes.graph_facts import erase_if_unused
+from fxport.passes.attention.views import overload_packet
+from fxport.passes.graph_facts import GraphFacts, Source, erase_if_unused
 
 __all__ = ["spell_out_fills"]
 
@@ -37,6 +40,43 @@ def spell_out_fills(gm: fx.GraphModule) -> None:
         filled = emitter.call(aten.masked_fill.Tensor, changed, mask, value)
         node.replace_all_uses_with(filled)
         erase_if_unused(gm, [node])
+
+
+    _spell_out_triangles(gm)
+
+
+def _spell_out_triangles(gm: fx.GraphModule) -> None:
+    """Where a triangle of the data is cut out; one of constants is a mask itself."""
+    facts: GraphFacts | None = None
+    for node in [n for n in reversed(gm.graph.nodes) if overload_packet(n) in _TRIANGLES]:
+        if not node.users:  # done with what was cut out of it
+            continue
+        facts = facts or GraphFacts(gm)
+        if Source.DATA not in facts.source(node) or not node.meta["val"].is_floating_point():
+            continue
+        cuts = _cuts(node)
+        whole = arguments(cuts[0])["self"]
+        emitter = Emitter(gm, node, [whole])
+        shape = emitter.sizes(shape_of(whole)[-2:])
+        kept = emitter.call(aten.new_ones.default, whole, shape, dtype=torch.bool)
+        for cut in cuts:
+            kept = emitter.call(cut.target, kept, arguments(cut)["diagonal"])  # type: ignore[arg-type]
+        gone = emitter.call(aten.logical_not.default, kept)
+        node.replace_all_uses_with(emitter.call(aten.masked_fill.Scalar, whole, gone, 0.0))
+        erase_if_unused(gm, [node])
+
+
+def _cuts(last: fx.Node) -> list[fx.Node]:
+    """One after the other, as for a band; nobody sees what is in between."""
+    cuts = [last]
+    while True:
+        before = arguments(cuts[0])["self"]
+        if overload_packet(before) not in _TRIANGLES or len(before.users) != 1:
+            return cuts
+        cuts.insert(0, before)
+
+
+_TRIANGLES = {aten.tril, aten.triu}
 
 
 def _only_mask(indices: list[fx.Node | None]) -> fx.Node | None:

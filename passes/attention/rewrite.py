@@ -27,6 +27,7 @@ from fxport.capture.arguments import arguments
 from fxport.errors import ReasonCode
 from fxport.ops.params import AttentionParams
 from fxport.passes.attention.bias import emit_checks, emit_dense, emit_row_scales, restore_nan
+from fxport.passes.attention.broadcasts import spread_by_the_operation
 from fxport.passes.attention.chains import spell_out_chains
 from fxport.passes.attention.checks import check_grad_mode
 from fxport.passes.attention.cosines import write_out_cosines
@@ -66,6 +67,7 @@ from fxport.passes.attention.trace import trace
 from fxport.passes.attention.unread import may_be_unread, unread_scores
 from fxport.passes.attention.views import moved_input
 from fxport.passes.attention.vmapped import vmapped_softmaxes
+from fxport.passes.attention.written import hold_what_is_written
 from fxport.passes.graph_facts import GraphFacts, erase_dead, erase_if_unused
 from fxport.passes.inplace import without_inplace
 from fxport.passes.masks.prover import Prover
@@ -107,11 +109,13 @@ def rewrite_attention(
     if not started and not flex_calls(gm.graph):
         return AttentionResult((), tuple(decisions))
     without_inplace(gm)
+    hold_what_is_written(gm)
     flex = _write_out_flex(gm, decisions)
     erase_dead(gm)
     spell_out_fills(gm)
     spell_out_chains(gm)
     spell_out_repeats(gm)
+    spread_by_the_operation(gm)
     write_out_cosines(gm)
     facts = GraphFacts(gm)
     prover = Prover(facts)

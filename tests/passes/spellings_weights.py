@@ -61,3 +61,39 @@ def filled_by_a_wider_mask(qkv: Tensor) -> Tensor:
     w, v = causal_weights(qkv)
     t = w.size(-1)
     return finish(w.masked_fill(torch.ones(t, t).tril(2) == 0, 0.0), v)
+
+
+@legal("causal")
+def triangle_of_the_weights_renormalised(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    w = torch.tril((q @ k.transpose(-1, -2)).softmax(-1))
+    return finish(w / w.sum(-1, keepdim=True), v)
+
+
+@legal("causal")
+def triangle_of_the_exponentials(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    e = torch.tril((q @ k.transpose(-1, -2) * 0.4).exp())
+    return (e @ v / e.sum(-1, keepdim=True)).transpose(1, 2).flatten(2)
+
+
+@legal("causal, window 3")
+def band_of_the_exponentials(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    e = (q @ k.transpose(-1, -2) * 0.4).exp().tril().triu(-2)
+    return finish(e / e.sum(-1, keepdim=True), v)
+
+
+@legal("causal")
+def gate_of_the_query_repeated_for_every_key(qkv: Tensor) -> Tensor:
+    w, v = causal_weights(qkv)
+    gate = torch.sigmoid(qkv[0, :, :, :, 0]).transpose(1, 2).unsqueeze(-1)
+    return finish(w * gate.repeat(1, 1, 1, w.size(-1)), v)
+
+
+@legal("causal")
+def factor_of_the_query_expanded_on_the_scores(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    s = q @ k.transpose(-1, -2)
+    s = s / qkv[0, :, :, :, :1].transpose(1, 2).sigmoid().expand_as(s)
+    return finish(s.masked_fill(~causal_bool(q.size(2)), INF).softmax(-1), v)

@@ -276,12 +276,31 @@ def key_changed_in_between(qkv: Tensor) -> Tensor:
 
 
 @tricky("changed-in-place")
-def mask_written_row_by_row(qkv: Tensor) -> Tensor:
-    mask = torch.zeros(16, 16, dtype=torch.bool)
-    mask[:, 3] = True
-    mask[3] = True
+def mask_written_by_the_data(qkv: Tensor) -> Tensor:
     t = qkv.size(2)
-    return masked(qkv, (mask[:t, :t] | torch.eye(t, dtype=torch.bool)))
+    mask = torch.zeros(t, t, dtype=torch.bool)
+    mask[:, 0] = qkv[0, 0, :, 0, 0] > 0
+    return masked(qkv, mask | torch.eye(t, dtype=torch.bool))
+
+
+@tricky("attention-weights-used-elsewhere")
+def zeros_of_a_triangle_filled(qkv: Tensor) -> Tensor:
+    """A score that happens to be 0 is masked as well."""
+    q, k, v = heads_first(qkv)
+    s = (q @ k.transpose(-1, -2)).tril()
+    return finish(s.masked_fill(s == 0, float("-inf")).softmax(-1), v)
+
+
+@tricky("unsupported-feature")
+def triangle_of_the_weights(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    return finish((q @ k.transpose(-1, -2)).softmax(-1).tril(), v)
+
+
+@tricky("unsupported-feature")
+def triangle_of_the_scores(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    return finish((q @ k.transpose(-1, -2)).tril().softmax(-1), v)
 
 
 @tricky("unsupported-feature")

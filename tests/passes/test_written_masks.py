@@ -1,0 +1,160 @@
+"""Masks that are written piece by piece: what they hold, for fixed and for varying lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from attention_graphs import Rewritten, Site, compare, rewrite, trace_training
+from torch import Tensor
+
+INF = float("-inf")
+FIXED: dict[int, tuple[int, ...]] = {}
+VARYING: dict[int, tuple[int, ...]] = {0: (1, 3)}
+
+
+def attend(x: Tensor, mask: Tensor) -> Tensor:
+    q, k, v = x.unbind(0)
+    scores = q @ k.mT
+    scores = scores.masked_fill(mask, INF) if mask.dtype == torch.bool else scores + mask
+    return scores.softmax(-1) @ v
+
+
+def rows(x: Tensor) -> Tensor:
+    mask = torch.zeros(x.size(3), x.size(3), dtype=x.dtype)
+    for i in range(x.size(3)):
+        mask[i, i + 1 :] = INF
+    return attend(x, mask)
+
+
+def windows(x: Tensor) -> Tensor:
+    mask = torch.ones(x.size(3), x.size(3), dtype=torch.bool)
+    for i in range(x.size(3)):
+        mask[i, max(0, i - 2) : i + 1] = False
+    return attend(x, mask)
+
+
+def prefix(x: Tensor) -> Tensor:
+    mask = torch.ones(x.size(3), x.size(3), dtype=torch.bool).triu(1)
+    mask[:, :2] = False
+    return attend(x, mask)
+
+
+def prefix_twice(x: Tensor) -> Tensor:
+    mask = torch.full((x.size(3), x.size(3)), INF, dtype=x.dtype).triu(1)
+    mask[:2, :3] = 0.0
+    mask[2] = 0.0
+    return attend(x, mask)
+
+
+def written_again(x: Tensor) -> Tensor:
+    mask = torch.ones(x.size(3), x.size(3), dtype=torch.bool).triu(1)
+    mask[1] = True
+    mask[1, :2] = False
+    return attend(x, mask)
+
+
+def copied_row(x: Tensor) -> Tensor:
+    mask = torch.ones(x.size(3), x.size(3), dtype=torch.bool).triu(1)
+    mask[0] = mask[1]
+    return attend(x, mask)
+
+
+def from_the_data(x: Tensor) -> Tensor:
+    mask = torch.zeros(x.size(3), x.size(3), dtype=x.dtype)
+    mask[0] = x[0, 0, 0, :, 0]
+    return attend(x, mask)
+
+
+def row_read_later(x: Tensor) -> Tensor:
+    mask = torch.zeros(x.size(3), x.size(3), dtype=x.dtype)
+    first = mask[0]
+    first[1:] = INF
+    mask[1, 2:] = INF
+    return attend(x, mask) + first[0]
+
+
+def read_in_between(x: Tensor) -> Tensor:
+    mask = torch.zeros(x.size(3), x.size(3), dtype=x.dtype)
+    mask[0, 1:] = INF
+    before = mask.exp()
+    mask[1, 2:] = INF
+    return attend(x, mask) + before.sum()
+
+
+def drawn(x: Tensor) -> Tensor:
+    mask = torch.rand(x.size(3), x.size(3), dtype=x.dtype).mul(0)
+    mask[0, 1:] = INF
+    return attend(x, mask)
+
+
+def traced(
+    function: Callable[..., Any], dynamic: dict[int, tuple[int, ...]], length: int
+) -> tuple[Site, list[Tensor], Rewritten]:
+    torch.manual_seed(length)
+    site, data = Site(function), [torch.randn(3, 2, 4, length, 4, dtype=torch.float64)]
+    return site, data, rewrite(trace_training(site, data, dynamic))
+
+
+@pytest.mark.parametrize(
+    "function,mask",
+    [
+        (rows, "causal"),
+        (windows, "causal, window 3"),
+        (prefix, "full"),
+        (prefix_twice, "full"),
+        (written_again, "causal"),
+        (copied_row, "full"),
+    ],
+)
+@pytest.mark.parametrize("length", [7, 4])
+def test_of_a_known_length(function: Callable[..., Any], mask: str, length: int) -> None:
+    site, data, found = traced(function, FIXED, length)
+    assert [s.mask for s in found.result.sites] == [mask]
+    compare(site, found.graph, data)
+    torch.manual_seed(1)
+    compare(site, found.graph, [torch.randn(3, 2, 4, length, 4, dtype=torch.float64)])
+
+
+@pytest.mark.parametrize("function", [prefix, prefix_twice, written_again])
+def test_of_any_length(function: Callable[..., Any]) -> None:
+    site, data, found = traced(function, VARYING, 7)
+    assert found.count == 1
+    for length in (7, 4, 12):
+        compare(site, found.graph, [torch.randn(3, 3, 4, length, 4, dtype=torch.float64)])
+
+
+@pytest.mark.parametrize("dynamic", [FIXED, VARYING])
+@pytest.mark.parametrize("function", [from_the_data, row_read_later, read_in_between, drawn])
+def test_what_is_left_as_it_is(
+    function: Callable[..., Any], dynamic: dict[int, tuple[int, ...]]
+) -> None:
+    site, data, found = traced(function, dynamic, 7)
+    assert found.left() == ["changed-in-place"]
+    compare(site, found.graph, data)
+
+
+def test_two_masks_of_other_types_are_two() -> None:
+    def both(x: Tensor) -> Tensor:
+        one = torch.zeros(5, 5, dtype=x.dtype)
+        one[0, 1:] = 1.0
+        other = torch.zeros(5, 5, dtype=torch.bool)
+        other[0, 1:] = True
+        return attend(attend(x, other).expand(3, -1, -1, -1, -1), one)
+
+    site, data, found = traced(both, FIXED, 5)
+    assert found.count == 2
+    compare(site, found.graph, data)
+
+
+def test_the_row_by_row_mask_compiles() -> None:
+    class Model(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return rows(x)
+
+    x = torch.randn(3, 1, 2, 6, 8)
+    torch._dynamo.reset()
+    compiled = torch.compile(Model(), backend="vllm_generic", options={"strict": True})
+    torch.testing.assert_close(compiled(x), rows(x))
