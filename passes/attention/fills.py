@@ -41,7 +41,6 @@ def spell_out_fills(gm: fx.GraphModule) -> None:
         node.replace_all_uses_with(filled)
         erase_if_unused(gm, [node])
 
-
     _spell_out_triangles(gm)
 
 
@@ -67,11 +66,11 @@ def _spell_out_triangles(gm: fx.GraphModule) -> None:
 
 
 def _cuts(last: fx.Node) -> list[fx.Node]:
-    """One after the other, as for a band; nobody sees what is in between."""
+    """One after the other, as for a band."""
     cuts = [last]
     while True:
         before = arguments(cuts[0])["self"]
-        if overload_packet(before) not in _TRIANGLES or len(before.users) != 1:
+        if overload_packet(before) not in _TRIANGLES:
             return cuts
         cuts.insert(0, before)
 

@@ -55,16 +55,22 @@ class _Written:
 
 def hold_what_is_written(gm: fx.GraphModule) -> None:
     """Rewrites the graph in place."""
-    if not any(is_mutation(n) for n in gm.graph.nodes):
-        return
+    # One may have been written into another.
+    while any(is_mutation(n) for n in gm.graph.nodes) and _hold_once(gm):
+        pass
+
+
+def _hold_once(gm: fx.GraphModule) -> bool:
+    """Whether there was anything to replace."""
+    changed = False
     for written in _constants(gm):
         value = _run(written)
         if value is not None:
             _hold(gm, written, value)
-            continue
-        writes = [n for n in written.steps if is_mutation(n)]
-        if len(writes) <= _MAX_MADE_ANEW:
-            _make_anew(gm, written)
+            changed = True
+        elif sum(map(is_mutation, written.steps)) <= _MAX_MADE_ANEW:
+            changed = _make_anew(gm, written) or changed
+    return changed
 
 
 def _constants(gm: fx.GraphModule) -> list[_Written]:
@@ -152,7 +158,7 @@ _SCATTERS: dict[Any, Any] = {
 }
 
 
-def _make_anew(gm: fx.GraphModule, written: _Written) -> None:
+def _make_anew(gm: fx.GraphModule, written: _Written) -> bool:
     """Every write as a new tensor; nothing happens where one cannot be."""
     emitter = Emitter(gm, written.steps[-1], [])
     current = written.base
@@ -160,9 +166,10 @@ def _make_anew(gm: fx.GraphModule, written: _Written) -> None:
         new = _after(emitter, written.base, current, write)
         if new is None:
             emitter.undo()
-            return
+            return False
         current = new
     _read_instead(gm, written, current)
+    return True
 
 
 def _after(emitter: Emitter, base: fx.Node, current: fx.Node, write: fx.Node) -> fx.Node | None:
@@ -176,7 +183,8 @@ def _after(emitter: Emitter, base: fx.Node, current: fx.Node, write: fx.Node) ->
         view = view.args[0]
     parts = [current]
     for view in views:
-        parts.append(emitter.call(view.target, parts[-1], *view.args[1:], **view.kwargs))
+        part = emitter.call(view.target, parts[-1], *view.args[1:], **view.kwargs)  # type: ignore[arg-type]
+        parts.append(part)
     new = _filled(emitter, write, parts[-1])
     for view, whole in zip(reversed(views), reversed(parts[:-1]), strict=True):
         if new is None:

@@ -62,6 +62,15 @@ def copied_row(x: Tensor) -> Tensor:
     return attend(x, mask)
 
 
+def row_by_another(x: Tensor) -> Tensor:
+    row = torch.zeros(x.size(3), dtype=x.dtype)
+    row[1:] = INF
+    mask = torch.full((x.size(3), x.size(3)), INF, dtype=x.dtype).triu(2)
+    mask[0] = row
+    mask[1, 2:] = INF
+    return attend(x, mask)
+
+
 def from_the_data(x: Tensor) -> Tensor:
     mask = torch.zeros(x.size(3), x.size(3), dtype=x.dtype)
     mask[0] = x[0, 0, 0, :, 0]
@@ -84,8 +93,18 @@ def read_in_between(x: Tensor) -> Tensor:
     return attend(x, mask) + before.sum()
 
 
+def row_by_one_read_in_between(x: Tensor) -> Tensor:
+    row = torch.zeros(x.size(3), dtype=x.dtype)
+    row[2:] = INF
+    before = row.exp()
+    row[1:] = INF
+    mask = torch.full((x.size(3), x.size(3)), INF, dtype=x.dtype).triu(2)
+    mask[0] = row
+    return attend(x, mask) + before.sum()
+
+
 def drawn(x: Tensor) -> Tensor:
-    mask = torch.rand(x.size(3), x.size(3), dtype=x.dtype).mul(0)
+    mask = torch.randint(0, 1, (x.size(3), x.size(3)), dtype=x.dtype)
     mask[0, 1:] = INF
     return attend(x, mask)
 
@@ -107,6 +126,7 @@ def traced(
         (prefix_twice, "full"),
         (written_again, "causal"),
         (copied_row, "full"),
+        (row_by_another, "full"),
     ],
 )
 @pytest.mark.parametrize("length", [7, 4])
@@ -120,14 +140,16 @@ def test_of_a_known_length(function: Callable[..., Any], mask: str, length: int)
 
 @pytest.mark.parametrize("function", [prefix, prefix_twice, written_again])
 def test_of_any_length(function: Callable[..., Any]) -> None:
-    site, data, found = traced(function, VARYING, 7)
+    site, _, found = traced(function, VARYING, 7)
     assert found.count == 1
     for length in (7, 4, 12):
         compare(site, found.graph, [torch.randn(3, 3, 4, length, 4, dtype=torch.float64)])
 
 
 @pytest.mark.parametrize("dynamic", [FIXED, VARYING])
-@pytest.mark.parametrize("function", [from_the_data, row_read_later, read_in_between, drawn])
+@pytest.mark.parametrize(
+    "function", [from_the_data, row_read_later, read_in_between, row_by_one_read_in_between, drawn]
+)
 def test_what_is_left_as_it_is(
     function: Callable[..., Any], dynamic: dict[int, tuple[int, ...]]
 ) -> None:
@@ -138,14 +160,16 @@ def test_what_is_left_as_it_is(
 
 def test_two_masks_of_other_types_are_two() -> None:
     def both(x: Tensor) -> Tensor:
-        one = torch.zeros(5, 5, dtype=x.dtype)
-        one[0, 1:] = 1.0
-        other = torch.zeros(5, 5, dtype=torch.bool)
-        other[0, 1:] = True
+        one = torch.ones(5, 5, dtype=x.dtype)
+        other = torch.ones(5, 5, dtype=torch.bool)
+        for mask in (one, other):
+            for i in range(5):
+                mask[i] = 0
         return attend(attend(x, other).expand(3, -1, -1, -1, -1), one)
 
     site, data, found = traced(both, FIXED, 5)
     assert found.count == 2
+    assert {b.dtype for b in found.graph.buffers()} == {torch.float64, torch.bool}
     compare(site, found.graph, data)
 
 
