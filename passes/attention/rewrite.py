@@ -64,7 +64,7 @@ from fxport.passes.attention.softmax import Softmax, is_softmax_call, softmaxes
 from fxport.passes.attention.spread import respell_uses
 from fxport.passes.attention.terms import emit_terms, join_terms
 from fxport.passes.attention.trace import trace
-from fxport.passes.attention.unread import may_be_unread, unread_scores
+from fxport.passes.attention.unread import Unread, may_be_unread, unread_scores
 from fxport.passes.attention.views import moved_input
 from fxport.passes.attention.vmapped import vmapped_softmaxes
 from fxport.passes.attention.written import hold_what_is_written
@@ -136,7 +136,7 @@ def rewrite_attention(
                 match = _match(facts, start)
                 site, more = _rewrite(gm, facts, prover, match, check_scores, assume_spread)
             except Left as left:
-                unseen = unread.between.get(node) if isinstance(left, Apart) else None
+                unseen = unread.between.get(node) if _sees_no_scores(unread, node, left) else None
                 said[node] = [stays(node, (unseen or left).reason(node))]
                 if left.code is ReasonCode.WEIGHTS_USED_ELSEWHERE:
                     again.append(start)
@@ -152,6 +152,12 @@ def rewrite_attention(
     decisions += [decision for node in in_order for decision in said[node]]
     found = tuple(sites[node] for node in in_order if node in sites)
     return AttentionResult(found, tuple(decisions))
+
+
+def _sees_no_scores(unread: Unread, node: fx.Node, left: Left) -> bool:
+    if isinstance(left, Apart):
+        return True
+    return left.code is ReasonCode.NOT_ATTENTION and node in unread.of_pairs
 
 
 def _put_back(

@@ -5,6 +5,7 @@
     checkpoint(softmax, q @ k.T) @ v                     a part of it in a body of its own
     softmax(-cdist(q, k)) @ v                            scores that are no q.k
     softmax(-((q[:, None] - k) ** 2).sum(-1)) @ v
+    softmax(tanh(q[:, None] + k) @ w) @ v            additive attention
 
 Reported, so that nothing is slow in silence. What is linear in the scores all the way (linear
 attention, retention) has nothing that a kernel for attention would do, and is not reported.
@@ -47,7 +48,7 @@ _LINEAR = {
 _CARRIES = {
     aten.detach, aten.dropout, aten.rsub, aten.tril, aten.triu, aten.cat, aten.pad,
     aten.constant_pad_nd, aten.slice, aten.narrow, aten.cumsum, aten.flip, aten.roll, aten.gather,
-    aten.scatter, aten.index_put,
+    aten.scatter, aten.index_put, aten.diagonal, aten.stack,
 }  # fmt: skip
 _ORDERS = {aten.sort, aten.topk}
 _SUMS = {aten.sum, aten.mean, aten.norm, aten.linalg_vector_norm}
@@ -62,10 +63,12 @@ class Unread:
         reported: the operations that stand between q.k and the values, each with its reason.
         between: the softmaxes that stand there, by their start, each with the reason for the case
             that the pass sees no attention in it.
+        of_pairs: those of them whose scores are made of pairs of queries and keys entry by entry.
     """
 
     reported: tuple[tuple[fx.Node, Left], ...]
     between: dict[fx.Node, Left]
+    of_pairs: frozenset[fx.Node]
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class _Way:
         softmax: whether that is a softmax that is known.
         outside: whether it is in the body of another operation.
         border: the operation that a part of the way is a body of.
+        pairs: whether the scores are no product of queries with keys.
     """
 
     node: fx.Node
@@ -85,6 +89,7 @@ class _Way:
     softmax: bool = False
     outside: bool = False
     border: fx.Node | None = None
+    pairs: bool = False
 
     def at(self, node: fx.Node) -> _Way:
         return replace(self, node=node)
@@ -98,12 +103,14 @@ def unread_scores(facts: GraphFacts, known: Collection[Softmax]) -> Unread:
     scope = _Scope(facts, known, {})
     reported: dict[fx.Node, Left] = {}
     between: dict[fx.Node, Left] = {}
+    of_pairs: set[fx.Node] = set()
     for ways in scope.to_values().values():
         for way in _telling(ways):
             assert way.bend is not None
             own = way.softmax and not way.outside
             (between if own else reported).setdefault(way.bend, _reason(way))
-    return Unread(tuple(reported.items()), between)
+            of_pairs |= {way.bend} if own and way.pairs else set()
+    return Unread(tuple(reported.items()), between, frozenset(of_pairs))
 
 
 def _telling(ways: list[_Way]) -> list[_Way]:
@@ -195,8 +202,10 @@ class _Scope:
     def made(self) -> Iterator[_Way]:
         """The scores: products of data with data, and what bodies return that is made of them."""
         for node in self.facts.gm.graph.nodes:
-            if self._is_scores(node):
+            if self._is_product_of_data(node):
                 yield _Way(node)
+            elif self._is_sum_of_pairs(node):
+                yield _Way(node, pairs=True)
             body = body_of(self.facts.gm, node)
             if body is not None:
                 inner = self._inner(body.gm)
@@ -262,17 +271,21 @@ class _Scope:
         first = way.bend is None or power_of(node) is not None
         return replace(way, bend=node) if first else way
 
-    def _is_scores(self, node: fx.Node) -> bool:
-        """Sums of data times data, or of what else is made of every query with every key."""
+    def _is_product_of_data(self, node: fx.Node) -> bool:
+        """Sums of data times data."""
         if overload_packet(node) is aten.cdist:
             return self._is_data(*node.args[:2])
         product = as_product(node)
-        if product is not None and self._is_data(product.left, product.right):
-            one_by_one = overload_packet(node) is aten.sum
-            plain = one_by_one and shape_of(product.left) == shape_of(product.right)
-            return product.left is not product.right and not plain
-        summed = overload_packet(node) in _SUMS and isinstance(node.args[0], fx.Node)
-        return summed and self._is_of_pairs(node.args[0])
+        if product is None or not self._is_data(product.left, product.right):
+            return False
+        one_by_one = overload_packet(node) is aten.sum
+        plain = one_by_one and shape_of(product.left) == shape_of(product.right)
+        return product.left is not product.right and not plain
+
+    def _is_sum_of_pairs(self, node: fx.Node) -> bool:
+        """Sums, with learned factors or not, of what is made of every query with every key."""
+        summed = overload_packet(node) in _SUMS or sums_products(node)
+        return summed and any(map(self._is_of_pairs, node.all_input_nodes))
 
     def _is_data(self, *values: Any) -> bool:
         return all(isinstance(v, fx.Node) and Source.DATA in self.facts.source(v) for v in values)

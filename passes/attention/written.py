@@ -82,7 +82,7 @@ def _constants(gm: fx.GraphModule) -> list[_Written]:
     found = []
     for base, *views in groups.values():
         writes = memory.written_by(base)
-        if not writes or not is_fresh(base) or not isinstance(base.meta["val"], FakeTensor):
+        if not writes or not is_fresh(base) or not isinstance(base.meta.get("val"), FakeTensor):
             continue
         last = writes[-1]
         steps = [n for n in (*views, *writes) if not last < n]
@@ -110,7 +110,7 @@ def _is_closed(written: _Written) -> bool:
 def _run(written: _Written) -> torch.Tensor | None:
     """What the tensor holds in the end; None where a size is not known here."""
     nodes = (written.base, *written.steps)
-    shapes = [shape_of(n) for n in nodes if isinstance(n.meta["val"], torch.Tensor)]
+    shapes = [shape_of(n) for n in nodes if isinstance(n.meta.get("val"), torch.Tensor)]
     if not all(isinstance(size, int) for shape in shapes for size in shape):
         return None
     if written.base.meta["val"].numel() > MAX_ENTRIES:

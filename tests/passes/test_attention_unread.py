@@ -121,9 +121,33 @@ def distances_written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (-((q[:, :, :, None] - k[:, :, None]) ** 2).sum(-1)).softmax(-1) @ v
 
 
+def additive(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = torch.tanh(q[:, :, :, None] + k[:, :, None]) @ torch.ones(4, dtype=q.dtype)
+    return s.softmax(-1) @ v
+
+
+def additive_by_linear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weight = torch.ones(1, 4, dtype=q.dtype)
+    s = F.linear(torch.tanh(q[:, :, :, None] + k[:, :, None]), weight, weight[0, :1])
+    return s.squeeze(-1).softmax(-1) @ v
+
+
+def additive_by_einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    pairs = torch.tanh(q[:, :, :, None] + k[:, :, None])
+    s = torch.einsum("bhtsd,d->bhts", pairs, torch.ones(4, dtype=q.dtype))
+    return s.softmax(-1) @ v
+
+
+def diagonals_of_all_heads_with_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    products = [torch.tensordot(a, b, dims=([2], [2])) for a, b in zip(q, k, strict=True)]
+    diagonals = [p.diagonal(dim1=0, dim2=2).permute(2, 0, 1) for p in products]
+    return torch.stack(diagonals).softmax(-1) @ v
+
+
 @pytest.mark.parametrize(
     "function",
     [
+        additive, additive_by_linear, additive_by_einsum, diagonals_of_all_heads_with_all,
         distances, distances_written_out, sum_detached, exponentials_detached,
         dividend_detached, weights_detached, logarithm_detached, sum_without_gradient,
         sigmoids, rectified, squared, sparse_maximum,
