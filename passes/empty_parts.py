@@ -6,9 +6,13 @@
 
 That is how a model with a cache is called without one. `cat` also takes ``tensor([])`` for nothing
 in any place. The empty part may widen the result's type; then a cast stays.
+
+    mask = hstack([zeros(T, 0), future])            mask = future
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import fx
@@ -26,17 +30,19 @@ def drop_empty_parts(gm: fx.GraphModule) -> int:
     """Rewrites the graph in place; returns how many parts went. What is written to stays."""
     memory = Memory(gm.graph)
     dropped = 0
-    for node in gm.graph.find_nodes(op="call_function", target=aten.cat.default):
-        given = arguments(node)
-        parts = [part for part in given["tensors"] if not _is_empty(part, node, given["dim"])]
-        gone = len(given["tensors"]) - len(parts)
+    for node in [n for n in gm.graph.nodes if n.target in _DIMENSIONS]:
+        tensors, dim = arguments(node)["tensors"], _along(node)
+        parts = [part for part in tensors if not _is_empty(part, node, dim)]
+        gone = len(tensors) - len(parts)
         if not parts or not gone or any(memory.written_by(n) for n in (node, *parts)):
             continue
+        if any(len(shape_of(part)) != len(shape_of(node)) for part in parts):
+            continue  # rows that vstack makes matrices of
         with gm.graph.inserting_before(node):
             if len({part.meta["val"].dtype for part in (node, *parts)}) > 1:
                 parts = [_as(gm, part, node) for part in parts]
         if len(parts) > 1:
-            node.args = (parts, given["dim"])
+            node.target, node.args, node.kwargs = aten.cat.default, (parts, dim), {}
         else:
             node.replace_all_uses_with(parts[0])
         dropped += gone
@@ -44,6 +50,22 @@ def drop_empty_parts(gm: fx.GraphModule) -> int:
         erase_dead(gm)
         gm.recompile()
     return dropped
+
+
+# What each joins along; None: its argument says it.
+_DIMENSIONS: dict[Any, int | None] = {
+    aten.cat.default: None,
+    aten.hstack.default: 1,
+    aten.vstack.default: 0,
+}
+
+
+def _along(node: fx.Node) -> int:
+    dim = _DIMENSIONS[node.target]
+    if dim is None:
+        return arguments(node)["dim"]  # type: ignore[no-any-return]
+    first = arguments(node)["tensors"][0]
+    return min(dim, len(shape_of(first)) - 1)
 
 
 def _is_empty(part: fx.Node, joined: fx.Node, dim: int) -> bool:

@@ -24,7 +24,7 @@ from fxport.passes.constants import is_symbolic
 from fxport.passes.masks.counted import without_constant
 from fxport.passes.masks.values import constant_value
 
-__all__ = ["PRODUCTS", "is_plain_position", "reach", "unbounded"]
+__all__ = ["PADS", "PRODUCTS", "is_plain_position", "reach", "unbounded"]
 
 aten = torch.ops.aten
 
@@ -37,6 +37,7 @@ _STEPS = {aten.floor_divide, aten.remainder, aten.fmod}
 _BITS = {aten.bitwise_and, aten.bitwise_or, aten.bitwise_xor, aten.__and__, aten.__or__}
 _CURVES = {aten.exp, aten.log, aten.sqrt, aten.pow}
 _GATHERS = {aten.index, aten.embedding, aten.index_select}
+PADS = {aten.pad, aten.constant_pad_nd}
 _PREFIXES = {aten.tril, aten.triu, aten.cumsum}
 _INEXACT = {torch.bfloat16, torch.float16}
 _WRAPPING = {torch.int8, torch.uint8, torch.int16}
@@ -154,7 +155,7 @@ def _deciding(nodes: Sequence[fx.Node], indices: set[fx.Node]) -> set[fx.Node]:
 
 def _decides(node: fx.Node, indices: set[fx.Node]) -> bool:
     packet = overload_packet(node)
-    if packet in (aten.tril, aten.triu):
+    if packet in (aten.tril, aten.triu) or packet in PADS:
         return True
     if not any(i in indices for i in node.all_input_nodes):
         return False

@@ -29,7 +29,7 @@ from fxport.passes.attention.views import overload_packet
 from fxport.passes.constants import is_symbolic
 from fxport.passes.graph_facts import reachable, value_inputs
 from fxport.passes.masks.counted import counts_from_end, length_free
-from fxport.passes.masks.reach import PRODUCTS, is_plain_position, reach, unbounded
+from fxport.passes.masks.reach import PADS, PRODUCTS, is_plain_position, reach, unbounded
 
 __all__ = ["Scope", "scope_of", "upper_bound"]
 
@@ -144,6 +144,8 @@ def _varies_along_others(node: fx.Node, symbols: Sequence[sympy.Symbol]) -> bool
         sizes = [shape_of(node)[arguments(node)["dim"]]]
     elif packet in (aten.tril, aten.triu):
         sizes = list(shape_of(node)[-2:])
+    elif packet in PADS:
+        sizes = [s for s, b in zip(shape_of(node), shape_of(node.args[0]), strict=True) if s != b]  # type: ignore[arg-type]
     else:
         return False
     return any(
@@ -174,6 +176,8 @@ def _is_local(node: fx.Node, symbols: Sequence[sympy.Symbol]) -> bool:
         )
     if packet is aten.repeat:
         return _expands(node)
+    if packet in PADS:
+        return _pads_in_front(node)
     known = (_POINTWISE, _FACTORIES, _SHAPES, _PREFIXES, _LOOKUPS)
     if not any(packet in group for group in known):
         return False
@@ -188,6 +192,15 @@ def _expands(repeat: fx.Node) -> bool:
     after, before = shape_of(repeat), shape_of(repeat.args[0])  # type: ignore[arg-type]
     new = (1,) * (len(after) - len(before))
     return all(a in (1, b) for a, b in zip(new + before, after, strict=True))
+
+
+def _pads_in_front(pad: fx.Node) -> bool:
+    """Whether entries are moved by a number, and numbers put before them: none at their end."""
+    given = arguments(pad)
+    amounts = given["pad"]
+    if given.get("mode", "constant") != "constant" or _varies([amounts, given.get("value")]):
+        return False
+    return min(amounts) >= 0 and not any(amounts[1::2])
 
 
 def _between_lengths(shape: tuple[Any, ...], symbols: Sequence[sympy.Symbol]) -> list[Any]:

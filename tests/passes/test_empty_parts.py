@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_graphs import Site, compare, trace_directly, trace_training
+from attention_graphs import Site, compare, trace_directly
 from torch import Tensor
 
 from fxport.passes.attention.rewrite import rewrite_attention
@@ -47,7 +47,15 @@ def wider(x: Tensor) -> Tensor:
     return attend(q.double(), torch.cat([past, k], dim=2), torch.cat([past, v], dim=2))
 
 
-EMPTY = [made_empty, cut_to_nothing, no_tensor_at_all, wider]
+def columns_and_rows_of_the_mask(x: Tensor) -> Tensor:
+    q, k, v = heads(x)
+    future = torch.full((q.shape[2], q.shape[2]), float("-inf"), dtype=x.dtype).triu(1)
+    mask = torch.hstack([torch.zeros((q.shape[2], 0), dtype=x.dtype), future])
+    mask = torch.vstack([mask[:0], mask, mask[:0]])
+    return (q @ k.mT + mask).softmax(-1) @ v
+
+
+EMPTY = [made_empty, cut_to_nothing, no_tensor_at_all, wider, columns_and_rows_of_the_mask]
 
 
 @pytest.mark.parametrize("function", EMPTY)
@@ -55,7 +63,8 @@ def test_an_empty_past_goes(function) -> None:
     module, data = Site(function), [torch.randn(2, 7, 48, dtype=torch.float64, requires_grad=True)]
     graph = trace_directly(module, data, {0: [0, 1]})
     assert drop_empty_parts(graph) >= 2
-    assert aten.cat.default not in [n.target for n in graph.graph.nodes]
+    joins = (aten.cat.default, aten.hstack.default, aten.vstack.default)
+    assert not any(n.target in joins for n in graph.graph.nodes)
     compare(module, graph, data)
     assert len(rewrite_attention(graph).sites) == 1
     compare(module, graph, data, 1e-6 if function is wider else 1e-9)
@@ -65,10 +74,25 @@ def two_left(x: Tensor) -> Tensor:
     return torch.cat([x[:, :0], x, x.cos()], 1)
 
 
-def test_the_others_are_joined() -> None:
-    module, data = Site(two_left), [torch.randn(2, 7, 48, dtype=torch.float64, requires_grad=True)]
-    graph = trace_training(module, data)
+def two_columns_left(x: Tensor) -> Tensor:
+    return torch.hstack([x[:, :0], x, x.cos()])
+
+
+def two_rows_left(x: Tensor) -> Tensor:
+    return torch.vstack([x, x[:0], x.cos()])
+
+
+def nothing_decides(x: Tensor) -> Tensor:
+    """The first has one dimension: all are joined along the first."""
+    return torch.hstack([x.new_empty(0), x[0], x[1]])
+
+
+@pytest.mark.parametrize("function", [two_left, two_columns_left, two_rows_left, nothing_decides])
+def test_the_others_are_joined(function) -> None:
+    module, data = Site(function), [torch.randn(2, 7, 48, dtype=torch.float64, requires_grad=True)]
+    graph = trace_directly(module, data)
     assert drop_empty_parts(graph) == 1
+    graph.graph.lint()
     compare(module, graph, data)
 
 
@@ -86,7 +110,11 @@ def written(x: Tensor) -> Tensor:
     return joined + x
 
 
-@pytest.mark.parametrize("function", [something, nothing_else, written])
+def rows_made_a_matrix(x: Tensor) -> Tensor:
+    return torch.vstack([x[0, 0], x[0, :0], x[0, 1]])
+
+
+@pytest.mark.parametrize("function", [something, nothing_else, written, rows_made_a_matrix])
 def test_what_is_no_empty_part_stays(function) -> None:
     module, data = Site(function), [torch.randn(2, 7, 48, dtype=torch.float64, requires_grad=True)]
     graph = trace_directly(module, data, {0: [0, 1]})

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from attention_graphs import Site, compare, rewrite, trace_training
 from spellings_base import finish, heads_first
 from torch import Tensor
@@ -225,3 +226,52 @@ def test_a_window_too_far_to_look_at_is_not_claimed() -> None:
     assert site.bias == "constant" and site.mask == "full"
     assert "too large" in str([d.reason for d in found.result.decisions if d.reason])
     compare(module, found.graph, [example(1, 30)])
+
+
+Padded = Callable[[Tensor], Tensor]
+
+
+def one_more_key(causal: Tensor) -> Tensor:
+    return F.pad(causal, (1, 0), value=True)
+
+
+def fifty_more_keys_cut_off(causal: Tensor) -> Tensor:
+    """All keys for up to 50 tokens, a band beyond."""
+    return F.pad(causal, (50, 0), value=True)[:, : causal.size(0)]
+
+
+def fifty_more_rows_cut_off(causal: Tensor) -> Tensor:
+    return F.pad(causal, (0, 0, 50, 0), value=True)[: causal.size(0)]
+
+
+def none_at_the_end(causal: Tensor) -> Tensor:
+    """The last column is another one for every length."""
+    return F.pad(causal, (1, 1), value=True)[:, 1:]
+
+
+def reflected(causal: Tensor) -> Tensor:
+    return F.pad(causal.double()[None], (1, 0), mode="reflect")[0] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("pad", "more", "mask"),
+    [
+        (one_more_key, 1, "causal from the end"),
+        (fifty_more_keys_cut_off, 0, "window from None to 50"),
+        (fifty_more_rows_cut_off, 0, "full"),
+        (none_at_the_end, 1, "full"),
+        (reflected, 1, "full"),
+    ],
+)
+def test_a_mask_that_is_padded(pad: Padded, more: int, mask: str) -> None:
+    def padded(qkv: Tensor) -> Tensor:
+        q, k, v = heads_first(qkv)
+        k, v = (torch.cat([x[:, :, :1]] * more + [x], 2) for x in (k, v))
+        allowed = pad(torch.ones(q.size(2), q.size(2), dtype=torch.bool).tril())
+        return finish((q @ k.mT).masked_fill(~allowed, float("-inf")).softmax(-1), v)
+
+    module = Site(padded)
+    found = rewrite(trace_training(module, [example(2, 9)], {0: (1, 2)}))
+    assert [s.mask for s in found.result.sites] == [mask]
+    for length in (9, 4, 70):
+        compare(module, found.graph, [example(1, length)])
