@@ -65,7 +65,7 @@ class Port:
         Raises:
             FxportError: the directory exists, or parameters are on the meta device.
         """
-        from fxport.passes.tokens.rules import has_rule
+        from fxport.passes.tokens.rules import may_be_saved
 
         return write_port(
             directory,
@@ -73,7 +73,7 @@ class Port:
             self.half,
             self.parameters,
             self.report,
-            has_rule,
+            may_be_saved,
             tokenizer,
             self._generation_config(),
         )
@@ -236,6 +236,7 @@ def _half(
     Tables stay in float32 where the model's code allows it.
     """
     from fxport.capture.export import capture
+    from fxport.passes.dtypes import refuse_missing_kernels
     from fxport.passes.serving import lower_for_serving
 
     if serving.dtype != torch.float32:
@@ -254,6 +255,7 @@ def _half(
                 most=length,
             )
             half = lower_for_serving(captured, length).serving
+            refuse_missing_kernels(half)
         except PortError as error:
             refused = refused or error
             continue

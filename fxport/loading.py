@@ -57,11 +57,11 @@ def load(directory: str | Path, device: torch.device | str = "cpu") -> Loaded:
         SavedPortError: a file is missing, damaged or hostile; weights that the graph needs are
             missing, are of another shape or dtype, or are too many.
     """
-    from fxport.passes.tokens.rules import has_rule
+    from fxport.passes.tokens.rules import may_be_saved
 
     where = torch.device(device)
     config = read_config(directory)
-    serving = read_serving(directory, has_rule, own_dtype(directory, config), where)
+    serving = read_serving(directory, may_be_saved, own_dtype(directory, config), where)
     specs = _specs(serving)
     check_weights(directory, serving)
     found = _tensors(Path(directory), where)

@@ -11,15 +11,20 @@ the graph gives it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import fx
 
 from fxport.capture.arguments import arguments
-from fxport.serving import ServingGraph
+from fxport.capture.location import user_location
+from fxport.capture.trace import first_line
+from fxport.errors import PortError, Reason, ReasonCode
+from fxport.passes.tokens.rules import has_rule
+from fxport.passes.tokens.weights import is_function
+from fxport.serving import Part, ServingGraph
 
-__all__ = ["coarsest", "held_apart", "serving_dtype"]
+__all__ = ["coarsest", "held_apart", "refuse_missing_kernels", "serving_dtype"]
 
 
 def serving_dtype(gm: fx.GraphModule, parameters: Mapping[str, torch.Tensor]) -> torch.dtype:
@@ -45,6 +50,48 @@ def held_apart(
     """Those of these parameters that are not of this dtype, with their own."""
     dtypes = {name: parameters[name].dtype for name in names}
     return {name: found for name, found in dtypes.items() if found != dtype}
+
+
+def refuse_missing_kernels(serving: ServingGraph) -> None:
+    """Tries what is computed of weights alone by ops without a rule, on zeros.
+
+    A graph in half precision is captured without being run, and linear algebra has few kernels
+    for it.
+
+    Raises:
+        PortError: torch has none for these dtypes.
+    """
+    tried: set[tuple[object, ...]] = set()
+    for part in (serving.embed, serving.body, serving.head):
+        for node in part.graph.nodes:
+            if not is_function(node.target) or has_rule(node.target):
+                continue
+            zeros = {n: _zeros(serving, part, n) for n in node.all_input_nodes}
+            key = (node.target, *((v.dtype, v.shape) for v in zeros.values()))
+            if key not in tried:
+                tried.add(key)
+                _try(node, zeros)
+
+
+def _try(node: fx.Node, values: Mapping[fx.Node, torch.Tensor]) -> None:
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+    target: Callable[..., object] = node.target  # type: ignore[assignment]
+    try:
+        target(*args, **kwargs)
+    except torch.linalg.LinAlgError:  # it has a kernel, but not for zeros
+        pass
+    except RuntimeError as error:
+        message = f"`{target}` cannot be run in this precision: {first_line(str(error))}"
+        where = user_location(node)
+        raise PortError([Reason(ReasonCode.UNSUPPORTED_OP, message, where)]) from error
+
+
+def _zeros(serving: ServingGraph, part: Part, node: fx.Node) -> torch.Tensor:
+    name = part.weights.get(node.name, "")
+    if name in serving.parameters:
+        return torch.zeros(serving.parameters[name], dtype=serving.dtype_of(name))
+    value = serving.constants[name] if name in serving.constants else node.meta["val"]
+    return torch.zeros(tuple(value.shape), dtype=value.dtype)
 
 
 def _of_attention(graph: fx.Graph) -> list[torch.dtype]:

@@ -18,7 +18,7 @@ from fxport.backends.vllm.assemble import assemble
 from fxport.backends.vllm.division import summary
 from fxport.backends.vllm.targets import fill
 from fxport.errors import FxportError, SavedPortError
-from fxport.passes.tokens.rules import has_rule
+from fxport.passes.tokens.rules import may_be_saved
 from fxport.saved import GRAPH_FILE, read_serving
 
 __all__ = ["FxportForCausalLM", "FxportModel"]
@@ -61,7 +61,7 @@ class FxportModel(nn.Module):
         assert isinstance(dtype, torch.dtype)  # vLLM has resolved "auto" by now
         _request_matrix_unit()
         device = torch.get_default_device()
-        serving = read_serving(_directory(vllm_config), has_rule, dtype, device)
+        serving = read_serving(_directory(vllm_config), may_be_saved, dtype, device)
         assembled = assemble(serving, vllm_config, prefix)
         self.embed = assembled.embed
         self.body = assembled.body

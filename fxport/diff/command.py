@@ -40,15 +40,15 @@ def read_side(directory: Path) -> Side:
     Raises:
         SavedPortError: it is none, or damaged.
     """
-    from fxport.passes.tokens.rules import has_rule
+    from fxport.passes.tokens.rules import may_be_saved
 
     config = read_config(directory)
     dtype = own_dtype(directory, config)
-    serving = read_serving(directory, has_rule, dtype, torch.device("cpu"))
+    serving = read_serving(directory, may_be_saved, dtype, torch.device("cpu"))
     parts = {"embed": serving.embed, "body": serving.body, "head": serving.head}
     layers = {f"attention {i}": str(a) for i, a in enumerate(serving.attention)}
     if dtype == torch.float32 and "half" in json.loads((directory / GRAPH_FILE).read_bytes()):
-        half = read_serving(directory, has_rule, torch.bfloat16, torch.device("cpu"))
+        half = read_serving(directory, may_be_saved, torch.bfloat16, torch.device("cpu"))
         parts |= {"half embed": half.embed, "half body": half.body, "half head": half.head}
         layers |= {f"half attention {i}": str(a) for i, a in enumerate(half.attention)}
     # The digest is of the file: it changes with a line number in the user's code, too.

@@ -26,6 +26,7 @@ from fxport.errors import Reason, ReasonCode
 from fxport.passes.axes import Axes, Axis, Refusal, Symbols, checked
 from fxport.passes.constants import depends_on, evaluate, is_symbolic
 from fxport.passes.tokens.rules import propagate
+from fxport.passes.tokens.weights import axes_of_weights
 
 __all__ = ["Locality", "Rows", "analyse"]
 
@@ -99,6 +100,8 @@ def analyse(gm: fx.GraphModule, symbols: Symbols, limit: int) -> Locality:
             elif table is not None:
                 axes[node] = _row_axes(node, table, symbols)
                 rows[node] = table
+            elif node not in data and (made := axes_of_weights(node, axes, symbols)) is not None:
+                axes[node] = made
             else:
                 refused[node] = refusal
     reasons = _reasons(refused, data | learned, set(rows) | set(folded))

@@ -17,8 +17,9 @@ from fxport.passes.axes import Axes, Refusal, Symbols, join
 from fxport.passes.constants import is_symbolic
 from fxport.passes.tokens import rules_compute, rules_shape
 from fxport.passes.tokens.call import RULES, Call
+from fxport.passes.tokens.weights import is_function
 
-__all__ = ["has_rule", "is_pointwise", "propagate"]
+__all__ = ["has_rule", "is_pointwise", "may_be_saved", "propagate"]
 
 aten = torch.ops.aten
 
@@ -26,8 +27,13 @@ aten = torch.ops.aten
 RULE_MODULES = (rules_shape, rules_compute)
 
 
+def may_be_saved(target: Any) -> bool:
+    """Whether a saved port may hold this op: one with a rule, or a function of weights."""
+    return has_rule(target) or is_function(target)
+
+
 def has_rule(target: Any) -> bool:
-    """Whether the analysis knows this op. Saved ports may hold no other."""
+    """Whether the analysis knows what this op does to tokens."""
     return isinstance(target, torch._ops.OpOverload) and (target in RULES or is_pointwise(target))
 
 

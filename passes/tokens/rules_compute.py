@@ -48,6 +48,7 @@ aten = torch.ops.aten
     aten.nansum,
     aten.count_nonzero,
     aten.linalg_norm,
+    aten.kthvalue,
 )
 def _reduce(call: Call) -> Any:
     if "other" in call.arguments:  # max(a, b) of two tensors
@@ -75,7 +76,6 @@ def _reduce(call: Call) -> Any:
     aten.sort,
     aten.argsort,
     aten.topk,
-    aten.kthvalue,
     aten.logcumsumexp,
     aten.cummax,
     aten.cummin,

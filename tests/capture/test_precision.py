@@ -12,7 +12,7 @@ from fxport.capture.export import capture
 from fxport.errors import PortError
 from fxport.passes.dtypes import coarsest
 from fxport.passes.held_as_read import hold_as_read
-from fxport.passes.tokens.rules import has_rule
+from fxport.passes.tokens.rules import may_be_saved
 from fxport.saved import read_serving
 from tests.zoo import precision
 from tests.zoo.precision import EXACT
@@ -43,7 +43,7 @@ def test_served_in_the_dtype_of_attention(name: str, tmp_path) -> None:
         n: own[n].dtype for n in serving.parameters
     }
     port.save(tmp_path / "port")
-    read = read_serving(tmp_path / "port", has_rule, serving.dtype, torch.device("cpu"))
+    read = read_serving(tmp_path / "port", may_be_saved, serving.dtype, torch.device("cpu"))
     assert read.dtypes == serving.dtypes
     ids = torch.randint(0, precision.VOCAB, (1, 9))
     with torch.no_grad():
