@@ -190,6 +190,8 @@ def forward_line(model: torch.nn.Module) -> Location | None:
     # What was put around the model (`fxport.capture.adapt`) is in front of its own class.
     written = (vars(c)["forward"] for c in type(model).__mro__ if "forward" in vars(c))
     forward = next(f for f in written if not getattr(f, "__module__", "").startswith(_CAPTURE))
+    # A decorator's own function may be in another file, or in none (beartype compiles one).
+    forward = inspect.unwrap(forward)
     try:
         file = inspect.getsourcefile(forward)
         lines, first = inspect.getsourcelines(forward)

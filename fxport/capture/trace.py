@@ -104,7 +104,8 @@ def _nothing_drawn(model: nn.Module) -> Iterator[None]:
     yield
     if (random.getstate(), _of_numpy()) != before:
         text = "forward draws random numbers from Python or NumPy: its result depends on the call"
-        raise PortError([Reason(ReasonCode.MUTATED_STATE, text, forward_line(model))])
+        hint = "draw with torch; a decorator may draw, too (beartype checks one item of each list)"
+        raise PortError([Reason(ReasonCode.MUTATED_STATE, text, forward_line(model), hint)])
 
 
 def _of_numpy() -> tuple[bytes, int]:

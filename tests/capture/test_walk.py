@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections.abc import Callable
@@ -302,6 +303,31 @@ def test_a_number_drawn_by_python_is_another_at_every_call(draw):
     with pytest.raises(PortError) as caught:
         trace_at_lengths(clone_for_capture(Scaled(lambda n: 1.0 if draw() < 2 else 2.0)))
     assert caught.value.reasons[0].code is ReasonCode.MUTATED_STATE
+
+
+def drawing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As a check of types does: made by a compiler, in no file, around the user's function."""
+    made: dict[str, Any] = {"function": function, "draw": random.random}
+    source = "def check(*args):\n    draw()\n    return function(*args)\n"
+    exec(compile(source, "<made by a decorator>", "exec"), made)
+    return functools.wraps(function)(made["check"])
+
+
+class Checked(Scaled):
+    @drawing
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids)
+
+
+def test_what_a_decorator_draws_is_said_at_the_function_that_it_decorates():
+    with pytest.raises(PortError) as caught:
+        trace_at_lengths(clone_for_capture(Checked(lambda n: 1.0)))
+    reason = caught.value.reasons[0]
+    assert reason.code is ReasonCode.MUTATED_STATE
+    assert reason.location is not None
+    assert reason.location.file == __file__
+    assert reason.location.source == "@drawing"
+    assert "decorator" in reason.hint
 
 
 def test_calls_may_be_counted(monkeypatch):
