@@ -45,9 +45,23 @@ from fxport.passes.tensor_parallel.boxes import Box
 from fxport.passes.tensor_parallel.vocabulary import padding
 from fxport.serving import AttentionLayer
 
-__all__ = ["AllGather", "AllReduce", "Head", "Linear", "linear_layer", "vocabulary_layer"]
+__all__ = [
+    "AllGather",
+    "AllReduce",
+    "Head",
+    "Linear",
+    "as_rows",
+    "linear_layer",
+    "vocabulary_layer",
+]
 
 Rows = tuple[tuple[int, ...], ...]
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """``[..., C]`` -> ``[N, C]``, of neighbouring numbers: kernels do not take columns."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
 class Linear(nn.Module):
@@ -67,7 +81,7 @@ class Linear(nn.Module):
         self.out_features, self.in_padding, self.boxes = out_features, in_padding, boxes
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        flat = x.reshape(-1, x.shape[-1])
+        flat = as_rows(x)
         if self.in_padding:
             flat = F.pad(flat, (0, self.in_padding))
         y = self.linear(flat)
@@ -256,7 +270,7 @@ class Head(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., C]`` -> ``[..., V]``"""
-        flat = x.reshape(-1, x.shape[-1])
+        flat = as_rows(x)
         logits = self.lm_head.quant_method.apply(self.lm_head, flat, bias=self.lm_head.bias)
         logits = tensor_model_parallel_all_gather(logits)[:, : self.size]
         return logits.reshape(*x.shape[:-1], self.size)

@@ -21,6 +21,7 @@ from torch import fx, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.linear import ReplicatedLinear
 
+from fxport.backends.vllm.linears import as_rows
 from fxport.capture.arguments import arguments
 
 __all__ = ["Joined", "Sibling", "replace_siblings", "sibling_groups"]
@@ -112,5 +113,5 @@ class Joined(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """``[..., in]`` -> ``[..., out_i]`` for every layer."""
-        y = self.linear(x.reshape(-1, x.shape[-1]))
+        y = self.linear(as_rows(x))
         return y.reshape(*x.shape[:-1], y.shape[-1]).split(self.sizes, dim=-1)

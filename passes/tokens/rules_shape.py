@@ -52,7 +52,7 @@ def _same(call: Call) -> Axes:
     return call.axes[call.node.all_input_nodes[0]]
 
 
-@rule(aten.type_as)
+@rule(aten.type_as, aten.fill)  # with one number
 def _first(call: Call) -> Axes:
     return call.of("self")
 

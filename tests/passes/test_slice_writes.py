@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, fx
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import fxport
 from fxport.errors import PortError
 from fxport.passes.functional import functionalise
 from fxport.passes.slice_writes import join_written_pieces
@@ -258,3 +260,29 @@ def test_an_argument_is_left_alone() -> None:
 
     x, y = torch.randn(3, 7, 5), torch.randn(3, 7, 10)
     assert join_written_pieces(traced(into_argument, x, y)) == 0
+
+
+class Filled(nn.Module):
+    """Writes one number over a feature of every token, or over a token."""
+
+    def __init__(self, along_tokens: bool) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(61, 32), nn.Linear(32, 61)
+        self.along_tokens = along_tokens
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)[:, None]
+        y = F.scaled_dot_product_attention(x, x, x, is_causal=True)[:, 0]
+        if self.along_tokens:
+            y[:, -1] = 0.5
+        else:
+            y[..., 3] = 0.5
+            y[:, :, 20:] = x[:, 0, :, 20:]
+        return self.head(y)
+
+
+def test_numbers_written_over_features() -> None:
+    torch.manual_seed(0)
+    fxport.port(Filled(along_tokens=False).eval(), max_seq_len=64)  # compares the logits
+    with pytest.raises(PortError):
+        fxport.port(Filled(along_tokens=True).eval(), max_seq_len=64)
