@@ -24,6 +24,7 @@ from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from fxport.capture.arguments import arguments, shape_of, shape_of_tensor
 from fxport.capture.every_row import EVERY_ROW
+from fxport.capture.flat_slots import flat_slots_apart
 from fxport.capture.frames import ADDS, Builder, Coordinate, Frame, refuse_selection
 from fxport.capture.location import user_location
 from fxport.capture.memory import is_mutation
@@ -88,6 +89,7 @@ def dense_rows(gm: fx.GraphModule) -> tuple[Frame, ...]:
         return ()
     _without_mutation(gm)
     take_whole_rows(gm)
+    flat_slots_apart(gm)
     slots_apart(gm)
     rewriting = _Rewriting(gm)
     for node in list(gm.graph.nodes):
