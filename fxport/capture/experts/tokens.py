@@ -79,6 +79,6 @@ def _widened(node: fx.Node) -> int | None:
     if getattr(column.target, "overloadpacket", None) not in _COLUMNS:
         return None
     counted, shape, times = column.all_input_nodes[0], shape_of(column), shape_of(wide)[-1]
-    upright = len(shape) == 2 and same(shape[1], 1) and len(shape_of(wide)) == 2
-    rows = upright and same(shape_of(wide)[0], shape[0]) and len(shape_of(counted)) == 1
+    upright = len(shape) == 2 and shape[1] == 1 and len(shape_of(wide)) == 2
+    rows = upright and shape_of(wide)[0] == shape[0] and len(shape_of(counted)) == 1
     return times if rows and type(times) is int and _counts_up(counted) else None
