@@ -71,6 +71,7 @@ REFUSED: dict[str, Callable[[Decoder, Tensor], Tensor]] = {
     "dropout of weights": lambda m, x: F.linear(x, F.dropout(m.w, 0.1, True)),
     "of tokens": lambda m, x: torch.kron(x, m.a[:1, :1].expand(1, 1, 1)),
     "over positions": lambda m, x: x + torch.linalg.qr(m.table[: x.shape[1]])[0].sum(),
+    "quantile over positions": lambda m, x: x + m.table[: x.shape[1]].quantile(0.5, dim=0),
     "pinv over positions": lambda m, x: x + torch.linalg.pinv(m.table[: x.shape[1]]).T,
 }
 
