@@ -157,6 +157,7 @@ def _batch_first(model: nn.Module, max_seq_len: int | None) -> Port:
     """See `port`; for a model that takes ``[B, T]``."""
     from fxport.capture.every_row import every_row_records
     from fxport.capture.export import capture
+    from fxport.passes.every_step import every_step_records
     from fxport.passes.serving import lower_for_serving
 
     captured = capture(model, most=max_seq_len)
@@ -169,7 +170,8 @@ def _batch_first(model: nn.Module, max_seq_len: int | None) -> Port:
     checked = _self_check(model, serving, captured)
     half, half_decision = _half(model, serving, captured)
     respelled = (*_experts(captured.experts), *_unkept(captured.unkept), *_walked(captured.walked))
-    decisions = (*respelled, *selections, *lowered.decisions, half_decision, checked)
+    slow = (*selections, *every_step_records(serving))
+    decisions = (*respelled, *slow, *lowered.decisions, half_decision, checked)
     facts: dict[str, str | int | float | bool | None] = {
         "vocab_size": serving.vocab_size,
         "hidden_size": serving.hidden_size,

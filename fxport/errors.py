@@ -40,6 +40,7 @@ class ReasonCode(enum.StrEnum):
     MUTATED_IN_PLACE = "changed-in-place"
     UNSUPPORTED_FEATURE = "unsupported-feature"  # meaning known, the target cannot express it
     EVERY_TOKEN = "runs-for-every-token"  # work on selected tokens is done for all of them
+    EVERY_STEP = "runs-at-every-step"  # what hangs on weights alone is made again and again
     # serving
     NOT_CAUSAL = "not-causal"
     MIXES_TOKENS = "mixes-tokens"

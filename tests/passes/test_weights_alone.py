@@ -101,6 +101,43 @@ def test_not_of_weights_alone(name: str) -> None:
     assert reason.location is not None and __file__ in reason.location.file
 
 
+class Wide(nn.Module):
+    """Layers whose weights are merged, or scaled by one number, in forward."""
+
+    def __init__(self, merged: bool) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(VOCAB, 256), nn.Linear(256, VOCAB)
+        self.down = nn.Parameter(torch.randn(4, 256) / 16)
+        self.up = nn.Parameter(torch.randn(256, 4) / 16)
+        self.layers = nn.ModuleList([nn.Linear(256, 256) for _ in range(4)])
+        self.merged = merged
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            q = x[:, None, :, :64]
+            x = x + F.scaled_dot_product_attention(q, q, x[:, None], is_causal=True)[:, 0]
+            if self.merged:
+                x = x + F.linear(x, layer.weight + self.up @ self.down)
+            else:
+                x = x + layer(x) * (1 + self.down[0].tanh())
+        return self.head(x)
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_what_is_made_at_every_step_is_said(merged: bool) -> None:
+    torch.manual_seed(0)
+    report = fxport.port(Wide(merged).eval(), max_seq_len=64).report
+    found = [d for d in report.left() if d.reason and d.reason.code is ReasonCode.EVERY_STEP]
+    if not merged:  # 256 numbers: not worth a line
+        assert found == []
+        return
+    (line,) = found
+    assert line.detail == f"8 values, {8 * 256 * 256:,} numbers"
+    assert line.location is not None
+    assert "self.up @ self.down" in line.location.source
+
+
 def test_no_graph_for_a_precision_without_kernels() -> None:
     torch.manual_seed(0)
     port = fxport.port(Decoder(EXACT["qr"]).eval(), max_seq_len=64)
@@ -115,7 +152,9 @@ def test_functions() -> None:
     strange = (
         aten.from_file.default, aten.randn.default, aten.bernoulli.default, aten.dropout.default,
         aten.add_.Tensor, aten.nonzero.default, aten.item.default, aten.resize.default,
-        aten._unsafe_index.Tensor, aten.set_.source_Tensor,
+        aten._unsafe_index.Tensor, aten.set_.source_Tensor, aten.new_empty_strided.default,
+        aten.max_unpool2d.default, aten.fbgemm_linear_fp16_weight.default, aten.as_strided.default,
+        aten.mkldnn_linear.default, aten.segment_reduce.default, aten.data.default,
     )  # fmt: skip
     assert not any(map(is_function, strange))
 
