@@ -85,7 +85,7 @@ def _triton_before_cudnn(facts: Facts) -> Implementation | None:
     triton = _triton()
     if triton is None or triton.refuses(facts) is not None:
         return None
-    from fxport.ops.triton.attention import before_cudnn
+    from fxport.ops.triton.gluon import before_cudnn
 
     return triton if before_cudnn(facts) else None
 

@@ -14,7 +14,7 @@ from fxport.capture.export import capture
 from fxport.capture.skips import _possible
 from fxport.errors import PortError
 from fxport.passes.serving import lower_for_serving
-from tests.zoo.awkward import LIMIT, VOCAB
+from tests.capture.packed import assert_exact
 from tests.zoo.experts import CHOSEN, EXPERTS, WIDTH, Routed, decoder
 
 
@@ -90,17 +90,10 @@ EXACT = (WrittenBySlot, SlotsFirst, TakenBySlot, AddedBySlot)
 
 @pytest.mark.parametrize("style", EXACT)
 def test_the_port_is_the_model(style: Callable[[], nn.Module]) -> None:
-    """In float64, two sequences packed; one token leaves an expert empty."""
     torch.manual_seed(3)
     model = decoder(style, layers=1).double().eval()
     port = fxport.port(model)
-    packed = PackedModel(port.serving, port.parameters)
-    for length in (1, 2, 37, LIMIT):
-        sequences = [torch.randint(0, VOCAB, (n,)) for n in (length, 11)]
-        for sequence, found in zip(sequences, packed(sequences), strict=True):
-            with torch.no_grad():
-                expected = model(sequence[None])[0]
-            assert (found - expected).abs().max() < 1e-12
+    assert_exact(PackedModel(port.serving, port.parameters), model)
 
 
 class OtherSlot(WrittenBySlot):

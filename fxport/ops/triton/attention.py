@@ -32,11 +32,10 @@ from fxport.ops.triton.call import (
 )
 from fxport.ops.triton.config import Blocks, fills_the_gpu, group_parts, padded_head_size
 from fxport.ops.triton.forward import forward_kernel
-from fxport.ops.triton.gluon import before_cudnn
 from fxport.ops.triton.launch import Launches, on_device_of_first
 from fxport.ops.triton.tiles import FLOAT_BIAS
 
-__all__ = ["backward", "before_cudnn", "forward", "refuses"]
+__all__ = ["backward", "forward", "refuses"]
 
 MAX_HEAD_SIZE = 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -25,9 +25,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from fxport.ops.triton.tiles import LOG2E
+
 __all__ = ["ADDED", "STORED", "gluon_backward_kernel", "scale_kernel"]
 
-LOG2E = gl.constexpr(1.4426950408889634)
 # the kernel's BIAS_GRAD; 0: none
 STORED = gl.constexpr(1)
 ADDED = gl.constexpr(2)  # to that of other batches
