@@ -7,6 +7,7 @@ Found through the entry point ``torch_dynamo_backends``; nobody needs to import 
 
 from __future__ import annotations
 
+import gc
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -65,14 +66,18 @@ def vllm_generic(
     sites = sites_of(result.decisions)
     if chosen.strict:
         _refuse(sites)
+    untraced = [d.reason for d in lowered.decisions if d.reason is not None]
     if result.sites:
+        graph = lowered.graph
         relied_on = {name for site in result.sites for name in site.relied_on}
-        compiled = compile_with_inductor(lowered.graph, example_inputs, chosen.inductor)
-        compiled = watch_buffers(compiled, gm=lowered.graph, names=relied_on)
+        del lowered, result
+        gc.collect()  # the graphs dropped are cycles: they would stay, beside Inductor's own peak
+        compiled = compile_with_inductor(graph, example_inputs, chosen.inductor)
+        compiled = watch_buffers(compiled, gm=graph, names=relied_on)
     else:
         compiled = compile_with_inductor(gm, example_inputs, chosen.inductor)
     # Not earlier: Dynamo may restart the compilation from within Inductor.
-    untraced = [d.reason for d in lowered.decisions if d.reason is not None] + _broken_off(gm)
+    untraced += _broken_off(gm)
     if untraced or any(s.outcome is Outcome.LEFT or s.notes for s in sites):
         text = f"vllm_generic: {left_text(sites, untraced)}"
         warnings.warn(text, FxportWarning, stacklevel=2)

@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +189,13 @@ def measure_alone(variant: str, setting: Setting, steps: int) -> Alone:
     return Alone(peak - before, kept, _tensors_mib(step), whole - before, first - later)
 
 
+def _medians(runs: Sequence[Alone]) -> Alone | None:
+    if not runs:
+        return None
+    fields = zip(*(astuple(run) for run in runs), strict=True)
+    return Alone(*(statistics.median(field) for field in fields))
+
+
 def measure_together(variants: Sequence[str], setting: Setting, rounds: int) -> dict[str, Times]:
     """Times of all variants, in turns."""
     steps = {variant: make_step(variant, setting) for variant in variants}
@@ -311,6 +318,7 @@ def _ratio(mine: float, bound: float) -> float | None:
 @click.option("--layers", default=6, show_default=True)
 @click.option("--rounds", default=15, show_default=True, help="Of times; 0: no times.")
 @click.option("--steps", default=3, show_default=True, help="Of memory; 0: no memory.")
+@click.option("--processes", default=1, show_default=True, help="For memory; medians of them.")
 @click.pass_context
 def main(
     context: click.Context,
@@ -321,6 +329,7 @@ def main(
     layers: int,
     rounds: int,
     steps: int,
+    processes: int,
 ) -> None:
     """Measures every variant in every setting; prints a table."""
     if context.invoked_subcommand is not None:
@@ -334,10 +343,9 @@ def main(
         shared = ["--setting", json.dumps(asdict(setting))]
         times = _in_own_process(["together", *shared, variants, str(rounds)]) if rounds else {}
         for v in variants.split(","):
-            own = _in_own_process(["alone", *shared, v, str(steps)]) if steps else None
-            results.append(
-                (setting, v, own and Alone(**own), Times(**times[v]) if rounds else None)
-            )
+            alone = ["alone", *shared, v, str(steps)]
+            own = [Alone(**_in_own_process(alone)) for _ in range(processes if steps else 0)]
+            results.append((setting, v, _medians(own), Times(**times[v]) if rounds else None))
     click.echo(table(results))
 
 
