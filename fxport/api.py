@@ -89,7 +89,7 @@ def trainable(model: nn.Module) -> nn.Module:
     from fxport.backends.dynamo import vllm_generic
     from fxport.capture.clone import clone_for_capture, take_modes
 
-    clone = clone_for_capture(model)
+    clone = clone_for_capture(model, lend=True)
     take_modes(clone, model)
     clone.compile(backend=vllm_generic)
     return clone

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from torch import nn
 
 from fxport.capture.identities import bind_to_copy
 from fxport.capture.location import direct_caller, location_at
+from fxport.capture.uncopied import copy_of
 from fxport.errors import PortError, Reason, ReasonCode
 
 __all__ = [
@@ -39,15 +39,19 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return inner
 
 
-def clone_for_capture(model: nn.Module) -> nn.Module:
+def clone_for_capture(model: nn.Module, *, lend: bool = False) -> nn.Module:
     """Deep-copies modules and plain attributes, shares every parameter and buffer; eval mode.
 
     Buffers that hold nothing (yet) come last: export counts them among the inputs.
 
+    Args:
+        lend: the copy is the user's to run: it shares what cannot be copied. Else that is refused
+            when forward uses it.
+
     Raises:
         PortError: when an attribute cannot be copied.
     """
-    clone = _copied(model, {id(t): t for t in _tensors(model)})
+    clone = _copied(model, {id(t): t for t in _tensors(model)}, lend=lend)
     for module in clone.modules():
         for name in [n for n, buffer in module._buffers.items() if buffer is None]:
             module._buffers[name] = module._buffers.pop(name)
@@ -65,16 +69,8 @@ def clone_to_run(model: nn.Module) -> nn.Module:
     return _copied(model, {id(t): t for t in shared})
 
 
-def _copied(model: nn.Module, shared: dict[int, Any]) -> nn.Module:
-    try:
-        clone = copy.deepcopy(model, shared)
-    except (TypeError, RuntimeError, NotImplementedError, AttributeError) as error:
-        reason = Reason(
-            ReasonCode.CAPTURE_FAILED,
-            f"the model cannot be copied for capture: {error}",
-            hint="keep locks, open files, generators and tensors with a history out of attributes",
-        )
-        raise PortError([reason]) from error
+def _copied(model: nn.Module, shared: dict[int, Any], *, lend: bool = False) -> nn.Module:
+    clone = copy_of(model, shared, lend=lend)
     bind_to_copy(clone, model)
     return clone.eval()
 

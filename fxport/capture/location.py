@@ -34,6 +34,7 @@ __all__ = [
     "direct_caller",
     "forward_line",
     "is_library",
+    "is_torch_or_own",
     "line_of_user",
     "location_at",
     "location_in",
@@ -72,6 +73,11 @@ def is_library(file: str) -> bool:
     if file.startswith((_TORCH, *_OWN, *_NOTATIONS, "<")):
         return True
     return file.startswith(_STDLIB) and "site-packages" not in file
+
+
+def is_torch_or_own(file: str) -> bool:
+    """Whether a file belongs to torch or fxport."""
+    return file.startswith((_TORCH, *_OWN))
 
 
 def watches(frame: FrameType) -> bool:

@@ -35,6 +35,7 @@ from fxport.capture.rephrase import rephrased
 from fxport.capture.row_numbers import lists_of_rows
 from fxport.capture.selections import Empties, NumbersTaken, Selections, is_marker
 from fxport.capture.stored_values import StoredValues
+from fxport.capture.uncopied import nothing_uncopied_used
 from fxport.capture.unwritten import require_unwritten
 from fxport.errors import PortError, Reason, ReasonCode
 
@@ -79,6 +80,7 @@ def export(
         as_traced(model),
         narrowed_as_slices(),
         nothing_remembered(model),
+        nothing_uncopied_used(),
         _nothing_drawn(model),
         _without_partial_graph(),
         record_user_lines(),
