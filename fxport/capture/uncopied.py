@@ -139,7 +139,7 @@ def _instead(model: nn.Module, path: str, value: Any) -> Any:
             hint=_HINT,
         )
         raise PortError([reason])
-    return _class_for(type(value))(path, type(value).__name__)
+    return _class_for(type(value))(path, type(value).__name__)  # type: ignore[arg-type]
 
 
 # --- what stands there instead -------------------------------------------------------------------

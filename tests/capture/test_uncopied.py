@@ -94,7 +94,7 @@ def numbers() -> Iterator[int]:
         (computed, math),
         (unless_none, numbers()),
         (unless_none, {"a": [numbers()]}),
-        (unless_none, (io.StringIO(), open(__file__))),  # noqa: SIM115
+        (unless_none, (io.StringIO(), io.FileIO(__file__))),
         (unless_none, {}.keys()),
         (lambda held, x: x if held else x * 2, numbers()),
     ],
