@@ -18,6 +18,7 @@ from fxport.capture.caches import read_what_was_written
 from fxport.capture.clone import watch_attributes
 from fxport.capture.constants import run_constants
 from fxport.capture.inputs import InputKind, graph_input
+from fxport.capture.listed_places import fill_listed_places
 from fxport.capture.location import forward_line, user_location
 from fxport.capture.logits import keep_logits
 from fxport.capture.memory import Memory
@@ -149,7 +150,9 @@ def take_sample(
             except Exception as error:  # any failure of user code
                 raise PortError([explain_failure(error)]) from error
         changed.extend(reason for reason in now if reason not in changed)
-        return graph_of(exported, aliases)
+        traced = graph_of(exported, aliases)
+        fill_listed_places(traced)
+        return traced
 
     def again(empty: Empties) -> fx.GraphModule:
         other = graph_with(empty)

@@ -34,6 +34,9 @@ aten = torch.ops.aten
 
 _NAMED = 6  # of the inputs that differ, in a reason
 
+# Called with a symbolic size, these make it the size at hand for the whole graph.
+_OF_ONE_SIZE = {aten.triu_indices.default, aten.tril_indices.default}
+
 
 class NeedsTable(Exception):
     """A constant differs between lengths: a sample of the longest length is needed.
@@ -200,6 +203,8 @@ class _Unifier:
         """Constants computed the same way stay computed: nothing needs to be stored."""
         first = nodes[0]
         if first.op != "call_function" or any(n.target != first.target for n in nodes):
+            raise _Differ
+        if first.target in _OF_ONE_SIZE:
             raise _Differ
         try:
             return self._node(nodes)

@@ -24,6 +24,7 @@ from torch._ops import OpOverload
 
 import fxport.ops.attention  # noqa: F401  (registers the op)
 from fxport.capture.arguments import arguments
+from fxport.capture.listed_places import fill_listed_places
 from fxport.errors import ReasonCode
 from fxport.ops.params import AttentionParams
 from fxport.passes.attention.bias import emit_checks, emit_dense, emit_row_scales, restore_nan
@@ -112,6 +113,7 @@ def rewrite_attention(
     hold_what_is_written(gm)
     flex = _write_out_flex(gm, decisions)
     erase_dead(gm)
+    fill_listed_places(gm)
     spell_out_fills(gm)
     spell_out_chains(gm)
     spell_out_repeats(gm)
