@@ -44,9 +44,11 @@ def vllm_generic(
     Args:
         gm: Dynamo's graph; not changed when nothing is rewritten.
         example_inputs: one value per placeholder.
-        options: ``strict``: raise when an attention is left as it was (default False). An
-            attention whose constant mask no flag expresses is rewritten with a dense bias: slower,
-            not left, so it is warned about and does not raise;
+        options: ``strict``: raise when an attention is left as it was, or may be where Dynamo
+            breaks the graph off (default False). An attention whose constant mask no flag
+            expresses is rewritten with a dense bias: slower, not left, so it is warned about and
+            does not raise. Where Dynamo gives a function up before its first operation no backend
+            is asked: `fxport.explain` says so;
             ``inductor``: options for Inductor, by its names.
         mode: as for Inductor: ``"max-autotune"``, ``"reduce-overhead"`` and so on.
 
@@ -56,7 +58,7 @@ def vllm_generic(
             is well.
 
     Raises:
-        PortError: ``strict``, and an attention was left as it was.
+        PortError: ``strict``, and an attention was left as it was, or the graph was broken off.
         ValueError: an unknown option or mode.
         FxportError: on a later call, when a buffer that a proof relied on has changed.
     """
@@ -64,9 +66,10 @@ def vllm_generic(
     lowered = lower(gm)
     result = training_pipeline(lowered.graph)
     sites = sites_of(result.decisions)
+    broken_off = _broken_off(gm)
     if chosen.strict:
-        _refuse(sites)
-    untraced = [d.reason for d in lowered.decisions if d.reason is not None]
+        _refuse(sites, broken_off)
+    untraced = [d.reason for d in lowered.decisions if d.reason is not None] + broken_off
     if result.sites:
         graph = lowered.graph
         relied_on = {name for site in result.sites for name in site.relied_on}
@@ -77,7 +80,6 @@ def vllm_generic(
     else:
         compiled = compile_with_inductor(gm, example_inputs, chosen.inductor)
     # Not earlier: Dynamo may restart the compilation from within Inductor.
-    untraced += _broken_off(gm)
     if untraced or any(s.outcome is Outcome.LEFT or s.notes for s in sites):
         text = f"vllm_generic: {left_text(sites, untraced)}"
         warnings.warn(text, FxportWarning, stacklevel=2)
@@ -134,8 +136,9 @@ class _StrictPortError(PortError, ShortenTraceback):
         self.reasons = tuple(reasons)
 
 
-def _refuse(sites: Sequence[Site]) -> None:
+def _refuse(sites: Sequence[Site], broken_off: Sequence[Reason]) -> None:
     """A dense mask is no reason: that attention was rewritten, exactly; it is warned about."""
     reasons = [s.reason for s in sites if s.outcome is Outcome.LEFT and s.reason is not None]
+    reasons += broken_off
     if reasons:
         raise _StrictPortError(reasons)

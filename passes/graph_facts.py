@@ -108,13 +108,13 @@ class GraphFacts:
         return self._sources[node]
 
     def add(self, made: Iterable[fx.Node], place: fx.Node) -> None:
-        """Takes in new nodes that compute what `place` did, and stand there."""
+        """Takes in new nodes, in the order they were made, that compute what `place` did there."""
         for node in made:
             self._order[node] = self._order[place]
             self._grad_mode[node] = self._grad_mode[place]
-            self._sources[node] = self._sources[place]
             if place in self._writes:
                 self._writes[node] = self._writes[place]
+            self._sources[node] = self._source(node)
 
     def _source(self, node: fx.Node) -> Source:
         own = Source.MUTATED if node in self._writes else Source.CONSTANT

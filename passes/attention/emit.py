@@ -73,7 +73,7 @@ class Emitter:
         with self.gm.graph.inserting_before(self.anchor):
             node = self.gm.graph.get_attr(known)
         assert self._mode is not None
-        node.meta["val"] = self._mode.from_tensor(value)
+        node.meta["val"] = self._mode.from_tensor(value, static_shapes=True)
         self.made.append(node)
         return node
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 
 from fxport.errors import ReasonCode
+from fxport.passes.attention.bounds import Bounds
 from fxport.passes.attention.site import Left, MaskKind, MaskStep, Match, Shift
+from fxport.passes.masks.prover import hard_limit
 
 __all__ = ["check_emptied", "check_filled", "check_mended", "check_shift"]
 
@@ -64,21 +66,35 @@ def check_mended(match: Match) -> None:
         )
 
 
-def check_emptied(dense: list[MaskStep], sure: list[MaskStep]) -> None:
+def check_emptied(dense: list[MaskStep], sure: list[MaskStep], bounds: Bounds) -> None:
     """Rows left without keys by an added finite number share their weight with filled keys.
 
     Raises:
-        Left: a number is filled in beside one that is added.
+        Left: a number is filled in beside one that is added, and may be as low.
     """
     fill = next((s for s in dense if s.kind is MaskKind.FILL and s.number != -math.inf), None)
-    if fill is not None and any(s.adds and s not in sure for s in dense):
-        raise Left(
-            ReasonCode.EMPTY_ROW,
-            "one mask is added and another is filled in with a finite number: "
-            "rows without any key come out as a mixture of both",
-            fill.node,
-            "use masked_fill with float('-inf'), or one mask for both",
-        )
+    added = [s for s in dense if s.adds and s not in sure]
+    if fill is None or not added or _stays_above(fill, added, bounds):
+        return
+    raise Left(
+        ReasonCode.EMPTY_ROW,
+        "one mask is added and another is filled in with a finite number: "
+        "rows without any key come out as a mixture of both",
+        fill.node,
+        "use masked_fill with float('-inf'), or one mask for both",
+    )
+
+
+def _stays_above(fill: MaskStep, added: list[MaskStep], bounds: Bounds) -> bool:
+    """Whether no key that is not filled comes anywhere near the number that others become."""
+    if fill.number > hard_limit(fill.node):
+        return False
+    total = 0.0
+    for step in added:
+        if step.kind is not MaskKind.ADD or step.tensor is None or step.number <= 0:
+            return False
+        total += bounds.lowest(step.tensor) * step.number
+    return total > fill.number / 2
 
 
 def check_shift(match: Match, sure: list[MaskStep]) -> None:

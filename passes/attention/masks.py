@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from fxport.errors import ReasonCode
+from fxport.passes.attention.bounds import Bounds
 from fxport.passes.attention.empty_rows import (
     check_emptied,
     check_filled,
@@ -149,8 +150,9 @@ def plan_masks(
     sure = masks.never_low(facts, proof.lowered or not proof.known)
     if exact_rows:
         check_mended(match)
+    bounds = Bounds(facts)
     if (masks.from_data or masks.low) and not match.zero_rows:
-        check_emptied(dense, sure)
+        check_emptied(dense, sure, bounds)
     if exact_rows:
         check_shift(match, sure)
     used = [s for s in masks.fixed if s not in dense]
@@ -161,7 +163,7 @@ def plan_masks(
         dense=tuple(dense),
         origin=masks.origin(dense),
         unproven=form.unproven if any(s in dense for s in masks.fixed) else "",
-        relied_on=facts.buffers([s.tensor for s in used if s.tensor is not None]),
+        relied_on=facts.buffers([*(s.tensor for s in used if s.tensor is not None), *bounds.read]),
         exact_rows=exact_rows,
         adds=any(s.adds for s in match.steps),
         above=above,

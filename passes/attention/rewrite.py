@@ -28,7 +28,7 @@ from fxport.capture.listed_places import fill_listed_places
 from fxport.errors import ReasonCode
 from fxport.ops.params import AttentionParams
 from fxport.passes.attention.bias import emit_checks, emit_dense, emit_row_scales, restore_nan
-from fxport.passes.attention.broadcasts import spread_by_the_operation
+from fxport.passes.attention.broadcasts import spell_out_meshgrids, spread_by_the_operation
 from fxport.passes.attention.chains import spell_out_chains
 from fxport.passes.attention.checks import check_grad_mode
 from fxport.passes.attention.cosines import write_out_cosines
@@ -48,6 +48,7 @@ from fxport.passes.attention.made import power_of
 from fxport.passes.attention.masks import MaskPlan, plan_masks
 from fxport.passes.attention.match import match_softmax
 from fxport.passes.attention.ones import sums_apart
+from fxport.passes.attention.parts import join_scores
 from fxport.passes.attention.records import (
     MASK,
     WRITTEN_AS,
@@ -114,6 +115,7 @@ def rewrite_attention(
     flex = _write_out_flex(gm, decisions)
     erase_dead(gm)
     fill_listed_places(gm)
+    spell_out_meshgrids(gm)
     spell_out_fills(gm)
     spell_out_chains(gm)
     spell_out_repeats(gm)
@@ -121,7 +123,7 @@ def rewrite_attention(
     write_out_cosines(gm)
     facts = GraphFacts(gm)
     prover = Prover(facts)
-    respelled = sums_apart(gm, facts)
+    respelled = [*sums_apart(gm, facts), *join_scores(gm, facts)]
     starts = _starts(gm.graph)
     softmaxes = [s for s in starts if isinstance(s, Softmax)]
     unread = unread_scores(facts, softmaxes)

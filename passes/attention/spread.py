@@ -25,14 +25,20 @@ from fxport.capture.arguments import arguments, shape_of
 from fxport.passes.attention.emit import Emitter
 from fxport.passes.attention.join import Join
 from fxport.passes.attention.layout import is_one
+from fxport.passes.attention.parts import join_values
 from fxport.passes.attention.products import Product, as_product
 from fxport.passes.attention.respelled import Respelled
 from fxport.passes.attention.softmax import Softmax
-from fxport.passes.attention.views import SCALES, laid_out, moved_input, number, overload_packet
-from fxport.passes.graph_facts import (
-    GraphFacts,
-    Source,
+from fxport.passes.attention.views import (
+    CASTS,
+    SCALES,
+    laid_out,
+    moved_input,
+    number,
+    overload_packet,
 )
+from fxport.passes.constants import is_symbolic
+from fxport.passes.graph_facts import GraphFacts, Source
 
 __all__ = ["respell_uses"]
 
@@ -50,6 +56,8 @@ def respell_uses(
     known = {s.weights for s in softmaxes if s.quotient is None}
     found: list[Respelled] = []
     made: dict[_Whole, fx.Node] = {}
+    for done in join_values(gm, facts, lambda node: _weights_behind(node, known)):
+        _record(found, done)
     for node in list(gm.graph.nodes):
         product = as_product(node)
         if product is not None and product.added is None and product.alpha == 1:
@@ -152,6 +160,8 @@ class _Spread:
             return False
         if self._is_sum(node, moved):
             return any(_weights_behind(n, self._known) for n in node.args[:2])
+        if not moved and self._shifted(node) is not None:
+            return bool(_weights_behind(node.args[0], self._known))
         if not moved and self._selection(node) is not None:
             return True
         before = self._scaled(node, moved)
@@ -166,6 +176,13 @@ class _Spread:
             self._chain.append(node)
             parts = [self._value(emitter, n, moves) for n in node.args[:2]]  # type: ignore[arg-type]
             return emitter.call(node.target, *parts, **node.kwargs)  # type: ignore[arg-type]
+        shift = None if moves else self._shifted(node)
+        if shift is not None:
+            self._chain.append(node)
+            value = self._value(emitter, node.args[0])  # type: ignore[arg-type]
+            total = emitter.call(aten.sum.dim_IntList, self._values, [-2], True)
+            total = emitter.call(aten.mul.Tensor, total, shift)
+            return emitter.call(node.target, value, total, **node.kwargs)  # type: ignore[arg-type]
         selection = None if moves else self._selection(node)
         if selection is not None:
             self._chain += selection.nodes
@@ -185,6 +202,8 @@ class _Spread:
         return self._of_part(emitter, node, moves)
 
     def _of_part(self, emitter: Emitter, node: fx.Node, moves: tuple[fx.Node, ...]) -> fx.Node:
+        if not moves and self._by_rows() and _is_identity(node):
+            return self._values
         for move in reversed(moves):
             args = (node, *move.args[1:])
             node = emitter.call(move.target, *args, **move.kwargs)  # type: ignore[arg-type]
@@ -193,6 +212,18 @@ class _Spread:
             (product.args, dict(product.kwargs)), lambda n: node if n is self._operand else n
         )
         return emitter.call(product.target, *given, **named)  # type: ignore[arg-type]
+
+    def _shifted(self, node: fx.Node) -> object | None:
+        """The number that is added to or subtracted from all weights, ``w + 1e-8``."""
+        if overload_packet(node) not in _SUMS or len(node.args) != 2 or not self._by_rows():
+            return None
+        weights, shift = node.args
+        size = isinstance(shift, fx.Node) and is_symbolic(shift)
+        return shift if _is_tensor(weights) and (size or number(shift) is not None) else None
+
+    def _by_rows(self) -> bool:
+        """Whether every row of the weights is multiplied with the values as a whole."""
+        return self._rows_stay and overload_packet(self._product.node) in _MATMULS
 
     def _is_sum(self, node: fx.Node, moved: bool) -> bool:
         """Whether this is a sum whose terms have all keys; if it is moved, all of its shape."""
@@ -203,6 +234,8 @@ class _Spread:
             return False
         whole = shape_of(node)
         shapes = [shape_of(t) for t in terms]  # type: ignore[arg-type]
+        if not moved and self._by_rows() and any(len(s) != len(whole) for s in shapes):
+            return whole in shapes and all(len(s) > 1 and s == whole[-len(s) :] for s in shapes)
         if moved or any(len(shape) != len(whole) for shape in shapes):
             return all(shape == whole for shape in shapes)
         return all(shape[i] == whole[i] for shape in shapes for i in self._summed)
@@ -235,11 +268,10 @@ class _Spread:
 
     def _selection(self, node: fx.Node) -> _Selection | None:
         found = _selected(node)
-        if found is None or not self._rows_stay or not _weights_behind(found.base, self._known):
+        if found is None or not _weights_behind(found.base, self._known):
             return None
-        of_matmul = overload_packet(self._product.node) in _MATMULS
         rank = len(shape_of(found.base)) + (found.cut is not None)
-        return found if of_matmul and found.dim < rank - 2 else None
+        return found if self._by_rows() and found.dim < rank - 2 else None
 
     def _of_whole(self, emitter: Emitter, selection: _Selection) -> fx.Node:
         self._weights |= _weights_behind(selection.base, self._known)
@@ -261,6 +293,16 @@ class _Spread:
 
 
 _MATMULS = {aten.matmul, aten.bmm}
+
+
+def _is_identity(node: object) -> bool:
+    """Whether this is a fresh identity matrix, in whatever precision."""
+    while isinstance(node, fx.Node) and overload_packet(node) in CASTS:
+        node = node.args[0]
+    if overload_packet(node) is not aten.eye or not isinstance(node, fx.Node):
+        return False
+    rows, columns = shape_of(node)
+    return bool(rows == columns)
 
 
 def _selected(node: fx.Node) -> _Selection | None:

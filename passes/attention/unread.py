@@ -6,6 +6,7 @@
     softmax(-cdist(q, k)) @ v                            scores that are no q.k
     softmax(-((q[:, None] - k) ** 2).sum(-1)) @ v
     softmax(tanh(q[:, None] + k) @ w) @ v            additive attention
+    softmax(leaky_relu(a[:, None] + b)) @ v          as in graph attention
 
 Reported, so that nothing is slow in silence. What is linear in the scores all the way (linear
 attention, retention) has nothing that a kernel for attention would do, and is not reported.
@@ -48,7 +49,8 @@ _LINEAR = {
 _CARRIES = {
     aten.detach, aten.dropout, aten.rsub, aten.tril, aten.triu, aten.cat, aten.pad,
     aten.constant_pad_nd, aten.slice, aten.narrow, aten.cumsum, aten.flip, aten.roll, aten.gather,
-    aten.scatter, aten.index_put, aten.diagonal, aten.stack,
+    aten.scatter, aten.index_put, aten.diagonal, aten.stack, aten.real, aten.imag,
+    aten.view_as_real, aten.view_as_complex, aten._conj, aten.resolve_conj,
 }  # fmt: skip
 _ORDERS = {aten.sort, aten.topk}
 _SUMS = {aten.sum, aten.mean, aten.norm, aten.linalg_vector_norm}
@@ -82,6 +84,7 @@ class _Way:
         outside: whether it is in the body of another operation.
         border: the operation that a part of the way is a body of.
         pairs: whether the scores are no product of queries with keys.
+        softmax_only: whether they are scores only if a softmax is what they meet.
     """
 
     node: fx.Node
@@ -90,6 +93,7 @@ class _Way:
     outside: bool = False
     border: fx.Node | None = None
     pairs: bool = False
+    softmax_only: bool = False
 
     def at(self, node: fx.Node) -> _Way:
         return replace(self, node=node)
@@ -115,7 +119,8 @@ def unread_scores(facts: GraphFacts, known: Collection[Softmax]) -> Unread:
 
 def _telling(ways: list[_Way]) -> list[_Way]:
     """Of the ways to one product with values: those by a softmax, or an exponential, or one."""
-    bent = [way for way in ways if way.bend is not None]
+    met = [way for way in ways if not way.softmax_only or (way.softmax and not way.outside)]
+    bent = [way for way in met if way.bend is not None]
     softmaxes = [way for way in bent if way.softmax]
     powers = [way for way in bent if way.bend is not None and power_of(way.bend) is not None]
     return softmaxes or powers or bent[:1]
@@ -130,6 +135,14 @@ def _reason(way: _Way) -> Left:
             f"a part of this attention runs in `{way.border.target}`, the rest outside of it",
             way.bend,
             "let it cover q.k, the softmax and the product with the values, or none of them",
+        )
+    if way.softmax and way.pairs:
+        return Left(
+            code,
+            "the scores are made of each query with each key entry by entry, and are no "
+            "product q.k: no kernel has it",
+            way.bend,
+            "it stays as it is, and needs memory for all queries with all keys",
         )
     if way.softmax:
         return Left(
@@ -206,6 +219,8 @@ class _Scope:
                 yield _Way(node)
             elif self._is_sum_of_pairs(node):
                 yield _Way(node, pairs=True)
+            elif node.op == "call_function" and self._is_of_pairs(node, 0):
+                yield _Way(node, pairs=True, softmax_only=True)
             body = body_of(self.facts.gm, node)
             if body is not None:
                 inner = self._inner(body.gm)
@@ -252,7 +267,7 @@ class _Scope:
         """Products in the body that a user runs, and what carries the scores on after the user."""
         body = body_of(self.facts.gm, user)
         if body is None:
-            return [], [self._bent(way.at(user))] if _carries(user, way.node) else []
+            return [], self._carried(way, user)
         met: list[_Met] = []
         onwards: list[_Way] = []
         for place in body.entered(way.node):
@@ -261,6 +276,11 @@ class _Scope:
             for end in returned:
                 onwards += [_across(way, end, user).at(n) for n in body.left(end.node)]
         return met, onwards
+
+    def _carried(self, way: _Way, user: fx.Node) -> list[_Way]:
+        if overload_packet(user) in _SUMS and as_product(user) is None:  # over the heads, say
+            return [replace(way, node=user, softmax_only=True)]
+        return [self._bent(way.at(user))] if _carries(user, way.node) else []
 
     def _bent(self, way: _Way) -> _Way:
         node = way.node
@@ -293,6 +313,8 @@ class _Scope:
     def _is_of_pairs(self, value: Any, depth: int = _MAX_DEPTH) -> bool:
         """``f(q[:, :, None] - k[:, None])``, entry by entry."""
         if not isinstance(value, fx.Node) or not _is_pointwise(value):
+            return False
+        if not value.meta["val"].is_floating_point():
             return False
         given = [n for n in value.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
         if any(_spread(a, b) and self._is_data(a, b) for a, b in combinations(given, 2)):
@@ -331,7 +353,9 @@ def _carries(node: fx.Node, value: fx.Node) -> bool:
     if packet in _ORDERS:
         return True
     result = node.meta.get("val")
-    if not isinstance(result, torch.Tensor) or not result.dtype.is_floating_point:
+    if not isinstance(result, torch.Tensor):
+        return False
+    if not result.dtype.is_floating_point and not result.dtype.is_complex:
         return False
     known = packet in _CARRIES or is_softmax_call(node) or moved_input(node) is value
     return known or _is_pointwise(node)

@@ -66,6 +66,14 @@ def is_cast(node: fx.Node) -> bool:
     )
 
 
+def _drops_nothing(node: fx.Node) -> bool:
+    """Dropout that returns its input: outside of training, or of nothing."""
+    if overload_packet(node) is not aten.dropout:
+        return False
+    given = arguments(node)
+    return not given["train"] or given["p"] == 0
+
+
 def _input(node: fx.Node) -> fx.Node:
     found = node.args[0]
     assert isinstance(found, fx.Node)
@@ -76,6 +84,7 @@ def moved_input(node: fx.Node) -> fx.Node | None:
     """The value that a layout operation moves, or None when the node is no layout operation."""
     packet = overload_packet(node)
     known = packet in _RULES or packet in _RESHAPES or packet in _SAME or is_cast(node)
+    known = known or _drops_nothing(node)
     if not known or not node.args or not isinstance(node.args[0], fx.Node):
         return None
     if not isinstance(node.meta.get("val"), torch.Tensor):
@@ -103,7 +112,7 @@ def view_dims(node: fx.Node, dims: Dims) -> Dims:
     packet = overload_packet(node)
     if packet in _RESHAPES:
         return regroup(dims, shape_of(node))
-    if packet in _SAME or packet in CASTS:
+    if packet in _SAME or packet in CASTS or _drops_nothing(node):
         return dims
     return _RULES[packet](node, dims)
 

@@ -1,7 +1,7 @@
-"""Attentions under ``torch.vmap`` that were not lowered: out of sight of the pass.
+"""Attentions under ``torch.vmap`` or ``torch.func`` that were not lowered: the pass sees none.
 
-What may draw random numbers or switches gradients (`fxport.capture.vmap_regions`). Reported, so
-that nothing is slow in silence.
+Under vmap what may draw random numbers or switches gradients (`fxport.capture.vmap_regions`), under
+``torch.func.grad``, ``vjp`` and ``jvp`` everything. Reported, so that nothing is slow in silence.
 """
 
 from __future__ import annotations
@@ -17,8 +17,17 @@ from fxport.passes.attention.site import Left
 
 __all__ = ["vmapped_softmaxes"]
 
-_ENTERS = torch._functorch.predispatch._vmap_increment_nesting
-_LEAVES = torch._functorch.predispatch._vmap_decrement_nesting
+_functorch, _predispatch = torch._C._functorch, torch._functorch.predispatch
+_ENTERS = {
+    _predispatch._vmap_increment_nesting: "torch.vmap",
+    _functorch._grad_increment_nesting: "torch.func.grad or vjp",
+    _functorch._jvp_increment_nesting: "torch.func.jvp",
+}
+_LEAVES = {
+    _predispatch._vmap_decrement_nesting,
+    _functorch._grad_decrement_nesting,
+    _functorch._jvp_decrement_nesting,
+}
 _METHODS = ("softmax", "log_softmax")
 _FUNCTIONS = {
     F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, F.scaled_dot_product_attention
@@ -27,18 +36,32 @@ _FUNCTIONS = {
 
 def vmapped_softmaxes(graph: fx.Graph) -> Iterator[tuple[fx.Node, Left]]:
     """Each with its reason."""
-    depth = 0
+    inside: list[str] = []
     for node in graph.nodes:
-        depth += (node.target is _ENTERS) - (node.target is _LEAVES)
+        if node.target in _ENTERS:
+            inside.append(_ENTERS[node.target])
+        elif node.target in _LEAVES:
+            inside.pop()
         method = node.op == "call_method" and node.target in _METHODS
-        if depth and (method or (node.op == "call_function" and node.target in _FUNCTIONS)):
-            yield (
-                node,
-                Left(
-                    ReasonCode.UNSUPPORTED_FEATURE,
-                    "this softmax is inside torch.vmap, in a part that is not traced as a whole: "
-                    "it may draw random numbers, or switches gradients",
-                    node,
-                    "give the tensors their batch dimension: matmul and einsum take any number",
-                ),
-            )
+        if inside and (method or (node.op == "call_function" and node.target in _FUNCTIONS)):
+            yield node, _derived(inside[-1], node) if "func" in inside[-1] else _mapped(node)
+
+
+def _mapped(node: fx.Node) -> Left:
+    return Left(
+        ReasonCode.UNSUPPORTED_FEATURE,
+        "this softmax is inside torch.vmap, in a part that is not traced as a whole: "
+        "it may draw random numbers, or switches gradients",
+        node,
+        "give the tensors their batch dimension: matmul and einsum take any number",
+    )
+
+
+def _derived(transform: str, node: fx.Node) -> Left:
+    return Left(
+        ReasonCode.UNSUPPORTED_FEATURE,
+        f"this softmax is inside {transform}, which is not followed: the derivative is taken in "
+        "forward, of every operation as it stands",
+        node,
+        "loss.backward() outside of forward needs no transform",
+    )

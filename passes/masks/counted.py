@@ -66,6 +66,8 @@ def counts_from_end(given: dict[str, Any]) -> bool:
     """
     table, start = given["self"], given.get("start", given.get("index"))
     along = shape_of(table)[given["dim"]]
+    if isinstance(start, fx.Node) and without_constant(start)[0] == 0:
+        start = int(without_constant(start)[1])
     moves = isinstance(given.get("step"), fx.Node)
     return moves or (isinstance(start, int) and start < 0 and not isinstance(along, int))
 

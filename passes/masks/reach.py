@@ -24,13 +24,14 @@ from fxport.passes.constants import is_symbolic
 from fxport.passes.masks.counted import without_constant
 from fxport.passes.masks.values import constant_value
 
-__all__ = ["PADS", "PRODUCTS", "is_plain_position", "reach", "unbounded"]
+__all__ = ["PADS", "PRODUCTS", "WRITES", "is_plain_position", "reach", "unbounded"]
 
 aten = torch.ops.aten
 
 _COMPARISONS = {aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge}
 _BENDS = {
     aten.clamp, aten.clamp_min, aten.clamp_max, aten.minimum, aten.maximum, aten.abs, aten.sign,
+    aten.relu,
 }  # fmt: skip
 PRODUCTS = {aten.mul, aten.div, aten.floor_divide, aten.remainder, aten.fmod, aten.true_divide}
 _STEPS = {aten.floor_divide, aten.remainder, aten.fmod}
@@ -38,7 +39,11 @@ _BITS = {aten.bitwise_and, aten.bitwise_or, aten.bitwise_xor, aten.__and__, aten
 _CURVES = {aten.exp, aten.log, aten.sqrt, aten.pow}
 _GATHERS = {aten.index, aten.embedding, aten.index_select}
 PADS = {aten.pad, aten.constant_pad_nd}
+WRITES = {aten.slice_scatter, aten.select_scatter}
+_CUTS = {aten.slice, aten.select, aten.narrow}
 _PREFIXES = {aten.tril, aten.triu, aten.cumsum}
+# Of these only the positions that enter are compared; other values are put at other places.
+_MOVE = _PREFIXES | WRITES | _CUTS
 _INEXACT = {torch.bfloat16, torch.float16}
 _WRAPPING = {torch.int8, torch.uint8, torch.int16}
 _MAX_FACTORS = 64  # entries of a stored tensor that positions are multiplied by
@@ -54,7 +59,7 @@ def unbounded(nodes: Sequence[fx.Node]) -> fx.Node | None:
         if _is_static(node):
             continue
         packet = overload_packet(node)
-        curved = packet in _CURVES and node.meta["val"].dtype != torch.bool
+        curved = packet in _CURVES and any(n in indices for n in node.all_input_nodes)
         if curved or (packet in PRODUCTS and _divides_by(node, indices)):
             return node
         dtype = node.meta["val"].dtype
@@ -155,8 +160,10 @@ def _deciding(nodes: Sequence[fx.Node], indices: set[fx.Node]) -> set[fx.Node]:
 
 def _decides(node: fx.Node, indices: set[fx.Node]) -> bool:
     packet = overload_packet(node)
-    if packet in (aten.tril, aten.triu) or packet in PADS:
+    if packet in (aten.tril, aten.triu, aten.cat) or packet in PADS or packet in WRITES:
         return True
+    if packet in _CUTS:  # what was at 40 is at 0: every piece of it begins elsewhere
+        return any(_numbers(node))
     if not any(i in indices for i in node.all_input_nodes):
         return False
     if packet in _COMPARISONS or packet in _BENDS or packet in _STEPS or packet in _GATHERS:
@@ -226,8 +233,14 @@ def _numbers(node: fx.Node) -> list[float]:
     """Finite numbers in a call; infinities are values, not positions."""
     found: list[float] = []
     given = arguments(node)
-    if overload_packet(node) in (aten.slice, aten.select, aten.narrow):
-        given = {"start": given.get("start")}
+    if overload_packet(node) in _CUTS:
+        given = {"start": given.get("start", given.get("index"))}
+    elif overload_packet(node) in WRITES:  # the end of everything is no place
+        places = [given.get(name) for name in ("start", "end", "index")]
+        return [float(p) for p in places if isinstance(p, int) and p < _FAR]
+    elif overload_packet(node) is aten.cat:
+        sizes = [shape_of(tensor)[given["dim"]] for tensor in given["tensors"]]
+        return [float(size) for size in sizes if isinstance(size, int)]
     for name, value in given.items():
         if name in ("dim", "alpha", "step") or isinstance(value, bool):
             continue

@@ -29,7 +29,14 @@ from fxport.passes.attention.views import overload_packet
 from fxport.passes.constants import is_symbolic
 from fxport.passes.graph_facts import reachable, value_inputs
 from fxport.passes.masks.counted import counts_from_end, length_free
-from fxport.passes.masks.reach import PADS, PRODUCTS, is_plain_position, reach, unbounded
+from fxport.passes.masks.reach import (
+    PADS,
+    PRODUCTS,
+    WRITES,
+    is_plain_position,
+    reach,
+    unbounded,
+)
 
 __all__ = ["Scope", "scope_of", "upper_bound"]
 
@@ -46,10 +53,11 @@ _POINTWISE = PRODUCTS | {
     aten.contiguous, aten.alias, aten.detach, aten.lift_fresh, aten.lift_fresh_copy,
     aten.type_as, aten.minimum, aten.maximum, aten.clamp, aten.clamp_min, aten.clamp_max,
     aten.__and__, aten.__or__, aten.detach_, aten.exp, aten.log, aten.sqrt, aten.pow, aten.sign,
+    aten.fill, aten.relu,
 }  # fmt: skip
 _FACTORIES = {
     aten.arange, aten.ones, aten.zeros, aten.full, aten.ones_like, aten.zeros_like,
-    aten.full_like, aten.new_ones, aten.new_zeros, aten.new_full, aten.scalar_tensor,
+    aten.full_like, aten.new_ones, aten.new_zeros, aten.new_full, aten.scalar_tensor, aten.eye,
 }  # fmt: skip
 _SHAPES = {
     aten.expand, aten.unsqueeze, aten.squeeze, aten.transpose, aten.permute, aten.t,
@@ -60,7 +68,7 @@ _GATHERS = {aten.index, aten.embedding, aten.index_select}
 _PREFIXES = {aten.tril, aten.triu, aten.cumsum}
 _LOOKUPS = {aten.slice, aten.index, aten.select, aten.embedding, aten.index_select, aten.narrow}
 # Sizes may stand here without becoming numbers that the mask is computed from.
-_SHAPE_ARGUMENTS = {"size", "shape", "end", "sizes", "length"}
+_SHAPE_ARGUMENTS = {"size", "shape", "end", "sizes", "length", "n", "m"}
 
 
 @dataclass(frozen=True)
@@ -142,10 +150,12 @@ def _varies_along_others(node: fx.Node, symbols: Sequence[sympy.Symbol]) -> bool
         sizes = [s for s in shape_of(node) if s not in before or packet in _GATHERS]
     elif packet is aten.cumsum:
         sizes = [shape_of(node)[arguments(node)["dim"]]]
-    elif packet in (aten.tril, aten.triu):
+    elif packet in (aten.tril, aten.triu, aten.eye):
         sizes = list(shape_of(node)[-2:])
     elif packet in PADS:
         sizes = [s for s, b in zip(shape_of(node), shape_of(node.args[0]), strict=True) if s != b]  # type: ignore[arg-type]
+    elif packet in WRITES or packet is aten.cat:
+        sizes = [shape_of(node)[arguments(node)["dim"]]]
     else:
         return False
     return any(
@@ -178,6 +188,10 @@ def _is_local(node: fx.Node, symbols: Sequence[sympy.Symbol]) -> bool:
         return _expands(node)
     if packet in PADS:
         return _pads_in_front(node)
+    if packet in WRITES:
+        return _writes_at_numbers(node)
+    if packet is aten.cat:
+        return _begins_at_numbers(node)
     known = (_POINTWISE, _FACTORIES, _SHAPES, _PREFIXES, _LOOKUPS)
     if not any(packet in group for group in known):
         return False
@@ -203,6 +217,19 @@ def _pads_in_front(pad: fx.Node) -> bool:
     return min(amounts) >= 0 and not any(amounts[1::2])
 
 
+def _writes_at_numbers(write: fx.Node) -> bool:
+    """Whether what is written stands at places that are counted from the first entry."""
+    given = arguments(write)
+    places = [given[name] for name in ("start", "end", "index") if given.get(name) is not None]
+    return given.get("step", 1) == 1 and all(isinstance(p, int) and p >= 0 for p in places)
+
+
+def _begins_at_numbers(cat: fx.Node) -> bool:
+    """Whether every part begins where the ones before say, which are as long at every length."""
+    given = arguments(cat)
+    return all(isinstance(shape_of(t)[given["dim"]], int) for t in given["tensors"][:-1])
+
+
 def _between_lengths(shape: tuple[Any, ...], symbols: Sequence[sympy.Symbol]) -> list[Any]:
     """Dimensions of lengths as they are, and the product of what stands between them."""
     found: list[Any] = [sympy.Integer(1)]
@@ -217,9 +244,9 @@ def _between_lengths(shape: tuple[Any, ...], symbols: Sequence[sympy.Symbol]) ->
 def _varies(value: object) -> bool:
     if isinstance(value, list | tuple):
         return any(_varies(v) for v in value)
-    return isinstance(value, fx.Node) and isinstance(
-        value.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool
-    )
+    size = value.meta.get("val") if isinstance(value, fx.Node) else None
+    fixed = isinstance(size, torch.SymInt) and size.node.expr.is_Integer  # ``T + 5 - T``
+    return isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool) and not fixed
 
 
 def _table_lengths(nodes: list[fx.Node]) -> dict[fx.Node, tuple[sympy.Expr, int]]:

@@ -284,6 +284,23 @@ def test_a_graph_break_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     ) as w:
         torch.compile(attend, backend="vllm_generic")(q, True)
     assert "# BREAK" in str(w[0].message)
+    with pytest.raises(PortError, match="breaks the graph"):
+        torch.compile(attend, backend="vllm_generic", options={"strict": True})(q, True)
+
+
+def test_attention_that_runs_eagerly_is_an_error_if_strict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo leaves the whole of such a block to Python, and no backend sees what is in it."""
+    monkeypatch.setattr("fxport.backends.dynamo.compile_with_inductor", lambda gm, *_: gm.forward)
+
+    def attend(q: Tensor) -> Tensor:
+        k = q * 0.5
+        with torch.autograd.graph.save_on_cpu():
+            out = (q @ k.mT).softmax(-1) @ q
+        return out
+
+    q = torch.randn(1, 2, 5, 16, requires_grad=True)
+    with pytest.raises(PortError, match=r"test_dynamo\.py:\d+: torch.compile breaks the graph"):
+        torch.compile(attend, backend="vllm_generic", options={"strict": True})(q)
 
 
 class Encoder(nn.Module):

@@ -217,6 +217,7 @@ def keys_in_rows(qkv: Tensor) -> Tensor:
 import spellings_factors  # noqa: E402, F401
 import spellings_layouts  # noqa: E402, F401  (adds its spellings to LEGAL)
 import spellings_logsum  # noqa: E402, F401
+import spellings_masks  # noqa: E402, F401
 import spellings_normalised  # noqa: E402, F401
 import spellings_powers  # noqa: E402, F401
 import spellings_rare  # noqa: E402, F401

@@ -302,3 +302,72 @@ def test_keys_written_piece_by_piece() -> None:
     found = rewrite(trace_training(module, data))
     assert found.count == 1, found.result.decisions
     compare(module, found.graph, data)
+
+
+# -- a bias that is known to stay above the number that is filled in -------------------------------
+
+
+SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.0625], dtype=torch.float64)
+
+
+def counted(qkv: Tensor, keep: Tensor, slopes: Tensor) -> Tensor:
+    """BLOOM: the keys that are seen are numbered, and the number is a bias."""
+    q, k, v = heads_first(qkv)
+    place = ((keep.cumsum(-1) - 1) * keep)[:, None, :]
+    s = q @ k.mT * 0.4 + (slopes[:, None] * place)[:, :, None]
+    hidden = ~(causal_bool(q.size(2)) & keep[:, None, None].bool())
+    return finish(s.masked_fill(hidden, torch.finfo(s.dtype).min).softmax(-1), v)
+
+
+def counted_bools(qkv: Tensor, keep: Tensor, slopes: Tensor) -> Tensor:
+    return counted(qkv, keep.bool().to(qkv.dtype), slopes)
+
+
+def counted_from_nothing(qkv: Tensor, keep: Tensor, slopes: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    place = keep.bool().to(q.dtype).neg().sub(1.0)[:, None, :] * slopes[:, None]
+    s = q @ k.mT + place[:, :, None]
+    return finish(s.masked_fill(keep[:, None, None] == 0, -1e9).softmax(-1), v)
+
+
+@pytest.mark.parametrize("function", [counted, counted_bools, counted_from_nothing])
+def test_a_bias_that_stays_above(function: Callable[..., Tensor]) -> None:
+    module = Site(function, (), [SLOPES])
+    data = [example(), keep_mask(3, 7, True).long()]
+    if function is counted_bools:
+        data[1] = data[1].bool()
+    found = rewrite(trace_directly(module, data, {0: (1, 2), 1: (0, 1)}))
+    assert found.count == 1, found.result.decisions
+    assert found.result.sites[0].relied_on == ("b0",)
+    compare(module, found.graph, data)
+
+
+def lowered_by_integers(qkv: Tensor, keep: Tensor, slopes: Tensor) -> Tensor:
+    """Integers may be as low as the fill."""
+    q, k, v = heads_first(qkv)
+    s = q @ k.mT + ((keep - 1) * 10**9)[:, None, None]
+    return finish(s.masked_fill(~causal_bool(q.size(2)), -1e9).softmax(-1), v)
+
+
+def lowered_by_a_logarithm(qkv: Tensor, keep: Tensor, slopes: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    s = q @ k.mT + keep.to(q.dtype).log()[:, None, None]
+    return finish(s.masked_fill(~causal_bool(q.size(2)), torch.finfo(q.dtype).min).softmax(-1), v)
+
+
+def lowered_by_what_is_taken_away(qkv: Tensor, keep: Tensor, slopes: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    hidden = keep.bool().logical_not().to(q.dtype)
+    s = q @ k.mT - (hidden * 2e9)[:, None, None]
+    return finish(s.masked_fill(~causal_bool(q.size(2)), -1e9).softmax(-1), v)
+
+
+@pytest.mark.parametrize(
+    "function", [lowered_by_integers, lowered_by_a_logarithm, lowered_by_what_is_taken_away]
+)
+def test_a_bias_that_may_not(function: Callable[..., Tensor]) -> None:
+    module = Site(function, (), [SLOPES])
+    data = [example(), keep_mask(3, 7, True).long()]
+    found = rewrite(trace_directly(module, data))
+    assert found.left() == ["fully-masked-row"]
+    compare(module, found.graph, data)

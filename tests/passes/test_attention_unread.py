@@ -138,6 +138,20 @@ def additive_by_einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return s.softmax(-1) @ v
 
 
+def graph_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = F.leaky_relu(q.sum(-1, keepdim=True) + k.sum(-1)[:, :, None], 0.2)
+    return s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool).triu(1), -9e15).softmax(-1) @ v
+
+
+def complex_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    a, b = (torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2)) for x in (q, k))
+    return torch.einsum("bhid,bhjd->bhij", a, b.conj()).real.softmax(-1) @ v
+
+
+def averaged_over_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).mean(1, keepdim=True).softmax(-1) @ v
+
+
 def diagonals_of_all_heads_with_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     products = [torch.tensordot(a, b, dims=([2], [2])) for a, b in zip(q, k, strict=True)]
     diagonals = [p.diagonal(dim1=0, dim2=2).permute(2, 0, 1) for p in products]
@@ -148,6 +162,7 @@ def diagonals_of_all_heads_with_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     "function",
     [
         additive, additive_by_linear, additive_by_einsum, diagonals_of_all_heads_with_all,
+        graph_attention, complex_products, averaged_over_heads,
         distances, distances_written_out, sum_detached, exponentials_detached,
         dividend_detached, weights_detached, logarithm_detached, sum_without_gradient,
         sigmoids, rectified, squared, sparse_maximum,
@@ -192,11 +207,20 @@ def differences(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     ).sum(3)
 
 
+def decay_of_pairs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As in state space models: exponentials of pairs, and yet linear in q.k."""
+    steps = F.logsigmoid(q.sum(-1)).cumsum(-1)
+    decay = (steps[..., None] - steps[..., None, :]).tril().exp().tril()
+    return (q @ k.mT * decay) @ v
+
+
 def learned_after(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
     return (q @ k.mT).relu() @ w
 
 
-@pytest.mark.parametrize("function", [linear, decaying, similar, own_products, differences])
+@pytest.mark.parametrize(
+    "function", [linear, decaying, decay_of_pairs, similar, own_products, differences]
+)
 def test_products_that_are_no_attention(function: Callable[..., Tensor]) -> None:
     assert not rewrite(trace_directly(Site(function), example())).result.decisions
 

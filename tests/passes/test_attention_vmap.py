@@ -117,3 +117,28 @@ def test_a_write_in_place_stays_below_the_map() -> None:
     found = rewrite(trace_training(module, [example(2, 7)]))
     assert found.count == 0 and found.left() == ["unsupported-feature"]
     compare(module, found.graph, [example(2, 7)])
+
+
+def derivative_of_a_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.func.grad(lambda x: attend(x, k, v).sum())(q)
+
+
+def pulled_back(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out, pull = torch.func.vjp(lambda x: attend(x, k, v), q)
+    return out + pull(out)[0]  # type: ignore[no-any-return]
+
+
+def pushed_forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.func.jvp(lambda x: attend(x, k, v), (q,), (k,))[1]
+
+
+@pytest.mark.parametrize(
+    ("head", "name"),
+    [(derivative_of_a_sum, "grad"), (pulled_back, "vjp"), (pushed_forward, "jvp")],
+)
+def test_what_is_derived_inside_is_reported(head: Callable[..., Tensor], name: str) -> None:
+    module = Site(lambda x: head(*heads_first(x)) + attend(*heads_first(x)))
+    found = rewrite(trace_training(module, [example(2, 7)]))
+    reasons = [d.reason for d in found.result.decisions if d.reason is not None]
+    assert found.count == 1 and found.left() == ["unsupported-feature"]
+    assert name in reasons[0].message and reasons[0].location is not None

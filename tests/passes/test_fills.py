@@ -71,3 +71,23 @@ def test_a_number_under_a_mask(function: Callable[[Tensor], Tensor]) -> None:
 @pytest.mark.parametrize("function", [added, one_value_each, rows_by_number, rows_and_a_mask])
 def test_anything_else(function: Callable[[Tensor], Tensor]) -> None:
     assert not filled(function)
+
+
+def test_a_triangle_of_constants_is_a_mask_and_stays() -> None:
+    """Its sizes, and the buffers behind it, are the prover's."""
+
+    def function(x: Tensor, table: Tensor) -> Tensor:
+        mask = torch.full(x.shape[2:], -1.0, dtype=x.dtype).triu(1)
+        return x.tril() + mask + table.tril()
+
+    module = Site(function, (), [torch.ones(4, 4, dtype=torch.float64)])
+    data = [torch.randn(2, 3, 4, 4, dtype=torch.float64)]
+    graph = trace_directly(module, data)
+    spell_out_fills(graph)
+    graph.recompile()
+    compare(module, graph, data)
+    nodes = graph.graph.nodes
+    assert len(graph.graph.find_nodes(op="call_function", target=aten.masked_fill.Scalar)) == 1
+    cuts = [n for n in nodes if n.target in (aten.tril.default, aten.triu.default)]
+    floats = [n for n in cuts if n.meta["val"].is_floating_point()]
+    assert len(cuts) == 3 and len(floats) == 2  # and the one that says which data is kept

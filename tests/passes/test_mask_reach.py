@@ -59,7 +59,39 @@ def counted_blocks(i: Tensor, j: Tensor) -> Tensor:
     return (j <= i) & (starts < 20)
 
 
+def square(i: Tensor) -> Tensor:
+    return torch.ones(i.size(0) + 60, i.size(0) + 60, dtype=torch.bool)
+
+
+def triangle_moved_along(i: Tensor, j: Tensor) -> Tensor:
+    """A window of forty: what is cut off in front says where it begins."""
+    length = i.size(0)
+    return (j <= i) & ~square(i).tril()[:length, 40 : 40 + length]
+
+
+def identity_moved_along(i: Tensor, j: Tensor) -> Tensor:
+    length = i.size(0)
+    return (j <= i) & ~torch.eye(length + 60, dtype=torch.bool)[:length, 40 : length + 40]
+
+
+def one_row_of_a_triangle(i: Tensor, j: Tensor) -> Tensor:
+    return (j <= i) & (square(i).tril()[40][: i.size(0)] | (i == j))
+
+
+def row_that_is_written(i: Tensor, j: Tensor) -> Tensor:
+    mask = square(i).tril()
+    mask[42] = True
+    return mask[: i.size(0), : i.size(0)]
+
+
+def parts_put_end_to_end(i: Tensor, j: Tensor) -> Tensor:
+    late = torch.cat([torch.zeros(40), torch.ones(i.size(0))])[: i.size(0)] > 0
+    return (j <= i) & (~late | (i == j))
+
+
 CASES = [
+    (triangle_moved_along, 50), (identity_moved_along, 50), (one_row_of_a_triangle, 50),
+    (row_that_is_written, 50), (parts_put_end_to_end, 50),
     (square_root, 90), (logarithm, 110), (logarithm_of_row, 100), (power_below_one, 90),
     (bfloat16_positions, 270), (byte_positions, 270), (small_table_of_blocks, 110),
     (embedded_table_of_blocks, 110), (reciprocal, 110),
@@ -249,6 +281,12 @@ def none_at_the_end(causal: Tensor) -> Tensor:
     return F.pad(causal, (1, 1), value=True)[:, 1:]
 
 
+def hidden_at_the_end_if_near(causal: Tensor) -> Tensor:
+    """Keys in the last three places are hidden, of the first twenty: at a length below that."""
+    last = F.pad(torch.zeros_like(causal[0, 3:]), (0, 3), value=True)
+    return causal & ~(last & (torch.arange(causal.size(1)) < 20))
+
+
 def reflected(causal: Tensor) -> Tensor:
     return F.pad(causal.double()[None], (1, 0), mode="reflect")[0] > 0.5
 
@@ -260,6 +298,7 @@ def reflected(causal: Tensor) -> Tensor:
         (fifty_more_keys_cut_off, 0, "window from None to 50"),
         (fifty_more_rows_cut_off, 0, "full"),
         (none_at_the_end, 1, "full"),
+        (hidden_at_the_end_if_near, 0, "full"),
         (reflected, 1, "full"),
     ],
 )

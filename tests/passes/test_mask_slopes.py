@@ -126,3 +126,23 @@ def test_a_proof_holds_for_scores_of_one_dtype() -> None:
     rewritten = rewrite(trace_training(module, [data]))
     assert [site.alibi for site in rewritten.result.sites] == [True, False]
     compare(module, rewritten.graph, [data], 1e-5)
+
+
+def test_slopes_are_held_in_the_precision_of_each_attention() -> None:
+    """Equal ones are stored once; those of another precision are no such."""
+
+    def attend(x: Tensor) -> Tensor:
+        i = torch.arange(x.size(2), dtype=x.dtype)
+        slopes = torch.tensor([0.5, 0.25], dtype=x.dtype)
+        s = x @ x.mT + slopes[:, None, None] * (i - i[:, None])
+        return s.masked_fill(i > i[:, None], float("-inf")).softmax(-1) @ x
+
+    def function(x: Tensor) -> Tensor:
+        return attend(attend(x)) + attend(x.float()).double()
+
+    data = [torch.randn(2, 2, 7, 4, dtype=torch.float64)]
+    found = rewrite(trace_training(Site(function), data))
+    held = [call.args[5].meta["val"].dtype for call in found.calls()]
+    assert sorted(map(str, held)) == ["torch.float32", "torch.float64", "torch.float64"]
+    assert len([n for n, _ in found.graph.named_buffers() if "alibi" in n]) == 2
+    compare(Site(function), found.graph, data, tolerance=1e-5)

@@ -146,6 +146,76 @@ def test_of_any_length(function: Callable[..., Any]) -> None:
         compare(site, found.graph, [torch.randn(3, 3, 4, length, 4, dtype=torch.float64)])
 
 
+def first_keys_open(x: Tensor) -> Tensor:
+    mask = torch.ones(x.size(3), x.size(3), dtype=torch.bool).triu(2)
+    mask[0, 1] = False
+    mask[1:, :2] = False
+    return attend(x, mask)
+
+
+def logarithm_of_a_band(x: Tensor) -> Tensor:
+    mask = torch.ones(x.size(3), x.size(3), dtype=x.dtype)
+    return attend(x, mask.triu(-2).tril().log())
+
+
+def root_of_what_is_written(x: Tensor) -> Tensor:
+    mask = torch.zeros(x.size(3), x.size(3), dtype=x.dtype)
+    mask[:] = 1.0
+    return attend(x, mask.tril().sqrt().sub(1).mul(1e9))
+
+
+@pytest.mark.parametrize(
+    "function,mask",
+    [
+        (first_keys_open, "window from None to 1"),
+        (logarithm_of_a_band, "causal, window 3"),
+        (root_of_what_is_written, "causal"),
+    ],
+)
+def test_proven_for_any_length(function: Callable[..., Any], mask: str) -> None:
+    site, _, found = traced(function, VARYING, 7)
+    assert [s.mask for s in found.result.sites] == [mask]
+    for length in (7, 4, 50):
+        compare(site, found.graph, [torch.randn(3, 1, 1, length, 4, dtype=torch.float64)])
+
+
+def open_from_far_on(x: Tensor) -> Tensor:
+    """At forty tokens and more it is another mask."""
+    mask = torch.ones(x.size(3) + 60, x.size(3) + 60, dtype=torch.bool).triu(1)
+    mask[40:, :60] = False
+    return attend(x, mask[: x.size(3), : x.size(3)])
+
+
+def last_row_open(x: Tensor) -> Tensor:
+    mask = torch.ones(x.size(3), x.size(3), dtype=torch.bool).triu(1)
+    mask[-1] = False
+    return attend(x, mask | (torch.arange(x.size(3)) > 30))
+
+
+def open_from_far_on_in_a_table(x: Tensor) -> Tensor:
+    """The table has a fixed size, and is looked at whole."""
+    mask = torch.ones(64, 64, dtype=torch.bool).triu(1)
+    mask[60:, :] = False
+    return attend(x, mask[: x.size(3), : x.size(3)])
+
+
+def open_from_far_on_by_a_row(x: Tensor) -> Tensor:
+    row = torch.zeros(64)
+    row[60:] = 1
+    return attend(x, torch.ones(x.size(3), x.size(3)).triu(1) > row[: x.size(3), None])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [open_from_far_on, open_from_far_on_in_a_table, open_from_far_on_by_a_row, last_row_open],
+)
+def test_writes_that_show_at_other_lengths(function: Callable[..., Any]) -> None:
+    site, _, found = traced(function, VARYING, 7)
+    assert [s.mask for s in found.result.sites] in ([], ["full"])
+    for length in (7, 4, 50, 62):
+        compare(site, found.graph, [torch.randn(3, 1, 1, length, 4, dtype=torch.float64)])
+
+
 @pytest.mark.parametrize("dynamic", [FIXED, VARYING])
 @pytest.mark.parametrize(
     "function", [from_the_data, row_read_later, read_in_between, row_by_one_read_in_between, drawn]
