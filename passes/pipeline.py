@@ -10,6 +10,7 @@ from torch import fx
 from fxport.capture.dynamo import lowered_graphs
 from fxport.errors import ReasonCode
 from fxport.passes.attention.rewrite import AttentionSite, rewrite_attention
+from fxport.passes.constant_operands import make_constants_inside
 from fxport.passes.empty_parts import drop_empty_parts
 from fxport.passes.known_values import fold_known_values
 from fxport.report import Decision
@@ -34,6 +35,7 @@ def training_pipeline(gm: fx.GraphModule) -> PipelineResult:
     """Rewrites a graph from the training door, in place, bodies of higher-order ops included."""
     sites: list[AttentionSite] = []
     decisions: list[Decision] = []
+    make_constants_inside(gm)
     for graph in lowered_graphs(gm):
         drop_empty_parts(graph)
         fold_known_values(graph)

@@ -87,8 +87,9 @@ def _within(node: fx.Node, found: _Interval) -> _Interval:
     if value.dtype == torch.bool:
         return 0.0, 1.0
     of_dtype = torch.iinfo(value.dtype)
-    fits = of_dtype.min <= found[0] and found[1] <= of_dtype.max
-    return found if fits else (float(of_dtype.min), float(of_dtype.max))
+    if of_dtype.min <= found[0] and found[1] <= of_dtype.max:
+        return float(math.floor(found[0])), float(math.ceil(found[1]))
+    return float(of_dtype.min), float(of_dtype.max)
 
 
 def _times(one: float, other: float) -> float:
@@ -102,7 +103,10 @@ def _product(given: dict[str, Any], one: _Interval, other: _Interval) -> _Interv
 
 
 def _sum(given: dict[str, Any], one: _Interval, other: _Interval) -> _Interval:
-    scaled = _product({}, other, (alpha := number(given.get("alpha", 1)) or math.nan, alpha))
+    alpha = number(given.get("alpha", 1))
+    if alpha is None:
+        return _ANYTHING
+    scaled = _product({}, other, (alpha, alpha))
     return one[0] + scaled[0], one[1] + scaled[1]
 
 

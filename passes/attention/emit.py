@@ -41,7 +41,7 @@ class Emitter:
         self._values = tuple(values)
         self._sizes: dict[Size, fx.Node] = {}
         self.made: list[fx.Node] = []
-        made = tree_leaves(anchor.meta["val"])
+        made = tree_leaves([n.meta.get("val") for n in (anchor, *self._values)])
         self._mode = next((v.fake_mode for v in made if isinstance(v, FakeTensor)), None)
 
     @property

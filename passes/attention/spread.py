@@ -56,8 +56,8 @@ def respell_uses(
     known = {s.weights for s in softmaxes if s.quotient is None}
     found: list[Respelled] = []
     made: dict[_Whole, fx.Node] = {}
-    for done in join_values(gm, facts, lambda node: _weights_behind(node, known)):
-        _record(found, done)
+    for joined in join_values(gm, facts, lambda node: _weights_behind(node, known)):
+        _record(found, joined)
     for node in list(gm.graph.nodes):
         product = as_product(node)
         if product is not None and product.added is None and product.alpha == 1:
@@ -67,9 +67,9 @@ def respell_uses(
                     _record(found, done)
                     break
     for weights in known:
-        joined = Join(gm, facts, weights).run()
-        if joined is not None:
-            _record(found, joined)
+        whole = Join(gm, facts, weights).run()
+        if whole is not None:
+            _record(found, whole)
     return found
 
 

@@ -243,7 +243,7 @@ class _Scope:
 
         A way ends before the product.
         """
-        pending, seen = [start], {(start.node, start.bend)}
+        pending, seen = [start], {(start.node, start.bend, start.softmax_only)}
         here: list[_Met] = []
         inside: list[_Met] = []
         returned: list[_Way] = []
@@ -257,10 +257,11 @@ class _Scope:
                 found, onwards = self._after(way, user)
                 inside += found
                 for after in onwards:
-                    if (after.node, after.bend) not in seen:
-                        seen.add((after.node, after.bend))
+                    reached = (after.node, after.bend, after.softmax_only)
+                    if reached not in seen:
+                        seen.add(reached)
                         pending.append(after)
-        made = {node for node, _ in seen}
+        made = {node for node, _, _ in seen}
         return [met for met in here if self._takes_values(met[1], made)] + inside, returned
 
     def _after(self, way: _Way, user: fx.Node) -> tuple[list[_Met], list[_Way]]:

@@ -17,17 +17,20 @@ from fxport.passes.attention.site import Left
 
 __all__ = ["vmapped_softmaxes"]
 
-_functorch, _predispatch = torch._C._functorch, torch._functorch.predispatch
+# Which of the two Dynamo records depends on the transform, and on the version of torch.
+_MODULES = (torch._C._functorch, torch._functorch.predispatch)
+
+
+def _called(name: str) -> set[object]:
+    return {getattr(module, name) for module in _MODULES if hasattr(module, name)}
+
+
 _ENTERS = {
-    _predispatch._vmap_increment_nesting: "torch.vmap",
-    _functorch._grad_increment_nesting: "torch.func.grad or vjp",
-    _functorch._jvp_increment_nesting: "torch.func.jvp",
+    **dict.fromkeys(_called("_vmap_increment_nesting"), "torch.vmap"),
+    **dict.fromkeys(_called("_grad_increment_nesting"), "torch.func.grad or vjp"),
+    **dict.fromkeys(_called("_jvp_increment_nesting"), "torch.func.jvp"),
 }
-_LEAVES = {
-    _predispatch._vmap_decrement_nesting,
-    _functorch._grad_decrement_nesting,
-    _functorch._jvp_decrement_nesting,
-}
+_LEAVES = {f for name in ("vmap", "grad", "jvp") for f in _called(f"_{name}_decrement_nesting")}
 _METHODS = ("softmax", "log_softmax")
 _FUNCTIONS = {
     F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, F.scaled_dot_product_attention

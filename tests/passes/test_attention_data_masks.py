@@ -345,7 +345,7 @@ def test_a_bias_that_stays_above(function: Callable[..., Tensor]) -> None:
 def lowered_by_integers(qkv: Tensor, keep: Tensor, slopes: Tensor) -> Tensor:
     """Integers may be as low as the fill."""
     q, k, v = heads_first(qkv)
-    s = q @ k.mT + ((keep - 1) * 10**9)[:, None, None]
+    s = q @ k.mT + (keep * 10**9)[:, None, None]
     return finish(s.masked_fill(~causal_bool(q.size(2)), -1e9).softmax(-1), v)
 
 
@@ -353,6 +353,13 @@ def lowered_by_a_logarithm(qkv: Tensor, keep: Tensor, slopes: Tensor) -> Tensor:
     q, k, v = heads_first(qkv)
     s = q @ k.mT + keep.to(q.dtype).log()[:, None, None]
     return finish(s.masked_fill(~causal_bool(q.size(2)), torch.finfo(q.dtype).min).softmax(-1), v)
+
+
+def lowered_by_a_difference(qkv: Tensor, keep: Tensor, slopes: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    hidden = keep.bool().logical_not().to(q.dtype)
+    s = q @ k.mT + (torch.zeros(7, dtype=q.dtype) - hidden * 2e9)[:, None, None]
+    return finish(s.masked_fill(~causal_bool(q.size(2)), -1e9).softmax(-1), v)
 
 
 def lowered_by_what_is_taken_away(qkv: Tensor, keep: Tensor, slopes: Tensor) -> Tensor:
@@ -363,11 +370,15 @@ def lowered_by_what_is_taken_away(qkv: Tensor, keep: Tensor, slopes: Tensor) -> 
 
 
 @pytest.mark.parametrize(
-    "function", [lowered_by_integers, lowered_by_a_logarithm, lowered_by_what_is_taken_away]
-)
+    "function",
+    [
+        lowered_by_integers, lowered_by_a_logarithm, lowered_by_a_difference,
+        lowered_by_what_is_taken_away,
+    ],
+)  # fmt: skip
 def test_a_bias_that_may_not(function: Callable[..., Tensor]) -> None:
     module = Site(function, (), [SLOPES])
-    data = [example(), keep_mask(3, 7, True).long()]
+    data = [example(), keep_mask(3, 7, True).long() - int(function is lowered_by_integers)]
     found = rewrite(trace_directly(module, data))
     assert found.left() == ["fully-masked-row"]
     compare(module, found.graph, data)

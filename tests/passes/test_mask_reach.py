@@ -89,7 +89,13 @@ def parts_put_end_to_end(i: Tensor, j: Tensor) -> Tensor:
     return (j <= i) & (~late | (i == j))
 
 
+def last_keys_hidden_by_parts_that_grow(i: Tensor, j: Tensor) -> Tensor:
+    last = torch.cat([torch.zeros(i.size(0) - 3), torch.ones(3)]) > 0
+    return (j <= i) & (~last | (j >= 20) | (i == j))
+
+
 CASES = [
+    (last_keys_hidden_by_parts_that_grow, 50),
     (triangle_moved_along, 50), (identity_moved_along, 50), (one_row_of_a_triangle, 50),
     (row_that_is_written, 50), (parts_put_end_to_end, 50),
     (square_root, 90), (logarithm, 110), (logarithm_of_row, 100), (power_below_one, 90),
@@ -124,6 +130,19 @@ def test_a_mask_that_varies_along_the_batch() -> None:
         q, k, v = heads_first(qkv)
         t, b = torch.arange(q.size(2)), torch.arange(q.size(0))
         allowed = (t[None, :] <= t[:, None]) | (b[:, None, None, None] >= 4)
+        return finish((q @ k.mT).masked_fill(~allowed, float("-inf")).softmax(-1), v)
+
+    module = Site(late_entries)
+    found = rewrite(trace_training(module, [example(2, 9)], {0: (1, 2)}))
+    for batch in (2, 6):
+        compare(module, found.graph, [example(batch, 9)])
+
+
+def test_an_identity_over_the_batch() -> None:
+    def late_entries(qkv: Tensor) -> Tensor:
+        q, k, v = heads_first(qkv)
+        open_ = torch.eye(q.size(0), 5)[:, 4, None, None, None] > 0
+        allowed = torch.ones(q.size(2), q.size(2), dtype=torch.bool).tril() | open_
         return finish((q @ k.mT).masked_fill(~allowed, float("-inf")).softmax(-1), v)
 
     module = Site(late_entries)

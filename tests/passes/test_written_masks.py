@@ -186,10 +186,11 @@ def open_from_far_on(x: Tensor) -> Tensor:
     return attend(x, mask[: x.size(3), : x.size(3)])
 
 
-def last_row_open(x: Tensor) -> Tensor:
-    mask = torch.ones(x.size(3), x.size(3), dtype=torch.bool).triu(1)
-    mask[-1] = False
-    return attend(x, mask | (torch.arange(x.size(3)) > 30))
+def third_last_row_open_if_near(x: Tensor) -> Tensor:
+    later = torch.ones(x.size(3), x.size(3), dtype=torch.bool).triu(1)
+    mask = later.clone()
+    mask[-3] = False
+    return attend(x, mask | (later & (torch.arange(x.size(3)) > 30)))
 
 
 def open_from_far_on_in_a_table(x: Tensor) -> Tensor:
@@ -207,7 +208,12 @@ def open_from_far_on_by_a_row(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     "function",
-    [open_from_far_on, open_from_far_on_in_a_table, open_from_far_on_by_a_row, last_row_open],
+    [
+        open_from_far_on,
+        open_from_far_on_in_a_table,
+        open_from_far_on_by_a_row,
+        third_last_row_open_if_near,
+    ],
 )
 def test_writes_that_show_at_other_lengths(function: Callable[..., Any]) -> None:
     site, _, found = traced(function, VARYING, 7)
