@@ -80,16 +80,19 @@ class Bounds:
 
 
 def _within(node: fx.Node, found: _Interval) -> _Interval:
-    """What the dtype holds; integers come round."""
+    """What the dtype holds; integers come round, floats become infinite."""
     value = node.meta.get("val")
-    if not isinstance(value, Tensor) or value.dtype.is_floating_point or value.is_complex():
+    if not isinstance(value, Tensor) or value.is_complex():
         return found
     if value.dtype == torch.bool:
         return 0.0, 1.0
+    if value.dtype.is_floating_point:
+        largest = torch.finfo(value.dtype).max
+        low, high = found
+        return (-math.inf if low < -largest else low), (math.inf if high > largest else high)
     of_dtype = torch.iinfo(value.dtype)
-    if of_dtype.min <= found[0] and found[1] <= of_dtype.max:
-        return float(math.floor(found[0])), float(math.ceil(found[1]))
-    return float(of_dtype.min), float(of_dtype.max)
+    fits = of_dtype.min <= found[0] and found[1] <= of_dtype.max
+    return found if fits else (float(of_dtype.min), float(of_dtype.max))
 
 
 def _times(one: float, other: float) -> float:

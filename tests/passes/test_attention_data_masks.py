@@ -369,11 +369,18 @@ def lowered_by_what_is_taken_away(qkv: Tensor, keep: Tensor, slopes: Tensor) -> 
     return finish(s.masked_fill(~causal_bool(q.size(2)), -1e9).softmax(-1), v)
 
 
+def lowered_by_an_overflow(qkv: Tensor, keep: Tensor, slopes: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    hidden = keep.bool().logical_not().half() * 4e4 * -4  # -inf
+    s = q @ k.mT + hidden.to(q.dtype)[:, None, None]
+    return finish(s.masked_fill(~causal_bool(q.size(2)), torch.finfo(q.dtype).min).softmax(-1), v)
+
+
 @pytest.mark.parametrize(
     "function",
     [
         lowered_by_integers, lowered_by_a_logarithm, lowered_by_a_difference,
-        lowered_by_what_is_taken_away,
+        lowered_by_what_is_taken_away, lowered_by_an_overflow,
     ],
 )  # fmt: skip
 def test_a_bias_that_may_not(function: Callable[..., Tensor]) -> None:
