@@ -52,11 +52,16 @@ class _Losses(TorchFunctionMode):
         return result
 
     def whole(self, asked: Tensor, ids: Tensor) -> Tensor | None:
-        """The value for every token ``[.., V]`` that `asked` shows all or a part of."""
+        """The value for every token ``[.., V]`` that `asked` shows all or a part of.
+
+        Logits of ``[B T, V]`` hidden states are taken to be in the order of the ids; where they
+        are not, the passes find tokens in other rows than their own.
+        """
         shape = (*ids.shape, asked.shape[1])
         while asked.shape not in (shape, (1, *shape)):
             if id(asked) not in self._sources:
-                return None
+                in_rows = asked.shape == (ids.numel(), shape[-1])
+                return asked.unflatten(0, ids.shape) if in_rows else None
             asked = self._sources[id(asked)][1]
         return asked if asked.shape == shape else asked[0]
 

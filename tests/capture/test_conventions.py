@@ -192,6 +192,11 @@ def test_a_loss_without_a_row_for_each_token_is_refused() -> None:
     assert caught.value.reasons[0].code is ReasonCode.NO_LOGITS
 
 
+def test_a_loss_of_rows_in_another_order_is_refused() -> None:
+    with pytest.raises(PortError, match="cuts through the batch or token axis"):
+        fxport.port(made("time first", called.READING))
+
+
 class MixedRows(called.RowByRow):
     """A loop over the batch, and every sequence sees the others."""
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.zoo.awkward import VOCAB, Decoder
@@ -94,7 +95,30 @@ class ShiftedLoss(Tiny):
         return loss_of(logits, ids[..., 1:].contiguous())
 
 
+class FlatLoss(Tiny):
+    """The head is given the tokens of all rows at once, as in the speed runs."""
+
+    def rows(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        logits = self.head(self.rows(ids).flatten(0, 1))
+        return F.cross_entropy(logits, targets.flatten(), reduction="mean")
+
+
+class FlatTimeFirstLoss(FlatLoss):
+    """As many rows, in another order than the ids."""
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        logits = self.head(self.rows(ids).transpose(0, 1).flatten(0, 1))
+        return F.cross_entropy(logits, targets.t().flatten())
+
+
 LOSSES: dict[str, type[nn.Module]] = {
+    "flat loss": FlatLoss,
     "shifted loss": ShiftedLoss,
     "loss": Loss,
     "own targets": OwnTargets,
@@ -186,4 +210,8 @@ class LossOfOthers(Tiny):
         return loss_of(self.logits(ids[:, :-1]), ids[:, 1:])
 
 
-READING: dict[str, type[nn.Module]] = {"targets": ReadsTargets, "loss": LossOfOthers}
+READING: dict[str, type[nn.Module]] = {
+    "targets": ReadsTargets,
+    "loss": LossOfOthers,
+    "time first": FlatTimeFirstLoss,
+}
