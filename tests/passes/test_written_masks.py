@@ -188,8 +188,7 @@ def open_from_far_on(x: Tensor) -> Tensor:
 
 def third_last_row_open_if_near(x: Tensor) -> Tensor:
     later = torch.ones(x.size(3), x.size(3), dtype=torch.bool).triu(1)
-    mask = later.clone()
-    mask[-3] = False
+    mask = torch.select_scatter(later, torch.zeros_like(later[0]), 0, -3)
     return attend(x, mask | (later & (torch.arange(x.size(3)) > 30)))
 
 
