@@ -24,7 +24,7 @@ from fxport.passes.attention.bodies import Body, body_of
 from fxport.passes.attention.emit import Emitter
 from fxport.passes.attention.site import Left
 from fxport.passes.constants import is_symbolic
-from fxport.passes.graph_facts import GraphFacts, Source, computes, reachable
+from fxport.passes.graph_facts import GraphFacts, Source, reachable
 
 __all__ = ["make_constants_inside"]
 
@@ -49,9 +49,9 @@ def _constants(facts: GraphFacts, body: Body) -> Iterator[tuple[fx.Node, fx.Node
         if is_symbolic(operand) or not isinstance(operand.meta.get("val"), FakeTensor):
             continue
         made = reachable([operand], _without_sizes)
-        if facts.source(operand) is not Source.CONSTANT or operand.op == "get_attr":
+        if facts.source(operand) is not Source.CONSTANT:
             continue
-        if all(n.op == "call_function" and computes(n) for n in made):
+        if all(n.op == "call_function" for n in made):
             for placeholder in body.entered(operand):
                 if placeholder.users and isinstance(placeholder.meta.get("val"), FakeTensor):
                     yield operand, placeholder

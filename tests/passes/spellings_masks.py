@@ -111,3 +111,11 @@ def weights_less_a_number_times_rows(qkv: Tensor) -> Tensor:
 def weights_and_learned_ones(qkv: Tensor, learned: Tensor) -> Tensor:
     w, v = weights(qkv)
     return finish(learned[:, : w.size(-1), : w.size(-1)] - w, v)
+
+
+@legal("full", among=DIRECT)
+def weights_less_a_wide_identity(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    k, v = torch.cat([k, k.sin()], 2), torch.cat([v, v.sin()], 2)
+    w = (q @ k.mT).softmax(-1)
+    return finish(w - torch.eye(*w.shape[-2:], dtype=w.dtype), v)

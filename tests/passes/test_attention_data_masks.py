@@ -216,6 +216,15 @@ def test_dropout_keeps_its_distribution() -> None:
     assert float(error.amax()) < 6.0
 
 
+def test_dropout_of_scores_is_left() -> None:
+    def dropped(qkv: Tensor) -> Tensor:
+        q, k, v = heads_first(qkv)
+        return finish(F.dropout(q @ k.mT, 0.25, True).softmax(-1), v)
+
+    found = rewrite(trace_directly(Site(dropped), [example()]))
+    assert found.left() == ["unsupported-feature"]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_float32_softmax_between_narrow_products(dtype: torch.dtype) -> None:
     def narrow(qkv: Tensor) -> Tensor:

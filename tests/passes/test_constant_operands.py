@@ -83,7 +83,15 @@ def mask_that_is_drawn(x: Tensor) -> Tensor:
     return again(x, (torch.rand(x.size(3), x.size(3)) >= 0) & causal(x))
 
 
-@pytest.mark.parametrize("function", [mask_of_the_data, mask_that_is_drawn])
+def mask_that_is_written_to(x: Tensor) -> Tensor:
+    mask = causal(x)
+    mask[1, 0] = False
+    return again(x, mask)
+
+
+@pytest.mark.parametrize(
+    "function", [mask_of_the_data, mask_that_is_drawn, mask_that_is_written_to]
+)
 def test_what_is_no_constant_is_given_as_before(function: Callable[..., Tensor]) -> None:
     (site,) = passed(function).sites
     assert site.bias == "data"
