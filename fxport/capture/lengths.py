@@ -24,7 +24,7 @@ from fxport.capture.causal_calls import masks_at_every_length
 from fxport.capture.earlier_calls import give_the_same, histories_of
 from fxport.capture.location import forward_line
 from fxport.capture.paths import refuse_another_path
-from fxport.capture.questions import Asked, ask, by_shapes, first_change, numbers_in
+from fxport.capture.questions import Asked, Heard, ask, by_shapes, first_change, numbers_in
 from fxport.capture.recurrence import refuse_recurrence
 from fxport.capture.sample import Sample, device_of, take_sample
 from fxport.capture.sizes import at_sizes
@@ -269,7 +269,8 @@ def _lengths(model: nn.Module, limit: int | None) -> _Lengths:
         raise PortError([reason])
     longest = limit or _UNBOUNDED
     others: tuple[int, ...] = ()
-    asked = one = ask(model, allowed[0])
+    heard: dict[tuple[int, int], Heard] = {}
+    asked = one = ask(model, allowed[0], heard=heard)
     known, counted = set(one.sides), asked.counted
     if not counted:  # else forward may tell a symbol from a number
         plain = plain_path(model, 1, allowed[0])
@@ -278,7 +279,7 @@ def _lengths(model: nn.Module, limit: int | None) -> _Lengths:
     going = set(one.going)
     while pending and len(known) < _MOST_PATHS:
         hint = pending.pop()
-        asked = ask(model, hint, 1, one.of)
+        asked = ask(model, hint, 1, one.of, heard)
         counted |= asked.counted
         going |= asked.going
         pending |= {n for n in _chased(asked, hint) - known if n <= longest}

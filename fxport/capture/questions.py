@@ -38,6 +38,7 @@ from fxport.capture.trace import as_traced, quiet
 
 __all__ = [
     "Asked",
+    "Heard",
     "answer",
     "ask",
     "by_shapes",
@@ -70,7 +71,7 @@ class Asked:
             length as a key of a set), or chose among the tokens: nobody sees what is asked after
             that.
         going: lengths on both sides of answers that come and go: other questions may hang on them.
-        path: what the user's code did.
+        path: what the user's code did; empty where another run was heard before.
     """
 
     of: Mapping[str, frozenset[int]]
@@ -84,7 +85,16 @@ class Asked:
         return frozenset(n for sides in self.of.values() for n in sides)
 
 
-def ask(model: nn.Module, hint: int, batch: int = 1, known: Container[str] = ()) -> Asked:
+Heard = tuple[list[sympy.Rel], sympy.Symbol, bool, Path]
+
+
+def ask(
+    model: nn.Module,
+    hint: int,
+    batch: int = 1,
+    known: Container[str] = (),
+    heard: dict[tuple[int, int], Heard] | None = None,
+) -> Asked:
     """Runs forward on `batch` rows of `hint` tokens, by shapes alone.
 
     What was asked before forward failed counts. Where the length is taken as a plain number, two
@@ -92,11 +102,20 @@ def ask(model: nn.Module, hint: int, batch: int = 1, known: Container[str] = ())
 
     Args:
         known: questions in words that name no such number.
+        heard: what was asked before by length and rows; added to. Neighbours ask the same again.
     """
-    questions, length, counted, path = _heard(model, hint, batch)
+    runs = {} if heard is None else heard
+
+    def at(n: int) -> Heard:
+        if (n, batch) not in runs:
+            # what the user's code does takes as long to note, and is asked of the first alone
+            runs[n, batch] = _heard(model, n, batch, following=not runs)
+        return runs[n, batch]
+
+    questions, length, counted, path = at(hint)
     if counted and any(str(q) not in known and _sides(q, length) for q in dict.fromkeys(questions)):
         for steps in ((1, 2), (-1, -2)):
-            others = [_heard(model, hint + step, batch)[0] for step in steps]
+            others = [at(hint + step)[0] for step in steps]
             if (moved := with_length(questions, others, steps, hint, length)) is not None:
                 questions = moved
                 break
@@ -109,9 +128,7 @@ def ask(model: nn.Module, hint: int, batch: int = 1, known: Container[str] = ())
     return Asked(of, counted, frozenset(going), path)
 
 
-def _heard(
-    model: nn.Module, hint: int, batch: int
-) -> tuple[list[sympy.Rel], sympy.Symbol, bool, Path]:
+def _heard(model: nn.Module, hint: int, batch: int, *, following: bool) -> Heard:
     """The comparisons that are about the length alone, its symbol, and the rest of `Asked`."""
     shapes = _Open()
     mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
@@ -121,8 +138,8 @@ def _heard(
     counted = True
     # The sample at this length says what is wrong, if anything is.
     paths: list[Path] = []
-    following = followed_calls(model, paths)
-    with by_shapes(model, mode) as selected, following, contextlib.suppress(Exception):
+    follow = followed_calls(model, paths) if following else contextlib.nullcontext()
+    with by_shapes(model, mode) as selected, follow, contextlib.suppress(Exception):
         model(fake)
         counted = selected.answered  # else it came to its end: what it asked later was seen, too
     about = [q for q in shapes.questions if q.free_symbols == {length}]

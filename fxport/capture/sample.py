@@ -6,7 +6,7 @@ model, B=3, T=53  ->  Sample(graph of plain sizes, what depends on tokens, const
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence, Set
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -140,11 +140,10 @@ def take_sample(
     )
     aliases = aliases_of(model)
     changed: list[Reason] = []
-    followed: list[list[Path]] = []
+    paths: list[Path] = []
 
-    def graph_with(empty: Empties) -> fx.GraphModule:
-        followed.append([])
-        with _watched(model) as now, followed_calls(model, followed[-1]):
+    def graph_with(empty: Empties, following: AbstractContextManager[None]) -> fx.GraphModule:
+        with _watched(model) as now, following:
             try:
                 exported = export(model, inputs, None, empty)
             except Exception as error:  # any failure of user code
@@ -155,17 +154,17 @@ def take_sample(
         return traced
 
     def again(empty: Empties) -> fx.GraphModule:
-        other = graph_with(empty)
+        other = graph_with(empty, nullcontext())
         keep_logits(other)
         read_what_was_written(other)
         return other
 
-    graph = graph_with(frozenset[int]().__contains__)
+    graph = graph_with(frozenset[int]().__contains__, followed_calls(model, paths))
     logits = keep_logits(graph)
     unkept = read_what_was_written(graph)
     without_selections(graph, again, every_pair=every_pair)
     sample = _analysed(graph, batch, length, logits, changed)
-    return replace(sample, unkept=unkept, history=tuple(history), paths=tuple(followed[0]))
+    return replace(sample, unkept=unkept, history=tuple(history), paths=tuple(paths))
 
 
 def device_of(model: nn.Module) -> torch.device:

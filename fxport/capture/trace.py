@@ -21,6 +21,7 @@ import torch
 from torch import fx, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.export.graph_signature import InputKind as ExportInput
+from torch.fx._lazy_graph_module import _LazyGraphModule, _use_lazy_graph_module
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from fxport.capture.aliases import plain_names
@@ -77,6 +78,7 @@ def export(
     """
     selections = Selections(empty, StoredValues(model, plain=dynamic is None))
     with (
+        _without_waste(),
         as_traced(model),
         narrowed_as_slices(),
         nothing_remembered(model),
@@ -158,6 +160,21 @@ def _without_partial_graph() -> Iterator[None]:
         sys.stderr.write(text if graph is None else text.replace(f"{graph}\n", ""))
 
 
+@contextmanager
+def _without_waste() -> Iterator[None]:
+    """Torch keeps a printed stack on every node, where we note one line, and writes the code of
+    every graph that it makes, though nobody runs it."""
+    kept = getattr(fx.config, "do_not_emit_stack_traces", None)  # older versions always do
+    if kept is not None:
+        fx.config.do_not_emit_stack_traces = True
+    try:
+        with _use_lazy_graph_module(True):
+            yield
+    finally:
+        if kept is not None:
+            fx.config.do_not_emit_stack_traces = kept
+
+
 def token_argument(model: nn.Module) -> str:
     parameters = list(inspect.signature(model.forward).parameters.values())
     required = [
@@ -222,7 +239,7 @@ def first_line(text: str) -> str:
 
 def graph_of(exported: torch.export.ExportedProgram, aliases: Mapping[str, str]) -> fx.GraphModule:
     """An own GraphModule (no guards, no hooks) whose placeholders know what they are."""
-    gm = fx.GraphModule({}, fx.Graph())
+    gm: fx.GraphModule = _LazyGraphModule({}, fx.Graph())  # its code is written once it runs
     for name, body in exported.graph_module._modules.items():
         gm.add_module(name, body)
     graph = fx.Graph()

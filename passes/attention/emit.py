@@ -23,7 +23,7 @@ __all__ = ["Emitter"]
 
 aten = torch.ops.aten
 
-_PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack")
+_PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom")
 
 
 class Emitter:
