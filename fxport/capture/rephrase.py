@@ -6,6 +6,7 @@ x.type_as(other)                             ->  x.to(other.dtype): no value of 
 torch._weight_norm(v, g, dim)                ->  v * (g / |v|)
 sdpa(q, k, v, is_causal=T > 1)               ->  sdpa(q, k, v, is_causal=bool(T > 1))
 torch.hstack([x, y])                         ->  torch.cat([x, y], 1), of vectors along 0
+torch._grouped_mm(x, w, ends)                ->  bmm(x[:, None], w[group of each row])[:, 0]
 nn.TransformerEncoder(...)(x, mask=m)        ->  the same, without looking into m whether it is
                                                  causal: the layers get m itself
 torch.vmap(head)(q, k)                       ->  a loop over the rows, stacked
@@ -99,6 +100,8 @@ class _Rephrase(TorchFunctionMode):
             return _normed(*args, **kwargs)
         if func is torch.hstack and not kwargs and all(t.dim() for t in args[0]):
             return torch.cat(list(args[0]), 0 if args[0][0].dim() == 1 else 1)
+        if func is torch._grouped_mm:
+            return _grouped(func, *args, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -126,6 +129,26 @@ def _normed(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """`nn.utils.weight_norm` and its parametrization; `dim` -1 is the norm of all of `v`."""
     others = None if dim == -1 else [d for d in range(v.dim()) if d != dim]
     return v * (g / torch.linalg.vector_norm(v, 2, others, keepdim=dim != -1))
+
+
+def _grouped(
+    func: Callable[..., Any],
+    one: Tensor,
+    other: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Any:
+    """Torch knows the shape in bfloat16 alone, and computes float32, too."""
+    if bias is not None or out_dtype not in (None, one.dtype):
+        return func(one, other, offs, bias, out_dtype)
+    if offs is None and one.dim() == other.dim() == 3:
+        return torch.bmm(one, other)
+    if offs is None or one.dim() != 2 or other.dim() != 3:
+        return func(one, other, offs, bias, out_dtype)
+    rows = torch.arange(one.shape[0], device=one.device, dtype=offs.dtype)
+    groups = torch.searchsorted(offs, rows, right=True)
+    return torch.bmm(one.unsqueeze(1), other[groups]).squeeze(1)
 
 
 def _adds_nothing(pad: Sequence[Any]) -> bool:

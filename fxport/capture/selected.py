@@ -6,6 +6,8 @@
     if mask.any():     yes
     if count == 0:     no
     counts.numpy()     of tokens sorted by expert: the first expert got them all
+    ends[0].item()     .. of sums of these, too
+    repeat_interleave(arange(E), counts)    one for each slot
 
 One path of all that forward may take; what the other paths do, `fxport.capture.skips` proves.
 """
@@ -31,6 +33,40 @@ _COUNTS = (torch.bincount, Tensor.bincount)
 _EQUALS = (Tensor.__eq__, Tensor.eq, torch.eq)
 
 
+def _accumulated(counts: list[Any], dim: int = 0, **_: Any) -> list[Any] | None:
+    return list(itertools.accumulate(counts)) if dim in (0, -1) else None
+
+
+def _joined(*parts: list[Any], dim: int = 0) -> list[Any] | None:
+    return list(itertools.chain(*parts))
+
+
+def _difference(one: list[Any], other: list[Any]) -> list[Any] | None:
+    alike = isinstance(one, list) and isinstance(other, list) and len(one) == len(other)
+    return [a - b for a, b in zip(one, other, strict=True)] if alike else None
+
+
+def _padded(counts: list[Any], pad: Any, mode: str = "constant", value: Any = 0) -> Any:
+    return [0] * pad[0] + counts + [0] * pad[1] if len(pad) == 2 and not value else None
+
+
+def _part(counts: list[Any], at: Any) -> Any:
+    return counts[at] if type(at) is int or isinstance(at, slice) else None
+
+
+_REPEATS = (torch.repeat_interleave, Tensor.repeat_interleave)
+_ZEROS = (torch.zeros, torch.zeros_like, Tensor.new_zeros)
+# What follows where counts are added up: a list for a tensor of several, a number for one.
+_SUMS: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys((torch.cumsum, Tensor.cumsum), _accumulated),
+    **dict.fromkeys((torch.cat, torch.concat), _joined),
+    **dict.fromkeys((torch.sub, Tensor.sub, Tensor.__sub__), _difference),
+    **dict.fromkeys((Tensor.to, Tensor.int, Tensor.long), lambda counts, *_, **__: counts),
+    torch.nn.functional.pad: _padded,
+    Tensor.__getitem__: _part,
+}
+
+
 class EverySelected(TorchFunctionMode):
     """While active, every token is selected by every mask that has no numbers.
 
@@ -50,6 +86,7 @@ class EverySelected(TorchFunctionMode):
         # Entries of counts, and the number of each.
         self._numbers: dict[int, tuple[Tensor, Any]] = {}
         self._least: dict[int, tuple[Tensor, int]] = {}  # how many entries a count has at least
+        self._tallies: dict[int, tuple[Tensor, list[Any]]] = {}  # of sums of counts
         self._found: dict[int, Tensor] = {}  # rows that were looked for
         self._sorted: Any = None  # how many there were, the last time that any were
 
@@ -72,12 +109,17 @@ class EverySelected(TorchFunctionMode):
             if func is Tensor.unbind and args[1:] in ((), (0,)) and self._is_count(args[0]):
                 return self._entries(args[0])
             if func is Tensor.item and id(args[0]) in self._numbers:
+                self.answered = True
                 return self._numbers[id(args[0])][1]
             if func in SORTS:
                 self._sorted = args[0].shape[-1]
+            if func in _REPEATS and isinstance(args[-1], Tensor) and self._is_count(args[-1]):
+                return self._repeated(*args)
             if func in (Tensor.__getitem__, Tensor.__setitem__):
                 args = (args[0], self._by_rows(with_rows(args[1])), *args[2:])
         result = func(*args, **kwargs)
+        if self._sorted is not None:
+            self._follow(func, args, kwargs, result)
         if func in _EQUALS and type(args[1]) is int and args[1] == 0:
             self._zeros[id(result)] = result
         if func in _COUNTS and "minlength" in kwargs:
@@ -90,10 +132,49 @@ class EverySelected(TorchFunctionMode):
 
     def _of_each(self, tensor: Tensor) -> list[Any]:
         self.answered = True
+        found: list[Any] = self._tally(tensor)
+        return found
+
+    def _follow(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+        """Sums and parts of counts, and one of them."""
+        rule = _SUMS.get(func)
+        if func in _ZEROS and result.dim() == 1 and type(result.shape[0]) is int:
+            self._tallies[id(result)] = (result, [0] * result.shape[0])
+        if rule is None or not isinstance(result, Tensor) or result.is_floating_point():
+            return
+        given = [self._tally(a) for a in (args[0] if isinstance(args[0], list | tuple) else args)]
+        if not any(isinstance(numbers, list) for numbers in given):
+            return
+        try:
+            found = rule(*given, **kwargs)
+        except TypeError:  # not in this way
+            return
+        if isinstance(found, list):
+            self._tallies[id(result)] = (result, found)
+        elif found is not None:
+            self._numbers[id(result)] = (result, found)
+
+    def _tally(self, value: Any) -> Any:
+        """The numbers of a tensor that counts, or adds counts up; anything else as it is."""
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) in self._tallies:
+            return self._tallies[id(value)][1]
+        if value.dim() != 1:
+            return None
+        if self._is_count(value):
+            return [self._sorted, *[0] * (max(1, self._size(value)) - 1)]
+        return None if self._numberless(value) else value.tolist()
+
+    def _repeated(self, *args: Tensor) -> Tensor:
+        """Each of several things, once for each of its slots: the first for all of them."""
+        self.answered = True
+        first = torch.zeros(self._sorted, dtype=torch.int64, device=args[0].device)
+        return first if len(args) == 1 else args[0][first]
+
+    def _size(self, tensor: Tensor) -> int:
         size = tensor.shape[0]
-        if type(size) is not int:
-            size = max(1, self._least.get(id(tensor), (None, 1))[1])
-        return [self._sorted, *[0] * (size - 1)]
+        return size if type(size) is int else self._least.get(id(tensor), (None, 1))[1]
 
     def _entries(self, tensor: Tensor) -> Any:
         counts = self._of_each(tensor)

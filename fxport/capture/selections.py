@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.overrides import TorchFunctionMode
 
 from fxport.capture.experts.sorts import SortedExperts
-from fxport.capture.location import asks_for_zero
+from fxport.capture.location import asks_for_zero, line_of_user
 from fxport.capture.mask_facts import (
     Emptiness,
     class_count,
@@ -38,10 +39,11 @@ from fxport.capture.mask_facts import (
     values_of,
 )
 from fxport.capture.row_numbers import with_rows
-from fxport.capture.run_lengths import NumbersTaken
+from fxport.capture.run_lengths import NumbersTaken, RunLength
 from fxport.capture.selected import SORTS
 from fxport.capture.stored_values import StoredValues
 from fxport.capture.unwritten import mark_unwritten
+from fxport.errors import PortError, Reason, ReasonCode
 
 __all__ = ["Empties", "NumbersTaken", "Selections", "is_marker", "marked"]
 
@@ -94,13 +96,15 @@ class Selections(TorchFunctionMode):
         self._found: dict[int, Tensor] = {}  # rows that a mask gave
         self._classes: dict[int, tuple[Tensor, list[int]]] = {}  # what `unique` gave
         self._sorts = SortedExperts(_node, self._number_of, self._is_empty, self._rows)
+        self._handlers = self._handled()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if get_proxy_mode() is None or not args:
-            return func(*args, **kwargs)
+        own = func in _ASKED or func in self._handlers or func in SORTS
+        if not (own or self._sorts.concerns(func)) or not args or get_proxy_mode() is None:
+            return func(*args, **kwargs)  # most calls: torch asks for sizes, types, ..
         if func in (Tensor.__getitem__, Tensor.__setitem__):
             args = (args[0], with_rows(args[1]), *args[2:])
         if func in _ASKED and (number := self._own_number(args[0])) is not None:
@@ -118,19 +122,22 @@ class Selections(TorchFunctionMode):
     def _handler(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Callable[..., Any] | None:
-        if func is torch.where and len(args) == 1 and not kwargs:
-            return self._where
-        if func in _NONZERO:
-            return self._nonzero
-        if func in _UNIQUE and len(args) == 1:
-            return self._unique
-        if func in _NUMBERS:
-            return self._number
-        if func is Tensor.numpy:
-            return self._sorts.numpy
+        if func is torch.where and (len(args) > 1 or kwargs):
+            return None
+        if func in _UNIQUE and len(args) > 1:
+            return None
         if func in SORTS:
             return functools.partial(self._sorts.sort, func)
-        handlers: dict[Any, Callable[..., Any]] = {
+        return self._handlers.get(func)
+
+    def _handled(self) -> dict[Any, Callable[..., Any]]:
+        return {
+            torch.where: self._where,
+            **dict.fromkeys(_NONZERO, self._nonzero),
+            **dict.fromkeys(_UNIQUE, self._unique),
+            **dict.fromkeys(_NUMBERS, self._plain_number),
+            Tensor.item: self._number,
+            Tensor.numpy: self._sorts.numpy,
             Tensor.__bool__: self._bool,
             Tensor.unbind: self._iterate,  # what a loop over a tensor calls
             Tensor.__len__: self._length,
@@ -140,7 +147,6 @@ class Selections(TorchFunctionMode):
             Tensor.eq: self._equal,
             torch.eq: self._equal,
         }
-        return handlers.get(func)
 
     # --- answers -------------------------------------------------------------------------------
 
@@ -189,6 +195,20 @@ class Selections(TorchFunctionMode):
         count = tensor.item()
         torch._check(count >= 1)
         return count
+
+    def _plain_number(self, tensor: Tensor) -> Any:
+        """``int(tensor)``, for which Python takes nothing but an int."""
+        number = self._number(tensor)
+        if isinstance(number, RunLength):
+            reason = Reason(
+                ReasonCode.CAPTURE_FAILED,
+                "int() takes the number of tokens of an expert, or where its run begins, out of "
+                "torch: which of them it is, is not known any more",
+                line_of_user(sys._getframe()),
+                "counts[i].item(), or counts.tolist()",
+            )
+            raise PortError([reason])
+        return number
 
     def _counts(self, tensor: Tensor) -> Any:
         """How often each class occurs, one by one: a known number of them."""

@@ -26,18 +26,20 @@ aten = torch.ops.aten
 
 _ITSELF = "fxport unwritten"
 _ORIGIN = "fxport unwritten, nor what it is made of"
+_ONCE = "fxport written by what made it alone"
 # Made of nothing but the shape of what they are given.
 _FACTORIES = (aten.zeros_like, aten.new_zeros)
 
 
-def mark_unwritten(tensor: Tensor, *, origin: bool = False) -> None:
+def mark_unwritten(tensor: Tensor, *, origin: bool = False, once: bool = False) -> None:
     """Leaves a mark in the graph being traced.
 
     Args:
         origin: neither may anybody write to what it is computed from, back to the indices that a
             `topk` gave.
+        once: it was just written to, as it had to be.
     """
-    aten._assert_async.msg(tensor, _ORIGIN if origin else _ITSELF)
+    aten._assert_async.msg(tensor, _ORIGIN if origin else _ONCE if once else _ITSELF)
 
 
 def require_unwritten(graph: fx.Graph) -> None:
@@ -53,15 +55,17 @@ def require_unwritten(graph: fx.Graph) -> None:
         marked = mark.args[0]
         origin = _origin(marked) if mark.args[1] == _ORIGIN else {marked}
         for node in origin:
-            for writer in memory.written_by(node):
-                if writer not in origin:
-                    raise PortError([_writes(writer)])
+            writers = memory.written_by(node)
+            once = mark.args[1] == _ONCE
+            others = writers[1:] if once else [w for w in writers if w not in origin]
+            if others:
+                raise PortError([_writes(others[0])])
     for mark in marks:
         graph.erase_node(mark)
 
 
 def _is_mark(node: fx.Node) -> bool:
-    return node.target is aten._assert_async.msg and node.args[1] in (_ITSELF, _ORIGIN)
+    return node.target is aten._assert_async.msg and node.args[1] in (_ITSELF, _ORIGIN, _ONCE)
 
 
 def _origin(node: fx.Node) -> set[fx.Node]:

@@ -34,6 +34,7 @@ from fxport.passes.attention.products import as_product, factors_of, sums_produc
 from fxport.passes.attention.site import Left
 from fxport.passes.attention.softmax import Softmax, is_softmax_call, softmaxes
 from fxport.passes.attention.views import moved_input, number, overload_packet
+from fxport.passes.experts.products import is_by_expert
 from fxport.passes.graph_facts import GraphFacts, Source
 
 __all__ = ["Unread", "may_be_unread", "unread_scores"]
@@ -301,7 +302,7 @@ class _Scope:
             return False
         one_by_one = overload_packet(node) is aten.sum
         plain = one_by_one and shape_of(product.left) == shape_of(product.right)
-        return product.left is not product.right and not plain
+        return product.left is not product.right and not plain and not is_by_expert(product)
 
     def _is_sum_of_pairs(self, node: fx.Node) -> bool:
         """Sums, with learned factors or not, of what is made of every query with every key."""

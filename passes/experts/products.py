@@ -5,8 +5,8 @@ Before: W [E, O, I], x [S, I], experts [S]          After
     y = bmm(w, unsqueeze(x, -1))      [S, O, 1]         y = unsqueeze(y, -1)
     b = index(bias, [experts])        [S, O]            b = embedding(bias, experts)
 
-Experts count only where they come from ``topk``, ``sort`` or ``argmax``: others may be negative,
-which counts from the end.
+`index_select` alike. Experts count only where they come from ``topk``, ``sort`` or ``argmax``:
+others may be negative, which counts from the end. W is a parameter, or made of parameters alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 import fxport.ops.experts  # noqa: F401  (registers the op)
-from fxport.capture.arguments import shape_of
+from fxport.capture.arguments import arguments, shape_of
 from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.location import user_location
 from fxport.passes.attention.emit import Emitter
@@ -28,10 +28,11 @@ from fxport.passes.attention.views import overload_packet
 from fxport.passes.graph_facts import erase_if_unused
 from fxport.report import Decision, Outcome
 
-__all__ = ["multiply_by_expert"]
+__all__ = ["is_by_expert", "multiply_by_expert"]
 
 aten = torch.ops.aten
 
+_LOOK_UPS = {aten.index.Tensor, aten.index_select.default}
 _INDICES = {aten.topk: 1, aten.sort: 1, aten.max: 1}
 _WHOLE = {aten.argmax, aten.argsort}
 _VIEWS = {
@@ -41,11 +42,12 @@ _VIEWS = {
 
 
 def multiply_by_expert(gm: fx.GraphModule) -> tuple[Decision, ...]:
-    """Rewrites every look-up of parameters by chosen experts; one decision for each product."""
+    """Rewrites every look-up of weights by chosen experts; one decision for each product."""
     decisions: list[Decision] = []
-    for node in gm.graph.find_nodes(op="call_function", target=aten.index.Tensor):
+    look_ups = [n for n in gm.graph.nodes if n.target in _LOOK_UPS]
+    for node in look_ups:
         table, experts = node.args[0], _chosen(node)
-        if experts is None or not _is_parameter(table):
+        if experts is None or not _of_weights(table):
             continue
         rank = len(shape_of(table))
         if rank == 2:
@@ -62,10 +64,25 @@ def multiply_by_expert(gm: fx.GraphModule) -> tuple[Decision, ...]:
     return tuple(decisions)
 
 
+def is_by_expert(product: Product) -> bool:
+    """Whether this multiplies each row by the weight of its own expert."""
+    for copies in (product.left, product.right):
+        if copies.target not in _LOOK_UPS or (experts := _chosen(copies)) is None:
+            continue
+        table: Any = copies.args[0]
+        if len(shape_of(table)) == 3 and _of_weights(table):
+            return _Letters.of(product, copies, experts) is not None
+    return False
+
+
 def _chosen(node: fx.Node) -> fx.Node | None:
     """The experts of ``table[experts]``, if they are certainly not negative."""
-    indices = node.args[1]
-    if not isinstance(indices, list | tuple) or len(indices) != 1:
+    bound = arguments(node)
+    if "indices" in bound:
+        indices = list(bound["indices"])
+    else:
+        indices = [bound["index"]] if bound["dim"] % len(shape_of(bound["self"])) == 0 else []
+    if len(indices) != 1:
         return None
     experts: Any = indices[0]
     source = experts
@@ -80,10 +97,17 @@ def _chosen(node: fx.Node) -> fx.Node | None:
     return experts if known else None
 
 
-def _is_parameter(node: Any) -> bool:
-    if not isinstance(node, fx.Node) or node.op != "placeholder":
-        return False
-    return graph_input(node).kind is InputKind.PARAMETER
+def _of_weights(table: Any) -> bool:
+    """Whether this is a parameter, or made of parameters alone."""
+    pending = [table]
+    while pending:
+        node = pending.pop()
+        if not isinstance(node, fx.Node) or not node.all_input_nodes:
+            known = isinstance(node, fx.Node) and node.op == "placeholder" and "input" in node.meta
+            if not known or graph_input(node).kind is not InputKind.PARAMETER:
+                return False
+        pending += node.all_input_nodes
+    return True
 
 
 def _multiply(

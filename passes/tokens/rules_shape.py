@@ -193,15 +193,18 @@ def _expand(call: Call) -> Axes:
 
 @rule(aten.repeat, aten.tile)
 def _repeat(call: Call) -> Axes:
+    """All tokens, and all of them again: which copy it is comes first."""
     source = call.of("self")
     sizes = call.sizes()
+    given = list(call.arguments["repeats" if "repeats" in call.arguments else "dims"])
     padded: Axes = ((),) * (len(sizes) - len(source)) + source
+    times = [1] * (len(sizes) - len(given)) + given
     tiled = []
-    for dim, size in zip(padded, sizes, strict=True):
+    for dim, size, count in zip(padded, sizes, times, strict=True):
         if not dim or not has_axis(dim):
             tiled.append(call.symbols.factor(size))
-        elif reshape((dim,), (size,), call.symbols) == (dim,):
-            tiled.append(dim)
+        elif isinstance(count, int):
+            tiled.append((count, *dim) if count > 1 else dim)
         else:
             raise Refusal(ReasonCode.MIXES_TOKENS, f"{name(dim)} is repeated")
     return checked(tuple(tiled))

@@ -3,6 +3,7 @@
     forward                                       instead
     z = cat([z_0, .., z_E])                       z' = zeros; z'[where(chosen == e)] = z_e
     out[order] = z                                out = z'
+    back[order] = arange(S); z[back]              z': see `rows`
     out.scatter_add(0, order // K, z)             out + z'.view(N, K, ..).sum(1)
     out.index_add(0, (order // K)[run e], z_e)    out.index_add(0, where(chosen == e)[0], z_e)
 
@@ -21,12 +22,13 @@ from torch import Tensor
 from fxport.capture.experts.order import ExpertOrder, Kind, Label, Labels, same_sizes
 from fxport.capture.run_lengths import same
 
-__all__ = ["ADDS", "JOINS", "add", "join", "put"]
+__all__ = ["ADDS", "JOINS", "SCATTERS", "add", "invert", "join", "put"]
 
 JOINS = (torch.cat, torch.concat, torch.concatenate, torch.vstack)
 _SCATTERS_IN_PLACE = (Tensor.scatter_add_,)
 _ADDS_IN_PLACE = (*_SCATTERS_IN_PLACE, Tensor.index_add_)
 _SCATTERS = (*_SCATTERS_IN_PLACE, Tensor.scatter_add, torch.scatter_add)
+SCATTERS = (Tensor.scatter_, Tensor.scatter, torch.scatter)
 ADDS = (*_SCATTERS, Tensor.index_add_, Tensor.index_add, torch.index_add)
 
 
@@ -77,6 +79,10 @@ def put(labels: Labels, into: Tensor, at: Any, given: Any) -> Any:
     by, value = labels.of(at), labels.of(given)
     if by is None or by.kind is not Kind.ORDER or at.dim() != 1:
         return NotImplemented
+    if _is_inverse(labels, into, by, given):
+        into[at] = given
+        labels.inverts(into, by.order, written=True)
+        return None
     if value is None or value.raw is None or value.order is not by.order:
         return NotImplemented
     if labels.of(into) is not None or into.dtype != value.raw.dtype:
@@ -85,6 +91,27 @@ def put(labels: Labels, into: Tensor, at: Any, given: Any) -> Any:
         return NotImplemented
     into.copy_(value.raw)
     return None
+
+
+def invert(labels: Labels, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``scatter(into, 0, order, arange(S))``: where in the order each slot is."""
+    if kwargs or len(args) != 4 or args[1] not in (0, -1):
+        return NotImplemented
+    into, _, at, given = args
+    by = labels.of(at)
+    if by is None or by.kind is not Kind.ORDER or not _is_inverse(labels, into, by, given):
+        return NotImplemented
+    return labels.inverts(func(*args), by.order, written=func is Tensor.scatter_)
+
+
+def _is_inverse(labels: Labels, into: Tensor, by: Label, given: Any) -> bool:
+    """Whether the numbers of all places in the order are put where the order says."""
+    if not isinstance(given, Tensor) or labels.of(given) or labels.numbered(given) != 1:
+        return False
+    vectors = into.dim() == given.dim() == by.tensor.dim() == 1
+    whole = into.dtype in (torch.int64, torch.int32) and labels.of(into) is None
+    sizes = (into.shape[0], given.shape[0]) if vectors else ()
+    return vectors and whole and all(same(size, by.order.slots) for size in sizes)
 
 
 def add(labels: Labels, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

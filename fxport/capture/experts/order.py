@@ -134,6 +134,12 @@ class Labels:
         mark_unwritten(tensor)
         return tensor
 
+    def inverts(self, tensor: Tensor, order: ExpertOrder, *, written: bool) -> Tensor:
+        """Notes that `tensor` says where in the order each slot is; `written`: just now."""
+        self._labels[id(tensor)] = Label(tensor, Kind.INVERSE, order)
+        mark_unwritten(tensor, once=written)
+        return tensor
+
     def again(self, label: Label, tensor: Tensor) -> Any:
         """Notes that `tensor` has the same numbers, or rows that are ONLY, as another."""
         if not tensor.dim() or not same(tensor.shape[0], label.tensor.shape[0]):

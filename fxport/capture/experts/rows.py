@@ -5,8 +5,9 @@
     arange(N).repeat_interleave(K)[order]  the same
     y = x[tokens]                          y' = x.unsqueeze(1).expand(-1, K, ..).flatten(0, 1)
     w = weights.view(-1)[order]            w' = weights.view(-1)
-    z = y.float() * w.reshape(-1, 1)       z' = y'.float() * w'.reshape(-1, 1)
-    a, b = z.chunk(2, -1); z = silu(a) * b a', b' = z'.chunk(2, -1); z' = silu(a') * b'
+    z = silu(y.float())                    z' = silu(y'.float())
+    a, b = z.chunk(2, -1)                  a', b' = z'.chunk(2, -1)
+    up[owner]                              up[owner'], owner a sorted vector of experts
     back = order.argsort(); z[back]        z'
 
 Each function returns what the call gives, or `NotImplemented` where it is not understood.
@@ -25,11 +26,10 @@ from fxport.capture.run_lengths import same
 from fxport.capture.unwritten import mark_unwritten
 
 __all__ = [
-    "ARGSORTS", "DIVIDES", "MULTIPLIES", "PARTS",
-    "apart", "divide", "gather", "invert", "keep_rows", "multiply", "take",
+    "ARGSORTS", "DIVIDES", "PARTS",
+    "apart", "divide", "gather", "invert", "keep_rows", "take",
 ]  # fmt: skip
 
-MULTIPLIES = (Tensor.mul, torch.mul, Tensor.__mul__, Tensor.__rmul__)
 DIVIDES = (Tensor.__floordiv__, torch.floor_divide, Tensor.floor_divide, torch.div, Tensor.div)
 PARTS = (torch.chunk, Tensor.chunk, torch.split, Tensor.split, torch.functional.split)
 ARGSORTS = (torch.argsort, Tensor.argsort)
@@ -116,24 +116,6 @@ def _sizes(given: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(n if type(n) is int else None for n in one)
 
 
-def multiply(labels: Labels, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Sorted rows times what is sorted alike, row by row, or times a number."""
-    found = [labels.of(a) for a in args]
-    values = [g for g in found if g is not None and g.kind is Kind.VALUE]
-    if kwargs or len(args) != 2 or not values:
-        return NotImplemented
-    order = values[0].order
-    raws: list[Any] = []
-    for label, arg in zip(found, args, strict=True):
-        known = label is not None and label.kind is Kind.VALUE and label.order is order
-        if not known and not (label is None and isinstance(arg, int | float)):
-            return NotImplemented
-        raws.append(label.raw if label is not None else arg)
-    if len({a.dim() for a in args if isinstance(a, Tensor)}) > 1:
-        return NotImplemented
-    return labels.value(func(*args), order, torch.mul(*raws))
-
-
 def divide(first: Label, labels: Labels, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """``order // K``."""
     rounds = {"rounding_mode"} if func in (torch.div, Tensor.div) else set()
@@ -186,6 +168,8 @@ def take(labels: Labels, source: Tensor, label: Label, true: Callable[[], Tensor
             mark_unwritten(source, origin=True)
             return labels.numbers(true(), Kind.TOKEN, order, each=each)
         return labels.value(true(), order, source.clone())
+    if label.raw is not None and label.raw.dtype in _EXACT:
+        return labels.value(true(), order, source[label.raw])
     if label.kind is Kind.TOKEN and same(source.shape[0] * label.each, order.slots):
         return labels.value(true(), order, _of_each_slot(source, label.each))
     return NotImplemented

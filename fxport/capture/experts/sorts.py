@@ -3,7 +3,8 @@
     order = chosen.argsort()             noted: see `fxport.capture.experts.order`
     counts = bincount(chosen)
     counts.cpu().numpy(), .tolist()      an entry for each expert: `RunLength`s, 0 if it has none
-    anything on `order` and what it      see `rows`, `runs`, `back`
+    grouped_mm(x[order // K], w, ends)   see `by_row`
+    anything on `order` and what it      see `rows`, `by_row`, `runs`, `back`
     sorted
 
 Which experts have no slots is asked like any other question about emptiness.
@@ -11,7 +12,6 @@ Which experts have no slots is asked like any other question about emptiness.
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, fx
 
 from fxport.capture.experts import back, rows, runs
+from fxport.capture.experts.by_row import GROUPED, call_by_row, grouped, owners
 from fxport.capture.experts.counts import Counts, counts_of, holds
 from fxport.capture.experts.order import ExpertOrder, Labels
-from fxport.capture.experts.tokens import slots_of_each_token
+from fxport.capture.experts.tokens import numbers_experts, slots_of_each_token
 from fxport.capture.location import line_of_user
 from fxport.capture.mask_facts import Emptiness, emptiness, index_bound, values_of
 from fxport.capture.run_lengths import NumbersTaken, RunLength, array_of, run_lengths
@@ -30,6 +31,8 @@ from fxport.capture.unwritten import mark_unwritten
 from fxport.errors import Location, PortError, Reason, ReasonCode
 
 __all__ = ["SortedExperts"]
+
+_REPEATS = (torch.repeat_interleave, Tensor.repeat_interleave)
 
 
 class SortedExperts:
@@ -58,13 +61,23 @@ class SortedExperts:
         self._by_mask: set[Emptiness] = set()
         self._unstable: set[Emptiness] = set()
 
+    def concerns(self, func: Any) -> bool:
+        """Whether a call may be of interest."""
+        return bool(self._labels.orders) or func is GROUPED
+
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of a call on sorted tensors; `NotImplemented` leaves it as it is."""
         labels = self._labels
+        if func is GROUPED and (kwargs.get("offs") is not None or len(args) > 2):
+            return self._grouped(*args, **kwargs)
         if not labels.orders:
             return NotImplemented
         if func in back.JOINS:
             return back.join(labels, func, args, kwargs)
+        if (made := call_by_row(labels, func, args, kwargs)) is not NotImplemented:
+            return made
+        if func in _REPEATS:
+            return self._repeated(*args, **kwargs)
         if func is Tensor.__getitem__:
             return self._index(*args)
         if func is Tensor.__setitem__:
@@ -76,8 +89,8 @@ class SortedExperts:
             return NotImplemented
         if func in back.ADDS:
             return back.add(labels, func, args, kwargs)
-        if func in rows.MULTIPLIES:
-            return rows.multiply(labels, func, args, kwargs)
+        if func in back.SCATTERS:
+            return back.invert(labels, func, args, kwargs)
         first = labels.of(args[0]) if args else None
         if first is None:
             return rows.gather(labels, func, args, kwargs)
@@ -119,6 +132,15 @@ class SortedExperts:
             "compute on the run of each expert alone",
         )
 
+    def _not_groups(self, tensor: Tensor) -> Reason:
+        return Reason(
+            ReasonCode.MIXES_TOKENS,
+            "the rows of a grouped product are not known to be tokens sorted by their expert, one "
+            "row for each, or its groups to be the runs of the experts",
+            self._lost.get(id(tensor), (None, None))[1] or line_of_user(sys._getframe()),
+            "sort the experts that topk chose, count them by bincount, and pass counts.cumsum(0)",
+        )
+
     def sort(self, func: Any, chosen: Tensor, *args: Any, **kwargs: Any) -> Any:
         """``chosen.argsort()``, ascending, of the one axis."""
         given = dict(zip(("dim", "descending"), args, strict=False)) | kwargs
@@ -134,22 +156,65 @@ class SortedExperts:
         result = func(chosen, *args, **kwargs)
         order = ExpertOrder(chosen, experts, stable is True)
         self._labels.sorts(result if isinstance(result, Tensor) else result[1], order)
+        if not isinstance(result, Tensor):
+            self._labels.value(result[0], order, chosen.clone())
         return result
 
     # --- how many each expert got ----------------------------------------------------------------
 
     def numbers(self, tensor: Tensor) -> list[Any] | None:
         """What each expert got, or where its run ends, if tokens are sorted by what is counted."""
-        node = self._node(tensor) if self._labels.orders and tensor.dim() == 1 else None
-        counts = None if node is None else counts_of(node)
-        if counts is None:
+        counts, order = self._counted(tensor)
+        if counts is None or order is None:
             return None
-        for order in self._labels.orders:
+        return _entries(counts, self._labels.lengths(order))
+
+    def _counted(self, tensor: Any) -> tuple[Counts | None, ExpertOrder | None]:
+        """What a tensor counts, and the order of these."""
+        known = self._labels.orders and isinstance(tensor, Tensor) and tensor.dim() == 1
+        node = self._node(tensor) if known else None
+        counts = None if node is None else counts_of(node)
+        for order in self._labels.orders if counts is not None else ():
             of = self._node(order.chosen)
-            if of is not None and values_of(of) is counts.values:
+            if of is not None and counts is not None and values_of(of) is counts.values:
                 mark_unwritten(tensor, origin=True)
-                return _entries(counts, self._labels.lengths(order))
-        return None
+                return counts, order
+        return None, None
+
+    def _grouped(
+        self,
+        rows: Tensor,
+        weight: Tensor,
+        offs: Tensor | None = None,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Any:
+        """``grouped_mm(rows, weight, ends of the runs)``.
+
+        Raises:
+            PortError: the rows, or the ends, are not known to be those.
+        """
+        label = self._labels.of(rows)
+        counts, order = self._counted(offs)
+        plain = bias is None and out_dtype in (None, rows.dtype)
+        ends = counts is not None and counts.ends and self._labels.of(weight) is None
+        if plain and ends and label is not None and order is not None and label.order is order:
+            made = grouped(self._labels, label, weight)
+            if made is not NotImplemented:
+                return made
+        raise PortError([self._not_groups(rows)])
+
+    def _repeated(self, numbers: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """``repeat_interleave(arange(E), counts)``: the expert of each sorted slot."""
+        given = dict(zip(("repeats", "dim"), args, strict=False)) | kwargs
+        repeats, dim = given.get("repeats"), given.get("dim")
+        counts, order = self._counted(numbers if repeats is None else repeats)
+        if counts is None or order is None or not counts.of_each or dim not in (None, 0):
+            return NotImplemented
+        node = self._node(numbers)
+        if repeats is not None and (node is None or not numbers_experts(node, order.experts)):
+            return NotImplemented
+        return owners(self._labels, order)
 
     def numpy(self, tensor: Tensor, **_: Any) -> Any:
         """``counts.numpy()``, an array of objects.
@@ -244,5 +309,11 @@ class SortedExperts:
 def _entries(counts: Counts, lengths: tuple[RunLength | int, ...]) -> list[Any]:
     """`bincount` ends at the last expert that has any."""
     filled = [e for e, n in enumerate(lengths) if isinstance(n, RunLength)]
-    found = lengths[: max(counts.least, filled[-1] + 1)]
-    return list(itertools.accumulate(found) if counts.ends else found)
+    size = max(counts.least, min(filled[-1] + 1, len(counts.sums)))
+    found: list[Any] = []
+    for experts in counts.sums[:size]:
+        total: Any = 0
+        for expert in sorted(experts):
+            total = total + lengths[expert]
+        found.append(total)
+    return found

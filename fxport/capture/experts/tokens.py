@@ -3,6 +3,7 @@
 arange(N).repeat_interleave(K)
 arange(N)[:, None].expand(-1, K).reshape(-1)     unsqueeze, view; repeat, expand_as; flatten
 arange(N * K) // K
+arange(N)                                        one slot of each
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import fx
 from fxport.capture.arguments import arguments, shape_of
 from fxport.capture.run_lengths import same
 
-__all__ = ["slots_of_each_token"]
+__all__ = ["numbers_experts", "slots_of_each_token"]
 
 aten = torch.ops.aten
 
@@ -33,7 +34,14 @@ def slots_of_each_token(node: fx.Node) -> int | None:
         return _repeated(node)
     if packet in _FLOORS:
         return _divided(node)
+    if _counts_up(node):
+        return 1
     return _widened(node) if packet in _SHAPES and len(shape_of(node)) == 1 else None
+
+
+def numbers_experts(node: fx.Node, experts: int) -> bool:
+    """Whether a vector is ``arange(experts)``."""
+    return _counts_up(node) and shape_of(_without_copies(node)) == (experts,)
 
 
 def _without_copies(node: fx.Node) -> fx.Node:
