@@ -13,6 +13,7 @@ import sympy
 import torch
 from torch import fx, nn
 
+from fxport.capture.arguments import shape_of_tensor
 from fxport.capture.calls_before import refuse_counted_calls
 from fxport.capture.clone import clone_for_capture, convert, off_meta, take_modes
 from fxport.capture.gradients import watch_gradients
@@ -170,6 +171,16 @@ def _frozen(model: nn.Module, dtype: torch.dtype | None) -> frozenset[str] | Non
     return frozenset(n for n in still if not model.get_parameter(n).is_meta)
 
 
+def _is_in_pieces(symbolic: Traced) -> bool:
+    """Whether the length is divided, or filled up to a multiple: plain lengths say what that is."""
+    values = (n.meta.get("val") for n in symbolic.graph.graph.nodes)
+    sizes = (s for v in values if isinstance(v, torch.Tensor) for s in shape_of_tensor(v))
+    return any(
+        isinstance(s, sympy.Expr) and any(f.has(symbolic.length) for f in s.atoms(sympy.Function))
+        for s in sizes
+    )
+
+
 def _trace(
     clone: nn.Module,
     *,
@@ -186,9 +197,15 @@ def _trace(
     if plain:
         return at_lengths()
     shown = 0
+    refused: PortError | None = None
     try:
         symbolic = trace_symbolically(clone, every_pair=every_pair, needed=needed)
         shown = symbolic.shown
+        if _is_in_pieces(symbolic):
+            try:
+                return at_lengths(shown=shown)
+            except PortError as error:  # what stays in pieces is said of the symbols
+                refused = error
         if symbolic.shortest == 2:
             if symbolic.limit is None or not continues(clone, symbolic.limit):
                 return symbolic
@@ -197,4 +214,6 @@ def _trace(
                 return one_more
     except PortError:  # plain lengths cope with more; what they cannot cope with, they say
         pass
+    if refused is not None:
+        raise refused
     return at_lengths(shown=shown)

@@ -26,6 +26,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
+import torch.fx.traceback as fx_traceback
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules import transformer
@@ -34,6 +35,7 @@ from torch.overrides import TorchFunctionMode
 from fxport.capture.counting import LargestCounted
 from fxport.capture.location import is_library, line_of_user
 from fxport.capture.vmapped import vmap_as_loop
+from fxport.capture.whole.tidy import NOTHING_ADDED
 from fxport.errors import PortError, Reason, ReasonCode
 
 __all__ = ["rephrase_for_dynamo", "rephrased"]
@@ -93,7 +95,8 @@ class _Rephrase(TorchFunctionMode):
         if func == Tensor.data.__set__ and not _same_memory(*args):  # type: ignore[attr-defined]
             raise PortError([_replaced()])
         if func is F.pad and _adds_nothing(kwargs["pad"] if "pad" in kwargs else args[1]):
-            return args[0].clone()  # torch would take every size of x for a constant
+            with fx_traceback.annotate({NOTHING_ADDED: True}):
+                return args[0].clone()  # torch would take every size of x for a constant
         if func is Tensor.type_as:
             return _cast_as(func, *args, **kwargs)
         if func is torch._weight_norm:

@@ -27,6 +27,7 @@ from fxport.capture.selections import Empties
 from fxport.capture.skips import without_selections
 from fxport.capture.state import State
 from fxport.capture.trace import aliases_of, explain_failure, export, graph_of
+from fxport.capture.whole import make_whole
 from fxport.errors import PortError, Reason, ReasonCode
 
 __all__ = ["Sample", "analysed_again", "device_of", "sample_of", "take_sample", "with_values"]
@@ -163,6 +164,7 @@ def take_sample(
     logits = keep_logits(graph)
     unkept = read_what_was_written(graph)
     without_selections(graph, again, every_pair=every_pair)
+    make_whole(graph, batch, length)
     sample = _analysed(graph, batch, length, logits, changed)
     return replace(sample, unkept=unkept, history=tuple(history), paths=tuple(paths))
 
@@ -264,6 +266,7 @@ def sample_of(
     gm: fx.GraphModule, batch: int, length: int, logits: str, unkept: tuple[str, ...]
 ) -> Sample:
     """The sample that a graph of plain sizes is, of a model that keeps nothing between calls."""
+    make_whole(gm, batch, length)
     return replace(_analysed(gm, batch, length, logits, []), unkept=unkept)
 
 
