@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxport.api import port
 from fxport.capture.clone import clone_for_capture
 from fxport.capture.inputs import InputKind
 from fxport.capture.sample import Sample, take_sample
+from fxport.errors import PortError
 
 Step = Callable[["Mixer", Tensor], Tensor]
 WIDTH, HEADS = 24, 2
@@ -263,6 +265,25 @@ def around(ids: Tensor) -> Tensor:
     return torch.cat([ids, ids[:, : -ids.shape[1] % 16]], 1)
 
 
+def written_over(m: Mixer, scores: Tensor) -> Tensor:
+    """What was hidden is given another score."""
+    length = scores.shape[-1]
+    last = torch.arange(length) == length - 1
+    return triangle(m, scores).masked_fill(last, 0.0)
+
+
+def all_lowered(m: Mixer, scores: Tensor) -> Tensor:
+    """Where nothing is left, a finite number hides nothing."""
+    scores = scores.masked_fill(m.tril[: scores.shape[-1], : scores.shape[-1]], -math.inf)
+    return scores.masked_fill(~m.tril[: scores.shape[-1], : scores.shape[-1]], -1e30)
+
+
+def filled_in_place(m: Mixer, scores: Tensor) -> Tensor:
+    hidden = ~m.tril[: scores.shape[-1], : scores.shape[-1]]
+    hidden[:, -1] = False
+    return scores.masked_fill(hidden, -math.inf)
+
+
 MIXED: dict[str, tuple[Step, Callable[[Tensor], Tensor] | None]] = {
     "mean of a piece": (mean_of_piece, None),
     "place in a piece": (place_in_piece, None),
@@ -276,6 +297,9 @@ MIXED: dict[str, tuple[Step, Callable[[Tensor], Tensor] | None]] = {
     "padded at both ends": (causal, both_ends),
     "padded, every key seen": (masked(everything), at_the_end),
     "padded, two later keys": (masked(hides_little), at_the_end),
+    "padded, written over": (masked(written_over), at_the_end),
+    "padded, all lowered": (masked(all_lowered), at_the_end),
+    "padded, filled in place": (masked(filled_in_place), at_the_end),
     "padded, mean": (lambda m, x: x + x.mean(1, keepdim=True), at_the_end),
     "padded, turned": (lambda m, x: x.flip(1), at_the_end),
     "padded, last": (lambda m, x: x + x[:, -1:], at_the_end),
@@ -311,3 +335,79 @@ def test_a_piece_that_is_written_to_stays() -> None:
         return torch.cat(parts, 1)
 
     assert any("cat" in str(target) for target in shape_of_graph(sample_of(step, None, 37)))
+
+
+# --- whole models ---------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    def __init__(self, attend: Step) -> None:
+        super().__init__()
+        self.qkv, self.norm = nn.Linear(64, 192), nn.LayerNorm(64)
+        self.first, self.second = nn.Linear(64, 128), nn.Linear(128, 64)
+        self.attend = attend
+
+    def heads(self, x: Tensor) -> Iterable[Tensor]:
+        sizes = (*x.shape[:2], HEADS, -1)
+        return (y.view(sizes).transpose(1, 2) for y in self.qkv(x).chunk(3, -1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attend(self, x)  # type: ignore[arg-type]
+        parts = self.norm(x).split(48, 1)
+        return x + torch.cat([self.second(F.gelu(self.first(part))) for part in parts], 1)
+
+
+class Chunked(nn.Module):
+    """Padded to a multiple of 16, queries and feed-forward in pieces of 48."""
+
+    def __init__(self, attend: Step, pad: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.places = nn.Embedding(97, 64), nn.Embedding(64, 64)
+        self.blocks = nn.ModuleList(Block(attend) for _ in range(4))
+        self.norm, self.head = nn.LayerNorm(64), nn.Linear(64, 97)
+        self.pad = pad
+
+    def forward(self, ids: Tensor) -> Tensor:
+        length = ids.shape[1]
+        ids = self.pad(ids)
+        x = self.embed(ids) + self.places(torch.arange(ids.shape[1]))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))[:, :length]
+
+
+def queries(hides: bool) -> Step:
+    def step(m: Any, x: Tensor) -> Tensor:
+        q, k, v = m.heads(x)
+        made = []
+        for i in range(0, x.shape[1], 48):
+            end = min(i + 48, x.shape[1])
+            scores = q[:, :, i:end] @ k[:, :, :end].mT / math.sqrt(q.shape[-1])
+            if hides:
+                hidden = torch.arange(i, end)[:, None] < torch.arange(end)
+                scores = scores.masked_fill(hidden, -math.inf)
+            made.append(scores.softmax(-1) @ v[:, :, :end])
+        return rejoined(torch.cat(made, 2))
+
+    return step
+
+
+def test_a_model_in_pieces_and_padded_is_ported() -> None:
+    found = port(Chunked(queries(hides=True), at_the_end), max_seq_len=64)
+    assert found.half is not None
+    targets = {n.target for n in found.serving.body.graph.nodes if n.op == "call_function"}
+    assert torch.ops.fxport.attention.default in targets
+    assert not any("softmax" in str(target) or "cat" in str(target) for target in targets)
+    check = next(d for d in found.report.decisions if d.subject == "logits on random tokens")
+    assert " 49, " in check.detail
+
+
+@pytest.mark.parametrize(
+    ("hides", "pad"), [(False, at_the_end), (True, in_front)], ids=["blocks", "in front"]
+)
+def test_what_mixes_is_refused(hides: bool, pad: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(PortError) as refused:
+        port(Chunked(queries(hides), pad), max_seq_len=64)
+    reason = refused.value.reasons[0]
+    assert reason.location is not None and reason.location.file == __file__

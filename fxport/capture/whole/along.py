@@ -30,6 +30,7 @@ Along = dict[str, Any]
 _Rule = Callable[[fx.Node, int, dict[str, Any]], Along | None]
 _RULES: dict[Any, _Rule] = {}
 _SPLITS = (aten.split, aten.split_with_sizes, aten.chunk, aten.tensor_split)
+_SEVERAL = (*_SPLITS, aten.unbind, aten.topk, aten.sort)
 
 
 def along(node: fx.Node, dim: int) -> Along | None:
@@ -40,6 +41,8 @@ def along(node: fx.Node, dim: int) -> Along | None:
     if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
         return None
     if draws(node):
+        return None
+    if not isinstance(node.meta["val"], torch.Tensor) and target.overloadpacket not in _SEVERAL:
         return None
     rule = _RULES.get(target.overloadpacket)
     if rule is None and torch.Tag.pointwise in target.tags:
@@ -256,12 +259,12 @@ def _selected(node: fx.Node, dim: int, given: dict[str, Any]) -> Along | None:
 @_rule(*_SPLITS, aten.unbind)
 def _split(node: fx.Node, dim: int, given: dict[str, Any]) -> Along | None:
     """Of the whole list: the axis of its operand; see `_one_of_several`."""
-    return {"self": dim}
+    return None if given["dim"] % rank_of(given["self"]) == dim else {"self": dim}
 
 
 @_rule(aten.cat, aten.concat)
 def _joined(node: fx.Node, dim: int, given: dict[str, Any]) -> Along | None:
-    if given["dim"] % rank_of(node) == dim:
+    if given["dim"] % rank_of(node) == dim or len(set(map(rank_of, given["tensors"]))) > 1:
         return None
     return {"tensors": [dim] * len(given["tensors"])}
 

@@ -14,78 +14,125 @@ import torch
 from torch import Tensor, fx
 
 from fxport.capture.arguments import arguments
+from fxport.capture.memory import Memory
 
-__all__ = ["is_hidden", "value_of"]
+__all__ = ["Values"]
 
 aten = torch.ops.aten
 
 _PASSING = (aten.to, aten._to_copy, aten.contiguous, aten.clone, aten.alias, aten.detach)
+_MASKING = (aten.masked_fill, aten.where, aten.add)
 
 
-def value_of(node: Any) -> Tensor | None:
-    """What a constant of plain sizes holds; None of what depends on tokens or parameters."""
-    from fxport.passes.masks.values import constant_value  # core loads no pass at import
+class Values:
+    """What the constants of a graph of plain sizes hold, as it was before it is rewritten."""
 
-    if isinstance(node, bool | int | float):
-        return torch.tensor(node)
-    if not isinstance(node, fx.Node):
-        return None
-    try:
-        found = constant_value(node, {})
-    except ValueError:
-        return None
-    return found if isinstance(found, Tensor) else None
+    def __init__(self, graph: fx.Graph) -> None:
+        memory = Memory(graph)
+        self._written = {node for node in graph.nodes if memory.written_by(node)}
 
+    def is_written(self, node: fx.Node) -> bool:
+        """Whether something is written into its memory."""
+        return node in self._written
 
-def is_hidden(scores: fx.Node, region: Tensor) -> bool:
-    """Whether every score at these places has the weight 0.
+    def of(self, node: Any) -> Tensor | None:
+        """None of what depends on tokens or parameters, or is written to."""
+        from fxport.passes.masks.values import constant_value  # core loads no pass at import
 
-    Args:
-        scores: what a softmax over the last axis takes.
-        region: bool, of the last two axes; each row has a place outside of it.
-    """
-    while getattr(scores.target, "overloadpacket", None) in _PASSING:
-        scores = scores.all_input_nodes[0]
-    packet = getattr(scores.target, "overloadpacket", None)
-    if packet is aten.masked_fill:
-        given = arguments(scores)
-        mask, number = value_of(given["mask"]), value_of(given["value"])
-        if _forbids(mask, number, region, scores, hides=True):
-            return True
-        return is_hidden(given["self"], region)
-    if packet is aten.where:
-        given = arguments(scores)
-        mask = value_of(given["condition"])
-        return any(
-            _forbids(mask, value_of(given[name]), region, scores, hides=name == "self")
-            for name in ("self", "other")
-        )
-    if packet is aten.add:
-        sides = [arguments(scores)[name] for name in ("self", "other")]
-        return arguments(scores)["alpha"] == 1 and any(_lowers(s, region, scores) for s in sides)
-    return False
+        if isinstance(node, bool | int | float):
+            return torch.tensor(node)
+        if not isinstance(node, fx.Node) or self._made_of_written(node):
+            return None
+        try:
+            found = constant_value(node, {})
+        except ValueError:
+            return None
+        return found if isinstance(found, Tensor) else None
 
-
-def _forbids(
-    mask: Tensor | None, number: Tensor | None, region: Tensor, scores: fx.Node, *, hides: bool
-) -> bool:
-    if mask is None or number is None or number.numel() != 1 or mask.dtype != torch.bool:
+    def _made_of_written(self, node: fx.Node) -> bool:
+        pending, seen = [node], set[fx.Node]()
+        while pending:
+            one = pending.pop()
+            if one in self._written:
+                return True
+            if one not in seen:
+                seen.add(one)
+                pending += one.all_input_nodes
         return False
-    hidden = mask if hides else ~mask
-    if not _all_within(hidden, region):
+
+    def hide(self, scores: fx.Node, region: Tensor) -> bool:
+        """Whether every score at these places has the weight 0.
+
+        A finite number only counts where it is the one mask that there is.
+
+        Args:
+            scores: what a softmax over the last axis takes.
+            region: bool, of the last two axes; each row has a place outside of it.
+        """
+        top = scores = _through(scores)
+        limit = _limit(scores)
+        while _packet(scores) is aten.masked_fill:
+            given = arguments(scores)
+            hidden, number = self.of(given["mask"]), self.of(given["value"])
+            if hidden is None or number is None:
+                return False
+            only = scores is top and _packet(_through(given["self"])) not in _MASKING
+            if _forbids(hidden, float(number), region, limit if only else -math.inf):
+                return True
+            if float(number) != -math.inf and bool((hidden & region).any()):
+                return False  # it is written over what an earlier one has hidden
+            scores = _through(given["self"])
+        limit = limit if scores is top else -math.inf
+        given = arguments(scores) if _packet(scores) in _MASKING else {}
+        if _packet(scores) is aten.where:
+            return self._chosen(given, region, limit)
+        if _packet(scores) is aten.add and given["alpha"] == 1:
+            return self._lowered(given, region, limit)
         return False
-    return float(number) == -math.inf or (
-        float(number) <= _limit(scores) and _row_has(~hidden, region)
-    )
+
+    def _chosen(self, given: dict[str, Any], region: Tensor, limit: float) -> bool:
+        """``where(mask, s, -inf)``, or the other way round."""
+        mask = self.of(given["condition"])
+        if mask is None:
+            return False
+        for name, other, hidden in (("self", "other", mask), ("other", "self", ~mask)):
+            number = self.of(given[name])
+            if number is not None and number.numel() == 1:
+                least = limit if _is_unmasked(given[other]) else -math.inf
+                return _forbids(hidden, float(number), region, least)
+        return False
+
+    def _lowered(self, given: dict[str, Any], region: Tensor, limit: float) -> bool:
+        """``s + mask``"""
+        for name, other in (("self", "other"), ("other", "self")):
+            mask = self.of(given[name])
+            if mask is None or not mask.is_floating_point() or bool(mask.isnan().any()):
+                continue
+            if _all_within(mask == -math.inf, region):
+                return True
+            seen = _row_has(mask > -1e4, region) and _is_unmasked(given[other])
+            return _all_within(mask <= limit, region) and seen
+        return False
 
 
-def _lowers(side: Any, region: Tensor, scores: fx.Node) -> bool:
-    mask = value_of(side)
-    if mask is None or not mask.is_floating_point() or mask.isnan().any():
+def _packet(node: Any) -> Any:
+    return getattr(getattr(node, "target", None), "overloadpacket", None)
+
+
+def _through(node: fx.Node) -> fx.Node:
+    while _packet(node) in _PASSING:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _is_unmasked(scores: Any) -> bool:
+    return isinstance(scores, fx.Node) and _packet(_through(scores)) not in _MASKING
+
+
+def _forbids(hidden: Tensor, number: float, region: Tensor, limit: float) -> bool:
+    if hidden.dtype != torch.bool or not _all_within(hidden, region):
         return False
-    if _all_within(mask == -math.inf, region):
-        return True
-    return _all_within(mask <= _limit(scores), region) and _row_has(mask > -1e4, region)
+    return number == -math.inf or (number <= limit and _row_has(~hidden, region))
 
 
 def _limit(scores: fx.Node) -> float:

@@ -26,10 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fxport.capture.arguments import arguments, shape_of
-from fxport.capture.memory import Memory
 from fxport.capture.whole.along import along, draws, rank_of
 from fxport.capture.whole.emit import again, call, named
-from fxport.capture.whole.hidden import is_hidden, value_of
+from fxport.capture.whole.hidden import Values
 
 __all__ = ["join_pieces"]
 
@@ -100,7 +99,7 @@ class _Lift:
         self._ends = list(itertools.accumulate(sizes))
         self._starts = [0, *self._ends[:-1]]
         self._size = self._ends[-1]
-        self._memory = Memory(gm.graph)
+        self._values = Values(gm.graph)
         self._known: dict[tuple[fx.Node, ...], _Whole] = {}
         self._made: list[fx.Node] = []
 
@@ -117,7 +116,7 @@ class _Lift:
 
     def _whole(self, nodes: tuple[fx.Node, ...]) -> _Whole:
         if nodes not in self._known:
-            if any(self._memory.written_by(n) for n in nodes):
+            if any(map(self._values.is_written, nodes)):
                 raise _Stop
             self._known[nodes] = self._found(nodes)
         return self._known[nodes]
@@ -217,7 +216,7 @@ class _Lift:
             last = rank_of(node) - 1
             over = arguments(node)["dim"] % (last + 1)
             if over == own.ends == last and own.rows == last - 1:
-                if not is_hidden(own.node, self._behind()):
+                if not self._values.hide(own.node, self._behind()):
                     raise _Stop
                 return last, True
         if packet is aten.scaled_dot_product_attention and self._attends(node, lifted):
@@ -235,7 +234,7 @@ class _Lift:
         keys = [
             lifted[name].ends == last - 1 and lifted[name].rows is None for name in ("key", "value")
         ]
-        value = value_of(mask.node)
+        value = self._values.of(mask.node)
         if not all(keys) or value is None or (mask.rows, mask.ends) != (behind - 1, behind):
             return False
         hidden = ~value if value.dtype == torch.bool else value == float("-inf")
@@ -277,7 +276,7 @@ class _Lift:
 
     def _constant(self, nodes: tuple[fx.Node, ...]) -> _Whole | None:
         """What each piece makes for itself of numbers alone."""
-        found = [value_of(node) for node in nodes]
+        found = [self._values.of(node) for node in nodes]
         values = [v for v in found if v is not None]
         if len(values) < len(nodes) or len({(v.dtype, v.dim()) for v in values}) > 1:
             return None

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, fx
 
 from fxport.capture.arguments import arguments, shape_of
-from fxport.capture.memory import Memory
 from fxport.capture.whole.along import along, rank_of
 from fxport.capture.whole.emit import again, call
-from fxport.capture.whole.hidden import is_hidden, value_of
+from fxport.capture.whole.hidden import Values
 
 __all__ = ["padded_lengths", "without_padding"]
 
@@ -107,17 +106,16 @@ class _Narrow:
 
     def __init__(self, gm: fx.GraphModule, length: int) -> None:
         self._length = length
-        self._memory = Memory(gm.graph)
+        self._values = Values(gm.graph)
         self._constant = _constants(gm)
         self._known: dict[tuple[fx.Node, int], fx.Node] = {}
-        self._own: set[fx.Node] = set()
         self.made: list[fx.Node] = []
         self.met: set[fx.Node] = set()
 
     def first(self, node: fx.Node, dim: int) -> fx.Node:
         """The first T entries along an axis of more."""
         if (node, dim) not in self._known:
-            if node not in self._own and self._memory.written_by(node):
+            if self._values.is_written(node):
                 raise _Stop
             self._known[node, dim] = self._found(node, dim)
         return self._known[node, dim]
@@ -192,7 +190,7 @@ class _Narrow:
         if dim != rank_of(node) - 1 or rows != self._length:
             raise _Stop
         later = (torch.arange(keys) >= self._length).expand(rows, keys)
-        if not is_hidden(scores, later):
+        if not self._values.hide(scores, later):
             raise _Stop
         return self._add(again(node, {"self": self.first(scores, dim)}, {dim: self._length}))
 
@@ -218,7 +216,7 @@ class _Narrow:
         mask = given["attn_mask"]
         other = {}
         if mask is not None:
-            value = value_of(mask)
+            value = self._values.of(mask)
             if value is None or tuple(value.shape[-2:]) != (rows, keys):
                 raise _Stop
             hidden = ~value if value.dtype == torch.bool else value == float("-inf")
@@ -236,7 +234,6 @@ class _Narrow:
         if node is None:
             raise _Stop
         self.made.append(node)
-        self._own.add(node)
         return node
 
 
