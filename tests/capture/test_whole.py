@@ -364,7 +364,7 @@ class Chunked(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.embed, self.places = nn.Embedding(97, 64), nn.Embedding(64, 64)
-        self.blocks = nn.ModuleList(Block(attend) for _ in range(4))
+        self.blocks = nn.ModuleList(Block(attend) for _ in range(1))
         self.norm, self.head = nn.LayerNorm(64), nn.Linear(64, 97)
         self.pad = pad
 
@@ -403,11 +403,8 @@ def test_a_model_in_pieces_and_padded_is_ported() -> None:
     assert " 49, " in check.detail
 
 
-@pytest.mark.parametrize(
-    ("hides", "pad"), [(False, at_the_end), (True, in_front)], ids=["blocks", "in front"]
-)
-def test_what_mixes_is_refused(hides: bool, pad: Callable[[Tensor], Tensor]) -> None:
+def test_blocks_that_see_themselves_whole_are_refused() -> None:
     with pytest.raises(PortError) as refused:
-        port(Chunked(queries(hides), pad), max_seq_len=64)
+        port(Chunked(queries(hides=False), at_the_end), max_seq_len=64)
     reason = refused.value.reasons[0]
     assert reason.location is not None and reason.location.file == __file__
