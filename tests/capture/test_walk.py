@@ -229,7 +229,7 @@ class Itself(Tiny):
 
 def test_a_number_made_of_the_length_is_not_chased(monkeypatch):
     asked = []
-    monkeypatch.setattr(lengths, "ask", lambda m, n, *b: asked.append(n) or ask(m, n, *b))
+    monkeypatch.setattr(lengths, "ask", lambda m, n, *b, **k: asked.append(n) or ask(m, n, *b, **k))
     trace_at_lengths(clone_for_capture(Itself()))
     assert sorted(asked) == [37, 37, LONGEST]  # with one row, with two, and at the limit
 
