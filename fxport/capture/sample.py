@@ -150,9 +150,7 @@ def take_sample(
             except Exception as error:  # any failure of user code
                 raise PortError([explain_failure(error)]) from error
         changed.extend(reason for reason in now if reason not in changed)
-        traced = graph_of(exported, aliases)
-        fill_listed_places(traced)
-        return traced
+        return graph_of(exported, aliases)
 
     def again(empty: Empties) -> fx.GraphModule:
         other = graph_with(empty, nullcontext())
@@ -164,6 +162,7 @@ def take_sample(
     logits = keep_logits(graph)
     unkept = read_what_was_written(graph)
     without_selections(graph, again, every_pair=every_pair)
+    fill_listed_places(graph)  # not sooner: an empty selection is such a list, too
     make_whole(graph, batch, length)
     sample = _analysed(graph, batch, length, logits, changed)
     return replace(sample, unkept=unkept, history=tuple(history), paths=tuple(paths))
