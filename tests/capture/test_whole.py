@@ -10,11 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxport.api import port
 from fxport.capture.clone import clone_for_capture
 from fxport.capture.inputs import InputKind
 from fxport.capture.sample import Sample, take_sample
+from fxport.capture.whole import make_whole
 from fxport.errors import PortError
 
 Step = Callable[["Mixer", Tensor], Tensor]
@@ -212,6 +214,11 @@ def mean_of_piece(m: Mixer, x: Tensor) -> Tensor:
     return torch.cat([m.mlp(part) + part.mean(1, keepdim=True) for part in x.split(16, 1)], 1)
 
 
+def in_pieces_after_nothing(m: Mixer, x: Tensor) -> Tensor:
+    """Torch takes an empty vector for nothing of any shape."""
+    return torch.cat([x.new_zeros(0), *(m.mlp(part) for part in x.split(16, 1))], 1)
+
+
 def place_in_piece(m: Mixer, x: Tensor) -> Tensor:
     parts = x.split(16, 1)
     return torch.cat([m.mlp(part) + m.places[: part.shape[1]] for part in parts], 1)
@@ -303,6 +310,7 @@ MIXED: dict[str, tuple[Step, Callable[[Tensor], Tensor] | None]] = {
     "padded, mean": (lambda m, x: x + x.mean(1, keepdim=True), at_the_end),
     "padded, turned": (lambda m, x: x.flip(1), at_the_end),
     "padded, last": (lambda m, x: x + x[:, -1:], at_the_end),
+    "an empty vector": (in_pieces_after_nothing, None),
     "padded, of both rows": (lambda m, x: x.flatten(0, 1).cumsum(0).view_as(x), at_the_end),
 }
 
@@ -335,6 +343,17 @@ def test_a_piece_that_is_written_to_stays() -> None:
         return torch.cat(parts, 1)
 
     assert any("cat" in str(target) for target in shape_of_graph(sample_of(step, None, 37)))
+
+
+def test_a_graph_with_sizes_that_only_the_data_know_stays() -> None:
+    def step(x: Tensor) -> Tensor:
+        found = x.nonzero()
+        return torch.cat([found, found], 0)
+
+    gm = make_fx(step, tracing_mode="symbolic")(torch.arange(37))
+    before = [str(node) for node in gm.graph.nodes]
+    make_whole(gm, 2, 37)
+    assert [str(node) for node in gm.graph.nodes] == before
 
 
 # --- whole models ---------------------------------------------------------------------------------

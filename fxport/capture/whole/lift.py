@@ -53,6 +53,8 @@ def join_pieces(gm: fx.GraphModule, lengths: Collection[int]) -> int:
         pieces, dim = tuple(given["tensors"]), given["dim"] % rank_of(node)
         if not 1 < len(pieces) <= _MOST or shape_of(node)[dim] not in lengths:
             continue
+        if any(rank_of(piece) != rank_of(node) for piece in pieces):
+            continue  # torch takes an empty vector for nothing of any shape
         for fill in (True, False):
             whole = _Lift(gm, pieces, dim, fill).run()
             if whole is not None:
