@@ -214,6 +214,11 @@ def mean_of_piece(m: Mixer, x: Tensor) -> Tensor:
     return torch.cat([m.mlp(part) + part.mean(1, keepdim=True) for part in x.split(16, 1)], 1)
 
 
+def in_blocks(m: Mixer, x: Tensor) -> Tensor:
+    """Of 16 tokens: there are no such of 37."""
+    return m.mlp(x).unflatten(1, (-1, 16)).cumsum(2).flatten(1, 2)
+
+
 def in_pieces_after_nothing(m: Mixer, x: Tensor) -> Tensor:
     """Torch takes an empty vector for nothing of any shape."""
     return torch.cat([x.new_zeros(0), *(m.mlp(part) for part in x.split(16, 1))], 1)
@@ -310,6 +315,7 @@ MIXED: dict[str, tuple[Step, Callable[[Tensor], Tensor] | None]] = {
     "padded, mean": (lambda m, x: x + x.mean(1, keepdim=True), at_the_end),
     "padded, turned": (lambda m, x: x.flip(1), at_the_end),
     "padded, last": (lambda m, x: x + x[:, -1:], at_the_end),
+    "padded, in blocks": (in_blocks, at_the_end),
     "an empty vector": (in_pieces_after_nothing, None),
     "padded, of both rows": (lambda m, x: x.flatten(0, 1).cumsum(0).view_as(x), at_the_end),
 }

@@ -34,7 +34,7 @@ def again(node: fx.Node, given: Mapping[str, Any], sizes: Mapping[int, int]) -> 
         sizes: of the result, by axis, where they are other ones.
 
     Returns:
-        None where the result does not have these sizes.
+        None where the result does not have these sizes, or torch does not take them.
     """
     values = {**named(node), **given}
     if getattr(node.target, "overloadpacket", None) in _SHAPED:
@@ -49,7 +49,10 @@ def again(node: fx.Node, given: Mapping[str, Any], sizes: Mapping[int, int]) -> 
     assert isinstance(node.target, torch._ops.OpOverload)
     names = [a.name for a in node.target._schema.arguments][: len(node.args)]
     args = tuple(values[name] for name in names)  # what was left out stays left out
-    made = call(node, node.target, args, {name: values[name] for name in node.kwargs})
+    try:
+        made = call(node, node.target, args, {name: values[name] for name in node.kwargs})
+    except (RuntimeError, ValueError, IndexError):  # ``unflatten(x, 1, [-1, 16])`` of 37
+        return None
     if isinstance(node.meta["val"], torch.Tensor):
         wanted = tuple(sizes.get(axis, size) for axis, size in enumerate(shape_of(node)))
         if shape_of(made) != wanted:
@@ -60,10 +63,10 @@ def again(node: fx.Node, given: Mapping[str, Any], sizes: Mapping[int, int]) -> 
 
 def call(at: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
     """A call before `at`, as if by the same line of the user's."""
-    with at.graph.inserting_before(at):
-        node = at.graph.call_function(target, args, kwargs)
-    node.meta = {k: v for k, v in at.meta.items() if k != "val"}
     given, by_name = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
     with torch.no_grad():
-        node.meta["val"] = target(*given, **by_name)
+        value = target(*given, **by_name)
+    with at.graph.inserting_before(at):
+        node = at.graph.call_function(target, args, kwargs)
+    node.meta = {**{k: v for k, v in at.meta.items() if k != "val"}, "val": value}
     return node
