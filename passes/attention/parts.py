@@ -63,14 +63,7 @@ def join_scores(gm: fx.GraphModule, facts: GraphFacts) -> list[Respelled]:
         except (_Other, Left):
             emitter.undo()
             continue
-        if not _same(new, node) or not _undisturbed(facts, taken, node):
-            emitter.undo()
-            continue
-        facts.add(emitter.made, node)
-        done = Respelled({weights})
-        done.put(node, new)
-        done.take_out(gm, sorted({node, *taken}), emitter.made)
-        found.append(done)
+        found += _put(gm, facts, emitter, node, new, taken, {weights})
     return found
 
 
@@ -209,14 +202,7 @@ def join_values(gm: fx.GraphModule, facts: GraphFacts, behind: _WeightsOf) -> li
         except (_Other, Left):
             emitter.undo()
             continue
-        if not _same(new, node) or not _undisturbed(facts, taken, node):
-            emitter.undo()
-            continue
-        facts.add(emitter.made, node)
-        done = Respelled(weights)
-        done.put(node, new)
-        done.take_out(gm, sorted(set(taken)), emitter.made)
-        found.append(done)
+        found += _put(gm, facts, emitter, node, new, taken, weights)
     return found
 
 
@@ -324,6 +310,26 @@ def _in_order(found: list[tuple[Product, _Part]]) -> list[tuple[Product, _Part]]
 
 
 # -- both ------------------------------------------------------------------------------------------
+
+
+def _put(
+    gm: fx.GraphModule,
+    facts: GraphFacts,
+    emitter: Emitter,
+    node: fx.Node,
+    new: fx.Node,
+    taken: Sequence[fx.Node],
+    weights: set[fx.Node],
+) -> list[Respelled]:
+    """The one result in place of `node` and of all that was `taken` for it; else as it was."""
+    if not _same(new, node) or not _undisturbed(facts, taken, node):
+        emitter.undo()
+        return []
+    facts.add(emitter.made, node)
+    done = Respelled(weights)
+    done.put(node, new)
+    done.take_out(gm, sorted({node, *taken}), emitter.made)
+    return [done]
 
 
 def _plain(node: fx.Node) -> Product:

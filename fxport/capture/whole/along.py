@@ -21,7 +21,7 @@ from torch import fx
 
 from fxport.capture.arguments import arguments, shape_of
 
-__all__ = ["Along", "along", "draws", "rank_of"]
+__all__ = ["KEEPING", "SPLITS", "Along", "along", "draws", "rank_of"]
 
 aten = torch.ops.aten
 
@@ -29,8 +29,10 @@ aten = torch.ops.aten
 Along = dict[str, Any]
 _Rule = Callable[[fx.Node, int, dict[str, Any]], Along | None]
 _RULES: dict[Any, _Rule] = {}
-_SPLITS = (aten.split, aten.split_with_sizes, aten.chunk, aten.tensor_split)
-_SEVERAL = (*_SPLITS, aten.unbind, aten.topk, aten.sort)
+# Where the values stay what they are, entry by entry.
+KEEPING = (aten.to, aten._to_copy, aten.contiguous, aten.clone, aten.alias, aten.dropout)
+SPLITS = (aten.split, aten.split_with_sizes, aten.chunk, aten.tensor_split)
+_SEVERAL = (*SPLITS, aten.unbind, aten.topk, aten.sort)
 
 
 def along(node: fx.Node, dim: int) -> Along | None:
@@ -74,7 +76,7 @@ def _one_of_several(node: fx.Node, dim: int) -> Along | None:
     made = node.args[0]
     assert isinstance(made, fx.Node)
     packet = getattr(made.target, "overloadpacket", None)
-    if packet in (*_SPLITS, aten.topk, aten.sort):
+    if packet in (*SPLITS, aten.topk, aten.sort):
         given = arguments(made)
         return None if given["dim"] % rank_of(given["self"]) == dim else {"0": dim}
     if packet is aten.unbind:
@@ -256,7 +258,7 @@ def _selected(node: fx.Node, dim: int, given: dict[str, Any]) -> Along | None:
     return {"self": dim + (dim >= gone)}
 
 
-@_rule(*_SPLITS, aten.unbind)
+@_rule(*SPLITS, aten.unbind)
 def _split(node: fx.Node, dim: int, given: dict[str, Any]) -> Along | None:
     """Of the whole list: the axis of its operand; see `_one_of_several`."""
     return None if given["dim"] % rank_of(given["self"]) == dim else {"self": dim}

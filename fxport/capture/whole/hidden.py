@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from fxport.capture.arguments import arguments
 from fxport.capture.memory import Memory
 
-__all__ = ["Values"]
+__all__ = ["Values", "is_made_of"]
 
 aten = torch.ops.aten
 
@@ -41,24 +41,13 @@ class Values:
 
         if isinstance(node, bool | int | float):
             return torch.tensor(node)
-        if not isinstance(node, fx.Node) or self._made_of_written(node):
+        if not isinstance(node, fx.Node) or is_made_of(node, self._written):
             return None
         try:
             found = constant_value(node, {})
         except ValueError:
             return None
         return found if isinstance(found, Tensor) else None
-
-    def _made_of_written(self, node: fx.Node) -> bool:
-        pending, seen = [node], set[fx.Node]()
-        while pending:
-            one = pending.pop()
-            if one in self._written:
-                return True
-            if one not in seen:
-                seen.add(one)
-                pending += one.all_input_nodes
-        return False
 
     def hide(self, scores: fx.Node, region: Tensor) -> bool:
         """Whether every score at these places has the weight 0.
@@ -113,6 +102,19 @@ class Values:
             seen = _row_has(mask > -1e4, region) and _is_unmasked(given[other])
             return _all_within(mask <= limit, region) and seen
         return False
+
+
+def is_made_of(node: fx.Node, those: set[fx.Node]) -> bool:
+    """Whether one of those is the node, or goes into it."""
+    pending, seen = [node], set[fx.Node]()
+    while pending:
+        one = pending.pop()
+        if one in those:
+            return True
+        if one not in seen:
+            seen.add(one)
+            pending += one.all_input_nodes
+    return False
 
 
 def _packet(node: Any) -> Any:

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fxport.capture.arguments import arguments, shape_of
-from fxport.capture.whole.along import along, draws, rank_of
+from fxport.capture.whole.along import KEEPING, SPLITS, along, draws, rank_of
 from fxport.capture.whole.emit import again, call, named
 from fxport.capture.whole.hidden import Values
 
@@ -34,9 +34,6 @@ __all__ = ["join_pieces"]
 
 aten = torch.ops.aten
 
-_SPLITS = (aten.split, aten.split_with_sizes, aten.chunk, aten.tensor_split)
-# Where the weights stay what they are, entry by entry.
-_KEEPING = (aten.to, aten._to_copy, aten.contiguous, aten.clone, aten.alias, aten.dropout)
 _MOST = 512  # pieces
 _STORED = "_fxport_pieces_"
 
@@ -226,7 +223,7 @@ class _Lift:
         if _sums_over_ends(node, wholes):
             return None, False
         axis = _axis(node, lifted, "ends")
-        return axis, packet in _KEEPING and wholes[0].zero
+        return axis, packet in KEEPING and wholes[0].zero
 
     def _attends(self, node: fx.Node, lifted: dict[str, Any]) -> bool:
         mask, last = lifted["attn_mask"], rank_of(node) - 1
@@ -412,7 +409,7 @@ def _part(node: fx.Node) -> tuple[fx.Node, int, int, int] | None:
     """(whole, axis, start, end) of a part of another value."""
     if node.target is operator.getitem:
         made: Any = node.args[0]
-        if getattr(made.target, "overloadpacket", None) not in _SPLITS:
+        if getattr(made.target, "overloadpacket", None) not in SPLITS:
             return None
         index = int(node.args[1]) % len(made.meta["val"])  # type: ignore[arg-type]
         given = arguments(made)

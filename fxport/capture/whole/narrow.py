@@ -18,15 +18,13 @@ import torch
 from torch import Tensor, fx
 
 from fxport.capture.arguments import arguments, shape_of
-from fxport.capture.whole.along import along, rank_of
+from fxport.capture.whole.along import KEEPING, along, rank_of
 from fxport.capture.whole.emit import again, call
-from fxport.capture.whole.hidden import Values
+from fxport.capture.whole.hidden import Values, is_made_of
 
 __all__ = ["padded_lengths", "without_padding"]
 
 aten = torch.ops.aten
-
-_KEEPING = (aten.to, aten._to_copy, aten.contiguous, aten.clone, aten.alias, aten.dropout)
 
 
 def without_padding(gm: fx.GraphModule, length: int) -> int:
@@ -122,15 +120,7 @@ class _Narrow:
 
     def is_clean(self, result: fx.Node) -> bool:
         """Whether nothing padded is left in what the result is made of."""
-        pending, seen = [result], set[fx.Node]()
-        while pending:
-            node = pending.pop()
-            if node in self.met:
-                return False
-            if node not in seen:
-                seen.add(node)
-                pending += node.all_input_nodes
-        return True
+        return not is_made_of(result, self.met)
 
     def _found(self, node: fx.Node, dim: int) -> fx.Node:
         source = _padded(node, dim, self._length)
@@ -239,7 +229,7 @@ class _Narrow:
 
 def _is_softmax(weights: fx.Node) -> bool:
     """Whether these are the weights of a softmax over the last axis, and nothing else."""
-    while getattr(weights.target, "overloadpacket", None) in _KEEPING:
+    while getattr(weights.target, "overloadpacket", None) in KEEPING:
         weights = weights.all_input_nodes[0]
     if getattr(weights.target, "overloadpacket", None) is not aten.softmax:
         return False

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from fxport.capture.arguments import arguments, shape_of
 from fxport.capture.memory import Memory
-from fxport.capture.whole.along import rank_of
+from fxport.capture.whole.along import SPLITS, rank_of
 
 __all__ = ["NOTHING_ADDED", "tidy"]
 
@@ -22,7 +22,6 @@ aten = torch.ops.aten
 
 # Notes a copy in place of padding by nothing; see `fxport.capture.rephrase`.
 NOTHING_ADDED = "fxport_nothing_added"
-_SPLITS = (aten.split, aten.split_with_sizes, aten.chunk, aten.tensor_split)
 
 
 def tidy(gm: fx.GraphModule) -> None:
@@ -42,7 +41,7 @@ def _same(node: fx.Node) -> fx.Node | None:
     """The other value that this is."""
     if node.target is operator.getitem:
         made: Any = node.args[0]
-        one = getattr(made.target, "overloadpacket", None) in _SPLITS and len(made.meta["val"]) == 1
+        one = getattr(made.target, "overloadpacket", None) in SPLITS and len(made.meta["val"]) == 1
         return arguments(made)["self"] if one else None
     packet = getattr(node.target, "overloadpacket", None)
     if packet is aten.cat:
