@@ -9,6 +9,10 @@ A fixed number of keys, S:                          a product, a softmax and a p
     memory = expand(rows [1, S, C], B, ..)  [B, S, C]
     o = attention(q, k, v)                              o = softmax(q @ k^T * scale) @ v
 
+No keys at all: an empty sum
+    memory = zeros(B, 0, C)
+    o = attention(q, k, v)                              o = 0
+
 A decoder layer without an encoder is fed such a memory. The first holds because the weights of a
 query sum to one. The values are proven alike by the rules of token locality: each token is treated
 by itself, and nothing that tells tokens apart goes in.
@@ -85,6 +89,8 @@ def _rewritten(
     emitter = Emitter(gm, next(iter(call.users)), [q, v])
     if shape_of(q)[2] != symbols.length:
         return None
+    if keys == 0:
+        return _empty_sum(emitter, q, v), "no keys: the result is 0"
     if keys == 1 or (keys == symbols.length and _by_token(alike.get(v))):
         return _as_wide(emitter, q, v), "one value at every key: it is the result"
     if not isinstance(keys, int):
@@ -159,6 +165,11 @@ def _as_wide(emitter: Emitter, q: fx.Node, v: fx.Node) -> fx.Node:
         v = emitter.call(aten.repeat_interleave.self_int, v, heads // own, 1)
     wide = (*shape_of(q)[:3], shape_of(v)[3])
     return v if shape_of(v) == wide else emitter.call(aten.expand.default, v, emitter.sizes(wide))
+
+
+def _empty_sum(emitter: Emitter, q: fx.Node, v: fx.Node) -> fx.Node:
+    wide = (*shape_of(q)[:3], shape_of(v)[3])
+    return emitter.call(aten.new_zeros.default, q, emitter.sizes(wide))
 
 
 def _written_out(emitter: Emitter, q: fx.Node, k: fx.Node, v: fx.Node, scale: float) -> fx.Node:

@@ -66,6 +66,10 @@ def five_rows(model: Layered, x: Tensor) -> Tensor:
     return model.rows.repeat(x.shape[0], 1, 1)
 
 
+def no_row(model: Layered, x: Tensor) -> Tensor:
+    return x.new_zeros(x.shape[0], 0, C)
+
+
 def counted(model: Layered, x: Tensor) -> Tensor:
     return torch.zeros_like(x) + torch.arange(x.shape[1])[:, None] * 0.1
 
@@ -96,11 +100,11 @@ def double(*memories: Memory) -> Layered:
 
 
 def test_each_token_for_itself() -> None:
-    model = double(zeros, one_row, one_row_for_each, five_rows)
+    model = double(zeros, one_row, one_row_for_each, five_rows, no_row)
     port = fxport.port(model)
     found = [d for d in port.report.decisions if d.pass_name == "keys"]
-    assert [d.outcome for d in found] == [Outcome.REWRITTEN] * 4
-    assert len(port.serving.attention) == 4
+    assert [d.outcome for d in found] == [Outcome.REWRITTEN] * 5
+    assert len(port.serving.attention) == 5
     sequences = [torch.randint(0, V, (n,)) for n in (1, 9, 2, LONGEST)]
     packed = PackedModel(port.serving, port.parameters)(sequences)
     for sequence, logits in zip(sequences, packed, strict=True):
@@ -151,7 +155,7 @@ def grouped(**options: Any) -> nn.Module:
     return Grouped(**options).double().eval()
 
 
-@pytest.mark.parametrize("keys", [7, 1])
+@pytest.mark.parametrize("keys", [7, 1, 0])
 def test_numbers_and_gradients(keys: int) -> None:
     model = grouped(keys=keys, scale=0.7)
     gm, found = attended(model)
