@@ -17,6 +17,7 @@ Positions that are counted become plain ones:
     p = (ones(B, T).cumsum(1) * ones(B, T) - 1).long()  p = arange(T)[None].expand(B, T)
 
 Ids that are looked up in an embedding table are never negative: ``ids == -1`` holds nowhere.
+Neither does ``i - j >= T`` (`size_bounds`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
@@ -35,6 +37,7 @@ from fxport.passes.attention.emit import Emitter
 from fxport.passes.attention.site import Left
 from fxport.passes.attention.views import overload_packet
 from fxport.passes.graph_facts import erase_dead, reachable
+from fxport.passes.size_bounds import decided
 
 __all__ = ["fold_known_values"]
 
@@ -218,11 +221,37 @@ def _comparison(
         below = right is not None and right.number is not None and right.number < 0
         if left is None and below and _is_looked_up(given["self"]):
             left = _operand(0, node, known)  # as good as any id
-        if left is None or right is None or left.slopes != right.slopes:
+        if left is None:
             return None
-        return _Affine(int(compare(left.offset, right.offset)), (0,) * len(left.slopes))
+        if right is None or left.slopes != right.slopes:
+            holds = _at_every_size(compare, left, given["other"], right, node)
+        else:
+            holds = compare(left.offset, right.offset)
+        return None if holds is None else _Affine(int(holds), (0,) * len(left.slopes))
 
     return rule
+
+
+def _at_every_size(
+    compare: Callable[[int, int], bool],
+    left: _Affine,
+    other: Any,
+    right: _Affine | None,
+    node: fx.Node,
+) -> bool | None:
+    """What it says of whole numbers, in every entry alike; the other side may be a size."""
+    size = other.meta.get("val") if isinstance(other, fx.Node) else None
+    if right is None and isinstance(size, torch.SymInt):
+        right = _Affine(0, (0,) * len(left.slopes))
+        offset = left.offset - size.node.expr
+    elif right is not None:
+        offset = sympy.Integer(left.offset - right.offset)
+    inputs = [n.meta["val"] for n in node.all_input_nodes]
+    whole = all(v.dtype in _INTEGERS for v in inputs if isinstance(v, torch.Tensor))
+    if right is None or not whole:
+        return None
+    slopes = [a - b for a, b in zip(left.slopes, right.slopes, strict=True)]
+    return decided(compare, offset, slopes, shape_of(node))
 
 
 def _is_looked_up(ids: Any) -> bool:

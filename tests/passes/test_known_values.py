@@ -161,6 +161,10 @@ def test_the_training_door_keeps_a_mask_that_is_written_in_place():
     torch.testing.assert_close(compiled(x), site(x), rtol=1e-4, atol=1e-5)
 
 
+def distances(x: Tensor) -> Tensor:
+    return positions(x)[:, :, None] - positions(x)[:, None]
+
+
 CASES: dict[str, tuple[Callable[[Tensor], Tensor], int | None]] = {
     "difference of equal positions": (lambda x: positions(x) - positions(x), 0),
     "never below": (lambda x: positions(x) + 1 <= positions(x), 0),
@@ -181,6 +185,20 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], int | None]] = {
     "repeated twice": (lambda x: positions(x).repeat(1, 2) - positions(x).repeat(1, 2), None),
     "of two sides": (lambda x: torch.where(positions(x) > 3, 5, 5), None),
     "repeated once": (lambda x: positions(x).repeat(1, 1) - positions(x), 0),
+    "farther apart than all": (lambda x: distances(x) >= x.shape[1], 0),
+    "nearer than one more": (lambda x: distances(x) < x.shape[1] + 1, 1),
+    "turned around": (lambda x: -x.shape[1] < distances(x) * -1, 1),
+    "no such position": (lambda x: positions(x) != x.shape[1], 1),
+    "not below the first": (lambda x: positions(x) >= 0, 1),
+    "never the sum of two": (
+        lambda x: positions(x)[:, :, None] + positions(x)[:, None] > 2 * x.shape[1] - 2,
+        0,
+    ),
+    "all but the corner": (lambda x: distances(x) >= x.shape[1] - 1, None),
+    "twice as far": (lambda x: distances(x) * 2 >= x.shape[1], None),
+    "the last position": (lambda x: positions(x) == x.shape[1] - 1, None),
+    "as many rows": (lambda x: torch.arange(x.shape[1]) < x.shape[0], None),
+    "in float": (lambda x: positions(x).float() < x.shape[1], None),
     "a half": (lambda x: torch.full((3,), 0.5)[positions(x) % 3], None),
     "float": (lambda x: positions(x).double() - positions(x).double(), None),
 }
