@@ -198,7 +198,6 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], int | None]] = {
     "twice as far": (lambda x: distances(x) * 2 >= x.shape[1], None),
     "the last position": (lambda x: positions(x) == x.shape[1] - 1, None),
     "as many rows": (lambda x: torch.arange(x.shape[1]) < x.shape[0], None),
-    "in float": (lambda x: positions(x).float() < x.shape[1], None),
     "a half": (lambda x: torch.full((3,), 0.5)[positions(x) % 3], None),
     "float": (lambda x: positions(x).double() - positions(x).double(), None),
 }
@@ -217,6 +216,14 @@ def test_the_number_is_the_value(name: str):
         torch.testing.assert_close(run_like(graph, site, [x]), expected)
         if number is not None:
             assert bool((expected == number).all())
+
+
+def test_nothing_is_said_at_every_size_of_rounded_numbers() -> None:
+    """The count is made of plain positions, and still compared."""
+    site = Site(lambda x: x.sum() * 0 + (torch.ones(x.shape[:2]).cumsum(1) <= x.shape[1]))
+    graph = trace_directly(site, [torch.randn(3, 17, 2)], {0: (0, 1)})
+    fold_known_values(graph)
+    assert (count(graph, aten.le), count(graph, aten.cumsum)) == (1, 0)
 
 
 def opt(x: Tensor) -> Tensor:
