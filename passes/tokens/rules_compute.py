@@ -183,6 +183,17 @@ def _linear(call: Call) -> Axes:
     return (*axes[:-1], weight[0])
 
 
+@rule(aten.gru_cell, aten.rnn_tanh_cell, aten.rnn_relu_cell)
+def _cell(call: Call) -> Axes:
+    """One step of a recurrent cell, for each row by itself: ``[N, C]`` and ``[N, H]``."""
+    rows, state = call.of("input"), call.of("hx")
+    given = [call.arguments[name] for name in ("w_ih", "w_hh", "b_ih", "b_hh")]
+    weights = [dim for weight in given if weight is not None for dim in call.axes[weight]]
+    for dim in (rows[-1], state[-1], *weights):
+        free(dim, "a recurrent cell")
+    return (*join(rows[:-1], state[:-1]), state[-1])
+
+
 @rule(aten.matmul, aten.mm, aten.bmm, aten.mv, aten.dot, aten.vdot)
 def _matmul(call: Call) -> Axes:
     names = ("self", "other", "mat2", "vec", "tensor")

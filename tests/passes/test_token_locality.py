@@ -6,6 +6,7 @@ import linecache
 import math
 
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -13,11 +14,12 @@ from torch import nn
 from fxport.capture.export import capture
 from fxport.capture.inputs import graph_input
 from fxport.errors import PortError, ReasonCode
-from fxport.passes.axes import Axis, Symbols
+from fxport.passes.axes import Axis, Refusal, Symbols
 from fxport.passes.functional import functionalise
 from fxport.passes.head import find_head
 from fxport.passes.limits import longest_sequence
 from fxport.passes.tokens.locality import Locality, analyse
+from fxport.passes.tokens.rules import propagate
 
 V, C = 41, 24
 
@@ -393,7 +395,14 @@ def convolved_alone(self, x, idx):
     return F.conv2d(y[..., None, :], self.mix.weight[..., None, None])[:, :, 0].transpose(1, 2)
 
 
+def gated_by_a_cell(self, x, idx):
+    rows, weight, bias = x.flatten(0, 1), self.mix.weight, self.mix.bias
+    y = torch.gru_cell(rows, self.mix(rows), weight.repeat(3, 1), weight.repeat(3, 1))
+    return torch.rnn_tanh_cell(y, y, weight, weight, bias, bias).view_as(x)
+
+
 LOCAL = [
+    (gated_by_a_cell, 0),
     (convolved_alone, 0),
     (einsum_with_dots, 0), (vector_products, 0), (tensor_product, 0), (group_norm, 0),
     (similarity, 0), (slopes, 0),
@@ -417,6 +426,26 @@ def test_token_local_models_are_proven(between, rows):
     live = [n for n in locality.rows if n.users]
     assert len(live) >= rows
     assert bool(live) == bool(rows)
+
+
+@pytest.mark.parametrize(
+    ("rows", "weight", "found"),
+    [
+        (((Axis.BATCH, Axis.TOKEN), (4,)), ((4,), (4,)), ((Axis.BATCH, Axis.TOKEN), (4,))),
+        (((Axis.BATCH,), (Axis.TOKEN,)), ((4,), (4,)), None),
+        (((Axis.BATCH,), (4,)), ((4,), (Axis.TOKEN,)), None),
+    ],
+)
+def test_a_recurrent_cell_may_not_run_along_tokens(rows, weight, found):
+    graph = torch.fx.Graph()
+    x, w = graph.placeholder("x"), graph.placeholder("w")
+    cell = graph.call_function(torch.ops.aten.rnn_tanh_cell.default, (x, x, w, w))
+    symbols = Symbols(*sympy.symbols("b t"))
+    if found is not None:
+        assert propagate(cell, {x: rows, w: weight}, symbols) == found
+        return
+    with pytest.raises(Refusal):
+        propagate(cell, {x: rows, w: weight}, symbols)
 
 
 def test_every_second_position_is_a_table():
