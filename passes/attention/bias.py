@@ -22,11 +22,13 @@ from torch import fx
 
 from fxport.capture.arguments import arguments, shape_of
 from fxport.capture.location import user_location
+from fxport.errors import ReasonCode
 from fxport.passes.attention.emit import Emitter
 from fxport.passes.attention.factors import emit_logarithm
 from fxport.passes.attention.frame import Frame, recipe
+from fxport.passes.attention.layout import divides
 from fxport.passes.attention.masks import MaskPlan
-from fxport.passes.attention.site import MaskKind, MaskStep, Match, RowScale
+from fxport.passes.attention.site import Left, MaskKind, MaskStep, Match, RowScale
 
 __all__ = ["Dense", "emit_checks", "emit_dense", "emit_row_scales", "restore_nan"]
 
@@ -208,7 +210,10 @@ def _total(emitter: Emitter, out: fx.Node, value: object, over: list[int]) -> fx
     total = emitter.call(aten.sum.dim_IntList, value, over, True)
     heads, own = shape_of(out)[1], ((1,) * 4 + shape_of(total))[-3]
     if own not in (1, heads):
-        assert isinstance(heads, int) and isinstance(own, int)
-        total = emitter.call(aten.repeat_interleave.self_int, total, heads // own, 1)
+        group = divides(own, heads)
+        if not isinstance(group, int):
+            message = "how many heads share a key is not known, where rows may have none"
+            raise Left(ReasonCode.UNSUPPORTED_FEATURE, message, emitter.anchor)
+        total = emitter.call(aten.repeat_interleave.self_int, total, group, 1)
     dtype = out.meta["val"].dtype
     return total if total.meta["val"].dtype == dtype else emitter.call(aten.to.dtype, total, dtype)

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxport.capture.arguments import shape_of
 from fxport.errors import ReasonCode
-from fxport.passes.attention.frame import Axes, Recipe
+from fxport.passes.attention.frame import Axes, Frame, Recipe
 from fxport.passes.attention.layout import Axis, Dims, Size, product, resolve, resolve_all
 from fxport.passes.attention.site import Left
 from fxport.passes.attention.trace import Step
@@ -76,6 +76,21 @@ class Emitter:
         node.meta["val"] = self._mode.from_tensor(value, static_shapes=True)
         self.made.append(node)
         return node
+
+    def for_each_head(self, name: str, value: torch.Tensor, frame: Frame) -> fx.Node:
+        """A stored number for each head, ``[Hq]``, or one for all, ``[1]``, as ``[Hq]``.
+
+        Raises:
+            Left: there are several numbers, and how many heads is not known.
+        """
+        heads = product(frame.heads)
+        if isinstance(heads, int):
+            return self.constant(name, value.expand(heads).contiguous())
+        if len(value) > 1:
+            message = "a number for each head is added, where the number of heads may change"
+            raise Left(ReasonCode.UNSUPPORTED_FEATURE, message, self.anchor)
+        one = self.constant(name, value)
+        return self.call(aten.repeat.default, one, [self.size(heads)])
 
     def undo(self) -> None:
         """Takes everything back."""

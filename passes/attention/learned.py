@@ -20,7 +20,7 @@ from fxport.capture.inputs import InputKind, graph_input
 from fxport.passes.attention.made import filled_with
 from fxport.passes.attention.products import as_product
 from fxport.passes.attention.terms import LARGEST_FACTOR
-from fxport.passes.attention.views import moved_input, number, overload_packet
+from fxport.passes.attention.views import is_pointwise, moved_input, number, overload_packet
 from fxport.passes.graph_facts import GraphFacts, Source, reachable, value_inputs
 from fxport.passes.masks.values import constant_value
 
@@ -53,10 +53,7 @@ def _numbers_in(node: fx.Node) -> Iterator[float]:
     packet = overload_packet(node)
     if packet in _LOGARITHMS:
         yield -math.inf
-    pointwise = isinstance(node.target, torch._ops.OpOverload) and (
-        torch.Tag.pointwise in node.target.tags or packet in (aten.where, aten.masked_fill)
-    )
-    if pointwise or packet in _MADE_OF:
+    if is_pointwise(node) or packet in _MADE_OF:
         given = (number(a) for a in (*node.args, *node.kwargs.values()))
         yield from (-abs(a) for a in given if a is not None)
     if node.op == "get_attr" or _is_buffer(node):

@@ -19,6 +19,7 @@ from torch import fx
 from fxport.errors import ReasonCode
 from fxport.passes.attention.checks import check_closed, check_grad_mode, check_rounding
 from fxport.passes.attention.factors import is_gate, is_truth, with_value_scales
+from fxport.passes.attention.fill_twice import same_fill
 from fxport.passes.attention.frame import frame_of, query_axes
 from fxport.passes.attention.layout import (
     Axis,
@@ -352,9 +353,7 @@ def _masked_again(
     if again is None:
         fills = all(s.kind is MaskKind.FILL and s.number == -math.inf for s in steps)
         return forward.without_nan and bool(steps) and fills, None
-    last = steps[-1] if steps else None
-    same = last is not None and last.kind is again.kind is MaskKind.FILL
-    same = same and last.tensor is again.tensor and last.inverted == again.inverted  # type: ignore[union-attr]
+    same = bool(steps) and same_fill(steps[-1], again)
     # what else is added to the scores must leave no row without a key
     same = same and all(s.adds and is_learned_product(facts, s.tensor) for s in steps[:-1])
     return (True, None) if same else (False, again)

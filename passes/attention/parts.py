@@ -18,7 +18,6 @@ from typing import TypeAlias
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 
 from fxport.capture.arguments import arguments, shape_of, shape_of_tensor
 from fxport.passes.attention.emit import Emitter
@@ -27,7 +26,13 @@ from fxport.passes.attention.products import Product, as_product
 from fxport.passes.attention.respelled import Respelled
 from fxport.passes.attention.site import Left
 from fxport.passes.attention.softmax import is_softmax_call
-from fxport.passes.attention.views import SCALES, moved_input, number, overload_packet
+from fxport.passes.attention.views import (
+    SCALES,
+    is_pointwise,
+    moved_input,
+    number,
+    overload_packet,
+)
 from fxport.passes.constants import is_symbolic
 from fxport.passes.graph_facts import GraphFacts, Source
 
@@ -84,15 +89,11 @@ def _softmax_after(node: fx.Node) -> fx.Node | None:
         if users:
             along = arguments(users[0])["dim"] % len(shape_of(node))
             return users[0] if along == len(shape_of(node)) - 1 else None
-        follows = [u for u in node.users if moved_input(u) is node or _is_pointwise(u)]
+        follows = [u for u in node.users if moved_input(u) is node or is_pointwise(u)]
         if not follows:
             return None
         node = follows[0]
     return None
-
-
-def _is_pointwise(node: fx.Node) -> bool:
-    return isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
 
 
 def _whole(emitter: Emitter, parts: list[fx.Node], taken: list[fx.Node]) -> fx.Node:

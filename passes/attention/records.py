@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import fx
 
 from fxport.capture.location import module_of, user_location
@@ -33,10 +36,10 @@ def site_of(
         params=params,
         mask=str(plan.band),
         bias=plan.origin if dense else "",
-        heads=_count(product(frame.heads)),
-        kv_heads=_count(product(frame.kv_heads)),
-        head_dim=sum(_count(product(axes_of(h))) for h in heads),
-        value_dim=_count(product(frame.value)),
+        heads=product(frame.heads),
+        kv_heads=product(frame.kv_heads),
+        head_dim=_sum([product(axes_of(h)) for h in heads]),
+        value_dim=product(frame.value),
         sinks=match.sinks is not None,
         alibi=plan.slopes is not None,
         relied_on=tuple(sorted({*plan.relied_on, *match.relied_on})),
@@ -46,8 +49,9 @@ def site_of(
     )
 
 
-def _count(size: Size) -> int:
-    return size if isinstance(size, int) else -1
+def _sum(sizes: Sequence[Size]) -> Size:
+    total: Any = sum(sizes)
+    return int(total) if isinstance(total, int) or total.is_Integer else total
 
 
 def rewritten(node: fx.Node, site: AttentionSite) -> Decision:

@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 
 import fxport.ops.attention  # noqa: F401  (registers the op)
 from fxport.capture.arguments import arguments
@@ -67,7 +66,7 @@ from fxport.passes.attention.spread import respell_uses
 from fxport.passes.attention.terms import emit_terms, join_terms
 from fxport.passes.attention.trace import trace
 from fxport.passes.attention.unread import Unread, may_be_unread, unread_scores
-from fxport.passes.attention.views import moved_input
+from fxport.passes.attention.views import is_pointwise, moved_input
 from fxport.passes.attention.vmapped import vmapped_softmaxes
 from fxport.passes.attention.written import hold_what_is_written
 from fxport.passes.graph_facts import GraphFacts, erase_dead, erase_if_unused
@@ -272,14 +271,10 @@ def _loosen_views(value: fx.Node) -> None:
                 shape = arguments(user)["size"]
                 user.target = aten.reshape.default
                 user.args, user.kwargs = (user.args[0], shape), {}
-            follows = moved_input(user) is not None or _is_pointwise(user)
+            # A pointwise result may be laid out as its input is.
+            follows = moved_input(user) is not None or is_pointwise(user)
             if follows and user not in pending:
                 pending.append(user)
-
-
-def _is_pointwise(node: fx.Node) -> bool:
-    """Its result may be laid out as its input is."""
-    return isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
 
 
 def _check_unwritten(facts: GraphFacts, match: Match) -> None:
@@ -317,7 +312,7 @@ def _emit(
     if dense.empty is not None:
         q = emitter.call(aten.masked_fill.Scalar, q, dense.empty, 0.0)
     params = _params(match, plan, frame, scale)
-    slopes = _constant(emitter, plan.slopes, frame, q) if plan.slopes is not None else None
+    slopes = _slopes(emitter, plan.slopes, frame, q) if plan.slopes is not None else None
     sinks = emit_sinks(emitter, match.sinks, frame) if match.sinks is not None else None
     seed = _seed(emitter, q) if params.dropout_p else None
     call = emitter.call(
@@ -384,14 +379,10 @@ def _q_offset(emitter: Emitter, plan: MaskPlan, frame: Frame) -> int | fx.Node:
     return emitter.size(product(frame.key) - product(frame.query))
 
 
-def _constant(emitter: Emitter, value: torch.Tensor, frame: Frame, q: fx.Node) -> fx.Node:
-    """Stores a proven constant with the graph."""
-    heads = product(frame.heads)
-    assert isinstance(heads, int)
+def _slopes(emitter: Emitter, value: torch.Tensor, frame: Frame, q: fx.Node) -> fx.Node:
     found = q.meta["val"]
     dtype = torch.promote_types(found.dtype, torch.float32)
-    value = value.expand(heads).contiguous().to(found.device, dtype)
-    return emitter.constant("alibi_slopes", value)
+    return emitter.for_each_head("alibi_slopes", value.to(found.device, dtype), frame)
 
 
 def _seed(emitter: Emitter, q: fx.Node) -> fx.Node:

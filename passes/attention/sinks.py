@@ -8,7 +8,7 @@ from torch import fx
 from fxport.errors import ReasonCode
 from fxport.passes.attention.emit import Emitter
 from fxport.passes.attention.frame import Frame, sink_steps
-from fxport.passes.attention.layout import Dims, LayoutError, axes_of, product
+from fxport.passes.attention.layout import Dims, LayoutError, axes_of
 from fxport.passes.attention.site import Left
 
 __all__ = ["emit_sinks"]
@@ -27,12 +27,10 @@ def emit_sinks(emitter: Emitter, sinks: tuple[fx.Node, Dims] | float, frame: Fra
         Left: they vary by more than the head.
     """
     if isinstance(sinks, float):
-        heads = product(frame.heads)
-        assert isinstance(heads, int)
         anchor = emitter.anchor.meta["val"]
         dtype = torch.promote_types(anchor.dtype, torch.float32)
-        device = anchor.device
-        return emitter.constant("sinks", torch.full((heads,), sinks, dtype=dtype, device=device))
+        one = torch.full((1,), sinks, dtype=dtype, device=anchor.device)
+        return emitter.for_each_head("sinks", one, frame)
     column, dims = sinks
     try:
         steps = sink_steps(column, dims)

@@ -10,7 +10,7 @@ from torch import fx
 from fxport.capture.location import user_location
 from fxport.errors import Location, Reason, ReasonCode
 from fxport.ops.params import AttentionParams
-from fxport.passes.attention.layout import Dim, Dims
+from fxport.passes.attention.layout import Dim, Dims, Size
 from fxport.passes.attention.trace import Step
 
 __all__ = [
@@ -185,7 +185,7 @@ class AttentionSite:
         params: the numbers of the call; a symbolic q_offset is given as 0 here.
         mask: what the mask was proven to be, in words.
         bias: where a dense bias comes from: "", "constant", "learned" or "data".
-        heads, kv_heads, head_dim, value_dim: geometry.
+        heads, kv_heads, head_dim, value_dim: geometry; a symbol where a size may change.
         sinks, alibi: whether the call has them.
         relied_on: qualified names of the buffers that the proof read.
         above: what every row's scores must reach, because masked ones become a finite number
@@ -201,10 +201,10 @@ class AttentionSite:
     params: AttentionParams
     mask: str
     bias: str
-    heads: int
-    kv_heads: int
-    head_dim: int
-    value_dim: int
+    heads: Size
+    kv_heads: Size
+    head_dim: Size
+    value_dim: Size
     sinks: bool = False
     alibi: bool = False
     relied_on: tuple[str, ...] = field(default=())

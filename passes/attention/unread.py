@@ -22,7 +22,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 
 from fxport.capture.arguments import shape_of
 from fxport.capture.inputs import InputKind, graph_input
@@ -33,7 +32,7 @@ from fxport.passes.attention.made import power_of
 from fxport.passes.attention.products import as_product, factors_of, sums_products
 from fxport.passes.attention.site import Left
 from fxport.passes.attention.softmax import Softmax, is_softmax_call, softmaxes
-from fxport.passes.attention.views import moved_input, number, overload_packet
+from fxport.passes.attention.views import is_pointwise, moved_input, number, overload_packet
 from fxport.passes.experts.products import is_by_expert
 from fxport.passes.graph_facts import GraphFacts, Source
 
@@ -314,7 +313,7 @@ class _Scope:
 
     def _is_of_pairs(self, value: Any, depth: int = _MAX_DEPTH) -> bool:
         """``f(q[:, :, None] - k[:, None])``, entry by entry."""
-        if not isinstance(value, fx.Node) or not _is_pointwise(value):
+        if not isinstance(value, fx.Node) or not is_pointwise(value):
             return False
         if not value.meta["val"].is_floating_point():
             return False
@@ -360,7 +359,7 @@ def _carries(node: fx.Node, value: fx.Node) -> bool:
     if not result.dtype.is_floating_point and not result.dtype.is_complex:
         return False
     known = packet in _CARRIES or is_softmax_call(node) or moved_input(node) is value
-    return known or _is_pointwise(node)
+    return known or is_pointwise(node)
 
 
 def _bends(node: fx.Node) -> bool:
@@ -368,8 +367,4 @@ def _bends(node: fx.Node) -> bool:
     if packet in _ORDERS or is_softmax_call(node):
         return True
     squares = packet is aten.mul and node.args[0] is node.args[1]
-    return squares or (_is_pointwise(node) and packet not in _LINEAR)
-
-
-def _is_pointwise(node: fx.Node) -> bool:
-    return isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
+    return squares or (is_pointwise(node) and packet not in _LINEAR)

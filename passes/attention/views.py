@@ -24,6 +24,7 @@ __all__ = [
     "DIVISIONS",
     "SCALES",
     "is_cast",
+    "is_pointwise",
     "laid_out",
     "moved_input",
     "number",
@@ -41,6 +42,17 @@ def overload_packet(node: object) -> Any:
     if isinstance(node, fx.Node) and isinstance(node.target, torch._ops.OpOverload):
         return node.target.overloadpacket
     return None
+
+
+# Pointwise too, whatever the tags of their overloads say: ``where(c, x, 0.0)`` has none.
+_UNTAGGED = {aten.where, aten.masked_fill}
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether every entry of the result is made of the operands' entries there."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    return torch.Tag.pointwise in node.target.tags or node.target.overloadpacket in _UNTAGGED
 
 
 _RESHAPES = {

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 
 from fxport.capture.arguments import arguments, shape_of
 from fxport.errors import ReasonCode
@@ -23,7 +22,13 @@ from fxport.passes.attention.products import Product, as_product, factors_of
 from fxport.passes.attention.quotient import kept_by
 from fxport.passes.attention.site import Apart, Left, MaskKind, MaskStep, RowScale, Torn
 from fxport.passes.attention.softmax import Softmax
-from fxport.passes.attention.views import moved_input, number, overload_packet, view_dims
+from fxport.passes.attention.views import (
+    is_pointwise,
+    moved_input,
+    number,
+    overload_packet,
+    view_dims,
+)
 from fxport.passes.graph_facts import lends_shape_only, only_checks
 
 __all__ = ["Forward", "check_dropout", "to_values"]
@@ -226,7 +231,7 @@ def _leads_to_product(node: fx.Node) -> bool:
     for _ in range(8):
         if as_product(node) is not None or factors_of(node) is not None:
             return True
-        if moved_input(node) is None and not _is_pointwise(node):
+        if moved_input(node) is None and not _keeps_places(node):
             return False
         if not node.users:
             return False
@@ -234,9 +239,8 @@ def _leads_to_product(node: fx.Node) -> bool:
     return False
 
 
-def _is_pointwise(node: fx.Node) -> bool:
-    pointwise = isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
-    return pointwise or overload_packet(node) is aten.dropout
+def _keeps_places(node: fx.Node) -> bool:
+    return is_pointwise(node) or overload_packet(node) is aten.dropout
 
 
 def check_dropout(p: float, node: fx.Node) -> None:

@@ -172,6 +172,7 @@ def _prove(
                 for s, r in zip(steps, recipes, strict=True)
             ]
             effect = joint_effect(steps, values, rows, columns, anchored)
+            empties = effect is not None and effect.empties_rows(columns)
         # Running the user's operations at a length that they may not support.
         except (ValueError, RuntimeError, IndexError) as error:
             return Proof(None, rest=True, why=f"the mask has no value: {error}", known=False)
@@ -179,7 +180,7 @@ def _prove(
             why = "masks are combined in a way that is not understood"
             return Proof(None, rest=True, why=why, known=False)
         excused = zero_rows or (infinite_rows and not effect.finite)
-        if not excused and effect.empties_rows(columns):
+        if not excused and empties:
             if infinite_rows and all(s.kind is MaskKind.ADD for s in steps):
                 why = "a finite number forbids all keys of a row, which come out with weights"
                 return Proof(None, rest=True, why=why, finite=True, lowered=True)

@@ -53,7 +53,8 @@ _POINTWISE = PRODUCTS | {
     aten.contiguous, aten.alias, aten.detach, aten.lift_fresh, aten.lift_fresh_copy,
     aten.type_as, aten.minimum, aten.maximum, aten.clamp, aten.clamp_min, aten.clamp_max,
     aten.__and__, aten.__or__, aten.detach_, aten.exp, aten.log, aten.sqrt, aten.pow, aten.sign,
-    aten.fill, aten.relu,
+    aten.fill, aten.relu, aten.nan_to_num, aten.isnan, aten.isinf, aten.isfinite, aten.isneginf,
+    aten.isposinf,
 }  # fmt: skip
 _FACTORIES = {
     aten.arange, aten.ones, aten.zeros, aten.full, aten.ones_like, aten.zeros_like,
@@ -61,7 +62,8 @@ _FACTORIES = {
 }  # fmt: skip
 _SHAPES = {
     aten.expand, aten.unsqueeze, aten.squeeze, aten.transpose, aten.permute, aten.t,
-    aten.expand_as, aten.broadcast_to, aten.mT,
+    aten.expand_as, aten.broadcast_to, aten.mT, aten.numpy_T, aten.adjoint, aten.swapaxes,
+    aten.swapdims, aten.movedim, aten.moveaxis,
 }  # fmt: skip
 _RESHAPES = {aten.view, aten.reshape, aten.flatten, aten.view_as, aten.reshape_as}
 _GATHERS = {aten.index, aten.embedding, aten.index_select}

@@ -325,3 +325,27 @@ def test_sinks_say_which_axis_is_the_heads() -> None:
     found = rewrite(trace_directly(module, data))
     assert [site.sinks for site in found.result.sites] == [True]
     compare(module, found.graph, data)
+
+
+def beside_nothing(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = (q @ k.mT).exp()
+    return (e / (1 + e.sum(-1, keepdim=True))) @ v
+
+
+def one_slope(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    place = torch.arange(q.size(2), dtype=q.dtype)
+    s = q @ k.mT + (place - place[:, None]) * 0.25
+    return s.masked_fill(~causal_bool(q.size(2)), INF).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("function", [beside_nothing, one_slope])
+def test_numbers_for_heads_whose_count_may_change(function: Callable[..., Tensor]) -> None:
+    data = list(torch.randn(3, 2, 3, 7, 4, dtype=torch.float64).unbind(0))
+    module = Site(function)
+    found = rewrite(trace_training(module, data, dict.fromkeys(range(3), (0, 1, 2))))
+    (site,) = found.result.sites
+    assert site.sinks or site.alibi
+    assert not isinstance(site.heads, int) and f"{site.heads} heads" in str(site)
+    for batch, heads, length in ((2, 3, 7), (1, 5, 4), (3, 2, 11)):
+        more = list(torch.randn(3, batch, heads, length, 4, dtype=torch.float64).unbind(0))
+        compare(module, found.graph, more)

@@ -113,6 +113,11 @@ def scattered(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.zeros_like(s).scatter(-1, index, (s - best).softmax(-1).gather(-1, index)) @ v
 
 
+def small_weights_dropped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    w = scores(q, k).softmax(-1)
+    return torch.where(w > 0.1, w, 0.0) @ v
+
+
 def distances(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (-(torch.cdist(q, k) ** 2)).softmax(-1) @ v
 
@@ -166,7 +171,7 @@ def diagonals_of_all_heads_with_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         distances, distances_written_out, sum_detached, exponentials_detached,
         dividend_detached, weights_detached, logarithm_detached, sum_without_gradient,
         sigmoids, rectified, squared, sparse_maximum,
-        last_of_running_sums, three_at_once, scattered,
+        last_of_running_sums, three_at_once, scattered, small_weights_dropped,
     ],
 )  # fmt: skip
 def test_it_is_reported_once_with_its_line(function: Callable[..., Tensor]) -> None:

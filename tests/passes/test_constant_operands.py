@@ -97,8 +97,41 @@ def test_what_is_no_constant_is_given_as_before(function: Callable[..., Tensor])
     assert site.bias == "data"
 
 
-def test_a_buffer_is_given_as_before() -> None:
-    (site,) = passed(mask_of_a_buffer, torch.ones(16, 16, dtype=torch.bool).tril()).sites
+def two_layers_of_one_buffer(x: Tensor, mask: Tensor) -> Tensor:
+    mask = mask[: x.size(3), : x.size(3)]
+    y = again(x, mask)
+    return again(torch.stack([y, y.sin(), x[2]]), mask)
+
+
+def masks_of_one_buffer(x: Tensor, mask: Tensor) -> Tensor:
+    """Each body is given another mask."""
+    length = x.size(3)
+    y = again(x, mask[:length, :length])
+    return again(torch.stack([y, y.sin(), x[2]]), mask[:length, :length].mT)
+
+
+def test_a_part_of_a_buffer_is_proven() -> None:
+    buffer = torch.ones(16, 16, dtype=torch.bool).tril()
+    sites = passed(two_layers_of_one_buffer, buffer).sites
+    assert [(s.mask, s.bias, s.relied_on) for s in sites] == [("causal", "", ("b0",))] * 2
+    first, second = passed(masks_of_one_buffer, buffer).sites
+    assert (first.mask, second.mask) == ("causal", "window from 0 to None")
+
+
+def test_a_buffer_that_is_no_mask_of_ours_is_a_dense_bias_with_a_note() -> None:
+    mask = torch.ones(16, 16, dtype=torch.bool).tril()
+    mask[12, 3] = False
+    result = passed(mask_of_a_buffer, mask)
+    assert [s.bias for s in result.sites] == ["constant"]
+    assert [d.subject for d in result.decisions if d.reason is not None] == ["mask"]
+
+
+def test_a_buffer_that_is_written_to_is_given_as_before() -> None:
+    def written(x: Tensor, mask: Tensor) -> Tensor:
+        mask[1, 0] = x.size(3) > 0
+        return again(x, mask[: x.size(3), : x.size(3)])
+
+    (site,) = passed(written, torch.ones(16, 16, dtype=torch.bool).tril()).sites
     assert site.bias == "data"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -91,6 +92,46 @@ def test_a_mask_that_is_repeated_for_every_head_and_row() -> None:
     found = rewrite(trace_training(Site(repeated), [data], {0: (1, 2)}))
     assert [s.mask for s in found.result.sites] == ["causal"]
     compare(Site(repeated), found.graph, [torch.randn(3, 3, 17, 4, 6, dtype=torch.float64)])
+
+
+def reversed_dims(t: int) -> Tensor:
+    return torch.ones(t, t).triu().T.bool()
+
+
+def swapped_dims(t: int) -> Tensor:
+    return torch.ones(t, t).triu().swapaxes(0, 1).movedim(0, 1).adjoint().bool()
+
+
+def zeros_of_nan(t: int) -> Tensor:
+    return (torch.ones(t, t).triu(1) * float("-inf")).nan_to_num(0.0, neginf=-1.0) == 0
+
+
+@pytest.mark.parametrize("mask", [reversed_dims, swapped_dims, zeros_of_nan])
+def test_a_mask_is_followed_through_what_moves_it(mask: Callable[[int], Tensor]) -> None:
+    def function(qkv: Tensor) -> Tensor:
+        return masked(qkv, mask(qkv.shape[2]))
+
+    data = torch.randn(3, 2, 9, 4, 6, dtype=torch.float64)
+    found = rewrite(trace_training(Site(function), [data], {0: (1, 2)}))
+    assert [(s.mask, s.bias) for s in found.result.sites] == [("causal", "")]
+    for length in (3, 21):
+        compare(Site(function), found.graph, [torch.randn(3, 1, length, 4, 6, dtype=torch.float64)])
+
+
+def test_lengths_that_are_no_lengths_of_the_mask_prove_nothing() -> None:
+    """q and k in blocks of two, which two symbols say that differ: no crash, and the same."""
+
+    def blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        b, h, t, d = q.shape
+        q, k, v = (x.reshape(b, h, t // 2, 2, d) for x in (q, k, v))
+        future = torch.ones(2, 2, dtype=torch.bool).triu(1)
+        return (q @ k.mT).masked_fill(future, float("-inf")).softmax(-1) @ v
+
+    data = list(torch.randn(3, 2, 3, 8, 5, dtype=torch.float64).unbind(0))
+    module = Site(blocks)
+    found = rewrite(trace_training(module, data, dict.fromkeys(range(3), (0, 2))))
+    assert found.count == 0 or found.result.sites[0].bias == "constant"
+    compare(module, found.graph, data)
 
 
 def test_positions_that_come_again_after_the_length_are_no_positions() -> None:
