@@ -147,3 +147,21 @@ def test_a_body_that_two_calls_run_is_left() -> None:
     before = str(body.graph)
     make_constants_inside(graph)
     assert str(body.graph) == before
+
+
+def test_a_buffer_enters_once() -> None:
+    def two_parts_of_one(x: Tensor, mask: Tensor) -> Tensor:
+        length = x.size(3)
+        first, second = mask[:length, :length], mask[None, :length, :length]
+
+        def both(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+            return attend(y, a & b)
+
+        return checkpoint(both, x, first, second, use_reentrant=False)  # type: ignore[no-any-return]
+
+    module = Site(two_parts_of_one, (), [torch.ones(16, 16, dtype=torch.bool).tril()])
+    graph = trace_training(module, given(7))
+    (call,) = (n for n in graph.graph.nodes if "checkpoint" in str(n.target))
+    before = call.args
+    make_constants_inside(graph)
+    assert call.args[: len(before)] == before and len(call.args) == len(before) + 1
