@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,7 @@ from fxport.errors import PortError, Reason, ReasonCode
 
 __all__ = [
     "Attributes",
+    "carried",
     "clone_for_capture",
     "clone_to_run",
     "convert",
@@ -195,8 +196,22 @@ class Attributes:
 
         ``self.aux_loss = ...`` is none if forward sets it before anybody reads it.
         """
-        read, whole = self.read, {path for path, name in self.read if name is None}
-        return [r for key, r in self.changed.items() if key in read or key[0] in whole]
+        return [r for key, r in self.changed.items() if _reads(self.read, key)]
+
+    def overwritten(self) -> dict[tuple[str, str], Reason]:
+        """The other changes: a call of the same kind sets them anew before anybody reads them."""
+        return {key: r for key, r in self.changed.items() if not _reads(self.read, key)}
+
+
+def carried(
+    overwritten: Mapping[tuple[str, str], Reason], read: Set[tuple[str, str | None]]
+) -> list[Reason]:
+    """Reasons for what calls leave in attributes, of which some call reads what was left there."""
+    return [reason for key, reason in overwritten.items() if _reads(read, key)]
+
+
+def _reads(read: Set[tuple[str, str | None]], key: tuple[str, str]) -> bool:
+    return key in read or (key[0], None) in read
 
 
 @contextmanager

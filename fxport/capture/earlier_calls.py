@@ -16,6 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from fxport.capture.clone import carried
 from fxport.capture.questions import by_shapes, numbers_in
 from fxport.capture.sample import Sample, device_of, take_sample, with_values
 from fxport.capture.state import State
@@ -23,7 +24,7 @@ from fxport.capture.unify import NeedsTable, unify
 from fxport.capture.written import writes_to_state
 from fxport.errors import PortError
 
-__all__ = ["give_the_same", "histories_of"]
+__all__ = ["give_the_same", "histories_of", "refuse_carried"]
 
 _SHORTEST = 2
 
@@ -62,6 +63,18 @@ def histories_of(
     if fresh.changed:
         raise PortError(writes_to_state(fresh) or fresh.changed)
     return {(): [fresh]}
+
+
+def refuse_carried(samples: Sequence[Sample]) -> None:
+    """What every call sets anew carries nothing from call to call, and needs no history.
+
+    Raises:
+        PortError: a call of another length reads what one has set, and may find it there.
+    """
+    read = {key for sample in samples for key in sample.read}
+    left = {key: reason for sample in samples for key, reason in sample.overwritten.items()}
+    if reasons := carried(left, read):
+        raise PortError(reasons)
 
 
 _FAR = 10**6 + 3  # calls

@@ -18,8 +18,9 @@ from fxport.capture.calls_before import refuse_counted_calls
 from fxport.capture.clone import clone_for_capture, convert, off_meta, take_modes
 from fxport.capture.gradients import watch_gradients
 from fxport.capture.hugging_face import experts_by_row, without_cache
-from fxport.capture.lengths import continues, trace_at_lengths, trace_one_more
+from fxport.capture.lengths import trace_at_lengths, trace_one_more
 from fxport.capture.location import forward_line
+from fxport.capture.longest import continues
 from fxport.capture.outputs import plain_outputs
 from fxport.capture.symbolic import trace_symbolically
 from fxport.capture.trace import aliases_of

@@ -13,20 +13,17 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 import sympy
-import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._pytree import tree_leaves
 
 from fxport.capture.batches import asked_about_rows, require_every_batch
 from fxport.capture.causal_calls import masks_at_every_length
-from fxport.capture.earlier_calls import give_the_same, histories_of
-from fxport.capture.location import forward_line
+from fxport.capture.earlier_calls import give_the_same, histories_of, refuse_carried
+from fxport.capture.longest import UNBOUNDED, runs
+from fxport.capture.longest import longest as longest_of
 from fxport.capture.paths import refuse_another_path
-from fxport.capture.questions import Asked, Heard, ask, by_shapes, first_change, numbers_in
+from fxport.capture.questions import Asked, Heard, ask, first_change, numbers_in
 from fxport.capture.recurrence import refuse_recurrence
-from fxport.capture.sample import Sample, device_of, take_sample
+from fxport.capture.sample import Sample, take_sample
 from fxport.capture.sizes import at_sizes
 from fxport.capture.trace import token_argument
 from fxport.capture.traced import Traced
@@ -35,24 +32,17 @@ from fxport.capture.walk import Walked, plain_path, walk
 from fxport.capture.written import writes_to_state
 from fxport.errors import PortError, Reason, ReasonCode
 
-__all__ = ["continues", "trace_at_lengths", "trace_one_more"]
+__all__ = ["trace_at_lengths", "trace_one_more"]
 
 # Lengths that share no factors with each other or with usual feature sizes. The first gives the
 # hints of the symbolic graph; 1 is checked with numbers, as many models treat it apart.
 _LENGTHS = (37, 53, 41, 29, 23, 17, 11, 7, 5, 3)
 _FEWEST = sorted(_LENGTHS)[2]  # a model that is served shorter ones is captured for these
 _BATCHES = (2, 3, 4)  # few: a cache may have no more rows
-# Without a limit in the model, tables are made up to here; also the longest [T, T] constant.
-_UNBOUNDED = 4096
 # For longer tables no constant may be larger than this.
 _MOST_BYTES = 2**31
 # What a forward asks beyond this about the length is answered by numbers alone.
 _MOST_PATHS = 24
-
-
-def continues(model: nn.Module, limit: int) -> bool:
-    """Whether forward also runs beyond a limit: then it was the graph's, not the model's."""
-    return _runs(model, limit + 1, limit)
 
 
 def trace_one_more(model: nn.Module, symbolic: Traced, limit: int) -> Traced | None:
@@ -66,7 +56,7 @@ def trace_one_more(model: nn.Module, symbolic: Traced, limit: int) -> Traced | N
         None where forward takes still longer ones, or the graphs differ.
     """
     usual = [n for n in _LENGTHS if n < limit][:2]
-    if len(usual) < 2 or _runs(model, limit + 2, limit):
+    if len(usual) < 2 or runs(model, limit + 2, limit):
         return None
     below = (*usual, limit)
     try:
@@ -109,14 +99,15 @@ def trace_at_lengths(
     second = _second(model, fresh)
     refuse_recurrence(fresh, second)  # before the search for the longest length: that runs loops
     asked_for = most if most is not None and most >= _FEWEST else None
-    limit = _smaller(_longest(model, fresh.length), asked_for)
+    limit = _smaller(longest_of(model, fresh.length), asked_for)
     found = _lengths(model, limit)
     lengths, limit = found.samples, found.limit
-    histories = histories_of(model, fresh, limit or _UNBOUNDED, frozen)
+    histories = histories_of(model, fresh, limit or UNBOUNDED, frozen)
     if () in histories and second is not None:
         histories[()].append(second)
     try:
         samples, unified, longest = _at_all(model, histories, found, limit, frozen)
+        refuse_carried(samples)
     except PortError as error:
         raise PortError(writes_to_state(fresh) or error.reasons) from error
     if every_pair:
@@ -160,7 +151,9 @@ def _at_all(
     for history, known in histories.items():
         taken = {s.length: s for s in known}
         samples = [taken.get(n) or take_sample(model, _batch(n), n, history) for n in found.samples]
-        samples += [take_sample(model, b, n, history) for b, n in found.together]
+        sizes = {(s.batch, s.length) for s in samples}
+        others = [size for size in found.together if size not in sizes]
+        samples += [take_sample(model, b, n, history) for b, n in others]
         for sample in samples:
             plain = plain_path(model, sample.batch, sample.length, sample.history)
             refuse_another_path(sample.paths, plain)
@@ -169,8 +162,8 @@ def _at_all(
         except PortError as error:
             tried.append((samples, error))
             continue
-        for others, why in () if frozen is None else tried:
-            pairs = zip(others, samples, strict=True)
+        for before, why in () if frozen is None else tried:
+            pairs = zip(before, samples, strict=True)
             if not all(give_the_same(pair, frozen) for pair in pairs):
                 raise why
         return samples, unified, longest
@@ -185,15 +178,15 @@ def _unified(
     try:
         return unify(samples), limit
     except NeedsTable as needed:
-        longest = limit or _UNBOUNDED
+        longest = limit or UNBOUNDED
         if needed.axes > 1:
-            longest = min(longest, _UNBOUNDED)
+            longest = min(longest, UNBOUNDED)
         first, *others = samples  # the first gives the hints
         sizes = _batch(longest), longest
         whole = next((s for s in others if (s.batch, s.length) == sizes), None)
         whole = whole or take_sample(model, *sizes, history)
-        if longest > _UNBOUNDED and whole.largest > _MOST_BYTES:
-            longest = _UNBOUNDED
+        if longest > UNBOUNDED and whole.largest > _MOST_BYTES:
+            longest = UNBOUNDED
             whole = take_sample(model, _batch(longest), longest, history)
         *samples, whole = masks_at_every_length(
             [first, *(s for s in others if s is not whole), whole]
@@ -267,7 +260,7 @@ def _lengths(model: nn.Module, limit: int | None) -> _Lengths:
             ReasonCode.LENGTH_SPECIALISED, f"forward accepts sequences of at most {limit} tokens"
         )
         raise PortError([reason])
-    longest = limit or _UNBOUNDED
+    longest = limit or UNBOUNDED
     others: tuple[int, ...] = ()
     heard: dict[tuple[int, int], Heard] = {}
     asked = one = ask(model, allowed[0], heard=heard)
@@ -338,53 +331,6 @@ def _together(
         for n in asked.of[question]
     }
     return tuple(sorted((b, n) for b, n in pairs if 2 < n <= longest)[:_MOST_PATHS])
-
-
-def _runs(model: nn.Module, length: int, usual: int) -> bool:
-    """Whether forward takes this many tokens as it takes the `usual` number, by shapes alone.
-
-    It may take more and cut off the first, ``ids[:, -limit:]``: the others are not answered.
-    """
-    sizes = _sizes(model, length)
-    return sizes is not None and (length in sizes or usual not in (_sizes(model, usual) or ()))
-
-
-def _sizes(model: nn.Module, length: int) -> set[int] | None:
-    """Every size of what forward gives for this many tokens; None where it does not take them."""
-    ids = torch.zeros(1, length, dtype=torch.long, device=device_of(model))
-    # Sizes that depend on data, such as how many experts were chosen, are symbols.
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
-    with by_shapes(model, mode):
-        try:
-            outputs = model(mode.from_tensor(ids))
-        except Exception:  # an assertion, an index, a shape: the model does not take it
-            return None
-    tensors = [t for t in tree_leaves(outputs) if isinstance(t, torch.Tensor)]
-    return {size for t in tensors for size in t.shape if isinstance(size, int)}
-
-
-def _longest(model: nn.Module, known: int) -> int | None:
-    """The largest length that forward accepts; None when that is beyond what is tried.
-
-    Raises:
-        PortError: forward cannot be run on shapes alone.
-    """
-    if _runs(model, _UNBOUNDED + 1, known):
-        return None
-    if _sizes(model, known) is None:  # a trace at this very length succeeded
-        reason = Reason(
-            ReasonCode.LENGTH_SPECIALISED,
-            "the longest sequence is unknown: forward looks at values, so it cannot be asked "
-            "with shapes alone",
-            forward_line(model),
-            "control flow must not depend on the values of tensors",
-        )
-        raise PortError([reason])
-    low, high = known, _UNBOUNDED + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if _runs(model, middle, known) else (low, middle)
-    return low
 
 
 def _bound(unified: Unified) -> int | None:

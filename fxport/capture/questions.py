@@ -159,12 +159,16 @@ class _Open(ShapeEnv):
     def __init__(self) -> None:
         super().__init__()
         self.questions: list[sympy.Basic] = []
+        self._answers: dict[sympy.Basic, sympy.Basic] = {}  # every operation asks the same again
 
     def evaluate_expr(self, orig_expr: sympy.Basic, *args: Any, **kwargs: Any) -> sympy.Basic:
-        if self.sizes is None or not orig_expr.free_symbols <= self.sizes.keys():
-            return super().evaluate_expr(orig_expr, *args, **kwargs)
+        found = self._answers.get(orig_expr)
+        if found is None:
+            if self.sizes is None or not orig_expr.free_symbols <= self.sizes.keys():
+                return super().evaluate_expr(orig_expr, *args, **kwargs)
+            found = self._answers[orig_expr] = orig_expr.subs(self.sizes)
         self.questions.append(orig_expr)
-        return orig_expr.subs(self.sizes)
+        return found
 
 
 @functools.lru_cache(maxsize=1024)  # the runs and the captures of a model ask alike

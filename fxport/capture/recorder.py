@@ -24,7 +24,14 @@ from fxport.capture.memos import files_around
 from fxport.capture.state import State
 from fxport.capture.steps import Constant, Of, Step
 
-__all__ = ["Recorder", "RecorderOfNumbers", "Somewhere", "Written", "WrittenAnywhere"]
+__all__ = [
+    "BeyondTable",
+    "Recorder",
+    "RecorderOfNumbers",
+    "Somewhere",
+    "Written",
+    "WrittenAnywhere",
+]
 
 aten = torch.ops.aten
 
@@ -66,6 +73,10 @@ class Somewhere(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class BeyondTable(IndexError):
+    """A position that no token says is looked up beyond the end of a table of parameters."""
+
+
 class Written:
     """What lay in the model's own memory before constants were written there."""
 
@@ -102,6 +113,7 @@ class Recorder(TorchDispatchMode):
         self.changes: Counter[int] = Counter()  # of memory whose tensors have no versions
         self.results: dict[Any, Any] = {}
         self.written: dict[int, tuple[Any, Of]] = {}  # memory of the model that holds tokens
+        self.rows: set[int] = set()  # of the tables of parameters that constants look up
 
     def tokens(self, batch: int, length: int) -> torch.Tensor:
         return _shape(torch.empty(batch, length, dtype=torch.long, device="meta"), Of(-1))
@@ -169,7 +181,7 @@ class Recorder(TorchDispatchMode):
     def _shapes(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if torch.Tag.inplace_view in func.tags:
             raise NotImplementedError(f"{func} changes a shape in place")
-        _check_range(func, args)
+        self._check_range(func, args)
         here = Of(self.steps - 1)
         if func._schema.is_mutable and not _is_shape(args[0]):
             memory = args[0].untyped_storage()
@@ -183,13 +195,14 @@ class Recorder(TorchDispatchMode):
             return args[0]
         return _mapped(self.results[key], lambda t: _shape(t, here))
 
-
-def _check_range(func: Any, args: Any) -> None:
-    """Torch would find a position beyond a table of parameters only with numbers."""
-    if func is not aten.embedding.default or _is_shape(args[1]) or not args[1].numel():
-        return
-    if int(args[1].max()) >= args[0].shape[0]:
-        raise IndexError("beyond the table")
+    def _check_range(self, func: Any, args: Any) -> None:
+        """Torch would find a position beyond a table of parameters only with numbers."""
+        if func is not aten.embedding.default or _is_shape(args[1]) or not args[1].numel():
+            return
+        rows = args[0].shape[0]
+        self.rows.add(rows)
+        if int(args[1].max()) >= rows:
+            raise BeyondTable
 
 
 def _size(value: Any) -> Any:

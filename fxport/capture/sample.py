@@ -5,7 +5,7 @@ model, B=3, T=53  ->  Sample(graph of plain sizes, what depends on tokens, const
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -49,7 +49,9 @@ class Sample:
         learned: nodes that depend on parameters.
         varying: the nodes of `data` that the output needs, in order.
         logits: which output of the model is kept, in words.
-        changed: what forward changed in the model's state: path -> reason.
+        changed: what forward changed in the model's state, and the next call may read.
+        overwritten: attributes that it changed, and read no sooner: (module path, name).
+        read: attributes that it read before it set them; None for all of a module's.
         unkept: inputs that forward writes to and the output does not depend on.
         history: lengths of earlier calls.
         paths: what the user's code did in each call of the trace.
@@ -70,6 +72,8 @@ class Sample:
     unkept: tuple[str, ...] = ()
     history: tuple[int, ...] = ()
     paths: tuple[Path, ...] = field(default=(), repr=False)
+    overwritten: Mapping[tuple[str, str], Reason] = field(default_factory=dict, repr=False)
+    read: frozenset[tuple[str, str | None]] = field(default=frozenset(), repr=False)
     _values: dict[fx.Node, Any] = field(default_factory=dict, repr=False)
 
     def value(self, node: fx.Node) -> Any:
@@ -140,16 +144,15 @@ def take_sample(
         torch.zeros(batch, n, dtype=torch.long, device=device_of(model)) for n in (length, *history)
     )
     aliases = aliases_of(model)
-    changed: list[Reason] = []
+    left = _Left()
     paths: list[Path] = []
 
     def graph_with(empty: Empties, following: AbstractContextManager[None]) -> fx.GraphModule:
-        with _watched(model) as now, following:
+        with _watched(model, left, alone=not history), following:
             try:
                 exported = export(model, inputs, None, empty)
             except Exception as error:  # any failure of user code
                 raise PortError([explain_failure(error)]) from error
-        changed.extend(reason for reason in now if reason not in changed)
         return graph_of(exported, aliases)
 
     def again(empty: Empties) -> fx.GraphModule:
@@ -164,8 +167,15 @@ def take_sample(
     without_selections(graph, again, every_pair=every_pair)
     fill_listed_places(graph)  # not sooner: an empty selection is such a list, too
     make_whole(graph, batch, length)
-    sample = _analysed(graph, batch, length, logits, changed)
-    return replace(sample, unkept=unkept, history=tuple(history), paths=tuple(paths))
+    sample = _analysed(graph, batch, length, logits, left.changed)
+    return replace(
+        sample,
+        unkept=unkept,
+        history=tuple(history),
+        paths=tuple(paths),
+        overwritten=left.overwritten,
+        read=frozenset(left.read),
+    )
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -173,15 +183,31 @@ def device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
+@dataclass
+class _Left:
+    """What the calls of one or more traces left on the model; see `Sample`."""
+
+    changed: list[Reason] = field(default_factory=list)
+    overwritten: dict[tuple[str, str], Reason] = field(default_factory=dict)
+    read: set[tuple[str, str | None]] = field(default_factory=set)
+
+    def add(self, changed: Iterable[Reason]) -> None:
+        self.changed += (reason for reason in changed if reason not in self.changed)
+
+
 @contextmanager
-def _watched(model: nn.Module) -> Iterator[list[Reason]]:
+def _watched(model: nn.Module, left: _Left, alone: bool) -> Iterator[None]:
     """Every call goes through its history first; the model's state is put back inside the trace.
 
     torch.export refuses a model whose attributes it finds changed.
+
+    Args:
+        left: added to.
+        alone: there is no history. Of several calls nobody knows which one read what.
     """
     own = vars(model).get("forward")
     call = model.forward
-    changed: list[Reason] = []
+    paths: list[str] = []
 
     def forward(ids: torch.Tensor, *earlier: torch.Tensor) -> Any:
         state = State(model)  # of the trace: torch.export has put its own tensors in place
@@ -190,7 +216,7 @@ def _watched(model: nn.Module) -> Iterator[list[Reason]]:
                 with _nodes_kept(model):
                     call(other)
             result = call(ids)
-        changed.extend(_as_reason(model, path) for path in state.changes())
+        paths.extend(state.changes(attributes.overwritten() if alone else ()))
         state.restore()
         return result
 
@@ -198,8 +224,11 @@ def _watched(model: nn.Module) -> Iterator[list[Reason]]:
     state = State(model)
     try:
         with watch_attributes(model) as attributes:
-            yield changed
-            changed[:0] = attributes.changed.values()
+            yield
+        left.add(attributes.kept() if alone else attributes.changed.values())
+        left.add(_as_reason(model, path) for path in paths)
+        left.overwritten |= attributes.overwritten() if alone else {}
+        left.read |= attributes.read
     finally:
         state.restore()
         del vars(model)["forward"]

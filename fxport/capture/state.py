@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -33,6 +33,7 @@ class State:
 
     def __init__(self, model: nn.Module) -> None:
         self._containers: list[tuple[str, Any, Any]] = []
+        self._attributes = {id(vars(module)): path for path, module in model.named_modules()}
         seen: set[int] = set()
         for path, module in model.named_modules():
             for found, container in containers(path, vars(module), seen):
@@ -42,6 +43,7 @@ class State:
     def now(self) -> State:
         """What the same containers hold by now."""
         other = State.__new__(State)
+        other._attributes = self._attributes
         other._containers = [(path, c, c.copy()) for path, c, _ in self._containers]
         return other
 
@@ -74,8 +76,12 @@ class State:
         index, key = place
         self._containers[index][1][key] = number
 
-    def changes(self) -> list[str]:
-        """Dotted paths of what differs now: added, removed, or another object."""
+    def changes(self, but: Container[tuple[str, str]] = ()) -> list[str]:
+        """Dotted paths of what differs now: added, removed, or another object.
+
+        Args:
+            but: attributes of modules, (module path, name), that do not count.
+        """
         found = []
         for path, container, copy in self._containers:
             if isinstance(container, list):
@@ -86,7 +92,10 @@ class State:
                 if container != copy:
                     found.append(path)
             else:
+                of = self._attributes.get(id(container))
                 for key in {**copy, **container}:
+                    if of is not None and (of, key) in but:
+                        continue
                     missing = key not in copy or key not in container
                     if missing or not _same(copy[key], container[key]):
                         found.append(f"{path}.{key}".removeprefix("."))

@@ -117,18 +117,22 @@ def _export(
     Args:
         state: of the model before; a trace that fails leaves none of its symbols behind.
     """
+    first, *shorter = _LENGTHS
     errors: list[Exception] = []
-    for length in _LENGTHS:
+    # The shortest comes second, too: where that fails, the cause is not a limit.
+    for attempt, length in enumerate((first, shorter[-1], *shorter)):
         try:
             paths: list[Path] = []
-            return _export_at(model, length, paths), length, paths
-        except Exception as error:  # any failure of user code; all of them are reported below
+            exported = _export_at(model, length, paths)
+            if attempt != 1:
+                return exported, length, paths
+        except Exception as error:  # any failure of user code
             errors.append(error)
-            state.restore()
-            if length <= needed:
+            if length <= needed or attempt == 1:
                 break
-    # The shortest length failed too: the cause is not a limit. The first error is the plainest.
-    raise PortError([explain_failure(errors[0])]) from errors[0]
+        state.restore()
+    state.restore()
+    raise PortError([explain_failure(errors[0])]) from errors[0]  # the first is the plainest
 
 
 def _range(

@@ -23,6 +23,7 @@ from torch import nn
 from fxport.capture.paths import Path, followed_calls, joined
 from fxport.capture.questions import forward_only
 from fxport.capture.recorder import (
+    BeyondTable,
     Recorder,
     RecorderOfNumbers,
     Somewhere,
@@ -33,7 +34,14 @@ from fxport.capture.sample import device_of
 from fxport.capture.selected import EverySelected
 from fxport.capture.steps import Constant, Reference, Step
 
-__all__ = ["Walked", "plain_path", "steps_of", "steps_with_numbers", "walk"]
+__all__ = [
+    "Walked",
+    "last_within_tables",
+    "plain_path",
+    "steps_of",
+    "steps_with_numbers",
+    "walk",
+]
 
 # Operations in all, those on constants included; beyond it not every length is walked.
 _MOST_STEPS = 40_000
@@ -111,6 +119,29 @@ def walk(model: nn.Module, usual: int, longest: int, named: Sequence[int]) -> Wa
     return Walked((), len(lengths), longest)
 
 
+def last_within_tables(model: nn.Module, usual: int, most: int) -> int | None:
+    """The longest sequence whose positions are all in the tables of parameters.
+
+    Shapes alone do not say so, and what a model of 128 positions does with thousands of tokens
+    takes long to ask and does not matter.
+
+    Args:
+        usual: a length that forward takes.
+
+    Returns:
+        None where `most` tokens are no more than any table has, or nothing is known.
+    """
+    at = _At(model)
+    try:
+        tables = at.tables(usual)
+    except Exception:  # see `walk`
+        return None
+    for rows in sorted(n for n in tables if usual <= n < most):
+        if at.beyond(rows + 1):  # else it is looked up by something else than the position
+            return _last(lambda n: not at.beyond(n), usual, rows + 1)
+    return None
+
+
 def _which(longest: int, most: int, named: Sequence[int]) -> list[int]:
     if longest - 1 <= most:
         return list(range(2, longest + 1))
@@ -144,6 +175,21 @@ class _At:
         with forward_only(self.model), contextlib.closing(self.written):
             return steps_of(self.model, length, seen, self.written)
 
+    def tables(self, length: int) -> set[int]:
+        """The numbers of rows of the tables that are looked up at numbers no token says."""
+        with forward_only(self.model), contextlib.closing(self.written):
+            return _recorded(self.model, length, lambda *_: None, self.written).rows
+
+    def beyond(self, length: int) -> bool:
+        """Whether a position is beyond its table."""
+        try:
+            self.run(length, lambda *_: None)
+        except BeyondTable:
+            return True
+        except Exception:  # another limit, which shapes tell, too
+            return False
+        return False
+
     def takes(self, length: int) -> bool:
         try:
             self.run(length, lambda *_: None)
@@ -174,12 +220,19 @@ def steps_of(
         Exception: forward does not take this length, or cannot be run on shapes.
     """
     steps: list[Step] = []
-    recorder = Recorder(written, seen or _keeping(steps))
-    with recorder, Somewhere(device_of(model)), EverySelected(recorder.numberless):
-        model(recorder.tokens(1, length))
+    recorder = _recorded(model, length, seen or _keeping(steps), written)
     if seen is not None:
         seen(recorder.steps, _END)
     return [*steps, _END], recorder.cost
+
+
+def _recorded(
+    model: nn.Module, length: int, seen: Callable[[int, Step], None], written: Written
+) -> Recorder:
+    recorder = Recorder(written, seen)
+    with recorder, Somewhere(device_of(model)), EverySelected(recorder.numberless):
+        model(recorder.tokens(1, length))
+    return recorder
 
 
 def steps_with_numbers(model: nn.Module, length: int, written: WrittenAnywhere) -> list[Step]:

@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fxport.capture.clone import clone_for_capture
+from fxport.capture.earlier_calls import histories_of
 from fxport.capture.export import capture
-from fxport.errors import PortError
+from fxport.capture.sample import take_sample
+from fxport.errors import PortError, ReasonCode
 
 
 class Layer(nn.Module):
@@ -96,3 +99,42 @@ def written_there(layer: Layer, x: Tensor) -> Tensor:
 def test_what_is_read_before_it_is_set_is_refused(note: Callable[..., Any]) -> None:
     with pytest.raises(PortError, match="earlier calls"):
         capture(Noting(note).eval())
+
+
+def unread(layer: Layer, x: Tensor) -> Tensor:
+    layer.loss = x.square()
+    return x * 2.0
+
+
+def test_what_is_set_before_it_is_read_needs_no_earlier_calls() -> None:
+    clone = clone_for_capture(Noting(unread))
+    fresh = take_sample(clone, 3, 37)
+    assert not fresh.changed
+    assert set(fresh.overwritten) == {(f"layers.{i}", "loss") for i in range(4)}
+    assert histories_of(clone, fresh, 64, frozenset()) == {(): [fresh]}
+    assert take_sample(clone, 3, 37, (11,)).changed  # nobody knows which call read what
+
+
+def left_by_short_calls(layer: Layer, x: Tensor) -> Tensor:
+    if x.shape[1] > 48:
+        return x * (1.0 if layer.loss is None else 3.0)
+    layer.loss = x.square()
+    return x * 1.0
+
+
+class Left(Noting):
+    """Whose model reads nothing of what its layers note."""
+
+    def forward(self, ids: Tensor) -> Tensor:  # type: ignore[override]
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def test_what_one_length_sets_and_another_reads_is_refused() -> None:
+    model = Left(left_by_short_calls).eval()
+    with pytest.raises(PortError, match="changes the attribute `loss`") as refused:
+        capture(model)
+    assert refused.value.reasons[0].code is ReasonCode.MUTATED_STATE
+    assert refused.value.reasons[0].location.source == "layer.loss = x.square()"

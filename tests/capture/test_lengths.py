@@ -14,7 +14,7 @@ from fxport.capture.clone import clone_for_capture
 from fxport.capture.emitter import Unified
 from fxport.capture.export import Captured, capture
 from fxport.capture.inputs import InputKind, graph_input
-from fxport.capture.lengths import _longest
+from fxport.capture.longest import longest
 from fxport.capture.memory import Memory
 from fxport.capture.questions import ask
 from fxport.capture.sample import take_sample
@@ -402,7 +402,7 @@ def test_a_length_that_cannot_be_found_is_refused() -> None:
             return super().forward(ids) * (1 if ids.sum().item() >= 0 else 2)
 
     with pytest.raises(PortError, match="longest sequence is unknown") as caught:
-        _longest(Looks().eval(), 37)
+        longest(Looks().eval(), 37)
     assert caught.value.reasons[0].location is not None
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils._sympy.functions import FloorToInt, IntTrueDiv, Max, Mod, ToFloat
 
 from fxport.capture.clone import clone_for_capture
-from fxport.capture.lengths import continues, trace_at_lengths
+from fxport.capture.lengths import trace_at_lengths
+from fxport.capture.longest import continues
 from fxport.capture.questions import answer, ask, first_change, numbers_in
 from fxport.capture.symbolic import trace_symbolically
 from fxport.errors import PortError, ReasonCode

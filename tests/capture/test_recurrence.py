@@ -85,7 +85,7 @@ def test_a_loop_over_the_tokens_is_refused_at_once(monkeypatch: pytest.MonkeyPat
     def never(*_: object) -> None:
         raise AssertionError("a loop over 4096 tokens")
 
-    monkeypatch.setattr(fxport.capture.lengths, "_longest", never)
+    monkeypatch.setattr(fxport.capture.lengths, "longest_of", never)
     with pytest.raises(PortError) as caught:
         capture(Model(Steps()))
     (reason,) = caught.value.reasons

@@ -66,7 +66,7 @@ def test_one_that_was_let_go_is_made_again() -> None:
 @pytest.mark.parametrize(("most", "longest"), [(2**20, 64), (2**31, LIMIT)])
 def test_tables_are_as_long_as_memory_allows(monkeypatch, most: int, longest: int) -> None:
     """Of a model that takes up to `LIMIT`; without a limit they would be made up to 64."""
-    monkeypatch.setattr(lengths, "_UNBOUNDED", 64)
+    monkeypatch.setattr(lengths, "UNBOUNDED", 64)
     monkeypatch.setattr(lengths, "_MOST_BYTES", most)
     monkeypatch.setattr(lengths, "unify", with_tables_alone)
     clone = clone_for_capture(Decoder(mask=GrownMask).eval())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from fxport.api import _walked
-from fxport.capture import earlier_calls, lengths
+from fxport.capture import earlier_calls, lengths, longest
 from fxport.capture import walk as walking
 from fxport.capture.clone import clone_for_capture
 from fxport.capture.lengths import trace_at_lengths
@@ -63,7 +63,8 @@ def test_another_number_at_some_lengths_is_found(number, sides):
 
 
 def test_lengths_that_nobody_walked_are_not_served(monkeypatch):
-    monkeypatch.setattr(lengths, "_UNBOUNDED", 64)
+    for file in (lengths, longest):
+        monkeypatch.setattr(file, "UNBOUNDED", 64)
     later = Scaled(lambda n: 2.0 if n > 80 else 1.0)
     assert trace_at_lengths(clone_for_capture(later)).limit == 64
 
@@ -162,7 +163,7 @@ def test_a_forward_that_chooses_tokens_is_walked():
     assert set(walked.others) >= sides
     model = clone_for_capture(Chosen(lambda n: 2.0))
     walked = walk(model, 37, 4096, ())
-    assert walked is not None and walked.every and lengths._longest(model, 37) == LONGEST
+    assert walked is not None and walked.every and longest.longest(model, 37) == LONGEST
 
 
 # --- the whole way -----------------------------------------------------------------------------
