@@ -27,6 +27,7 @@ from torch import fx
 from torch.overrides import TorchFunctionMode
 
 from fxport.capture.checkpoints import CHECKPOINTS, CheckpointCalls
+from fxport.capture.metadata import METADATA, asked_plainly
 from fxport.errors import Location
 
 __all__ = [
@@ -96,6 +97,8 @@ class _UserLines(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        if func in METADATA and not types:
+            return asked_plainly(func, args, kwargs)
         noted = {_KEY: _calling_line(), CHECKPOINTS: self._checkpoints.running()}
         noted = {key: found for key, found in noted.items() if found}
         if not noted:

@@ -34,6 +34,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxport.capture.counting import LargestCounted
 from fxport.capture.location import is_library, line_of_user
+from fxport.capture.metadata import METADATA, asked_plainly
 from fxport.capture.vmapped import vmap_as_loop
 from fxport.capture.whole.tidy import NOTHING_ADDED
 from fxport.errors import PortError, Reason, ReasonCode
@@ -89,6 +90,8 @@ class _Rephrase(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        if func in METADATA and not types:
+            return asked_plainly(func, args, kwargs)
         kwargs = kwargs or {}
         if func == Tensor.data.__get__:  # type: ignore[attr-defined]
             return args[0].detach()  # the same memory; export would not know where it comes from
