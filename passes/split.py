@@ -283,6 +283,7 @@ def _layer(node: fx.Node) -> AttentionLayer:
         window_left=bound["window_left"],
         window_right=bound["window_right"],
         softcap=bound["softcap"],
+        chunk=bound["chunk"],
     )
     return AttentionLayer(
         int(heads),

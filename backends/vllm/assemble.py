@@ -1,7 +1,7 @@
 """Turns the parts of a saved port into modules that hold vLLM's layers, for this rank.
 
 Before (a part of a rank)                    After (a GraphModule in vLLM)
-    fxport.attention(q, k, v, ...)               call_module attention_3(q, k, v)     its heads
+    fxport.attention(q, k, v, ...)               call_module attention_3(q, k, v, p)  its heads
     linear(x, w7, w8)                            call_module linears.blocks.0.mlp.up.weight(x)
     reduce_from(linear(x, w9)) + w10             call_module linears.blocks.0.mlp.down.weight(x)
     reduce_from(<rows of w0 looked up>)          call_module embeddings.wte.weight(input_ids)
@@ -159,8 +159,9 @@ class _Builder:
         prefix = f"{self.prefix}.layers.{index}.attn".lstrip(".")
         sinks = None if layer.sinks is None else self._sinks(layer.sinks, heads)
         self.root.add_module(name, PagedAttention(layer, sinks, self.vllm_config, prefix))
+        positions = next(n for n in graph.find_nodes(op="placeholder") if n.name == "positions")
         with graph.inserting_before(node):
-            new = graph.call_module(name, (bound["q"], bound["k"], bound["v"]))
+            new = graph.call_module(name, (bound["q"], bound["k"], bound["v"], positions))
         for user in list(node.users):
             if user.target is not operator.getitem or user.args[1] != 0:
                 raise SavedPortError("the graph uses more of attention than its output")

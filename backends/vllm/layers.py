@@ -13,6 +13,7 @@ from vllm.platforms import current_platform
 
 from fxport.errors import FxportError
 from fxport.serving import AttentionLayer
+from fxport.backends.vllm.chunks import ChunkFlags
 
 __all__ = ["PagedAttention", "supported_head_size"]
 
@@ -45,8 +46,11 @@ class PagedAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.layer, self.sinks = layer, sinks
-        self.padded = supported_head_size(max(layer.head_size, layer.head_size_v))
         params = layer.params
+        self.flags = ChunkFlags.of(params, vllm_config)
+        size = layer.head_size + (0 if self.flags is None else self.flags.size)
+        self.padded = supported_head_size(max(size, layer.head_size_v))
+        window = params.window_left if self.flags is None else self.flags.window_left
         # Not every attention backend knows sinks: passed only where there are some.
         extra: dict[str, Any] = {} if sinks is None else {"sinks": sinks.flatten()}
         self.attn = Attention(
@@ -58,15 +62,19 @@ class PagedAttention(nn.Module):
             quant_config=vllm_config.quant_config,
             logits_soft_cap=params.softcap or None,
             # vLLM counts the token itself; a window of one looks at nothing else.
-            per_layer_sliding_window=params.window_left + 1 if params.window_left >= 0 else None,
+            per_layer_sliding_window=window + 1 if window >= 0 else None,
             alibi_slopes=list(layer.alibi_slopes) if layer.alibi_slopes else None,
             prefix=prefix,
             **extra,
         )
         self.dtype = vllm_config.model_config.dtype
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
         layer = self.layer
+        if self.flags is not None:
+            q, k = self.flags.append(q.to(self.dtype), k.to(self.dtype), positions)
         out = self.attn(self._flat(q), self._flat(k), self._flat(v))
         out = out.view(1, -1, layer.num_heads, self.padded)
         if self.padded != layer.head_size_v:

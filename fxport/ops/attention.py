@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fxport.ops import dispatch
+from fxport.ops.chunks import Chunks
 from fxport.ops.facts import Needs
 from fxport.ops.layout import empty_heads
 from fxport.ops.opaque import Below, autocast, differentiate, opaque_op
@@ -27,12 +28,15 @@ _TENSORS = (
 )
 _NUMBERS = (
     "float scale, bool causal, SymInt window_left, SymInt window_right, float softcap, "
-    "float dropout_p, SymInt q_offset, SymInt head_offset"
+    "float dropout_p, SymInt q_offset, SymInt head_offset, SymInt chunk{default}"
 )
-_FORWARD_SCHEMA = f"({_TENSORS.format(saved='')}{_NUMBERS}) -> (Tensor out, Tensor lse)"
+_FORWARD_SCHEMA = (
+    f"({_TENSORS.format(saved='')}{_NUMBERS.format(default='=0')}) -> (Tensor out, Tensor lse)"
+)
 _BACKWARD_SCHEMA = (
     "(Tensor grad_out, Tensor? grad_lse, "
-    f"{_TENSORS.format(saved='Tensor out, Tensor lse, ')}{_NUMBERS}, bool[] needs) -> "
+    f"{_TENSORS.format(saved='Tensor out, Tensor lse, ')}{_NUMBERS.format(default='')}, "
+    "bool[] needs) -> "
     "(Tensor grad_q, Tensor grad_k, Tensor grad_v, "
     "Tensor grad_bias, Tensor grad_sinks, Tensor grad_alibi_slopes)"
 )
@@ -86,7 +90,7 @@ def attention(
     )
 
 
-def _numbers(params: AttentionParams) -> tuple[float, bool, int, int, float, float, int, int]:
+def _numbers(params: AttentionParams) -> tuple[float, bool, int, int, float, float, int, int, int]:
     """The scalar arguments of the schemas, in order."""
     return (
         params.scale,
@@ -97,6 +101,7 @@ def _numbers(params: AttentionParams) -> tuple[float, bool, int, int, float, flo
         params.dropout_p,
         params.q_offset,
         params.head_offset,
+        params.chunk,
     )
 
 
@@ -116,6 +121,15 @@ def _attention(
     *numbers: Any,
 ) -> tuple[Tensor, Tensor]:
     check_transforms()
+    chunks = Chunks.of(q, cu_seqlens, numbers)
+    if chunks is not None:
+        params = AttentionParams(*numbers)
+        check_arguments(q, k, v, bias, sinks, alibi_slopes, cu_seqlens, seed, params)
+        folded = [chunks.fold(x) for x in (q, k, v)]
+        borders = chunks.borders(q.device)
+        others = (None, sinks, alibi_slopes, borders, seed)
+        out, lse = _attention(*folded, *others, *chunks.numbers(numbers))
+        return chunks.unfold(out), chunks.unfold_rows(lse)
     tensors = (q, k, v, bias, sinks, alibi_slopes, cu_seqlens, seed)
     params, chosen = plan(tensors, numbers)
     if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
@@ -166,6 +180,16 @@ def _attention_backward(
 ) -> tuple[Tensor, ...]:
     *numbers, wanted = numbers_and_needs
     needs: Needs = tuple(wanted)
+    chunks = Chunks.of(q, cu_seqlens, numbers)
+    if chunks is not None:
+        grad_out, q, k, v, out = (chunks.fold(x) for x in (grad_out, q, k, v, out))
+        grad_lse, lse = (None if x is None else chunks.fold_rows(x) for x in (grad_lse, lse))
+        others = (None, sinks, alibi_slopes, chunks.borders(q.device), seed)
+        grads = _attention_backward(
+            grad_out, grad_lse, q, k, v, out, lse, *others, *chunks.numbers(numbers), wanted
+        )
+        operands = zip(grads[:3], needs, strict=False)
+        return (*(chunks.unfold(g) if need else g for g, need in operands), *grads[3:])
     others = (bias, sinks, alibi_slopes, cu_seqlens, seed)
     params, chosen = plan((q, k, v, *others), tuple(numbers), needs, grad_lse is not None)
     dispatch.calls[f"{chosen.name}.backward"] += 1
@@ -211,7 +235,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, below: Below, *arguments: Any) -> tuple[Tensor, Tensor]:
         out, lse = below(*arguments)
-        ctx.numbers = arguments[8:]
+        ctx.numbers = (*arguments[8:], 0)[:9]  # no default of the schema is passed on
         ctx.save_for_backward(*arguments[:8], out, lse)
         ctx.set_materialize_grads(False)  # an unused lse gives no gradient instead of zeros
         return out, lse
@@ -228,7 +252,7 @@ class _Attention(torch.autograd.Function):
             grad_out, grad_lse, q, k, v, out, lse, *others, *ctx.numbers, needs
         )
         wanted = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-        return (None, *wanted, *([None] * (2 + len(ctx.numbers))))
+        return (None, *wanted, *([None] * (len(ctx.needs_input_grad) - 7)))
 
 
 class _AttentionBackward(torch.autograd.Function):

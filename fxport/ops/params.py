@@ -20,6 +20,7 @@ class AttentionParams:
                   and (window_left  < 0 or j >= a - window_left)
                   and (window_right < 0 or j <= a + window_right)
                   and segment(i) == segment(j)   (packed sequences)
+                and (chunk == 0 or i // chunk == j // chunk, counted from the segment's start)
         out_i = sum_j dropout(p_ij) v_j,  p = softmax over allowed j, with exp(sinks[h]) added
                 to the denominator when sinks are given
 
@@ -35,6 +36,8 @@ class AttentionParams:
         q_offset: absolute position of q's first row (Tk - Tq for bottom-right alignment).
         head_offset: global index of this rank's first query head; only dropout's random numbers
             depend on it, so that sharding does not change them.
+        chunk: how many positions see only each other; 0: no limit. With one, q and k are of one
+            length, and there is neither a bias nor an offset.
     """
 
     scale: float
@@ -45,3 +48,4 @@ class AttentionParams:
     dropout_p: float = 0.0
     q_offset: int = 0
     head_offset: int = 0
+    chunk: int = 0

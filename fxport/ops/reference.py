@@ -32,10 +32,14 @@ def allowed(
         seen &= distance >= -params.window_left
     if params.window_right >= 0:
         seen &= distance <= params.window_right
+    first_row, first_column = torch.zeros_like(i), torch.zeros_like(j)
     if cu_seqlens is not None:
-        seen &= torch.bucketize(i, cu_seqlens[1:], right=True)[:, None] == torch.bucketize(
-            j, cu_seqlens[1:], right=True
-        )
+        of_row, of_column = (torch.bucketize(x, cu_seqlens[1:], right=True) for x in (i, j))
+        seen &= of_row[:, None] == of_column
+        first_row, first_column = cu_seqlens[of_row], cu_seqlens[of_column]
+    if params.chunk > 0:
+        chunk_of_row = (i - first_row) // params.chunk
+        seen &= chunk_of_row[:, None] == (j - first_column) // params.chunk
     return seen
 
 

@@ -61,6 +61,7 @@ def check_arguments(
     _check_per_head("alibi_slopes", q, alibi_slopes)
     _check_packing(q, k, cu_seqlens)
     _check_numbers(seed, params)
+    _check_chunks(q, k, bias, params)
     for name, other in (
         ("k", k),
         ("v", v),
@@ -129,12 +130,24 @@ def _check_numbers(seed: Described | None, params: AttentionParams) -> None:
         params.softcap,
     )
     _check(params.head_offset >= 0, "head_offset must be >= 0, got {}", params.head_offset)
+    _check(params.chunk >= 0, "chunk must be >= 0, got {}", params.chunk)
     p = params.dropout_p
     _check(0 <= p < 1, "dropout_p must be in [0, 1), got {}", p)
     _check(p == 0 or seed is not None, "dropout needs a seed")
     if seed is not None:
         _check(seed.dtype == torch.int64, "seed must be int64, got {}", seed.dtype)
         _check(seed.dim() == 1 and seed.shape[0] == 1, "seed must have shape [1]")
+
+
+def _check_chunks(
+    q: Described, k: Described, bias: Described | None, params: AttentionParams
+) -> None:
+    if params.chunk == 0:
+        return
+    _check(bias is None, "chunks go with no bias")
+    _check(params.q_offset == 0, "chunks need q_offset 0, got {}", params.q_offset)
+    rows, columns = q.shape[2], k.shape[2]
+    _check(rows == columns, "chunks need q and k of one length, got {} and {}", rows, columns)
 
 
 def check_segments(cu_seqlens: Tensor, length: int) -> None:

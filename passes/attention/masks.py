@@ -24,6 +24,7 @@ from fxport.passes.attention.empty_rows import (
 )
 from fxport.passes.attention.factors import is_finite
 from fxport.passes.attention.frame import Frame
+from fxport.passes.attention.layout import product
 from fxport.passes.attention.learned import is_learned_product, lowest_of
 from fxport.passes.attention.site import Left, MaskKind, MaskStep, Match
 from fxport.passes.graph_facts import GraphFacts, Source
@@ -141,7 +142,7 @@ def plan_masks(
     anchored = match.sinks is not None
     proof = prover.prove(masks.fixed, frame, zero_rows, anchored, match.infinite_rows)
     _check_again(prover, facts, match, frame, masks, proof)
-    form = _form(match, masks, proof, assume_spread)
+    form = _form(match, masks, proof, frame, assume_spread)
     dense = form.dense
     _check_dense(dense, proof)
     _check_keys(match, dense)
@@ -171,7 +172,9 @@ def plan_masks(
     )
 
 
-def _form(match: Match, masks: _Masks, proof: Proof, assume_spread: bool) -> _Form:
+def _form(
+    match: Match, masks: _Masks, proof: Proof, frame: Frame, assume_spread: bool
+) -> _Form:
     """Flags where they are proven and say everything, tensors otherwise."""
     everything = list(match.steps)
     if proof.rest and proof.likely is not None and assume_spread and not masks.open:
@@ -183,7 +186,7 @@ def _form(match: Match, masks: _Masks, proof: Proof, assume_spread: bool) -> _Fo
     else:
         assert proof.band is not None
         form = _Form(masks.open, proof.band, proof.slopes)
-    if _expressible(form.band, match):
+    if _expressible(form, frame):
         return form
     return _Form(everything, unproven="no flag says which keys are allowed")
 
@@ -256,8 +259,15 @@ def _mixes_finite(proof: Proof, open_: list[MaskStep]) -> bool:
     return proof.finite or any(s.kind is MaskKind.FILL and s.number != float("-inf") for s in open_)
 
 
-def _expressible(band: Band, match: Match) -> bool:
-    """Whether flags of the op say it; windows that do not contain the diagonal have none."""
+def _expressible(form: _Form, frame: Frame) -> bool:
+    """Whether flags of the op say it.
+
+    Windows that do not contain the diagonal have none, and chunks have one only where there is no
+    tensor beside it, and as many queries as keys.
+    """
+    band = form.band
+    if band.chunk is not None and (form.dense or product(frame.query) != product(frame.key)):
+        return False
     lower_fits = band.lower is None or band.lower <= 0
     upper_fits = band.upper is None or band.upper >= 0
     return lower_fits and upper_fits and (not band.from_end or band.upper == 0)

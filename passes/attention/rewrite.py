@@ -318,7 +318,7 @@ def _emit(
     call = emitter.call(
         torch.ops.fxport.attention.default, q, k, v, dense.bias, sinks, slopes, None, seed,
         params.scale, params.causal, params.window_left, params.window_right, params.softcap,
-        params.dropout_p, _q_offset(emitter, plan, frame), 0,
+        params.dropout_p, _q_offset(emitter, plan, frame), 0, params.chunk,
     )  # fmt: skip
     out = emitter.call(operator.getitem, call, 0)
     if dense.nan_rows:
@@ -370,6 +370,7 @@ def _params(match: Match, plan: MaskPlan, frame: Frame, scale: float) -> Attenti
         softcap=match.softcap,
         dropout_p=match.dropout_p,
         q_offset=offset,
+        chunk=band.chunk or 0,
     )
 
 

@@ -1,4 +1,4 @@
-"""Bands around the diagonal: the masks that flags of the op express."""
+"""Bands around the diagonal, and chunks of them: the masks that flags of the op express."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ class Band:
     """Row i sees column j iff ``lower <= j - i <= upper``; None: without limit.
 
     `from_end`: `upper` and `lower` count from ``Tk - Tq`` (the last row sees the last column).
+    `chunk`: and ``i // chunk == j // chunk``; None: whatever chunks they are in.
     """
 
     lower: int | None
     upper: int | None
     from_end: bool = False
+    chunk: int | None = None
 
     def matrix(self, rows: int, columns: int) -> Tensor:
         """The mask itself, bool ``[rows, columns]``."""
@@ -47,9 +49,16 @@ class Band:
             allowed &= column >= diagonal + self.lower
         if self.upper is not None:
             allowed &= column <= diagonal + self.upper
+        if self.chunk is not None:
+            row = torch.arange(start, start + count)[:, None]
+            allowed &= row // self.chunk == column // self.chunk
         return allowed
 
     def __str__(self) -> str:
+        words = self._band()
+        return words if self.chunk is None else f"{words}, chunks of {self.chunk}"
+
+    def _band(self) -> str:
         if self.upper == 0:
             words = "causal" if not self.from_end else "causal from the end"
             return words if self.lower is None else f"{words}, window {1 - self.lower}"
@@ -62,7 +71,7 @@ FULL = Band(None, None)
 
 
 def band_of(allowed: Tensor | None) -> Band | None:
-    """The band that a bool ``[Tq, Tk]`` mask is, or None."""
+    """The band or chunks of one that a bool ``[Tq, Tk]`` mask is, or None."""
     if allowed is None or not bool(allowed.any()):
         return None
     rows, columns = allowed.shape
@@ -73,6 +82,10 @@ def band_of(allowed: Tensor | None) -> Band | None:
     lower = None if low <= 1 - rows else low
     upper = None if high >= columns - 1 else high
     for band in _readings(lower, upper, rows, columns):
+        if band.equals(allowed):
+            return band
+    chunk = int(allowed[:, 0].sum())  # whoever sees the first column is in the first chunk
+    for band in (Band(None, 0, chunk=chunk), Band(None, None, chunk=chunk)) if chunk > 1 else ():
         if band.equals(allowed):
             return band
     return None

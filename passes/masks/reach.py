@@ -34,7 +34,7 @@ _BENDS = {
     aten.relu,
 }  # fmt: skip
 PRODUCTS = {aten.mul, aten.div, aten.floor_divide, aten.remainder, aten.fmod, aten.true_divide}
-_STEPS = {aten.floor_divide, aten.remainder, aten.fmod}
+_STEPS = {aten.floor_divide, aten.remainder, aten.fmod, aten.floor, aten.ceil, aten.trunc}
 _BITS = {aten.bitwise_and, aten.bitwise_or, aten.bitwise_xor, aten.__and__, aten.__or__}
 _CURVES = {aten.exp, aten.log, aten.sqrt, aten.pow}
 _GATHERS = {aten.index, aten.embedding, aten.index_select}

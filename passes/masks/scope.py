@@ -54,7 +54,7 @@ _POINTWISE = PRODUCTS | {
     aten.type_as, aten.minimum, aten.maximum, aten.clamp, aten.clamp_min, aten.clamp_max,
     aten.__and__, aten.__or__, aten.detach_, aten.exp, aten.log, aten.sqrt, aten.pow, aten.sign,
     aten.fill, aten.relu, aten.nan_to_num, aten.isnan, aten.isinf, aten.isfinite, aten.isneginf,
-    aten.isposinf,
+    aten.isposinf, aten.floor, aten.ceil, aten.trunc,
 }  # fmt: skip
 _FACTORIES = {
     aten.arange, aten.ones, aten.zeros, aten.full, aten.ones_like, aten.zeros_like,

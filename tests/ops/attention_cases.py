@@ -188,6 +188,7 @@ def op(*arguments: Any) -> tuple[Tensor, Tensor]:
         p.dropout_p,
         p.q_offset,
         p.head_offset,
+        p.chunk,
     )
 
 

@@ -50,7 +50,7 @@ def test_schema() -> None:
     assert names == [
         *("q", "k", "v", "bias", "sinks", "alibi_slopes", "cu_seqlens", "seed"),
         *("scale", "causal", "window_left", "window_right", "softcap", "dropout_p"),
-        *("q_offset", "head_offset"),
+        *("q_offset", "head_offset", "chunk"),
     ]
     assert [r.name for r in torch.ops.fxport.attention.default._schema.returns] == ["out", "lse"]
 
