@@ -11,9 +11,9 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 
+from fxport.backends.vllm.chunks import ChunkFlags
 from fxport.errors import FxportError
 from fxport.serving import AttentionLayer
-from fxport.backends.vllm.chunks import ChunkFlags
 
 __all__ = ["PagedAttention", "supported_head_size"]
 

@@ -183,10 +183,12 @@ def _attention_backward(
     chunks = Chunks.of(q, cu_seqlens, numbers)
     if chunks is not None:
         grad_out, q, k, v, out = (chunks.fold(x) for x in (grad_out, q, k, v, out))
-        grad_lse, lse = (None if x is None else chunks.fold_rows(x) for x in (grad_lse, lse))
-        others = (None, sinks, alibi_slopes, chunks.borders(q.device), seed)
+        lse = chunks.fold_rows(lse)
+        grad_lse = None if grad_lse is None else chunks.fold_rows(grad_lse)
+        borders = chunks.borders(q.device)
+        folded = (None, sinks, alibi_slopes, borders, seed)
         grads = _attention_backward(
-            grad_out, grad_lse, q, k, v, out, lse, *others, *chunks.numbers(numbers), wanted
+            grad_out, grad_lse, q, k, v, out, lse, *folded, *chunks.numbers(numbers), wanted
         )
         operands = zip(grads[:3], needs, strict=False)
         return (*(chunks.unfold(g) if need else g for g, need in operands), *grads[3:])

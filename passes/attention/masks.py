@@ -172,9 +172,7 @@ def plan_masks(
     )
 
 
-def _form(
-    match: Match, masks: _Masks, proof: Proof, frame: Frame, assume_spread: bool
-) -> _Form:
+def _form(match: Match, masks: _Masks, proof: Proof, frame: Frame, assume_spread: bool) -> _Form:
     """Flags where they are proven and say everything, tensors otherwise."""
     everything = list(match.steps)
     if proof.rest and proof.likely is not None and assume_spread and not masks.open:

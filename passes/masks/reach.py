@@ -21,6 +21,7 @@ from torch import fx
 from fxport.capture.arguments import arguments, shape_of
 from fxport.passes.attention.views import CASTS, moved_input, overload_packet
 from fxport.passes.constants import is_symbolic
+from fxport.passes.masks.blocks import reach_in_blocks
 from fxport.passes.masks.counted import without_constant
 from fxport.passes.masks.values import constant_value
 
@@ -83,8 +84,27 @@ def _divides_by(node: fx.Node, indices: set[fx.Node]) -> bool:
 def reach(nodes: Sequence[fx.Node]) -> int:
     """A bound on row and column at which a piece begins; `unbounded(nodes)` is None."""
     indices = _index_valued(nodes)
+    decided = _deciding(nodes, indices)
+    sizes = {size for node in decided & indices if (size := _divisor(node)) is not None}
+    if len(sizes) == 1:
+        bound = reach_in_blocks(list(decided), indices, *sizes)
+        if bound is not None:
+            return bound
+    return _reach_by_factors(decided, indices)
+
+
+def _divisor(node: fx.Node) -> int | None:
+    """By which whole number positions are divided here; None if they are not."""
+    divided = overload_packet(node) in (PRODUCTS | _STEPS) - {aten.mul}
+    divisor = node.args[1] if divided and len(node.args) > 1 else None
+    if not isinstance(divisor, int | float) or divisor <= 1 or divisor != int(divisor):
+        return None
+    return int(divisor)
+
+
+def _reach_by_factors(decided: set[fx.Node], indices: set[fx.Node]) -> int:
     total, factor = 1.0, 1.0
-    for node in _deciding(nodes, indices):
+    for node in decided:
         packet = overload_packet(node)
         if _is_static(node):
             constants = _values(node) or []

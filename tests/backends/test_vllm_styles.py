@@ -31,6 +31,78 @@ def test_greedy_tokens_are_exact(name: str, tmp_path: Path) -> None:
         assert_same(generate(llm, prompts, 12), expected)
 
 
+class ByChunks(nn.Module):
+    """Layers with chunks of other sizes and a full one; heads of 64 have no room left."""
+
+    SIZES = (7, 33, 0)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.places = nn.Embedding(61, 128), nn.Embedding(256, 128)
+        self.mix = nn.ModuleList([nn.Linear(128, 384) for _ in self.SIZES])
+        self.out = nn.ModuleList([nn.Linear(128, 128) for _ in self.SIZES])
+        self.head = nn.Linear(128, 61)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        batch, length = ids.shape
+        t = torch.arange(length)
+        x = self.table(ids) + self.places(t)
+        for chunk, mix, out in zip(self.SIZES, self.mix, self.out, strict=True):
+            q, k, v = mix(x).view(batch, length, 3, 2, 64).permute(2, 0, 3, 1, 4)
+            allowed = t[None, :] <= t[:, None]
+            if chunk:
+                allowed = allowed & (t[None, :] // chunk == t[:, None] // chunk)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+            x = x + out(y.transpose(1, 2).reshape(batch, length, 128))
+        return self.head(x)
+
+
+def test_chunks_of_every_size(tmp_path: Path) -> None:
+    """Prefilled in pieces that end within chunks, from a cache of prefixes, and one by one."""
+    model = sharpened(ByChunks, seed=2)
+    port = fxport.port(model)
+    directory = port.save(tmp_path / "port")
+    generator = torch.Generator().manual_seed(5)
+    prompts = [torch.randint(0, 61, (n,), generator=generator).tolist() for n in (1, 6, 30, 70)]
+    expected = [recompute(model, p, 12) for p in prompts]
+    with engine(directory, max_num_batched_tokens=48, max_num_seqs=8, block_size=32) as llm:
+        for _ in range(2):
+            assert_same(generate(llm, prompts, 12), expected)
+            assert_same(generate(llm, prompts[-1:], 12), expected[-1:])
+
+
+def test_what_flags_of_chunks_say() -> None:
+    """Within a chunk nothing is added; to the one before so much that nothing is left."""
+    from fxport.backends.vllm.chunks import ChunkFlags
+    from fxport.errors import FxportError
+    from fxport.ops.params import AttentionParams
+
+    config = Settings(Settings(max_model_len=100))
+    for scale in (0.125, -3.0, 1e-3):
+        flags = ChunkFlags.of(AttentionParams(scale, True, chunk=5), config)  # type: ignore[arg-type]
+        assert flags is not None and flags.window_left == 4
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            zeros, positions = torch.zeros(1, 2, 40, 3, dtype=dtype), torch.arange(7, 47)
+            q, k = flags.append(zeros, zeros, positions)
+            added = (q.double() @ k.double().mT) * scale
+            chunk = positions // 5
+            apart = (chunk[:, None] - chunk[None, :]).abs() % 2 == 1
+            assert bool((added[0, 0][~apart] == 0).all())
+            assert bool((added[0, 0][apart] <= -1e5).all())
+    assert ChunkFlags.of(AttentionParams(0.1, True, chunk=100), config) is None  # type: ignore[arg-type]
+    narrow = ChunkFlags.of(AttentionParams(0.1, True, 2, chunk=5), config)  # type: ignore[arg-type]
+    assert narrow is not None and narrow.window_left == 2
+    with pytest.raises(FxportError, match="softcap"):
+        ChunkFlags.of(AttentionParams(0.1, True, softcap=3.0, chunk=5), config)  # type: ignore[arg-type]
+
+
+class Settings:
+    """As much of vLLM's configuration as is read."""
+
+    def __init__(self, model_config: object = None, max_model_len: int = 0) -> None:
+        self.model_config, self.max_model_len = model_config, max_model_len
+
+
 class Turned(nn.Module):
     """A ``[T, B]`` model, asked as ``[B, T]``."""
 
