@@ -385,6 +385,12 @@ def _attention(call: Call) -> tuple[Axes, Axes]:
             )
     if call.arguments["q_offset"] != 0 or call.arguments["dropout_p"] != 0:
         raise Refusal(ReasonCode.UNSUPPORTED_FEATURE, "queries do not start at the first key")
+    if call.arguments["chunk"] and call.arguments["softcap"]:
+        raise Refusal(
+            ReasonCode.UNSUPPORTED_FEATURE,
+            "attention in chunks of positions, with a softcap: vLLM's layers would cap the number"
+            " that keeps the chunk before away",
+        )
     q, v = call.of("q"), call.of("v")
     return (*q[:3], v[3]), q[:3]
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 from attention_graphs import Rewritten, Site, compare, rewrite, trace_directly, trace_training
 from spellings_base import finish, heads_first
-from torch import Tensor
+from torch import Tensor, nn
+
+import fxport
 
 Rule = Callable[[Tensor, Tensor], Tensor]
 C = 8
@@ -174,6 +176,23 @@ def test_both_ways() -> None:
     found = of_any_length(module)
     assert [s.mask for s in found.result.sites] == [f"full, chunks of {C}"]
     compare(module, found.graph, [example(2, 3 * C + 1)])
+
+
+def test_a_softcap_beside_them_is_not_served() -> None:
+    class Capped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(17, 8), nn.Linear(8, 17)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.table(ids)
+            t = torch.arange(ids.shape[1])
+            s = 5 * torch.tanh(x @ x.mT / 5)
+            s = s.masked_fill(~floors(t[:, None], t[None, :]), float("-inf"))
+            return self.head(x + s.softmax(-1) @ x)
+
+    with pytest.raises(fxport.PortError, match="in chunks of positions, with a softcap"):
+        fxport.port(Capped())
 
 
 def test_another_size_in_every_head_stays_a_tensor() -> None:
