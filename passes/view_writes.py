@@ -171,15 +171,26 @@ def _around(emitter: Emitter, part: PartOf | Reshaped, new: fx.Node) -> fx.Node:
     return pieces[0] if len(pieces) == 1 else emitter.call(aten.cat.default, pieces, dim)
 
 
+_VIEWED = (aten.view.default,)
+_SHAPED = (*_VIEWED, aten.reshape.default, aten.flatten.using_ints)  # these may copy
+
+
 def drop_ways_back(graph: fx.Graph) -> None:
-    """A tensor that is viewed in another shape and back is the tensor itself."""
-    for node in graph.find_nodes(op="call_function", target=aten.view.default):
+    """A tensor that is viewed in another shape and back is the tensor itself.
+
+    So is one that was copied on the way, if nobody writes to any of the three.
+    """
+    memory = Memory(graph)
+    for node in [n for n in graph.nodes if n.target in _SHAPED]:
         there = arguments(node)["self"]
-        if there.target is aten.view.default:
-            source = arguments(there)["self"]
-            if shape_of(source) == shape_of(node):
-                node.replace_all_uses_with(source)
-                graph.erase_node(node)
+        if there.target not in _SHAPED:
+            continue
+        source = arguments(there)["self"]
+        views = node.target in _VIEWED and there.target in _VIEWED
+        unwritten = not any(map(memory.written_by, (node, there, source)))
+        if shape_of(source) == shape_of(node) and (views or unwritten):
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
 
 
 def apart(one: fx.Node, other: fx.Node) -> bool:

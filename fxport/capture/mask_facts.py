@@ -59,6 +59,8 @@ _SAME_ORDER = (
     aten.contiguous, aten.clone, aten.alias, aten.detach, aten._unsafe_view,
 )  # fmt: skip
 _CASTS = (aten.to, aten._to_copy, aten.type_as)
+_SCATTERS = (aten.scatter.value, aten.scatter_.value)
+_ZEROS = (aten.zeros, aten.zeros_like, aten.new_zeros)
 _ANDS = (aten.logical_and, aten.bitwise_and, aten.mul)
 _COMPARES = (aten.gt, aten.greater, aten.ne, aten.not_equal, aten.ge, aten.greater_equal)
 
@@ -132,6 +134,8 @@ def _emptiness(node: fx.Node) -> Emptiness | None:
         return Emptiness(values_of(bound["self"]), None, _rank(node) - 1)
     if packet is aten.bincount:
         return Emptiness(values_of(bound["self"]), None, 0) if not bound["weights"] else None
+    if node.target in _SCATTERS:
+        return _scattered(node)
     if packet is aten.eq and isinstance(bound["other"], int) and _whole(bound["self"]):
         return Emptiness(values_of(bound["self"]), bound["other"])
     if packet is aten.eq and _counts_classes(bound["self"], bound["other"]):
@@ -146,7 +150,7 @@ def _emptiness(node: fx.Node) -> Emptiness | None:
     if packet in _SAME_ORDER or packet in (aten.permute, aten.transpose, aten.t, aten.movedim):
         return found if found.class_axis is None else _moved(node, found)
     if packet in _CASTS:
-        return found if _whole(_source(node)) else None
+        return found if _counts(_source(node)) else None
     if packet in _COMPARES:
         least = 1 if packet in (aten.ge, aten.greater_equal) else 0
         return found if bound["other"] == least and _whole(_source(node)) else None
@@ -157,6 +161,22 @@ def _emptiness(node: fx.Node) -> Emptiness | None:
         one = isinstance(start, int) and end == start + 1 and start >= 0
         return found.of_class(start) if one else None
     return None
+
+
+def _scattered(node: fx.Node) -> Emptiness | None:
+    """``zeros(N, E).scatter(1, chosen, 1)``: not zero where any row chose."""
+    bound, last = arguments(node), _rank(node) - 1
+    zeros, index, value = bound["self"], bound["index"], bound["value"]
+    fits = _packet(zeros) in _ZEROS and len(zeros.users) == 1 and bound["dim"] % (last + 1) == last
+    ones = type(value) is int and value == 1
+    return Emptiness(values_of(index), None, last) if fits and ones else None
+
+
+def _counts(node: fx.Node) -> bool:
+    """Whether these are whole numbers from zero on, by their type or as sums of scattered ones."""
+    while not _whole(node) and _packet(node) in (*_CASTS, *_SAME_ORDER, aten.sum):
+        node = _source(node)
+    return _whole(node) or node.target in _SCATTERS
 
 
 def _is_every(node: fx.Node) -> bool:
@@ -227,7 +247,7 @@ def _moved(node: fx.Node, found: Emptiness) -> Emptiness | None:
 
 def _reduced(node: fx.Node, found: Emptiness) -> Emptiness | None:
     """A sum of counts, or `any`, over all axes but that of the classes."""
-    if not _whole(_source(node)):
+    if not _counts(_source(node)):
         return None
     rank = _rank(_source(node))
     given = arguments(node).get("dim")

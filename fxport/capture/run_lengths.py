@@ -45,13 +45,21 @@ class RunLength:
         self.of = of
 
     def _made(self, times: tuple[int, ...]) -> Any:
-        """A number where it is none of them, or all of several."""
-        there = [n for n, empty in zip(times, self.empty, strict=True) if not empty]
-        if not any(there):
+        """A number where it is none of them, or all of several.
+
+        A total that is a symbol stays a sum: as the end of a slice that begins at another one,
+        torch would take the slice apart before any mode sees it.
+        """
+        made = RunLength(times, self.total, self.empty, self.of)
+        if not any(n for n, empty in zip(times, self.empty, strict=True) if not empty):
             return 0
-        # All of a single one stay what they are: a run is told from the whole by its kind.
-        whole = len(there) > 1 and set(there) == {1}
-        return self.total if whole else RunLength(times, self.total, self.empty, self.of)
+        return self.total if made.whole and type(self.total) is int else made
+
+    @property
+    def whole(self) -> bool:
+        """Whether these are all of several runs; all of a single one are that run."""
+        there = [n for n, empty in zip(self.times, self.empty, strict=True) if not empty]
+        return len(there) > 1 and set(there) == {1}
 
     def _times(self, other: Any) -> tuple[int, ...]:
         """Of a number that is a sum of run lengths: none of them, or all."""
@@ -161,4 +169,7 @@ def alike(one: Any, other: Any) -> bool:
     """Whether two places in the order are the same one, whatever the lengths are."""
     if isinstance(one, RunLength) and isinstance(other, RunLength):
         return one.of is other.of and (one.times, one.empty) == (other.times, other.empty)
+    for sum_, size in ((one, other), (other, one)):
+        if isinstance(sum_, RunLength):
+            return sum_.whole and same(size, sum_.total)
     return same(one, other)

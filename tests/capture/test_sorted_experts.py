@@ -24,12 +24,16 @@ from tests.zoo.sorted_experts import (
     EXACT,
     MIXING,
     Parallel,
+    experts_counted_first,
     numbered_experts,
     sorted_experts,
 )
 
 
-@pytest.mark.parametrize(("made", "lifted"), [(sorted_experts, LAYERS), (numbered_experts, 0)])
+@pytest.mark.parametrize(
+    ("made", "lifted"),
+    [(sorted_experts, LAYERS), (numbered_experts, 0), (experts_counted_first, 2)],
+)
 def test_the_port_is_the_model(made: Callable[[], nn.Module], lifted: int) -> None:
     """Two sequences packed, in float64; one token leaves experts empty."""
     torch.manual_seed(3)

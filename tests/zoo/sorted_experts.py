@@ -203,6 +203,70 @@ class Parallel(Joined):
 # --- twins: the line that must be named is marked ------------------------------------------------
 
 
+class CountedFirst(Routed):
+    """JetMoE: how many rows each expert gets is a list before anything is sorted."""
+
+    def sizes(self, chosen: Tensor, gates: Tensor) -> list[int]:
+        ones = torch.zeros([gates.shape[0], EXPERTS], dtype=gates.dtype).scatter(1, chosen, 1)
+        sizes: list[int] = ones.long().sum(0).tolist()
+        return sizes
+
+    def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        sizes = self.sizes(chosen, weights)
+        _, order = chosen.flatten().sort(0)
+        token = order.div(CHOSEN, rounding_mode="trunc")
+        parts = x[token].split(sizes, dim=0)
+        out = torch.cat([self.experts[i](parts[i]) for i in range(EXPERTS)], dim=0)
+        out = out * weights.flatten()[order][:, None]
+        return torch.zeros_like(x).index_add(0, token, out)
+
+
+class BincountFirst(Scattered):
+    """The same by `bincount`, and a loop that leaves out experts without rows."""
+
+    def sizes(self, chosen: Tensor) -> list[int]:
+        sizes: list[int] = torch.bincount(chosen.flatten(), minlength=EXPERTS).tolist()
+        return sizes
+
+    def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        sizes, start = self.sizes(chosen), 0
+        order, y = chosen.flatten().argsort(), torch.zeros_like(x)
+        tokens, gates = order // CHOSEN, weights.view(-1, 1)
+        for i, size in enumerate(sizes):
+            if size > 0:
+                token, slots = tokens[start : start + size], order[start : start + size]
+                y.index_add_(0, token, self.out(i, x, gates, token, slots))
+            start += size
+        return y
+
+
+class OthersCountedFirst(CountedFirst):
+    """The runs are as long as those of the worst choice, counted before anything is sorted."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self.worst = (-self.gate(x)).topk(CHOSEN, dim=-1)[1]
+        return super().route(x)
+
+    def sizes(self, chosen: Tensor, gates: Tensor) -> list[int]:
+        return super().sizes(self.worst, gates)
+
+
+class CountsSwapped(CountedFirst):
+    """The first two experts get each other's runs."""
+
+    def sizes(self, chosen: Tensor, gates: Tensor) -> list[int]:
+        one, two, *rest = super().sizes(chosen, gates)
+        return [two, one, *rest]
+
+
+class HalfCounted(CountedFirst):
+    """Only what comes first is counted, so the runs are others."""
+
+    def sizes(self, chosen: Tensor, gates: Tensor) -> list[int]:
+        one, *rest = super().sizes(chosen[:, :1], gates)
+        return [one + chosen.numel() - chosen.shape[0], *rest]
+
+
 class Rolled(Joined):
     """A row looks at the one before it in the order."""
 
@@ -465,11 +529,18 @@ MIXING: dict[str, Callable[[], nn.Module]] = {
     "numbers shifted": NumbersShifted,
     "numbers changed": NumbersChanged,
     "by mask": ByMask,
+    "others counted first": OthersCountedFirst,
+    "counts swapped": CountsSwapped,
+    "half counted": HalfCounted,
 }
 # Where these are refused; the others at the line that is marked.
 SORTED, COUNTED = "return chosen.view(-1).argsort()", "return counts.cpu().numpy()"
 ADDED = "y.index_add_(0, token, gate * expert(x.index_select(0, token)))"
+SPLIT = "parts = x[token].split(sizes, dim=0)"
 ELSEWHERE = {
+    "others counted first": SPLIT,
+    "counts swapped": SPLIT,
+    "half counted": SPLIT,
     "others' weights": SORTED,
     "other order's weights": SORTED,
     "rows of others": SORTED,
@@ -483,6 +554,12 @@ ELSEWHERE = {
 def numbered_experts() -> nn.Module:
     """A decoder with two of the ways to number the tokens."""
     made = iter([NumberedWide, NumberedBySlot])
+    return decoder(lambda: next(made)(), layers=2)
+
+
+def experts_counted_first() -> nn.Module:
+    """A decoder in which how many rows each expert gets is asked before they are sorted."""
+    made = iter([CountedFirst, BincountFirst])
     return decoder(lambda: next(made)(), layers=2)
 
 

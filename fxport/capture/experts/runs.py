@@ -108,9 +108,10 @@ def _cut(labels: Labels, label: Label, start: Any, stop: Any) -> Any:
     start = 0 if start is None else start
     if alike(start, stop):
         return tensor[:0]
+    if same(start, 0) and _is_end(stop, labels, order):
+        return tensor
     if not any(isinstance(at, RunLength) for at in (start, stop)):
-        whole = same(start, 0) and (stop is None or same(stop, order.slots))
-        return tensor if whole else NotImplemented
+        return NotImplemented
     expert = run_between(start, stop, labels.lengths(order))
     if expert is None:
         return NotImplemented
@@ -122,6 +123,13 @@ def _cut(labels: Labels, label: Label, start: Any, stop: Any) -> Any:
         token = _cells(labels, order, expert, label.each)[0]
         return labels.numbers(token, Kind.RUN_TOKEN, order, each=label.each, expert=expert)
     return NotImplemented if label.raw is None else _run(labels, order, label.raw, expert)
+
+
+def _is_end(stop: Any, labels: Labels, order: ExpertOrder) -> bool:
+    """Whether all slots come before; of an only expert that is the end of its run as well."""
+    if isinstance(stop, RunLength):
+        return stop.whole and alike(stop, sum(labels.lengths(order)))
+    return stop is None or same(stop, order.slots)
 
 
 def _run(labels: Labels, order: ExpertOrder, raw: Tensor, expert: int) -> Tensor:

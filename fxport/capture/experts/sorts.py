@@ -2,7 +2,8 @@
 
     order = chosen.argsort()             noted: see `fxport.capture.experts.order`
     counts = bincount(chosen)
-    counts.cpu().numpy(), .tolist()      an entry for each expert: `RunLength`s, 0 if it has none
+    counts.cpu().numpy(), .tolist()      an entry for each expert: `RunLength`s, 0 if it has none;
+                                         also before the sorting
     grouped_mm(x[order // K], w, ends)   see `by_row`
     anything on `order` and what it      see `rows`, `by_row`, `runs`, `back`
     sorted
@@ -58,6 +59,8 @@ class SortedExperts:
         self._entries: dict[int, tuple[Tensor, Tensor, int]] = {}
         # What sorted tensors were computed to in a way that is not understood, and where.
         self._lost: dict[int, tuple[Tensor, Location | None]] = {}
+        # What each expert got, of values that are not sorted yet.
+        self._ahead: dict[fx.Node, tuple[RunLength | int, ...]] = {}
         self._by_mask: set[Emptiness] = set()
         self._unstable: set[Emptiness] = set()
 
@@ -169,6 +172,24 @@ class SortedExperts:
             return None
         return _entries(counts, self._labels.lengths(order))
 
+    def _numbers_ahead(self, tensor: Tensor) -> list[Any] | None:
+        """The same before anything is sorted; whether it will be nobody knows."""
+        node = self._node(tensor)
+        counts = None if node is None else counts_of(node)
+        if counts is None or not counts.of_each:
+            return None
+        if counts.values not in self._ahead:
+            asked = [Emptiness(counts.values, expert) for expert in range(counts.experts)]
+            parts = [tensor.select(0, expert) for expert in range(counts.experts)]
+            of = [self._node(part) for part in parts]
+            if any(n is None or emptiness(n) != a for n, a in zip(of, asked, strict=True)):
+                return None
+            empty = self._ask_each(list(zip(asked, parts, strict=True)))
+            slots = counts.values.meta["val"].numel()
+            self._ahead[counts.values] = run_lengths(empty, slots, counts.values)
+        mark_unwritten(tensor, origin=True)
+        return _entries(counts, self._ahead[counts.values])
+
     def _counted(self, tensor: Any) -> tuple[Counts | None, ExpertOrder | None]:
         """What a tensor counts, and the order of these."""
         known = self._labels.orders and isinstance(tensor, Tensor) and tensor.dim() == 1
@@ -222,14 +243,14 @@ class SortedExperts:
         Raises:
             NumbersTaken: of any other tensor.
         """
-        found = self.numbers(tensor)
+        found = self.numbers(tensor) or self._numbers_ahead(tensor)
         if found is None:
             raise NumbersTaken
         return array_of(found)
 
     def unbound(self, tensor: Tensor) -> Any:
         """``counts.unbind()``: the entries, which `number` knows."""
-        found = self.numbers(tensor)
+        found = self.numbers(tensor) or self._numbers_ahead(tensor)
         if found is None:
             return NotImplemented
         torch._check(tensor.shape[0] == len(found))
@@ -249,27 +270,39 @@ class SortedExperts:
     def number(self, tensor: Tensor) -> Any:
         """An entry as a number."""
         source = self._entries.get(id(tensor))
-        found = None if source is None else self.numbers(source[1])
-        return NotImplemented if found is None or source is None else found[source[2]]
+        if source is None:
+            return NotImplemented
+        found = self.numbers(source[1]) or self._numbers_ahead(source[1])
+        return NotImplemented if found is None else found[source[2]]
 
     def _ask_lengths(self, order: ExpertOrder) -> None:
-        """Asks which experts got slots; all slots went to somebody."""
-        empty: list[bool] = []
+        """Asks which experts got slots."""
         of = self._node(order.chosen)
         assert of is not None
+        asked, masks = [], []
         for expert in range(order.experts):
-            mask = order.chosen == expert
-            node = self._node(mask)
-            asked = None if node is None else emptiness(node)
-            if node is None or asked is None:
+            masks.append(order.chosen == expert)
+            node = self._node(masks[-1])
+            about = None if node is None else emptiness(node)
+            if about is None:
                 raise NumbersTaken
-            self._number(asked)  # questions have the same numbers whatever the answers are
-            nobody_else = all(empty) and expert == order.experts - 1
-            empty.append(not nobody_else and self._is_empty(asked, mask))
-            if not empty[-1]:
-                order.rows[expert] = self._rows(mask, node)[0]
-                self._sorted_by(order, asked)
+            asked.append(about)
+        empty = self._ask_each(list(zip(asked, masks, strict=True)))
+        for expert in (e for e in range(order.experts) if not empty[e]):
+            node = self._node(masks[expert])
+            assert node is not None
+            order.rows[expert] = self._rows(masks[expert], node)[0]
+            self._sorted_by(order, asked[expert])
         order.lengths = run_lengths(empty, order.slots, values_of(of))
+
+    def _ask_each(self, asked: list[tuple[Emptiness, Tensor]]) -> list[bool]:
+        """Which experts got nothing, by a witness of each; all slots went to somebody."""
+        empty: list[bool] = []
+        for about, witness in asked:
+            self._number(about)  # questions have the same numbers whatever the answers are
+            nobody_else = all(empty) and len(empty) == len(asked) - 1
+            empty.append(not nobody_else and self._is_empty(about, witness))
+        return empty
 
     def _where(self, mask: Tensor) -> tuple[Tensor, ...]:
         node = self._node(mask)
