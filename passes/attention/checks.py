@@ -50,9 +50,16 @@ def check_closed(interior: tuple[fx.Node, ...], output: fx.Node) -> None:
             )
 
 
-def check_rounding(interior: tuple[fx.Node, ...], output: fx.Node) -> None:
-    """The op keeps its operands' precision; the original may round more coarsely than it shows."""
-    visible = output.meta["val"].dtype.itemsize
+def check_rounding(
+    interior: tuple[fx.Node, ...], output: fx.Node, scores: fx.Node, values: fx.Node
+) -> None:
+    """The op keeps its operands' precision; the original may round more coarsely than it shows.
+
+    Args:
+        scores: the product of q and k; it rounds what it sums, and so do its operands' casts.
+        values: what v is made of, before any cast.
+    """
+    visible = _itemsize(output)
     for node in interior:
         before, after = (
             n.meta.get("val") if isinstance(n, fx.Node) else None for n in (*node.args[:1], node)
@@ -61,9 +68,24 @@ def check_rounding(interior: tuple[fx.Node, ...], output: fx.Node) -> None:
             continue
         narrowed = after.dtype.itemsize < min(before.dtype.itemsize, visible)
         if narrowed and after.is_floating_point() and as_product(node) is None:
-            raise Left(
-                ReasonCode.UNSUPPORTED_FEATURE,
+            raise _rounded(
                 f"scores or weights are rounded from {before.dtype} to {after.dtype} in between",
                 node,
-                "the softmax in float32, or in the model's own dtype if that is wider",
             )
+    if _itemsize(scores) < min(visible, _itemsize(values)):
+        dtypes = scores.meta["val"].dtype, values.meta["val"].dtype
+        raise _rounded(f"q.k is rounded to {dtypes[0]} where the values are {dtypes[1]}", scores)
+
+
+def _itemsize(node: fx.Node) -> int:
+    size: int = node.meta["val"].dtype.itemsize
+    return size
+
+
+def _rounded(what: str, node: fx.Node) -> Left:
+    return Left(
+        ReasonCode.UNSUPPORTED_FEATURE,
+        what,
+        node,
+        "the softmax in float32, or in the model's own dtype if that is wider",
+    )

@@ -175,7 +175,7 @@ def _match_path(facts: GraphFacts, softmax: Softmax, path: list[fx.Node], look: 
     if softmax.quotient is not None:
         interior, output = (*interior, output), softmax.quotient
     check_closed(interior, output)
-    check_rounding(interior, output)
+    check_rounding(interior, output, path[0], v[-1].node)
     key = forward.key_dim
     match = Match(
         start=softmax.start,
