@@ -211,7 +211,7 @@ def test_a_mask_of_the_data_beside_it_stays_a_tensor() -> None:
         t = torch.arange(q.size(2))
         allowed = floors(t[:, None], t[None, :])
         s = (q @ k.mT).masked_fill(~allowed, float("-inf"))
-        return finish(s.masked_fill(~keep[:, None, None, :], -1e9).softmax(-1), v)
+        return finish(s.masked_fill(~keep[:, None, None, :], float("-inf")).softmax(-1), v)
 
     data = [example(2, 19), torch.ones(2, 19, dtype=torch.bool)]
     found = rewrite(trace_directly(Site(padded), data, {0: (1, 2), 1: (0, 1)}))
