@@ -24,7 +24,7 @@ from fxport.capture.unify import NeedsTable, unify
 from fxport.capture.written import writes_to_state
 from fxport.errors import PortError
 
-__all__ = ["give_the_same", "histories_of", "refuse_carried"]
+__all__ = ["give_the_same", "histories_of", "refuse_carried", "refuse_kept"]
 
 _SHORTEST = 2
 
@@ -63,6 +63,30 @@ def histories_of(
     if fresh.changed:
         raise PortError(writes_to_state(fresh) or fresh.changed)
     return {(): [fresh]}
+
+
+def refuse_kept(
+    model: nn.Module, fresh: Sample, samples: Sequence[Sample], frozen: Set[str] | None
+) -> None:
+    """What the first length leaves alone, and others keep, must make no difference.
+
+    if T > 64: self.grown = True                    a longer call, then the first length again
+
+    Raises:
+        PortError: after calls that keep something, that or the shortest gives something else.
+    """
+    keeping = [] if fresh.changed else sorted((s for s in samples if s.changed), key=_length)
+    if not keeping or frozen is None:
+        return
+    up = tuple(dict.fromkeys(s.length for s in keeping))
+    for one, histories in ((fresh, {up, up[::-1]}), (min(samples, key=_length), {up})):
+        again = [take_sample(model, one.batch, one.length, history) for history in histories]
+        if not give_the_same([one, *again], frozen):
+            raise PortError(writes_to_state(keeping[-1]) or keeping[-1].changed)
+
+
+def _length(sample: Sample) -> int:
+    return sample.length
 
 
 def refuse_carried(samples: Sequence[Sample]) -> None:

@@ -17,7 +17,12 @@ from torch import nn
 
 from fxport.capture.batches import asked_about_rows, require_every_batch
 from fxport.capture.causal_calls import masks_at_every_length
-from fxport.capture.earlier_calls import give_the_same, histories_of, refuse_carried
+from fxport.capture.earlier_calls import (
+    give_the_same,
+    histories_of,
+    refuse_carried,
+    refuse_kept,
+)
 from fxport.capture.longest import UNBOUNDED, runs
 from fxport.capture.longest import longest as longest_of
 from fxport.capture.paths import refuse_another_path
@@ -108,6 +113,8 @@ def trace_at_lengths(
     try:
         samples, unified, longest = _at_all(model, histories, found, limit, frozen)
         refuse_carried(samples)
+        if len(histories) == 1:
+            refuse_kept(model, fresh, samples, frozen)
     except PortError as error:
         raise PortError(writes_to_state(fresh) or error.reasons) from error
     if every_pair:
