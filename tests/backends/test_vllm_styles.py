@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import fxport
 from tests.backends.engine import assert_same, engine, generate, recompute, sharpened
 from tests.zoo import time_first
+from tests.zoo.chunks import VOCAB, ByChunks
 from tests.zoo.styles import STYLES
 
 pytestmark = pytest.mark.engine
@@ -31,39 +32,13 @@ def test_greedy_tokens_are_exact(name: str, tmp_path: Path) -> None:
         assert_same(generate(llm, prompts, 12), expected)
 
 
-class ByChunks(nn.Module):
-    """Layers with chunks of other sizes and a full one; heads of 64 have no room left."""
-
-    SIZES = (7, 33, 0)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table, self.places = nn.Embedding(61, 128), nn.Embedding(256, 128)
-        self.mix = nn.ModuleList([nn.Linear(128, 384) for _ in self.SIZES])
-        self.out = nn.ModuleList([nn.Linear(128, 128) for _ in self.SIZES])
-        self.head = nn.Linear(128, 61)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        batch, length = ids.shape
-        t = torch.arange(length)
-        x = self.table(ids) + self.places(t)
-        for chunk, mix, out in zip(self.SIZES, self.mix, self.out, strict=True):
-            q, k, v = mix(x).view(batch, length, 3, 2, 64).permute(2, 0, 3, 1, 4)
-            allowed = t[None, :] <= t[:, None]
-            if chunk:
-                allowed = allowed & (t[None, :] // chunk == t[:, None] // chunk)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
-            x = x + out(y.transpose(1, 2).reshape(batch, length, 128))
-        return self.head(x)
-
-
 def test_chunks_of_every_size(tmp_path: Path) -> None:
     """Prefilled in pieces that end within chunks, from a cache of prefixes, and one by one."""
     model = sharpened(ByChunks, seed=2)
     port = fxport.port(model)
     directory = port.save(tmp_path / "port")
     generator = torch.Generator().manual_seed(5)
-    prompts = [torch.randint(0, 61, (n,), generator=generator).tolist() for n in (1, 6, 30, 70)]
+    prompts = [torch.randint(0, VOCAB, (n,), generator=generator).tolist() for n in (1, 6, 30, 70)]
     expected = [recompute(model, p, 12) for p in prompts]
     with engine(directory, max_num_batched_tokens=48, max_num_seqs=8, block_size=32) as llm:
         for _ in range(2):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import Case, assert_same, make, op, run
+from attention_cases import Case, assert_same, make, op, op_on_gpu, run
+from triton_cases import ROUNDING
 
 from fxport.ops.attention import attention
 from fxport.ops.chunks import Chunks
@@ -42,6 +43,17 @@ CASES = (
 def test_output_lse_and_gradients(case: Case) -> None:
     arguments = make(case.but(rows=48, columns=48))
     assert_same(run(op, arguments), run(reference_attention, arguments), 1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_on_the_gpu(case: Case, dtype: torch.dtype) -> None:
+    """By whichever kernels take the folded calls."""
+    value = case.value_size and 8 * case.value_size
+    arguments = make(case.but(rows=48, columns=48, size=64, value_size=value), dtype)
+    want = run(reference_attention, arguments.to(torch.float64))
+    assert_same(run(op_on_gpu, arguments), want, ROUNDING[dtype])
 
 
 @pytest.mark.parametrize("params", [DIVIDES, RAGGED])
