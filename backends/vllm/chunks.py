@@ -1,4 +1,4 @@
-"""Attention within chunks of positions, by any of vLLM's attention backends.
+"""Attention within chunks of positions, by vLLM's attention with a window.
 
     row i sees column j <= i  iff  i // chunk == j // chunk
 
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import torch
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 
 from fxport.errors import FxportError
 from fxport.ops.params import AttentionParams
@@ -53,7 +54,9 @@ class ChunkFlags:
         """Of a layer with these numbers; None where no sequence is longer than a chunk.
 
         Raises:
-            FxportError: nothing that is added to the scores forbids a key.
+            FxportError: nothing that is added to the scores forbids a key; or this is no CPU:
+                on an H200 a layer with another head size beside it was refused by FlexAttention,
+                and with Triton's tf32 the answers were not close enough to tell why.
         """
         chunk, window = params.chunk, params.window_left
         if chunk == 0 or vllm_config.model_config.max_model_len <= chunk:
@@ -62,6 +65,12 @@ class ChunkFlags:
             raise FxportError(
                 f"attention in chunks of {chunk} cannot be served together with a softcap"
                 " or a scale of 0: vLLM's layers cap the number that would forbid a key"
+                f" (sequences of at most {chunk} tokens can: max_model_len={chunk})"
+            )
+        if not current_platform.is_cpu():
+            raise FxportError(
+                f"attention in chunks of {chunk} is served on CPUs only: on a GPU the engine's"
+                " answers have not been shown to be the original's"
                 f" (sequences of at most {chunk} tokens can: max_model_len={chunk})"
             )
         far = min(_HARD / _NEAR / abs(params.scale), _MOST)

@@ -70,10 +70,16 @@ class PagedAttention(nn.Module):
         self.dtype = vllm_config.model_config.dtype
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """`positions` ``[N]`` are those of the rows; layers without chunks need none."""
         layer = self.layer
         if self.flags is not None:
+            assert positions is not None
             q, k = self.flags.append(q.to(self.dtype), k.to(self.dtype), positions)
         out = self.attn(self._flat(q), self._flat(k), self._flat(v))
         out = out.view(1, -1, layer.num_heads, self.padded)

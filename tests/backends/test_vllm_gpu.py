@@ -15,7 +15,6 @@ import torch
 
 import fxport
 from tests.backends.engine import Generated, assert_same, engine, generate, recompute, sharpened
-from tests.zoo.chunks import ByChunks
 from tests.zoo.gpt import GPT
 from tests.zoo.llama import Llama
 
@@ -25,7 +24,6 @@ COUNT = 20
 LENGTHS = (1, 3, 8, 21, 40, 67)
 # vLLM divides whole heads only: 4 of them, not 3
 MODELS = {
-    "by_chunks": ByChunks,
     "gpt": lambda: GPT(n_embd=128, n_head=4),
     "llama": lambda: Llama(complex_rope=False),
     "llama_complex": Llama,

@@ -153,7 +153,7 @@ def prefix_lm(qkv: Tensor) -> Tensor:
     return finish(s.softmax(dim=-1), v)
 
 
-@legal("dense constant bias")
+@legal("causal, chunks of 4")
 def causal_within_blocks(qkv: Tensor) -> Tensor:
     q, k, v = heads_first(qkv)
     i = torch.arange(q.size(2))

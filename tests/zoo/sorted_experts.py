@@ -545,7 +545,7 @@ ELSEWHERE = {
     "other order's weights": SORTED,
     "rows of others": SORTED,
     "not inverted": SORTED,
-    "descending": COUNTED,
+    "descending": "return self.experts[i](rows[start:end])",
     "numbers repeated": ADDED,
     "numbers shifted": ADDED,
 }
