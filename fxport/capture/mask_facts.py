@@ -20,6 +20,7 @@ from torch import fx
 from fxport.capture.arguments import arguments
 
 __all__ = [
+    "ZEROS",
     "Emptiness",
     "class_count",
     "distinct_along",
@@ -60,7 +61,7 @@ _SAME_ORDER = (
 )  # fmt: skip
 _CASTS = (aten.to, aten._to_copy, aten.type_as)
 _SCATTERS = (aten.scatter.value, aten.scatter_.value)
-_ZEROS = (aten.zeros, aten.zeros_like, aten.new_zeros)
+ZEROS = (aten.zeros, aten.zeros_like, aten.new_zeros)
 _ANDS = (aten.logical_and, aten.bitwise_and, aten.mul)
 _COMPARES = (aten.gt, aten.greater, aten.ne, aten.not_equal, aten.ge, aten.greater_equal)
 
@@ -167,7 +168,7 @@ def _scattered(node: fx.Node) -> Emptiness | None:
     """``zeros(N, E).scatter(1, chosen, 1)``: not zero where any row chose."""
     bound, last = arguments(node), _rank(node) - 1
     zeros, index, value = bound["self"], bound["index"], bound["value"]
-    fits = _packet(zeros) in _ZEROS and len(zeros.users) == 1 and bound["dim"] % (last + 1) == last
+    fits = _packet(zeros) in ZEROS and len(zeros.users) == 1 and bound["dim"] % (last + 1) == last
     ones = type(value) is int and value == 1
     return Emptiness(values_of(index), None, last) if fits and ones else None
 

@@ -19,13 +19,12 @@ import torch
 from torch import fx
 
 from fxport.capture.arguments import arguments, shape_of
-from fxport.capture.mask_facts import distinct_along, index_bound, values_of
+from fxport.capture.mask_facts import ZEROS, distinct_along, index_bound, values_of
 
 __all__ = ["Counts", "counts_of", "holds"]
 
 aten = torch.ops.aten
 
-_ZEROS = (aten.zeros, aten.new_zeros, aten.zeros_like)
 _CASTS = (aten.to, aten._to_copy, aten.detach, aten.clone, aten.contiguous, aten.alias)
 _WHOLE = (torch.int64, torch.int32, torch.float32)  # hold every count exactly
 _ORDERS = (aten.argsort, aten.sort)
@@ -160,7 +159,7 @@ def _concatenated(bound: dict[str, Any]) -> Counts | None:
 def _zeros(node: fx.Node) -> int | None:
     """How many zeros a vector is."""
     packet = getattr(node.target, "overloadpacket", None)
-    if packet not in _ZEROS or len(shape_of(node)) != 1:
+    if packet not in ZEROS or len(shape_of(node)) != 1:
         return None
     size = shape_of(node)[0]
     return size if isinstance(size, int) else None
@@ -248,7 +247,7 @@ def _of_sum(bound: dict[str, Any]) -> Counts | None:
         return None
     zeros, index, value = given["self"], given["index"], given["value"]
     packets = getattr(zeros.target, "overloadpacket", None)
-    if packets not in _ZEROS or type(value) is not int or value != 1:
+    if packets not in ZEROS or type(value) is not int or value != 1:
         return None
     if distinct_along(index) != 1 or shape_of(index)[0] != shape_of(zeros)[0]:
         return None

@@ -172,6 +172,9 @@ class SortedExperts:
             return None
         return _entries(counts, self._labels.lengths(order))
 
+    def _told(self, tensor: Tensor) -> list[Any] | None:
+        return self.numbers(tensor) or self._numbers_ahead(tensor)
+
     def _numbers_ahead(self, tensor: Tensor) -> list[Any] | None:
         """The same before anything is sorted; whether it will be nobody knows."""
         node = self._node(tensor)
@@ -243,14 +246,14 @@ class SortedExperts:
         Raises:
             NumbersTaken: of any other tensor.
         """
-        found = self.numbers(tensor) or self._numbers_ahead(tensor)
+        found = self._told(tensor)
         if found is None:
             raise NumbersTaken
         return array_of(found)
 
     def unbound(self, tensor: Tensor) -> Any:
         """``counts.unbind()``: the entries, which `number` knows."""
-        found = self.numbers(tensor) or self._numbers_ahead(tensor)
+        found = self._told(tensor)
         if found is None:
             return NotImplemented
         torch._check(tensor.shape[0] == len(found))
@@ -272,7 +275,7 @@ class SortedExperts:
         source = self._entries.get(id(tensor))
         if source is None:
             return NotImplemented
-        found = self.numbers(source[1]) or self._numbers_ahead(source[1])
+        found = self._told(source[1])
         return NotImplemented if found is None else found[source[2]]
 
     def _ask_lengths(self, order: ExpertOrder) -> None:
