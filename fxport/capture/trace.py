@@ -9,7 +9,6 @@ import dataclasses
 import inspect
 import io
 import logging
-import random
 import sys
 import traceback
 import warnings
@@ -26,6 +25,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from fxport.capture.aliases import plain_names
 from fxport.capture.as_eager import asked_as_eager
+from fxport.capture.drawn import drawn_by_python, noting_draws
 from fxport.capture.experts.runs import narrowed_as_slices
 from fxport.capture.gradients import note_view_of_parameter, stop_gradients
 from fxport.capture.inline import inline_regions
@@ -76,6 +76,24 @@ def export(
     Raises:
         Exception: whatever the user's code or torch raises; see `explain_failure`.
     """
+    python, numpy = drawn_by_python(), _of_numpy()
+    program = _exported(model, inputs, dynamic, empty)
+    if drawn_by_python() != python:
+        with noting_draws() as draws:  # the same again, and this time looked at
+            program = _exported(model, inputs, dynamic, empty)
+        if not draws.only_to_check:
+            raise _drawing(model)
+    if _of_numpy() != numpy:
+        raise _drawing(model)
+    return program
+
+
+def _exported(
+    model: nn.Module,
+    inputs: tuple[torch.Tensor, ...],
+    dynamic: dict[str, Any] | None,
+    empty: Empties,
+) -> torch.export.ExportedProgram:
     selections = Selections(empty, StoredValues(model, plain=dynamic is None))
     with (
         _without_waste(),
@@ -83,7 +101,6 @@ def export(
         narrowed_as_slices(),
         nothing_remembered(model),
         nothing_uncopied_used(),
-        _nothing_drawn(model),
         _without_partial_graph(),
         record_user_lines(),
         selections,
@@ -101,15 +118,11 @@ def as_traced(model: nn.Module) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _nothing_drawn(model: nn.Module) -> Iterator[None]:
+def _drawing(model: nn.Module) -> PortError:
     """Random numbers of torch's are operations of the graph; others would be constants."""
-    before = random.getstate(), _of_numpy()
-    yield
-    if (random.getstate(), _of_numpy()) != before:
-        text = "forward draws random numbers from Python or NumPy: its result depends on the call"
-        hint = "draw with torch; a decorator may draw, too (beartype checks one item of each list)"
-        raise PortError([Reason(ReasonCode.MUTATED_STATE, text, forward_line(model), hint)])
+    text = "forward draws random numbers from Python or NumPy: its result depends on the call"
+    hint = "draw with torch; a decorator that checks types may draw where its result does not show"
+    return PortError([Reason(ReasonCode.MUTATED_STATE, text, forward_line(model), hint)])
 
 
 def _of_numpy() -> tuple[bytes, int]:

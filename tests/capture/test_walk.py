@@ -307,14 +307,14 @@ def test_a_number_drawn_by_python_is_another_at_every_call(draw):
 
 
 def drawing(function: Callable[..., Any]) -> Callable[..., Any]:
-    """As a check of types does: made by a compiler, in no file, around the user's function."""
+    """Made by a compiler, in no file, around the user's function."""
     made: dict[str, Any] = {"function": function, "draw": random.random}
-    source = "def check(*args):\n    draw()\n    return function(*args)\n"
+    source = "def noisy(*args):\n    return function(*args) + draw()\n"
     exec(compile(source, "<made by a decorator>", "exec"), made)
-    return functools.wraps(function)(made["check"])
+    return functools.wraps(function)(made["noisy"])
 
 
-class Checked(Scaled):
+class Noisy(Scaled):
     @drawing
     def forward(self, ids: Tensor) -> Tensor:
         return super().forward(ids)
@@ -322,7 +322,7 @@ class Checked(Scaled):
 
 def test_what_a_decorator_draws_is_said_at_the_function_that_it_decorates():
     with pytest.raises(PortError) as caught:
-        trace_at_lengths(clone_for_capture(Checked(lambda n: 1.0)))
+        trace_at_lengths(clone_for_capture(Noisy(lambda n: 1.0)))
     reason = caught.value.reasons[0]
     assert reason.code is ReasonCode.MUTATED_STATE
     assert reason.location is not None
