@@ -319,12 +319,26 @@ def test_what_a_check_raises_may_not_be_caught():
     trace_at_lengths(clone_for_capture(PassesOn()))
 
 
-def test_what_is_drawn_in_a_call_of_torch_is_seen():
-    """A function of torch's that calls the user's."""
+class Halves(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        return rows * random.random()
 
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+class OneOf:
+    def __index__(self) -> int:
+        return random.getrandbits(1)
+
+
+@pytest.mark.parametrize("call", [Halves.apply, lambda rows: rows + rows[..., OneOf(), None]])
+def test_what_is_drawn_in_a_call_of_torch_is_seen(call):
     class Inside(Tiny):
         def forward(self, ids: Tensor) -> Tensor:
-            return torch.vmap(lambda row: row * random.random())(super().forward(ids))
+            return call(super().forward(ids))
 
     with pytest.raises(PortError) as caught:
         trace_at_lengths(clone_for_capture(Inside()))
