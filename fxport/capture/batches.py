@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -155,7 +156,7 @@ def require_every_batch(
         PortError: it asks, and computes something else.
     """
     with quiet():
-        others = _answered_otherwise(questions, rows)
+        others = _answered_otherwise(questions, rows, lambda n: _takes(model, n, length))
     if not others:
         return
     tried = ", ".join(map(str, others))
@@ -177,8 +178,26 @@ def _refusal(found: Reason | None, tried: str) -> Reason:
     )
 
 
-def _answered_otherwise(questions: list[Question], rows: sympy.Symbol) -> list[int]:
-    """Numbers of rows for which a question has another answer than for two."""
+def _takes(model: nn.Module, rows: int, length: int) -> bool:
+    """False where a line of the user's refuses so many rows, by shapes alone.
+
+    assert B <= self.max_batch_size         beyond it forward computes nothing
+    """
+    ids = torch.zeros(rows, length, dtype=torch.long, device=device_of(model))
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
+    with by_shapes(model, mode):
+        try:
+            model(mode.from_tensor(ids))
+        except Exception as error:
+            *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+            return is_library(frame.f_code.co_filename)  # torch's: shapes were not enough
+    return True
+
+
+def _answered_otherwise(
+    questions: list[Question], rows: sympy.Symbol, taken: Callable[[int], bool]
+) -> list[int]:
+    """Numbers of rows that forward takes, for which a question has another answer than for two."""
     found: list[int] = []
     for question in dict.fromkeys(q.asked for q in questions):
         if question.free_symbols != {rows}:
@@ -187,5 +206,5 @@ def _answered_otherwise(questions: list[Question], rows: sympy.Symbol) -> list[i
         sizes = sorted({*_EACH, *near(question)})
         others = [n for n in sizes if answer(question, rows, n) != here]
         if not set(found) & set(others):
-            found += others[:1]
+            found += [n for n in others if taken(n)][:1]
     return found[:_MOST]

@@ -175,8 +175,17 @@ class Recorder(TorchDispatchMode):
             if isinstance(value, torch.Tensor):
                 self.cost += value.numel() // _NUMBERS
                 if value not in self.made:
-                    self.made[value] = step, self._version(value)
+                    self.made[value] = step, self._version_of(value, step)
         return result
+
+    def _version_of(self, result: torch.Tensor, step: Step) -> int:
+        """A view gets the version of what it views only after this operation."""
+        memory = result.untyped_storage()._cdata
+        for one in step.given:
+            if isinstance(one, Constant) and one.value is not None:
+                if one.value.untyped_storage()._cdata == memory:
+                    return one.version
+        return self._version(result)
 
     def _shapes(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if torch.Tag.inplace_view in func.tags:

@@ -89,7 +89,12 @@ def _checked(x: Tensor, y: Tensor) -> Tensor:
     return x + y * x.shape[0]
 
 
-@pytest.mark.parametrize("combine", [_same_for_one, _checked])
+def _at_most_eight(x: Tensor, y: Tensor) -> Tensor:
+    assert x.shape[0] <= 8, "the caches have no more rows"
+    return x + y
+
+
+@pytest.mark.parametrize("combine", [_same_for_one, _checked, _at_most_eight])
 def test_what_asks_and_computes_the_same_is_divided(combine: Callable[..., Tensor]) -> None:
     torch.manual_seed(0)
     model = _Asks(combine).double().eval()
@@ -99,6 +104,28 @@ def test_what_asks_and_computes_the_same_is_divided(combine: Callable[..., Tenso
         ids = torch.randint(_VOCAB, (rows, 7))
         for found in contexts[0].group.run(lambda rank, ids=ids: modules[rank](ids)):
             torch.testing.assert_close(found, model(ids))
+
+
+def _beyond_a_gap(x: Tensor, y: Tensor) -> Tensor:
+    if x.shape[0] > 8:
+        assert x.shape[0] > 9
+        return x - y
+    return x + y
+
+
+def _fails_on_shapes(x: Tensor, y: Tensor) -> Tensor:
+    if x.shape[0] > 8:
+        return x - y * float(y.max())
+    return x + y
+
+
+@pytest.mark.parametrize("combine", [_beyond_a_gap, _fails_on_shapes])
+def test_a_number_of_rows_that_forward_does_not_take_hides_no_other(
+    combine: Callable[..., Tensor],
+) -> None:
+    with pytest.raises(PortError) as refused:
+        capture(_Asks(combine))
+    assert refused.value.reasons[0].code is ReasonCode.DEPENDS_ON_BATCH
 
 
 class _Rows(_Asks):

@@ -261,6 +261,39 @@ def test_what_the_first_call_leaves_beside_the_model_is_no_more_than_a_memory() 
         assert refuse_counted_calls(clone_for_capture(make().eval()))
 
 
+class Keeps(Tiny):
+    """A memory beside the model, and a cache of its own that every call writes to."""
+
+    kept: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.zeros(4, 64, 61), persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows, length = ids.shape
+        NESTED.setdefault("table", {})
+        self.kept[:rows, :length] = super().forward(ids)
+        return self.kept[:rows, :length]
+
+
+class ReadsBefore(Keeps):
+    """What the call before has written there."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        before = self.kept[: ids.shape[0], : ids.shape[1]].clone()
+        return super().forward(ids) + before
+
+
+def test_what_every_call_writes_over_is_no_other_step() -> None:
+    model = clone_for_capture(Keeps().eval())
+    assert refuse_counted_calls(model)
+    assert not model.kept.any() and "table" not in NESTED
+    with pytest.raises(PortError) as error:
+        capture(ReadsBefore().eval())
+    assert error.value.reasons[0].code is ReasonCode.MUTATED_STATE
+
+
 class Logs(Tiny):
     """Counts, and keeps what it saw; nothing of it is read for the logits."""
 

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from fxport.capture.dynamo import Lowered, lower, lowered_graphs
 from fxport.capture.inputs import GraphInput, InputKind
 from fxport.errors import ReasonCode
+from fxport.passes.pipeline import PipelineResult, training_pipeline
 
 aten = torch.ops.aten
 
@@ -385,3 +386,25 @@ def test_a_shape_changed_in_place_leaves_the_graph_alone() -> None:
     assert decision.reason is not None
     assert decision.reason.code is ReasonCode.MUTATED_IN_PLACE
     assert recorder.lowered[0].graph is recorder.originals[0]
+
+
+def test_no_pass_looks_at_a_graph_that_was_left_alone() -> None:
+    def part(x: Tensor) -> Tensor:
+        y = x.sin()
+        y.t_()
+        return y.contiguous()
+
+    def fn(x: Tensor, w: Tensor) -> Tensor:
+        return checkpoint(part, x @ w, use_reentrant=False)
+
+    def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        lowered = lower(gm)
+        assert lowered.graph is gm
+        before = str(gm.graph)
+        assert training_pipeline(lowered.graph) == PipelineResult((), ())
+        assert str(gm.graph) == before
+        return aot_eager(gm, example_inputs)
+
+    x, w = leaves((4, 4), (4, 4))
+    result = torch.compile(fn, backend=backend)(x, w)
+    torch.testing.assert_close(result, fn(x, w))
