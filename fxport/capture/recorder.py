@@ -181,11 +181,9 @@ class Recorder(TorchDispatchMode):
     def _version_of(self, result: torch.Tensor, step: Step) -> int:
         """A view gets the version of what it views only after this operation."""
         memory = result.untyped_storage()._cdata
-        for one in step.given:
-            if isinstance(one, Constant) and one.value is not None:
-                if one.value.untyped_storage()._cdata == memory:
-                    return one.version
-        return self._version(result)
+        held = [one for one in step.given if isinstance(one, Constant) and one.value is not None]
+        viewed = (c.version for c in held if c.value.untyped_storage()._cdata == memory)  # type: ignore[union-attr]
+        return next(viewed, self._version(result))
 
     def _shapes(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if torch.Tag.inplace_view in func.tags:

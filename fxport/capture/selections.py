@@ -289,6 +289,9 @@ class Selections(TorchFunctionMode):
         asked = emptiness(node)
         if asked is None or asked.class_axis is not None:
             return NotImplemented
+        if (places := self._stored.places(node)) is not None:
+            mark_unwritten(mask, origin=True)
+            return tuple(torch.tensor(p, dtype=torch.int64, device=mask.device) for p in places)
         self._sorts.selects(asked)
         if self._is_empty(asked, mask):
             return tuple(_no_rows(mask) for _ in range(mask.dim()))

@@ -2,6 +2,7 @@
 
     if self.freqs_cos[0, 0] == 0: ...        answered by the buffer `freqs_cos`
     scale = self.scale.item()                a number
+    y[:, self.is_rotated] = x                y[:, [0, 1, 2, ...]] = x
 
 Parameters are trained, so nothing is known of them. What forward writes to is refused by
 `unwritten`, on the whole graph: another call would be told something else. Where sizes are plain
@@ -51,6 +52,14 @@ class StoredValues:
         with _real():
             number: bool | int | float = value.item()
         return number
+
+    def places(self, node: fx.Node) -> list[list[int]] | None:
+        """Where a mask holds, axis by axis; None where nobody knows."""
+        value = self._of(node)
+        if value is None or value.dtype != torch.bool:
+            return None
+        with _real():
+            return [axis.tolist() for axis in value.nonzero(as_tuple=True)]
 
     def _of(self, node: fx.Node) -> Tensor | None:
         pending = [node]

@@ -1,7 +1,7 @@
 """How every known op carries axes from its inputs to its output.
 
 An op without a rule is refused: nothing is assumed of it. Ops that ATen tags as pointwise need
-no entry. The rules are in `rules_shape` and `rules_compute`.
+no entry. The rules are in `rules_shape`, `rules_compute` and `rules_places`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fxport.capture.arguments import arguments
 from fxport.errors import ReasonCode
 from fxport.passes.axes import Axes, Refusal, Symbols, join
 from fxport.passes.constants import is_symbolic
-from fxport.passes.tokens import rules_compute, rules_shape
+from fxport.passes.tokens import rules_compute, rules_places, rules_shape
 from fxport.passes.tokens.call import RULES, Call
 from fxport.passes.tokens.weights import is_function
 
@@ -24,7 +24,7 @@ __all__ = ["has_rule", "is_pointwise", "may_be_saved", "propagate"]
 aten = torch.ops.aten
 
 # Importing them is what fills the table.
-RULE_MODULES = (rules_shape, rules_compute)
+RULE_MODULES = (rules_shape, rules_compute, rules_places)
 
 
 def may_be_saved(target: Any) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxport.capture.export import capture
+from fxport.capture.inputs import graph_input
 from fxport.errors import PortError
 
 Forward = Callable[["Asking", Tensor], Tensor]
@@ -27,6 +28,7 @@ class Asking(nn.Module):
         self.register_buffer("scale", torch.tensor(0.5))
         self.register_buffer("steps", torch.tensor(3))
         self.register_buffer("ready", torch.tensor(False))
+        self.register_buffer("even", torch.arange(8) % 2 == 0)
         self.gain = nn.Parameter(torch.tensor(0.5))
         self.ask = ask
 
@@ -61,15 +63,26 @@ def beside_a_plain_length(model: Asking, x: Tensor) -> Tensor:
     return x * (2.0 if int(x.shape[1]) > 0 and model.table[0, 0] != 0 else 1.0)
 
 
-@pytest.mark.parametrize("ask", [rebuilt_if_lost, number, loop, whole_table, beside_a_plain_length])
+def at_features(model: Asking, x: Tensor) -> Tensor:
+    """In loralib they are kept in no buffer."""
+    y = x.new_zeros(*x.shape[:-1], 8).view(-1, 8)
+    y[:, model.even] = x.reshape(-1, 8)[:, :4]
+    y[:, ~model.even] += x[..., model.even].view(-1, 4)
+    return y.view_as(x)
+
+
+ASKED = [rebuilt_if_lost, number, loop, whole_table, beside_a_plain_length, at_features]
+
+
+@pytest.mark.parametrize("ask", ASKED)
 def test_the_buffer_answers(ask: Forward) -> None:
     model = Asking(ask).eval()
     graph = capture(model).graph
     values = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     ids = torch.randint(0, 29, (3, 19))
-    given = [
-        values.get(n.meta["input"].name, ids) for n in graph.graph.find_nodes(op="placeholder")
-    ]
+    inputs = [graph_input(n) for n in graph.graph.find_nodes(op="placeholder")]
+    made = {i.name: i.value for i in inputs if i.value is not None}
+    given = [values.get(i.name, made.get(i.name, ids)) for i in inputs]
     with torch.no_grad():
         torch.testing.assert_close(graph(*given), model(ids), rtol=0, atol=0)
 
@@ -95,6 +108,14 @@ def written_before(model: Asking, x: Tensor) -> Tensor:
     return x if model.steps == 4 else 2 * x
 
 
+def features_written_after(model: Asking, x: Tensor) -> Tensor:
+    y = x.clone()
+    y[..., model.even] = 0.5
+    z = y + x.new_zeros(8).index_put((model.even,), x.new_ones(()))
+    model.even.logical_not_()
+    return z
+
+
 def another_each_time(model: Asking, x: Tensor) -> Tensor:
     return x if torch.rand_like(model.scale) > 2 else 2 * x
 
@@ -110,7 +131,7 @@ def of_the_rows_as_a_number(model: Asking, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "ask",
     [
-        parameter, written_after, written_through_a_view, written_before,
+        parameter, written_after, features_written_after, written_through_a_view, written_before,
         another_each_time, of_the_length, of_the_rows_as_a_number,
     ],
 )  # fmt: skip

@@ -36,6 +36,8 @@ class Base(nn.Module):
         self.wpe = nn.Embedding(64, C)
         self.gain = nn.Parameter(torch.rand(1, C, 1))
         self.register_buffer("pe", torch.randn(1, 64, C))
+        self.register_buffer("places", torch.tensor([5, 2, 11]))
+        self.register_buffer("chosen", torch.arange(C) % 3 > 0)
         self.register_buffer("inv_freq", 1.0 / 100 ** (torch.arange(0, C, 2).float() / C))
 
     def forward(self, idx):
@@ -182,7 +184,31 @@ def a_kernel_made_of_tokens(self, x, idx):
     return x * scores.mean(1)[..., None]
 
 
+def written_into_the_first_token(self, x, idx):
+    y = torch.zeros_like(x)
+    y[:, self.places[:1] * 0] = x[:, :1]  # HERE
+    return x + y
+
+
+def written_where_tokens_say(self, x, idx):
+    table = self.pe[0].clone()
+    table[idx] = x  # HERE
+    return x + table[0]
+
+
+def added_along_tokens(self, x, idx):
+    return x.index_add(1, torch.arange(x.shape[1]), x)  # HERE
+
+
+def added_where_tokens_say(self, x, idx):
+    return x + x.new_zeros(V, C).index_add(0, idx[0], x[0])[0]  # HERE
+
+
 MIXING = [
+    (written_into_the_first_token, ReasonCode.MIXES_TOKENS),
+    (written_where_tokens_say, ReasonCode.MIXES_TOKENS),
+    (added_along_tokens, ReasonCode.MIXES_TOKENS),
+    (added_where_tokens_say, ReasonCode.MIXES_TOKENS),
     (moved_by_padding, ReasonCode.MIXES_TOKENS),
     (a_kernel_made_of_tokens, ReasonCode.MIXES_TOKENS),
     (einsum_with_dots_over_tokens, ReasonCode.MIXES_TOKENS),
@@ -229,6 +255,25 @@ def test_mixing_is_refused_at_its_line(between, code):
     assert found.location.file == __file__
     assert "# HERE" in linecache.getline(__file__, found.location.line), str(found)
     assert found.code is code, str(found)
+
+
+def written_at_a_mask_of_features(self, x, idx):
+    """As in loralib's MergedLinear."""
+    y = x.new_zeros(*x.shape[:-1], C).view(-1, C)
+    y[:, self.chosen] = x.reshape(-1, C)[:, : C - C // 3]
+    return y.view_as(x)
+
+
+def written_at_features(self, x, idx):
+    y = torch.zeros_like(x)
+    y[..., self.places] = x[..., :3]
+    y[..., self.places] += self.inv_freq[:3]
+    return x + y
+
+
+def copied_to_features(self, x, idx):
+    y = x.index_copy(-1, self.places, x[..., :3]).index_fill(-1, self.places[:1], 0.5)
+    return y.index_add(2, self.places, x[..., -3:])
 
 
 def learned(self, x, idx):
@@ -413,6 +458,7 @@ LOCAL = [
     (buffer_rows, 1), (narrowed, 1), (narrowed_to_all, 1), (on_the_fly, 1),
     (einsum_angles, 1), (like_zeros, 0),
     (squeezed_by_name, 0), (squeezed_gain, 0),
+    (written_at_a_mask_of_features, 0), (written_at_features, 0), (copied_to_features, 0),
     (folded, 0), (time_first, 0), (per_head, 0), (routed, 0), (in_place, 0),
     (diagonals, 0),
 ]  # fmt: skip
@@ -446,6 +492,62 @@ def test_a_recurrent_cell_may_not_run_along_tokens(rows, weight, found):
         return
     with pytest.raises(Refusal):
         propagate(cell, {x: rows, w: weight}, symbols)
+
+
+B, T = (Axis.BATCH,), (Axis.TOKEN,)
+PUTS = [  # where, dtype of the places, their axes, those of the values, whether it is local
+    ((B, T, (6,)), 2, torch.int64, ((3,),), (B, T, (3,)), True),
+    ((B, T, (6,)), 2, torch.int64, ((3,),), ((3,),), True),
+    ((T, (6,)), 1, torch.int64, ((2,), (3,)), (T, (2,), (3,)), True),
+    ((B, (2,), (3,)), 1, torch.bool, ((2,), (3,)), (B, (4,)), True),
+    ((B, (2,), (3,)), 1, torch.int64, ((5,),), (B, (5,), (3,)), True),
+    ((B, T, (6,)), 1, torch.int64, ((2,),), (B, (2,), (6,)), False),
+    ((T, (2,), (3,)), 0, torch.bool, (T, (2,)), ((4,), (3,)), False),
+    ((B, T, (6,)), 2, torch.int64, (T,), (B, T, T), False),
+    ((T, B, (6,)), 2, torch.int64, ((3,),), (B, T, (3,)), False),
+]
+
+
+@pytest.mark.parametrize(("into", "at", "dtype", "places", "values", "local"), PUTS)
+def test_writing_at_places_is_local_along_features(into, at, dtype, places, values, local):
+    graph = torch.fx.Graph()
+    y, index, x = map(graph.placeholder, ("y", "index", "x"))
+    index.meta["val"] = torch.empty((), dtype=dtype)
+    indices = [None] * at + [index]
+    put = graph.call_function(torch.ops.aten.index_put.default, (y, indices, x))
+    axes = {y: into, index: places, x: values}
+    symbols = Symbols(*sympy.symbols("b t"))
+    if local:
+        assert propagate(put, axes, symbols) == into
+    else:
+        with pytest.raises(Refusal):
+            propagate(put, axes, symbols)
+
+
+COPIES = [
+    ((T, (6,)), 1, ((2,),), (T, (2,)), True),
+    (((6,), T), 0, ((2,),), ((2,), T), True),
+    ((T, (6,)), 0, ((2,),), ((2,), (6,)), False),
+    (((6,), (8,)), 0, (T,), ((), (8,)), False),
+    (((6,), (8,)), 0, ((2,),), (T, (8,)), False),
+    ((T, (6,)), 1, ((2,),), (B, (2,)), False),
+]
+
+
+@pytest.mark.parametrize("name", ["index_copy", "index_add"])
+@pytest.mark.parametrize(("into", "dim", "places", "values", "local"), COPIES)
+def test_copying_to_places_is_local_along_features(name, into, dim, places, values, local):
+    graph = torch.fx.Graph()
+    y, index, x = map(graph.placeholder, ("y", "index", "x"))
+    target = getattr(torch.ops.aten, name).default
+    copied = graph.call_function(target, (y, dim, index, x))
+    axes = {y: into, index: places, x: values}
+    symbols = Symbols(*sympy.symbols("b t"))
+    if local:
+        assert propagate(copied, axes, symbols) == into
+    else:
+        with pytest.raises(Refusal):
+            propagate(copied, axes, symbols)
 
 
 def test_every_second_position_is_a_table():
