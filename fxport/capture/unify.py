@@ -245,7 +245,10 @@ class _Unifier:
         if not all(_begins_with(whole, value) for value in values):
             ending = next((a for a in grows if all(_ends_with(whole, v, a) for v in values)), None)
             if ending is None:
-                raise PortError([self._refusal(nodes[0], "a constant", longer=bool(grows))])
+                same = self._same_up_to(values) if grows else None
+                raise PortError(
+                    [self._refusal(nodes[0], "a constant", longer=bool(grows), same=same)]
+                )
             starts[ending] = whole.shape[ending] - sizes[ending]
         table = self.emitter.table(whole, nodes)
         for axis, start in starts.items():
@@ -268,15 +271,30 @@ class _Unifier:
             value = row
         return value
 
-    def _refusal(self, node: fx.Node, what: str, *, longer: bool = False) -> Reason:
+    def _same_up_to(self, values: list[torch.Tensor]) -> int | None:
+        """The longest sample that, with all shorter ones, would have given one table."""
+        lengths = [s.length for s in self.samples]
+        for length in sorted(set(lengths), reverse=True)[1:]:
+            known = [(n, v) for n, v in zip(lengths, values, strict=True) if n <= length]
+            whole = next(v for n, v in known if n == length)
+            if len({n for n, _ in known}) > 2 and all(_begins_with(whole, v) for _, v in known):
+                return length
+        return None
+
+    def _refusal(
+        self, node: fx.Node, what: str, *, longer: bool = False, same: int | None = None
+    ) -> Reason:
         sizes = list(dict.fromkeys(f"{s.batch} x {s.length}" for s in self.samples))
         inputs = ", ".join(sizes if len(sizes) <= _NAMED else [*sizes[: _NAMED - 1], "..."])
         so = "is not the beginning of what longer sequences use" if longer else "differs"
+        hint = "what is computed for a token must not depend on the number of tokens or rows"
+        if same is not None:
+            hint += f"; up to {same} tokens this does not: max_seq_len={same} takes these alone"
         return Reason(
             ReasonCode.DEPENDS_ON_LENGTH,
             f"{what} {so} between inputs of {inputs} tokens (rows x length)",
             next((at for n in (node, *node.users) if (at := user_location(n))), None),
-            "what is computed for a token must not depend on the number of tokens or rows",
+            hint,
         )
 
 

@@ -75,3 +75,28 @@ def test_a_table_that_longer_sequences_do_not_begin_with() -> None:
     model = Model(lambda m, x, n: x + torch.tensor([[i / n] for i in range(n)]))
     start = "a constant is not the beginning of what longer sequences use between inputs of"
     assert refused(model).startswith(start)
+
+
+def test_where_shorter_sequences_have_one_table_that_length_is_named() -> None:
+    def scaled(model: Model, x: Tensor, length: int) -> Tensor:
+        angles = torch.arange(length) / (1.0 if length <= 53 else length / 53)
+        return x + angles[:, None].cos()
+
+    clone = clone_for_capture(Model(scaled).eval())
+    sizes = ((2, 37), (3, 53), (4, 41), (1, 29), (2, 54))
+    samples = [take_sample(clone, *size) for size in sizes]
+    with pytest.raises(PortError) as caught:
+        unify(samples, take_sample(clone, 2, 61))
+    (reason,) = caught.value.reasons
+    assert "max_seq_len=53" in reason.hint
+    unify([s for s in samples if s.length <= 53], samples[1])
+
+
+def test_where_every_length_has_a_table_of_its_own_none_is_named() -> None:
+    def shared(model: Model, x: Tensor, length: int) -> Tensor:
+        return x + torch.tensor([[i / length] for i in range(length)])
+
+    clone = clone_for_capture(Model(shared).eval())
+    with pytest.raises(PortError) as caught:
+        unify([take_sample(clone, *size) for size in SIZES], take_sample(clone, 2, 61))
+    assert "max_seq_len" not in caught.value.reasons[0].hint
