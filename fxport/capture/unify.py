@@ -289,7 +289,7 @@ class _Unifier:
         so = "is not the beginning of what longer sequences use" if longer else "differs"
         hint = "what is computed for a token must not depend on the number of tokens or rows"
         if same is not None:
-            hint += f"; up to {same} tokens this does not: max_seq_len={same} takes these alone"
+            hint += f"; up to {same} tokens it does not: max_seq_len={same} takes these alone"
         return Reason(
             ReasonCode.DEPENDS_ON_LENGTH,
             f"{what} {so} between inputs of {inputs} tokens (rows x length)",
