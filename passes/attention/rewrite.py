@@ -69,6 +69,7 @@ from fxport.passes.attention.unread import Unread, may_be_unread, unread_scores
 from fxport.passes.attention.views import is_pointwise, moved_input
 from fxport.passes.attention.vmapped import vmapped_softmaxes
 from fxport.passes.attention.written import hold_what_is_written
+from fxport.passes.attention.zero_keys import zero_keys_as_sinks
 from fxport.passes.graph_facts import GraphFacts, erase_dead, erase_if_unused
 from fxport.passes.inplace import without_inplace
 from fxport.passes.masks.prover import Prover
@@ -222,6 +223,28 @@ def _rewrite(
     check_scores: bool,
     assume_spread: bool,
 ) -> tuple[AttentionSite, list[Decision]]:
+    emitter = _emitter(gm, match)
+    try:
+        return _rewritten(emitter, facts, prover, match, check_scores, assume_spread)
+    except Left:
+        emitter.undo()
+        raise
+
+
+def _emitter(gm: fx.GraphModule, match: Match) -> Emitter:
+    traced = [s.node for trace in (match.q, match.k, match.v) for s in trace]
+    return Emitter(gm, match.output, [*traced, *match.interior])
+
+
+def _rewritten(
+    emitter: Emitter,
+    facts: GraphFacts,
+    prover: Prover,
+    match: Match,
+    check_scores: bool,
+    assume_spread: bool,
+) -> tuple[AttentionSite, list[Decision]]:
+    match = zero_keys_as_sinks(emitter, facts, prover, match)
     _check_unwritten(facts, match)
     moves = [*match.q[1:], *match.k[1:], *match.v[1:]]
     moves += trace(match.sinks[0])[1:] if isinstance(match.sinks, tuple) else ()
@@ -229,18 +252,12 @@ def _rewrite(
     frame = frame_of(match)
     plan = plan_masks(prover, facts, match, frame, assume_spread=assume_spread)
     _check_blocks(match, plan)
-    traced = [s.node for trace in (match.q, match.k, match.v) for s in trace]
-    emitter = Emitter(gm, match.output, [*traced, *match.interior])
-    try:
-        call, replacement, site = _emit(emitter, match, frame, plan, check_scores)
-    except Left:
-        emitter.undo()
-        raise
+    call, replacement, site = _emit(emitter, match, frame, plan, check_scores)
     call.meta["attention"] = site
     facts.add(emitter.made, match.output)
     match.output.replace_all_uses_with(replacement)
     _loosen_views(replacement)
-    erase_if_unused(gm, [match.output])
+    erase_if_unused(emitter.gm, [match.output])
     return site, mask_decisions(match, plan, site)
 
 

@@ -80,7 +80,8 @@ def test_sinks_and_slopes_reach_the_attention_layers():
 def test_sinks_that_are_numbers_are_saved_with_the_layers(tmp_path):
     port = fxport.port(OffByOne())
     found = [layer.sinks for layer in port.serving.attention]
-    assert found == [*[(0.0,) * 3] * 4, "layers.4.softmax.sink"]
+    none = (0.0,) * 3
+    assert found == [*[none] * 4, "layers.4.softmax.sink", none, none]
     read = read_serving(port.save(tmp_path), has_rule, torch.float32, torch.device("cpu"))
     assert read.attention == port.serving.attention
 

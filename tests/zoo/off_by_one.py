@@ -1,4 +1,7 @@
-"""Softmax off by one: a score of 0 without a value stands beside the keys; a spelling a layer."""
+"""Softmax off by one: a score of 0 without a value stands beside the keys; a spelling a layer.
+
+Or a key of zeros with a value of zeros, which is the same.
+"""
 
 from collections.abc import Callable
 
@@ -53,14 +56,39 @@ class Learned(nn.Module):
         return torch.cat((scores, self.sink.expand(b, -1, t, 1)), -1).softmax(-1)[..., :-1]
 
 
+class ZeroKeys(Attention):
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__(dim, heads, F.softmax)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, c = x.shape
+        q, k, v = self.qkv(x).view(b, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        k, v = (F.pad(y, (0, 0, 1, 0), value=0.0) for y in (k, v))
+        scores = torch.einsum("bhid,bhjd->bhij", q, k) * q.size(-1) ** -0.5
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(2)
+        scores = scores.masked_fill(future, -torch.finfo(scores.dtype).max)
+        found = torch.einsum("bhij,bhjd->bihd", scores.softmax(-1), v)
+        return self.out(found.reshape(b, t, c))
+
+
+class Torchs(nn.Module):
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.of = nn.MultiheadAttention(dim, heads, batch_first=True, add_zero_attn=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        future = torch.ones(x.size(1), x.size(1), dtype=torch.bool, device=x.device).triu(1)
+        found: Tensor = self.of(x, x, x, attn_mask=future, need_weights=False)[0]
+        return found
+
+
 class OffByOne(nn.Module):
     def __init__(self, vocab: int = 101, dim: int = 96, heads: int = 3, max_len: int = 128) -> None:
         super().__init__()
         self.tokens, self.places = nn.Embedding(vocab, dim), nn.Embedding(max_len, dim)
-        self.layers = nn.ModuleList(
-            Attention(dim, heads, softmax)
-            for softmax in (padded, concatenated, plain, shifted, Learned(heads))
-        )
+        softmaxes = (padded, concatenated, plain, shifted, Learned(heads))
+        layers = [Attention(dim, heads, softmax) for softmax in softmaxes]
+        self.layers = nn.ModuleList([*layers, ZeroKeys(dim, heads), Torchs(dim, heads)])
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, vocab, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
