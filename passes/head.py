@@ -11,7 +11,8 @@ projection (scale, softcap, bias, log_softmax) belongs to the head.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import sympy
 import torch
@@ -26,7 +27,7 @@ from fxport.passes.constants import depends_on
 from fxport.passes.graph_facts import reachable
 from fxport.report import Decision, Outcome
 
-__all__ = ["Head", "between", "find_head", "no_projection"]
+__all__ = ["Head", "as_rewritten", "between", "find_head", "no_projection", "uses_of"]
 
 aten = torch.ops.aten
 _PRODUCTS = {
@@ -90,6 +91,31 @@ def find_head(gm: fx.GraphModule, length: sympy.Symbol) -> Head:
         )
     )
     return Head(hidden, projection, logits, first, tuple(decisions))
+
+
+Uses: TypeAlias = dict[fx.Node, list[tuple[fx.Node, int]]]
+
+
+def uses_of(head: Head) -> Uses:
+    """Where the first values of the head are used: each user, and which of its inputs they are."""
+    return {
+        node: [(user, user.all_input_nodes.index(node)) for user in node.users]
+        for node in (head.hidden, head.start)
+    }
+
+
+def as_rewritten(head: Head, before: Uses) -> Head:
+    """The head after a pass that may have put other nodes there: an attention's result may be it.
+
+    Args:
+        before: the `uses_of` the head before that pass.
+    """
+
+    def now(node: fx.Node) -> fx.Node:
+        left = [user.all_input_nodes[i] for user, i in before[node] if not user._erased]
+        return left[0] if node._erased and left else node
+
+    return replace(head, hidden=now(head.hidden), start=now(head.start))
 
 
 def _choice(

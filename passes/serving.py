@@ -32,7 +32,14 @@ from fxport.passes.experts.loops import run_chosen_experts
 from fxport.passes.experts.products import multiply_by_expert
 from fxport.passes.fixed_keys import attend_to_fixed_keys
 from fxport.passes.functional import functionalise
-from fxport.passes.head import Head, between, find_head, no_projection
+from fxport.passes.head import (
+    Head,
+    as_rewritten,
+    between,
+    find_head,
+    no_projection,
+    uses_of,
+)
 from fxport.passes.known_values import fold_known_values
 from fxport.passes.limits import longest_sequence
 from fxport.passes.lookups import look_up_first
@@ -103,11 +110,13 @@ def lower_for_serving(
         stage.note(head.decisions)
     with recorder.stage("sinks"):
         sinks_as_columns(gm)
+    uses = uses_of(head)
     with recorder.stage("attention") as stage:
         attention = rewrite_attention(gm, assume_spread=True)
         caches = (*caches, *read_by_causal_attention(gm, symbols))
         fixed = attend_to_fixed_keys(gm, symbols)
         stage.note((*attention.decisions, *fixed))
+    head = as_rewritten(head, uses)
     _no_attention_in(head, gm)
     embedding = token_embedding(tokens)
     locality = analyse(gm, symbols, max_seq_len)

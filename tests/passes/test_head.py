@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import fxport
 from fxport.capture.arguments import shape_of
 from fxport.capture.export import capture
 from fxport.errors import PortError, ReasonCode
@@ -148,3 +149,32 @@ def test_two_states_are_refused():
     reason = caught.value.reasons[0]
     assert reason.code is ReasonCode.NO_VOCABULARY
     assert reason.location is not None and reason.location.file == __file__
+
+
+class Attending(nn.Module):
+    """One attention of one head, and its result is the last hidden state."""
+
+    def __init__(self, last):
+        super().__init__()
+        self.emb, self.places = nn.Embedding(V, 32), nn.Embedding(64, 32)
+        self.qkv, self.out, self.last = nn.Linear(32, 96), nn.Linear(32, V), last
+
+    def forward(self, ids):
+        t = ids.shape[1]
+        x = self.emb(ids) + self.places(torch.arange(t, device=ids.device))
+        q, k, v = self.qkv(x).chunk(3, -1)
+        future = torch.ones(t, t, dtype=torch.bool, device=ids.device).triu(1)
+        found = (q @ k.mT / 32**0.5).masked_fill(future, float("-inf")).softmax(-1) @ v
+        return self.out(found[:, -1:] if self.last else found)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_an_attention_may_be_the_last_hidden_state(last):
+    model = Attending(last)
+    port = fxport.port(model)
+    assert len(port.serving.attention) == 1
+    assert port.serving.head.graph.find_nodes(
+        op="call_function", target=torch.ops.aten.linear.default
+    )
+    ids = torch.randint(0, V, (2, 9))
+    torch.testing.assert_close(port.module(ids), model(ids))
