@@ -44,7 +44,8 @@ def adaptations(model: nn.Module) -> tuple[nn.Module, tuple[Decision, ...]]:
     layout = layout_of(model)
     if layout is not Layout.BATCH_FIRST:
         model = as_batch_first(model, layout)
-        detail = f"forward takes {layout}; the port takes [B, T], as vLLM does"
+        gives = " and gives [B, T, V]" if layout is Layout.LOGITS_TIME_FIRST else ""
+        detail = f"forward takes {layout}; the port takes [B, T]{gives}, as vLLM does"
         subject = "layout of the tokens"
         decisions.append(Decision("capture", Outcome.REWRITTEN, subject, detail, location=line))
     return model, tuple(decisions)

@@ -1,6 +1,7 @@
 """Models that take no ``[B, T]``, called as if they did.
 
 tokens [T, B] -> logits [T, B, V]        forward(ids.t()).transpose(0, 1)
+tokens [B, T] -> logits [T, B, V]        forward(ids).transpose(0, 1)
 tokens [T]    -> logits [T, V]           forward(ids[0])[None]      vLLM has one sequence, B = 1
 tokens [1, T], or a loop over the rows   forward(ids[:1])
 
@@ -39,6 +40,7 @@ class Layout(enum.StrEnum):
     ONE_ROW = "[1, T]"
     ROW_BY_ROW = "[B, T], one row after the other"
     TIME_FIRST = "[T, B]"
+    LOGITS_TIME_FIRST = "[B, T] and gives [T, B, V]"
 
 
 def layout_of(model: nn.Module) -> Layout:
@@ -59,6 +61,8 @@ def layout_of(model: nn.Module) -> Layout:
         return Layout.ONE_SEQUENCE
     if (not several and one & {(1, _LENGTH), (_LENGTH,)}) or (_LENGTH,) in one:
         return Layout.ONE_ROW
+    if (_LENGTH, _SEQUENCES) in several and tuple(rows.shape) not in several:
+        return Layout.LOGITS_TIME_FIRST
     if device.type == "meta":
         return Layout.BATCH_FIRST
     if not _takes(clone, rows) and _takes(clone, rows[:1]):
@@ -159,6 +163,10 @@ def _of_time_first(forward: Callable[..., Any], ids: Tensor) -> Any:
     return tree_map(_batch_to_front, plain(forward(ids.t())))
 
 
+def _gives_time_first(forward: Callable[..., Any], ids: Tensor) -> Any:
+    return tree_map(_batch_to_front, plain(forward(ids)))
+
+
 def _batch_to_front(value: Any) -> Any:
     return value.transpose(0, 1) if isinstance(value, Tensor) and value.dim() > 1 else value
 
@@ -183,6 +191,7 @@ def _of_one_row(forward: Callable[..., Any], ids: Tensor) -> Any:
 
 _CALLS: dict[Layout, Callable[[Callable[..., Any], Tensor], Any]] = {
     Layout.TIME_FIRST: _of_time_first,
+    Layout.LOGITS_TIME_FIRST: _gives_time_first,
     Layout.ONE_SEQUENCE: _of_one_sequence,
     Layout.ONE_ROW: _of_one_row,
     Layout.ROW_BY_ROW: _of_one_row,

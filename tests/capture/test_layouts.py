@@ -38,6 +38,23 @@ def test_time_first(name: str) -> None:
         torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-12)
 
 
+def test_logits_with_time_first() -> None:
+    torch.manual_seed(5)
+    model = time_first.GivenTimeFirst().double().eval()
+    port = fxport.port(model)
+    layouts = [d.detail for d in port.report.decisions if d.subject == "layout of the tokens"]
+    assert layouts == [
+        "forward takes [B, T] and gives [T, B, V]; the port takes [B, T] and gives [B, T, V], "
+        "as vLLM does"
+    ]
+    packed = PackedModel(port.serving, port.parameters)
+    sequences = [torch.randint(0, VOCAB, (n,)) for n in (1, 13, 2, 50)]
+    for sequence, found in zip(sequences, packed(sequences), strict=True):
+        with torch.no_grad():
+            expected = model(sequence[None])[:, 0]
+        torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", time_first.BATCH_FIRST)
 def test_the_last_state_has_a_row_for_each_token(name: str) -> None:
     """However the model has it: `PackedModel` cuts as vLLM does."""
@@ -88,6 +105,7 @@ def test_verify_and_explain_know_the_layout(tmp_path: Path) -> None:
 CODES = {
     "time first, no mask": ReasonCode.NOT_CAUSAL,
     "time first, over the batch": ReasonCode.POSITION_UNKNOWN,  # taken for [B, T]: columns mix
+    "taken time first": ReasonCode.POSITION_UNKNOWN,
 }
 
 

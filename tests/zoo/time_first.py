@@ -70,6 +70,20 @@ class Inside(Folded):
         return super().forward(ids.t()).transpose(0, 1)
 
 
+class GivenTimeFirst(Inside):
+    """``[B, T]`` for the caller, ``[T, B, V]`` out."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids).transpose(0, 1)
+
+
+class TakenTimeFirst(Folded):
+    """``[T, B]`` for the caller, ``[B, T, V]`` out."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids).transpose(0, 1)
+
+
 class FlatHead(Folded):
     """``[B, T]``; the logits of all tokens in one product of matrices."""
 
@@ -105,4 +119,5 @@ BATCH_FIRST: dict[str, Callable[[], nn.Module]] = {
 REFUSED: dict[str, Callable[[], nn.Module]] = {
     "time first, no mask": lambda: WordLanguageModel(masked=False),
     "time first, over the batch": lambda: Folded(OverTheBatch),
+    "taken time first": TakenTimeFirst,
 }
