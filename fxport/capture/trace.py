@@ -237,7 +237,17 @@ def explain_failure(error: Exception) -> Reason:
             hint="serve it with scaled_dot_product_attention and the same mask; training keeps "
             "it: torch.compile(model, backend='vllm_generic')",
         )
-    return Reason(ReasonCode.CAPTURE_FAILED, in_one_line(error), where)
+    hint = _TIME_FIRST if _is_in_time_first_attention(error) else ""
+    return Reason(ReasonCode.CAPTURE_FAILED, in_one_line(error), where, hint)
+
+
+_TIME_FIRST = "nn.MultiheadAttention takes [T, B, C] where it is not made with batch_first=True"
+
+
+def _is_in_time_first_attention(error: Exception) -> bool:
+    """Whether torch's attention raised it, whose layout is not that of the token ids."""
+    calls = (frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(isinstance(m, nn.MultiheadAttention) and not m.batch_first for m in calls)
 
 
 def in_one_line(error: Exception) -> str:

@@ -166,7 +166,8 @@ def _source(node: fx.Node, symbols: Symbols) -> Rows | None:
             raise Refusal(
                 ReasonCode.POSITION_UNKNOWN,
                 "this arange counts along the first axis of the token ids, which is the batch",
-                "take the token ids as [B, T]",
+                "take the token ids as [B, T]; where they are, attention may run along the batch "
+                "(torch's layers do without batch_first=True)",
             )
         raise Refusal(ReasonCode.POSITION_UNKNOWN, "this arange does not count token positions")
     if target in (aten.slice.Tensor, aten.narrow.default):

@@ -117,6 +117,34 @@ def test_other_models_that_take_time_first_are_refused(name: str) -> None:
     assert caught.value.reasons[0].location is not None
 
 
+class Forgotten(nn.Module):
+    """``[B, T]``, and torch's attention is not told so."""
+
+    def __init__(self, batch_first: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, 32)
+        self.attention = nn.MultiheadAttention(32, 2, batch_first=batch_first)
+        self.head = nn.Linear(32, VOCAB)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        mask = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)
+        found: torch.Tensor = self.attention(x, x, x, attn_mask=mask)[0]
+        return self.head(x + found[:, :, :32])
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_what_torch_s_attention_was_not_told_is_said(batch_first: bool) -> None:
+    model = Forgotten(batch_first).eval()
+    if batch_first:
+        model.attention.embed_dim = 33  # another mistake
+    with pytest.raises(PortError) as caught:
+        fxport.port(model)
+    (reason,) = caught.value.reasons
+    assert reason.code is ReasonCode.CAPTURE_FAILED
+    assert ("batch_first=True" in reason.hint) is not batch_first
+
+
 class Mixed(calls.Decoder):
     """``[B, T]``, and every sequence sees the others."""
 
