@@ -9,6 +9,8 @@ without a guard. What it asks itself (may this be broadcast?) says nothing about
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +23,7 @@ import sympy
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental import sym_node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from fxport.capture import rephrase
@@ -63,6 +66,9 @@ def user_questions() -> Iterator[list[Question]]:
     found: list[Question] = []
     asking: dict[tuple[Any, str], Callable[[Any], sympy.Basic]] = {
         (torch.SymBool, "__bool__"): lambda asked: asked,
+        (torch.SymBool, "__int__"): lambda asked: asked,  # ``1 + (T > 4)``, too
+        (torch.SymFloat, "__bool__"): lambda number: sympy.Ne(number, 0),
+        (torch.SymFloat, "__int__"): lambda number: number,
         (torch.SymInt, "__bool__"): lambda size: sympy.Ne(size, 0),
         (torch.SymInt, "__int__"): lambda size: sympy.Eq(size, 1),
         (torch.SymInt, "__index__"): lambda size: sympy.Eq(size, 1),
@@ -90,7 +96,12 @@ def user_questions() -> Iterator[list[Question]]:
 
 
 def _asking(frame: FrameType) -> FrameType:
-    """The frame that asks; of a call that is said in other words, the one that made it."""
+    """The frame that asks; of a call that is said in other words, the one that made it.
+
+    Arithmetic takes a comparison for a number inside torch, on behalf of the line that has it.
+    """
+    while frame.f_code.co_filename == sym_node.__file__ and frame.f_back is not None:
+        frame = frame.f_back
     if frame.f_code.co_filename == rephrase.__file__:
         while watches(frame) and frame.f_back is not None:
             frame = frame.f_back
@@ -155,13 +166,17 @@ def require_every_batch(
     Raises:
         PortError: it asks, and computes something else.
     """
+    taken = functools.partial(_takes, model, length)
     with quiet():
-        others = _answered_otherwise(questions, rows, lambda n: _takes(model, n, length))
-    if not others:
-        return
+        others = _answered_otherwise(questions, rows, length, taken)
+        if not others:
+            return
+        # Of two samples alone, a 2 and a 1 would be taken for the number of rows.
+        more = (n for n in _EACH if n > _ROWS and n not in others and taken(n))
+        batches = (_ROWS, *others, *itertools.islice(more, 1))
     tried = ", ".join(map(str, others))
     try:
-        unify([take_sample(model, batch, length) for batch in (_ROWS, *others)])
+        unify([take_sample(model, batch, length) for batch in batches])
     except PortError as error:
         raise PortError([_refusal(reason, tried) for reason in error.reasons]) from error
     except NeedsTable as error:
@@ -178,7 +193,7 @@ def _refusal(found: Reason | None, tried: str) -> Reason:
     )
 
 
-def _takes(model: nn.Module, rows: int, length: int) -> bool:
+def _takes(model: nn.Module, length: int, rows: int) -> bool:
     """False where a line of the user's refuses so many rows, by shapes alone.
 
     assert B <= self.max_batch_size         beyond it forward computes nothing
@@ -195,11 +210,16 @@ def _takes(model: nn.Module, rows: int, length: int) -> bool:
 
 
 def _answered_otherwise(
-    questions: list[Question], rows: sympy.Symbol, taken: Callable[[int], bool]
+    questions: list[Question], rows: sympy.Symbol, length: int, taken: Callable[[int], bool]
 ) -> list[int]:
-    """Numbers of rows that forward takes, for which a question has another answer than for two."""
+    """Numbers of rows that forward takes, for which a question has another answer than for two.
+
+    Args:
+        length: where a question is about the number of tokens, too.
+    """
     found: list[int] = []
-    for question in dict.fromkeys(q.asked for q in questions):
+    for asked in dict.fromkeys(q.asked for q in questions):
+        question = asked.subs(dict.fromkeys(asked.free_symbols - {rows}, length))
         if question.free_symbols != {rows}:
             continue
         here = answer(question, rows, _ROWS)

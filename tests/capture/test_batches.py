@@ -59,7 +59,37 @@ def _causal_rows(x: Tensor, y: Tensor) -> Tensor:
     return y + F.scaled_dot_product_attention(x, x, x, is_causal=x.shape[0] > 1)
 
 
+def _in_arithmetic(x: Tensor, y: Tensor) -> Tensor:
+    return x + y * (1 + 0.5 * (x.shape[0] > 1))
+
+
+def _as_whole_number(x: Tensor, y: Tensor) -> Tensor:
+    return x + y * (1 + int(x.shape[0] > 1))  # 2 for two rows and 1 for one, as the rows are
+
+
+def _negated(x: Tensor, y: Tensor) -> Tensor:
+    return x + y * (1 + torch.sym_not(x.shape[0] == 1))
+
+
+def _as_key(x: Tensor, y: Tensor) -> Tensor:
+    return x + y * {True: 2.0, False: 1.0}[x.shape[0] > 1]
+
+
+def _half_cut_off(x: Tensor, y: Tensor) -> Tensor:
+    return x + y * (1 + int(x.shape[0] / 2))
+
+
+def _fraction(x: Tensor, y: Tensor) -> Tensor:
+    return x + y if x.shape[0] / 1.0 - 1 else x - y
+
+
+def _of_all_tokens(x: Tensor, y: Tensor) -> Tensor:
+    return x + y if x.shape[0] * x.shape[1] > x.shape[1] else x - y
+
+
+_IN_NUMBERS = [_in_arithmetic, _as_whole_number, _negated, _as_key, _half_cut_off, _fraction]
 _DEPENDING = [_one_row, _more_than_two, _every_third, _far, _as_a_number, _causal_rows]
+_DEPENDING += [*_IN_NUMBERS, _of_all_tokens]
 
 
 @pytest.mark.parametrize("combine", _DEPENDING)
@@ -69,11 +99,8 @@ def test_what_depends_on_the_number_of_rows_is_refused(combine: Callable[..., Te
     (reason,) = refused.value.reasons
     assert reason.location is not None and reason.location.file == __file__
     assert reason.location.line == combine.__code__.co_firstlineno + 1
-    if combine in (
-        _one_row,
-        _far,
-        _as_a_number,
-    ):  # others differ between the lengths that are captured
+    others = (_more_than_two, _every_third, _causal_rows)  # at the lengths that are captured
+    if combine not in others:
         assert reason.code is ReasonCode.DEPENDS_ON_BATCH
 
 
