@@ -34,6 +34,30 @@ class ReturnsNamespace(Decoder):
         return SimpleNamespace(aux=torch.zeros(()), logits=super().forward(ids))
 
 
+class Kept:
+    """No dataclass: one layer's state, and who made it."""
+
+    def __init__(self, owner: nn.Module, state: Tensor) -> None:
+        self.owner, self.state, self.itself = owner, state, self
+
+
+class ReturnsObjects(Decoder):
+    """Beside the logits, in an object that holds them."""
+
+    def forward(self, ids: Tensor) -> Answer:
+        kept = []
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+            kept.append(Kept(block, x[None]))
+        return Answer(self.head(self.norm(x)), kept)
+
+
+class Answer:
+    def __init__(self, logits: Tensor, kept: list[Kept]) -> None:
+        self.logits, self.kept = logits, kept
+
+
 class LossFirst(Decoder):
     def forward(self, ids: Tensor, targets: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
         logits = super().forward(ids)
@@ -58,6 +82,7 @@ class LogProbabilities(Decoder):
 EXACT: dict[str, Callable[[], nn.Module]] = {
     "dataclass": ReturnsDataclass,
     "namespace": ReturnsNamespace,
+    "objects": ReturnsObjects,
     "loss first": LossFirst,
     "cache unused": CacheUnused,
     "log-probabilities": LogProbabilities,
