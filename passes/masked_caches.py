@@ -28,7 +28,7 @@ from fxport.passes.attention.emit import Emitter
 from fxport.passes.axes import Symbols
 from fxport.passes.constants import depends_on, evaluate
 from fxport.passes.functional import drop_whole_slices
-from fxport.passes.masks.prover import FORBIDDEN, hard_limit
+from fxport.passes.masks.effects import FORBIDDEN, hard_limit
 from fxport.report import Decision, Outcome
 
 __all__ = ["read_by_causal_attention", "read_under_masks"]

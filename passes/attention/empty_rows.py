@@ -11,7 +11,7 @@ import math
 from fxport.errors import ReasonCode
 from fxport.passes.attention.bounds import Bounds
 from fxport.passes.attention.site import Left, MaskKind, MaskStep, Match, Shift
-from fxport.passes.masks.prover import hard_limit
+from fxport.passes.masks.effects import hard_limit
 
 __all__ = ["check_emptied", "check_filled", "check_mended", "check_shift"]
 

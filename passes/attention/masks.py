@@ -29,7 +29,8 @@ from fxport.passes.attention.learned import is_learned_product, lowest_of
 from fxport.passes.attention.site import Left, MaskKind, MaskStep, Match
 from fxport.passes.graph_facts import GraphFacts, Source
 from fxport.passes.masks.bands import FULL, Band
-from fxport.passes.masks.prover import Proof, Prover, hard_limit, is_forbidding
+from fxport.passes.masks.effects import Proof, hard_limit, is_forbidding
+from fxport.passes.masks.prover import Prover
 
 __all__ = ["MaskPlan", "plan_masks"]
 

@@ -21,7 +21,7 @@ from fxport.passes.attention.softmax import subtracted_maximum
 from fxport.passes.attention.trace import trace
 from fxport.passes.attention.views import number, overload_packet
 from fxport.passes.graph_facts import GraphFacts, Source
-from fxport.passes.masks.prover import hard_limit, is_forbidding
+from fxport.passes.masks.effects import hard_limit, is_forbidding
 from fxport.passes.masks.values import constant_value
 
 __all__ = ["Scores"]

@@ -27,31 +27,37 @@ class Band:
 
     def matrix(self, rows: int, columns: int) -> Tensor:
         """The mask itself, bool ``[rows, columns]``."""
-        return self._rows(0, rows, rows, columns)
+        return self._at(torch.arange(rows), torch.arange(columns), columns - rows)
 
-    def equals(self, allowed: Tensor) -> bool:
-        """Whether a mask ``[.., rows, columns]`` is this band; needs no other one of its size."""
-        rows, columns = allowed.shape[-2:]
-        for start in range(0, rows, _ROWS):
+    def equals(self, allowed: Tensor, places: Tensor | None = None) -> bool:
+        """Whether a mask ``[.., rows, columns]`` is this band; needs no other one of its size.
+
+        Args:
+            places: which rows and columns of a square mask these are; by default all.
+        """
+        rows, columns = (_places(n, places) for n in allowed.shape[-2:])
+        for start in range(0, len(rows), _ROWS):
             found = allowed[..., start : start + _ROWS, :]
-            if not bool((found == self._rows(start, found.size(-2), rows, columns)).all()):
+            wanted = self._at(rows[start : start + _ROWS], columns, len(columns) - len(rows))
+            if not bool((found == wanted).all()):
                 return False
         return True
 
-    def _rows(self, start: int, count: int, rows: int, columns: int) -> Tensor:
-        """`count` of the rows, from `start` on. (Distances as numbers take eight times a mask.)"""
-        diagonal = torch.arange(start, start + count)[:, None]
-        if self.from_end:
-            diagonal = diagonal + columns - rows
-        column = torch.arange(columns)
-        allowed = torch.ones(count, columns, dtype=torch.bool)
+    def _at(self, rows: Tensor, columns: Tensor, more: int) -> Tensor:
+        """At some rows and columns. (Distances as numbers take eight times a mask.)
+
+        Args:
+            more: columns than rows there are in the whole mask.
+        """
+        row = rows[:, None]
+        diagonal = row + more if self.from_end else row
+        allowed = torch.ones(len(rows), len(columns), dtype=torch.bool)
         if self.lower is not None:
-            allowed &= column >= diagonal + self.lower
+            allowed &= columns >= diagonal + self.lower
         if self.upper is not None:
-            allowed &= column <= diagonal + self.upper
+            allowed &= columns <= diagonal + self.upper
         if self.chunk is not None:
-            row = torch.arange(start, start + count)[:, None]
-            allowed &= row // self.chunk == column // self.chunk
+            allowed &= row // self.chunk == columns // self.chunk
         return allowed
 
     def __str__(self) -> str:
@@ -70,25 +76,35 @@ class Band:
 FULL = Band(None, None)
 
 
-def band_of(allowed: Tensor | None) -> Band | None:
-    """The band or chunks of one that a bool ``[Tq, Tk]`` mask is, or None."""
+def band_of(allowed: Tensor | None, places: Tensor | None = None) -> Band | None:
+    """The band or chunks of one that a bool ``[Tq, Tk]`` mask is, or None.
+
+    Args:
+        places: see `Band.equals`; the first and the last row among them.
+    """
     if allowed is None or not bool(allowed.any()):
         return None
-    rows, columns = allowed.shape
+    at_rows, at_columns = (_places(n, places) for n in allowed.shape)
+    rows, columns = int(at_rows[-1]) + 1, int(at_columns[-1]) + 1
     # The last row shows the lower edge, the first row the upper one.
-    seen = [(i, allowed[i].nonzero().flatten()) for i in range(0, rows, max(rows - 1, 1))]
+    seen = [(int(at_rows[i]), at_columns[allowed[i]]) for i in (0, -1)]
     low = min((int(c[0]) - i for i, c in seen if len(c)), default=0)
     high = max((int(c[-1]) - i for i, c in seen if len(c)), default=0)
     lower = None if low <= 1 - rows else low
     upper = None if high >= columns - 1 else high
     for band in _readings(lower, upper, rows, columns):
-        if band.equals(allowed):
+        if band.equals(allowed, places):
             return band
-    chunk = int(allowed[:, 0].sum())  # whoever sees the first column is in the first chunk
+    first = at_rows[allowed[:, 0]]  # whoever sees the first column is in the first chunk
+    chunk = int(first[-1]) + 1 if len(first) else 0
     for band in (Band(None, 0, chunk=chunk), Band(None, None, chunk=chunk)) if chunk > 1 else ():
-        if band.equals(allowed):
+        if band.equals(allowed, places):
             return band
     return None
+
+
+def _places(count: int, given: Tensor | None) -> Tensor:
+    return torch.arange(count) if given is None else given
 
 
 def _readings(lower: int | None, upper: int | None, rows: int, columns: int) -> list[Band]:

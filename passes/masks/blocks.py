@@ -24,6 +24,7 @@ import torch
 from torch import fx
 
 from fxport.capture.arguments import arguments, shape_of
+from fxport.passes.attention.made import filled_with
 from fxport.passes.attention.views import CASTS, moved_input, overload_packet
 
 __all__ = ["reach_in_blocks"]
@@ -78,8 +79,8 @@ def reach_in_blocks(nodes: Sequence[fx.Node], indices: set[fx.Node], size: int) 
     try:
         for node in sorted(nodes):
             packet = overload_packet(node)
-            if all(isinstance(n, int) for n in shape_of(node)):
-                continue  # `_number` takes none of them
+            if all(isinstance(n, int) for n in shape_of(node)) or filled_with(node) is not None:
+                continue  # `_number` takes what is a number
             if node in indices:
                 known[node] = _linear(node, known, size)
             elif packet in _COMPARISONS:
@@ -169,6 +170,7 @@ def _of(value: Any, known: dict[fx.Node, _Linear], unit: _Unit | None = None) ->
 
 
 def _number(value: Any) -> float:
+    value = filled_with(value) if isinstance(value, fx.Node) else value
     if isinstance(value, int | float) and math.isfinite(value):
         return float(value)
     raise _Unknown

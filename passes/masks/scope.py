@@ -38,21 +38,29 @@ from fxport.passes.masks.reach import (
     unbounded,
 )
 
-__all__ = ["Scope", "scope_of", "upper_bound"]
+__all__ = [
+    "POINTWISE",
+    "RESHAPES",
+    "SHAPES",
+    "Scope",
+    "scope_of",
+    "upper_bound",
+]
 
 aten = torch.ops.aten
 
 MARGIN = 32
 FEW = 300  # lengths that are cheap to try one by one
 
-_POINTWISE = PRODUCTS | {
+POINTWISE = PRODUCTS | {
     aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge,
     aten.add, aten.sub, aten.rsub, aten.neg, aten.abs, aten.logical_and, aten.logical_or,
     aten.logical_not, aten.logical_xor, aten.bitwise_and, aten.bitwise_or, aten.bitwise_not,
     aten.bitwise_xor, aten.where, aten.masked_fill, aten.to, aten._to_copy, aten.clone,
     aten.contiguous, aten.alias, aten.detach, aten.lift_fresh, aten.lift_fresh_copy,
     aten.type_as, aten.minimum, aten.maximum, aten.clamp, aten.clamp_min, aten.clamp_max,
-    aten.__and__, aten.__or__, aten.detach_, aten.exp, aten.log, aten.sqrt, aten.pow, aten.sign,
+    aten.__and__, aten.__or__, aten.__xor__, aten.detach_,
+    aten.exp, aten.log, aten.sqrt, aten.pow, aten.sign,
     aten.fill, aten.relu, aten.nan_to_num, aten.isnan, aten.isinf, aten.isfinite, aten.isneginf,
     aten.isposinf, aten.floor, aten.ceil, aten.trunc,
 }  # fmt: skip
@@ -60,12 +68,12 @@ _FACTORIES = {
     aten.arange, aten.ones, aten.zeros, aten.full, aten.ones_like, aten.zeros_like,
     aten.full_like, aten.new_ones, aten.new_zeros, aten.new_full, aten.scalar_tensor, aten.eye,
 }  # fmt: skip
-_SHAPES = {
+SHAPES = {
     aten.expand, aten.unsqueeze, aten.squeeze, aten.transpose, aten.permute, aten.t,
     aten.expand_as, aten.broadcast_to, aten.mT, aten.numpy_T, aten.adjoint, aten.swapaxes,
     aten.swapdims, aten.movedim, aten.moveaxis,
 }  # fmt: skip
-_RESHAPES = {aten.view, aten.reshape, aten.flatten, aten.view_as, aten.reshape_as}
+RESHAPES = {aten.view, aten.reshape, aten.flatten, aten.view_as, aten.reshape_as}
 _GATHERS = {aten.index, aten.embedding, aten.index_select}
 _PREFIXES = {aten.tril, aten.triu, aten.cumsum}
 _LOOKUPS = {aten.slice, aten.index, aten.select, aten.embedding, aten.index_select, aten.narrow}
@@ -180,7 +188,7 @@ def _is_local(node: fx.Node, symbols: Sequence[sympy.Symbol]) -> bool:
     if node.op in ("placeholder", "get_attr"):
         return True
     packet = overload_packet(node)
-    if packet in _RESHAPES:
+    if packet in RESHAPES:
         before = node.args[0]
         assert isinstance(before, fx.Node)
         return _between_lengths(shape_of(before), symbols) == _between_lengths(
@@ -194,7 +202,7 @@ def _is_local(node: fx.Node, symbols: Sequence[sympy.Symbol]) -> bool:
         return _writes_at_numbers(node)
     if packet is aten.cat:
         return _begins_at_numbers(node)
-    known = (_POINTWISE, _FACTORIES, _SHAPES, _PREFIXES, _LOOKUPS)
+    known = (POINTWISE, _FACTORIES, SHAPES, _PREFIXES, _LOOKUPS)
     if not any(packet in group for group in known):
         return False
     given = arguments(node)

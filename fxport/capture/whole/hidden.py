@@ -138,7 +138,7 @@ def _forbids(hidden: Tensor, number: float, region: Tensor, limit: float) -> boo
 
 
 def _limit(scores: fx.Node) -> float:
-    from fxport.passes.masks.prover import hard_limit
+    from fxport.passes.masks.effects import hard_limit
 
     return hard_limit(scores)
 
