@@ -173,11 +173,10 @@ class _Walk:
         return replace(known, row=factor * (axes == [2]), column=factor * (axes == [1]))
 
     def _bent(self, known: _Number, limits: Sequence[Any]) -> _Number:
+        """Where it is bent nothing jumps: what it is compared with says where that changes."""
         if known.block:
             return known
-        numbers = _whole([v for v in limits if v is not None]) or frozenset({0})
-        ends = _sums(known.offsets, numbers)
-        self._lines(replace(known, offsets=ends))
+        numbers = _whole([v for v in limits if v is not None])
         return replace(known, offsets=_both(known.offsets | numbers), loose=True)
 
     def _in_blocks(self, node: fx.Node, packet: Any, known: _Number, second: Any) -> _Number:

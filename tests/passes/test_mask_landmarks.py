@@ -46,7 +46,7 @@ class Atom:
             "size": lambda: (i - j).abs(),
             "clamped": lambda: (i - j).clamp(max=9),
             "blocks": lambda: i // c - j // c,
-            "shifted blocks": lambda: (i + 2) // c - (j + 1) // c,
+            "shifted blocks": lambda: (i + 6) // c - (j + 1) // c,
             "start": lambda: j - i // c * c,
             "rest": lambda: i - j - i % c,
             "rests": lambda: i % c - j % c,
@@ -88,7 +88,7 @@ def rules(draw: st.DrawFn, block: int, forms: tuple[str, ...]) -> Rule:
 
 @st.composite
 def pairs(draw: st.DrawFn) -> tuple[Rule, Rule, int]:
-    block = draw(st.integers(5, 11))
+    block = draw(st.integers(5, 15))
     forms = FORMS + (BLOCKS if draw(st.booleans()) else ())
     one, other = draw(rules(block, forms)), draw(rules(block, forms))
     change = draw(rules(block, forms))
@@ -234,6 +234,13 @@ NOT_PROVEN = (
     sums_by_differences, twice,
     by_table, every_third,
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", [sums, sums_by_differences, twice, every_third])
+def test_what_has_other_lines_has_no_landmarks(rule: Rule) -> None:
+    graph = trace_directly(Site(lambda x: rule(*_grid(x))), [torch.zeros(50)])
+    (mask,) = graph.graph.output_node().args
+    assert landmarks_of([mask], (50, 50), {}) is None  # type: ignore[list-item]
 
 
 @pytest.fixture
