@@ -263,12 +263,11 @@ def test_a_far_window_is_no_causal_mask(width: int) -> None:
     assert site.params.causal and site.params.window_left == width - 1 and not site.bias
 
 
-def test_a_window_too_far_to_look_at_is_not_claimed() -> None:
+def test_an_edge_too_far_to_look_at_is_not_claimed() -> None:
     def function(qkv: Tensor) -> Tensor:
         q, k, v = heads_first(qkv)
         i = torch.arange(q.size(2))
-        distance = i[:, None] - i[None, :]
-        allowed = (distance >= 0) & (distance < 200_000)
+        allowed = (i[:, None] >= i[None, :]) & (i[:, None] + i[None, :] < 200_000)
         return finish((q @ k.mT).masked_fill(~allowed, float("-inf")).softmax(-1), v)
 
     module = Site(function)
