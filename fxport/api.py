@@ -128,8 +128,19 @@ def port(
     try:
         found, adapted = _as_called(called, max_seq_len)
     except PortError as error:
-        raise (error if example_inputs is not None else unknown_arguments(model, error)) from None
+        refused = error if example_inputs is not None else unknown_arguments(model, error)
+        raise _with_lines(refused, model) from None
     return _of_model(found, model, (*fixed, *adapted))
+
+
+def _with_lines(refused: PortError, model: nn.Module) -> PortError:
+    """What no line is known for is in forward's, or in what it calls."""
+    from fxport.capture.location import forward_line
+
+    line = forward_line(model)
+    return PortError(
+        [r if r.location else dataclasses.replace(r, location=line) for r in refused.reasons]
+    )
 
 
 def _as_called(model: nn.Module, max_seq_len: int | None) -> tuple[Port, tuple[Decision, ...]]:

@@ -404,3 +404,21 @@ def test_a_model_without_attention_is_refused() -> None:
     model = nn.Sequential(nn.Embedding(17, 8), nn.GELU(), nn.Linear(8, 17))
     with pytest.raises(PortError, match="the model has no attention"):
         fxport.port(model, max_seq_len=32)
+
+
+def test_every_reason_has_a_line() -> None:
+    class Alone(nn.Module):
+        """Without attention: nothing in particular is in the way."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(17, 8), nn.Linear(8, 17)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.head(self.table(ids))
+
+    with pytest.raises(PortError, match="no attention") as caught:
+        fxport.port(Alone())
+    for reason in caught.value.reasons:
+        assert reason.location is not None
+        assert reason.location.source == "def forward(self, ids: torch.Tensor) -> torch.Tensor:"
