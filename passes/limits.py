@@ -24,6 +24,7 @@ aten = torch.ops.aten
 
 # Index tensors are evaluated up to this length; a longer table does not bound the model here.
 _HORIZON = 2**17
+_MASKS = (torch.bool, torch.uint8)
 
 
 def longest_sequence(gm: fx.GraphModule, length: sympy.Symbol, limit: int | None) -> int | None:
@@ -31,12 +32,8 @@ def longest_sequence(gm: fx.GraphModule, length: sympy.Symbol, limit: int | None
     varying = _varying(gm)
     horizon = min(limit or _HORIZON, _HORIZON)
     batch = _others(gm, length)
-    for node in gm.graph.nodes:
-        found = _lookup(node)
-        if found is None or found[0] in varying:
-            continue
-        index, rows = found
-        if shape_of(index).count(length) != 1:
+    for index, rows in (found for node in gm.graph.nodes for found in _lookups(node)):
+        if index in varying or shape_of(index).count(length) != 1:
             continue
         dim = shape_of(index).index(length)
         try:
@@ -44,8 +41,9 @@ def longest_sequence(gm: fx.GraphModule, length: sympy.Symbol, limit: int | None
             values = evaluate(index, sizes, _of_these_shapes(index, sizes))
         except ValueError:  # depends on something that has no value
             continue
-        flat = values.movedim(dim, 0).reshape(horizon, -1)
-        outside = ((flat < -rows) | (flat >= rows)).any(dim=1).nonzero()
+        others = [i for i in range(values.dim()) if i != dim]
+        lowest, highest = (values.amin(others), values.amax(others)) if others else (values,) * 2
+        outside = ((lowest < -rows) | (highest >= rows)).nonzero()
         if len(outside):
             limit = min(limit or horizon, int(outside[0]))
             horizon = max(limit, 1)
@@ -87,20 +85,20 @@ def _others(gm: fx.GraphModule, length: sympy.Symbol) -> dict[sympy.Symbol, int]
     return {size: 1 for size in given if isinstance(size, sympy.Symbol) and size != length}
 
 
-def _lookup(node: fx.Node) -> tuple[fx.Node, int] | None:
-    """(index tensor, rows of the table) of a look-up in a table of fixed size."""
+def _lookups(node: fx.Node) -> list[tuple[fx.Node, int]]:
+    """(index tensor, rows of the table) of each look-up in a table of fixed size."""
     if node.target is aten.embedding.default:
         bound = arguments(node)
-        index, rows = bound["indices"], shape_of(bound["weight"])[0]
-    elif node.target is aten.index_select.default:
+        found = [(bound["indices"], shape_of(bound["weight"])[0])]
+    elif node.target in (aten.index_select.default, aten.gather.default):
         bound = arguments(node)
-        index, rows = bound["index"], shape_of(bound["self"])[bound["dim"]]
+        found = [(bound["index"], shape_of(bound["self"])[bound["dim"]])]
     elif node.target is aten.index.Tensor:
         bound = arguments(node)
-        used = [(i, n) for i, n in enumerate(bound["indices"]) if n is not None]
-        if len(used) != 1:
-            return None
-        index, rows = used[0][1], shape_of(bound["self"])[used[0][0]]
+        pairs = zip(bound["indices"], shape_of(bound["self"]), strict=False)
+        found = [(index, rows) for index, rows in pairs if index is not None]
+        if any(index.meta["val"].dtype in _MASKS for index, _ in found):
+            return []  # they pick entries, and may stand for several dimensions
     else:
-        return None
-    return (index, rows) if isinstance(rows, int) else None
+        return []
+    return [(index, rows) for index, rows in found if isinstance(rows, int)]

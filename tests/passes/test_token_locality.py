@@ -589,6 +589,29 @@ def test_limit_of_positions_that_are_repeated_for_every_sequence():
     assert longest_sequence(captured.graph, captured.length, captured.limit) == 61
 
 
+def test_limit_of_other_ways_to_look_up():
+    def gathered(self, x, idx):
+        places = torch.arange(idx.shape[1])[:, None].expand(-1, x.shape[-1])
+        return x + self.wpe.weight.gather(0, places)
+
+    def of_each_row(self, x, idx):
+        places = torch.arange(idx.shape[1])[None, :, None].expand(x.shape)
+        return x + self.wpe.weight[None].expand(idx.shape[0], -1, -1).gather(1, places)
+
+    def with_a_second_index(self, x, idx):
+        both = torch.stack((self.wpe.weight, -self.wpe.weight))
+        return x + both[1, torch.arange(idx.shape[1])]
+
+    def behind_another(self, x, idx):
+        both = torch.stack((self.wpe.weight, -self.wpe.weight))
+        return x + both[torch.ones(1, dtype=torch.long), torch.arange(idx.shape[1]) + 3]
+
+    expected = {gathered: 64, of_each_row: 64, with_a_second_index: 64, behind_another: 61}
+    for between, length in expected.items():
+        captured = capture(type("Model", (Base,), {"between": between})())
+        assert longest_sequence(captured.graph, captured.length, captured.limit) == length
+
+
 def test_limit_of_positions_that_take_the_shape_of_something_else():
     shaped = {
         "ids": lambda n, x, idx: torch.arange(3, n + 3)[None].expand_as(idx),
