@@ -11,6 +11,7 @@ projection (scale, softcap, bias, log_softmax) belongs to the head.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -23,8 +24,10 @@ from fxport.capture.arguments import arguments, shape_of
 from fxport.capture.inputs import InputKind, graph_input
 from fxport.capture.location import module_of, user_location
 from fxport.errors import PortError, Reason, ReasonCode
+from fxport.passes.attention.layout import Size
 from fxport.passes.constants import depends_on
 from fxport.passes.graph_facts import reachable
+from fxport.passes.masks.reach import is_plain_position
 from fxport.report import Decision, Outcome
 
 __all__ = ["Head", "as_rewritten", "between", "find_head", "no_projection", "uses_of"]
@@ -67,12 +70,12 @@ def find_head(gm: fx.GraphModule, length: sympy.Symbol) -> Head:
         PortError: no projection found, or the head does more than token-local work.
     """
     output = next(n for n in gm.graph.nodes if n.op == "output")
-    data = depends_on(gm, InputKind.DATA)
-    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    data, order = _facts(gm)
     sources, decisions = [], []
     while (choice := _choice(output, length, data, order)) is not None:
         sources.append(arguments(choice)["self"])
         decisions.append(_all_positions(gm, choice, output, data))
+        data, order = _facts(gm)
     logits = output.args[0]
     assert isinstance(logits, fx.Node)
     hidden, products = _hidden(_passed_by_all(logits, data, order), logits, data)
@@ -91,6 +94,11 @@ def find_head(gm: fx.GraphModule, length: sympy.Symbol) -> Head:
         )
     )
     return Head(hidden, projection, logits, first, tuple(decisions))
+
+
+def _facts(gm: fx.GraphModule) -> tuple[set[fx.Node], dict[fx.Node, int]]:
+    """What depends on the token ids, and the place of every node."""
+    return depends_on(gm, InputKind.DATA), {node: i for i, node in enumerate(gm.graph.nodes)}
 
 
 Uses: TypeAlias = dict[fx.Node, list[tuple[fx.Node, int]]]
@@ -210,14 +218,14 @@ def _equals_last(index: object, length: sympy.Symbol) -> bool:
 
 
 def _is_last(index: fx.Node) -> bool:
-    """Whether an index tensor is the constant ``[-1]``."""
+    """Whether an index tensor is the constant -1, or holds it alone."""
     node = index
     while node.target in (aten.lift_fresh_copy.default, aten.clone.default, aten.alias.default):
         node = node.all_input_nodes[0]
     if node.op != "placeholder" or graph_input(node).kind is not InputKind.BUFFER:
         return False
     value = graph_input(node).value
-    return value is not None and value.tolist() == [-1]
+    return value is not None and value.flatten().tolist() == [-1]
 
 
 def _all_positions(
@@ -226,11 +234,19 @@ def _all_positions(
     """Removes the choice, and brings the shapes behind it up to date."""
     source = arguments(node)["self"]
     location, module = user_location(node), module_of(node)
-    node.replace_all_uses_with(source)
+    every = _after_the_batch(gm, node, source)
+    shapes = {every: shape_of(node)}  # what the operations behind have seen
+    node.replace_all_uses_with(every)
     gm.graph.erase_node(node)
-    behind = set(between(source, output.args[0], data))  # type: ignore[arg-type]
-    for later in gm.graph.nodes:
-        if later in behind:
+    behind = set(between(every, output.args[0], data))  # type: ignore[arg-type]
+    for later in list(gm.graph.nodes):
+        if later not in behind:
+            continue
+        shapes[later] = shape_of(later)
+        if _squeezes_the_last(later, shapes) or _takes_every_row(later):
+            later.replace_all_uses_with(later.all_input_nodes[0])
+            gm.graph.erase_node(later)
+        else:
             _refresh(later)
     return Decision(
         "head",
@@ -240,6 +256,42 @@ def _all_positions(
         module,
         location,
     )
+
+
+def _after_the_batch(gm: fx.GraphModule, choice: fx.Node, source: fx.Node) -> fx.Node:
+    """`source`, ``[T, B, C]`` of which ``[B, C]`` was selected, as ``[B, T, C]``."""
+    sizes = shape_of(source)
+    if choice.target is not aten.select.int or arguments(choice)["dim"] % len(sizes) != 0:
+        return source
+    if len(sizes) < 2 or isinstance(sizes[1], int):
+        return source
+    order = [1, 0, *range(2, len(sizes))]
+    with gm.graph.inserting_before(choice):
+        turned = gm.graph.call_function(aten.permute.default, (source, order))
+    turned.meta.update(choice.meta)
+    _refresh(turned)
+    return turned
+
+
+def _squeezes_the_last(node: fx.Node, before: Mapping[fx.Node, tuple[Size, ...]]) -> bool:
+    """Whether nothing but the one position that was chosen is squeezed: it is all of them now."""
+    if node.target not in (aten.squeeze.dim, aten.squeeze.dims):
+        return False
+    given = arguments(node)
+    was, now = before[given["self"]], shape_of(given["self"])
+    asked = [given["dim"]] if isinstance(given["dim"], int) else given["dim"]
+    dims = [d % len(was) for d in asked]
+    return len(was) == len(now) and all(was[d] == 1 != now[d] for d in dims)
+
+
+def _takes_every_row(node: fx.Node) -> bool:
+    """``x[arange(B)]``, which is what is left of ``x[arange(B), -1]``."""
+    if node.target is not aten.index.Tensor:
+        return False
+    given = arguments(node)
+    index, rows = given["indices"][0], shape_of(given["self"])[0]
+    alone = len(given["indices"]) == 1 and index is not None
+    return alone and shape_of(index) == (rows,) and is_plain_position(index)
 
 
 def _refresh(node: fx.Node) -> None:

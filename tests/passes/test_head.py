@@ -87,7 +87,32 @@ def last_twice(self, h):
     return self.out(h[:, -1:])[:, -1]
 
 
+def of_each_row(self, h):
+    return self.out(h[torch.arange(h.shape[0]), -1])
+
+
+def narrowed_and_squeezed(self, h):
+    return self.out(h.narrow(1, h.shape[1] - 1, 1)).squeeze(1)
+
+
+def squeezed_before(self, h):
+    return self.out(h[:, -1:].squeeze(1) * 2.0)
+
+
+def time_first(self, h):
+    return self.out(h.transpose(0, 1).tanh()[-1])
+
+
+def time_first_after_projection(self, h):
+    return self.out(h.transpose(0, 1))[-1]
+
+
 LAST = [
+    of_each_row,
+    narrowed_and_squeezed,
+    squeezed_before,
+    time_first,
+    time_first_after_projection,
     last_twice,
     last_before_a_norm,
     last_before_a_norm_by_hand,
@@ -107,7 +132,9 @@ def test_logits_of_every_position(logits):
     captured = capture(model)
     head = find_head(captured.graph, captured.length)
     assert shape_of(head.logits) == (captured.batch, captured.length, V)
-    assert shape_of(head.hidden) == (captured.batch, captured.length, C)
+    turned = logits is time_first_after_projection
+    sizes = (captured.length, captured.batch) if turned else (captured.batch, captured.length)
+    assert shape_of(head.hidden) == (*sizes, C)
     removed = [d for d in head.decisions if "last position" in d.subject]
     assert len(removed) == (2 if logits is last_twice else 1 if logits in LAST else 0)
     ids = torch.randint(0, V, (2, 5))
@@ -124,11 +151,17 @@ def test_logits_of_every_position(logits):
         torch.testing.assert_close(found[:, t - 1], expected)
 
 
-def test_another_position_is_not_the_last():
-    def first(self, h):
-        return self.out(h[:, :1])
+def first(self, h):
+    return self.out(h[:, :1])
 
-    model = type("M", (Model,), {"logits": first})()
+
+def last_row(self, h):
+    return self.out(h[-1])
+
+
+@pytest.mark.parametrize("logits", [first, last_row], ids=lambda f: f.__name__)
+def test_another_position_is_not_the_last(logits):
+    model = type("M", (Model,), {"logits": logits})()
     captured = capture(model)
     head = find_head(captured.graph, captured.length)
     assert not [d for d in head.decisions if "last position" in d.subject]
@@ -165,10 +198,26 @@ class Attending(nn.Module):
         q, k, v = self.qkv(x).chunk(3, -1)
         future = torch.ones(t, t, dtype=torch.bool, device=ids.device).triu(1)
         found = (q @ k.mT / 32**0.5).masked_fill(future, float("-inf")).softmax(-1) @ v
-        return self.out(found[:, -1:] if self.last else found)
+        return self.out(self.last(found))
 
 
-@pytest.mark.parametrize("last", [False, True])
+def test_rows_that_are_not_every_row_are_refused():
+    model = Attending(lambda h: h[torch.arange(h.shape[0]) * 0, -1])
+    with pytest.raises(PortError) as caught:
+        fxport.port(model)
+    assert any(r.location and r.location.file == __file__ for r in caught.value.reasons)
+
+
+ENDS = {
+    "all": lambda h: h,
+    "slice": lambda h: h[:, -1:],
+    "each row": lambda h: h[torch.arange(h.shape[0]), -1],
+    "squeezed": lambda h: h.narrow(1, h.shape[1] - 1, 1).squeeze(1),
+    "time first": lambda h: h.transpose(0, 1)[-1],
+}
+
+
+@pytest.mark.parametrize("last", ENDS.values(), ids=ENDS)
 def test_an_attention_may_be_the_last_hidden_state(last):
     model = Attending(last)
     port = fxport.port(model)
