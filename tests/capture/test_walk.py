@@ -188,12 +188,20 @@ TOGETHER: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("when", TOGETHER.values(), ids=TOGETHER)
-def test_what_is_asked_of_batch_and_length_together_is_seen(when):
-    clone = clone_for_capture(Together(when))
-    limit = trace_symbolically(clone).limit
+def test_what_is_asked_of_batch_and_length_together_is_seen():
+    when = TOGETHER["quotient"]  # of the first length alike for any number of rows
+    limit = trace_symbolically(clone_for_capture(Together(when))).limit
     assert limit is not None and limit < LONGEST
     assert {bool(when(1, n)) for n in range(2, limit + 1)} == {False}
+
+
+@pytest.mark.parametrize("name", ["product", "multiples"])
+def test_what_more_rows_change_together_with_the_length_is_refused(name):
+    with pytest.raises(PortError) as caught:
+        trace_symbolically(clone_for_capture(Together(TOGETHER[name])))
+    reason = caught.value.reasons[0]
+    assert reason.code is ReasonCode.DEPENDS_ON_BATCH
+    assert reason.location is not None and "# HERE" in reason.location.source
 
 
 def test_what_is_asked_of_batch_and_length_together_is_refused_at_its_line():
