@@ -166,7 +166,7 @@ def landmarks_of(
     length = lengths[0]
     if length != lengths[1] or not (isinstance(length, int) or length.is_Symbol):
         return None
-    lines = lines_of(reachable(masks, _inputs), length)
+    lines = lines_of(masks, reachable(masks, _inputs), length)
     if lines is None:
         return None
     count = length if isinstance(length, int) else sizes[length]

@@ -78,11 +78,11 @@ class _Unknown(Exception):
     """It is none of what this module follows."""
 
 
-def lines_of(nodes: Sequence[fx.Node], length: Size) -> Lines | None:
-    """The lines of what `nodes` compute; None if there may be others.
+def lines_of(masks: Sequence[fx.Node], nodes: Sequence[fx.Node], length: Size) -> Lines | None:
+    """The lines of `masks`; None if there may be others.
 
     Args:
-        nodes: what decides the mask; of a value that no position enters, nothing is asked.
+        nodes: what decides them; of a value that no position enters, nothing is asked.
         length: of both dimensions.
     """
     walk = _Walk(length)
@@ -91,6 +91,8 @@ def lines_of(nodes: Sequence[fx.Node], length: Size) -> Lines | None:
             walk.follow(node)
     except _Unknown:
         return None
+    if any(mask in walk.numbers for mask in masks):
+        return None  # what these numbers will be compared with, nobody has said
     return Lines(frozenset(walk.offsets), walk.block)
 
 

@@ -243,6 +243,17 @@ def test_what_has_other_lines_has_no_landmarks(rule: Rule) -> None:
     assert landmarks_of([mask], (50, 50), {}) is None  # type: ignore[list-item]
 
 
+def test_numbers_that_are_the_mask_have_no_landmarks() -> None:
+    """Where it is 0 lies between the lines that are known: at the places it is 1 all over."""
+
+    def strip(i: Tensor, j: Tensor) -> Tensor:
+        return ((i - j - 25).abs() - 2).clamp(min=0, max=1)
+
+    graph = trace_directly(Site(lambda x: strip(*_grid(x))), [torch.zeros(90)])
+    (mask,) = graph.graph.output_node().args
+    assert landmarks_of([mask], (90, 90), {}) is None  # type: ignore[list-item]
+
+
 @pytest.fixture
 def too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every mask."""
