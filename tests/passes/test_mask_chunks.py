@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from attention_graphs import Rewritten, Site, compare, rewrite, trace_directly, trace_training
+from mask_rules import Rule, example, site
 from spellings_base import finish, heads_first
 from torch import Tensor, nn
 
 import fxport
 
-Rule = Callable[[Tensor, Tensor], Tensor]
 C = 8
 
 
@@ -112,21 +110,6 @@ NEAR_MISSES = (
     keys_shifted, both_shifted, other_for_keys, one_key_more, longer_far_out, none_far_out,
     by_the_length, size_by_row, first_chunk_open,
 )  # fmt: skip
-
-
-def site(rule: Rule) -> Site:
-    def masked(qkv: Tensor) -> Tensor:
-        q, k, v = heads_first(qkv)
-        t = torch.arange(q.size(2))
-        s = (q @ k.mT).masked_fill(~rule(t[:, None], t[None, :]), float("-inf"))
-        return finish(s.softmax(-1), v)
-
-    return Site(masked)
-
-
-def example(batch: int, length: int) -> Tensor:
-    generator = torch.Generator().manual_seed(length)
-    return torch.randn(3, batch, length, 4, 6, generator=generator, dtype=torch.float64)
 
 
 def of_any_length(module: Site) -> Rewritten:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -11,15 +10,13 @@ import torch.nn.functional as F
 from attention_graphs import Site, compare, rewrite, trace_directly, trace_training
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mask_rules import Rule, example, site
 from spellings_base import finish, heads_first
 from torch import Tensor
 
 import fxport.passes.masks.prover as prover
 from fxport.passes.masks.bands import Band
 from fxport.passes.masks.landmarks import landmarks_of
-
-Rule = Callable[[Tensor, Tensor], Tensor]
-
 
 # -- the claim: masks that are alike at the places are alike everywhere ----------------------------
 
@@ -126,21 +123,6 @@ def test_masks_alike_at_the_places_are_alike(
 
 
 # -- what is proven so -----------------------------------------------------------------------------
-
-
-def site(rule: Rule) -> Site:
-    def masked(qkv: Tensor) -> Tensor:
-        q, k, v = heads_first(qkv)
-        t = torch.arange(q.size(2))
-        s = (q @ k.mT).masked_fill(~rule(t[:, None], t[None, :]), float("-inf"))
-        return finish(s.softmax(-1), v)
-
-    return Site(masked)
-
-
-def example(batch: int, length: int) -> Tensor:
-    generator = torch.Generator().manual_seed(length)
-    return torch.randn(3, batch, length, 4, 6, generator=generator, dtype=torch.float64)
 
 
 def window(i: Tensor, j: Tensor) -> Tensor:
