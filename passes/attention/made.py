@@ -9,6 +9,7 @@ import math
 
 import torch
 from torch import fx
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fxport.capture.arguments import arguments
 from fxport.capture.memory import Memory
@@ -28,22 +29,40 @@ def is_zero(value: object) -> bool:
 
 def filled_with(node: fx.Node) -> float | None:
     """The number that every entry of a freshly made tensor is, if nothing is written into it."""
-    if Memory(node.graph).written_by(node):
-        return None
-    while overload_packet(node) in _VIEWS and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
+    return None if Memory(node.graph).written_by(node) else _filled(node)
+
+
+def _filled(node: fx.Node) -> float | None:
     packet = overload_packet(node)
-    if packet in _ZEROS:
-        return 0.0
-    if packet in _ONES:
-        return 1.0
-    if packet in _FULL:
-        return number(arguments(node)["fill_value"])
-    if packet is aten.mul:  # -9e15 * ones_like(scores)
+    found: float | None = None
+    if packet in _VIEWS and isinstance(node.args[0], fx.Node):
+        found = _filled(node.args[0])
+    elif packet in _ZEROS:
+        found = 0.0
+    elif packet in _ONES:
+        found = 1.0
+    elif packet in _FULL:
+        found = number(arguments(node)["fill_value"])
+    elif packet is aten.mul:  # -9e15 * ones_like(scores)
         of, factor = node.args[0], number(node.args[1])
-        each = filled_with(of) if isinstance(of, fx.Node) else None
-        return None if each is None or factor is None else each * factor
-    return number(arguments(node)["s"]) if packet is aten.scalar_tensor else None
+        each = _filled(of) if isinstance(of, fx.Node) else None
+        found = None if each is None or factor is None else each * factor
+    elif packet is aten.scalar_tensor:
+        found = number(arguments(node)["s"])
+    return None if found is None else _held(found, node.meta["val"].dtype)
+
+
+def _held(value: float, dtype: torch.dtype) -> float | None:
+    """What a dtype makes of a number (``full(300).to(uint8)`` is 44); None: nobody says."""
+    if dtype == torch.bool:
+        return float(value != 0)
+    if dtype.is_complex or not (dtype.is_floating_point or math.isfinite(value)):
+        return None
+    if not dtype.is_floating_point:
+        limits = torch.iinfo(dtype)
+        return float(int(value)) if limits.min <= int(value) <= limits.max else None
+    with _disable_current_modes():
+        return float(torch.tensor(value, dtype=torch.float64).to(dtype))
 
 
 def power_of(node: fx.Node) -> tuple[fx.Node, float] | None:

@@ -166,10 +166,10 @@ def landmarks_of(
     length = lengths[0]
     if length != lengths[1] or not (isinstance(length, int) or length.is_Symbol):
         return None
-    lines = lines_of(masks, reachable(masks, _inputs), length)
+    count = length if isinstance(length, int) else sizes[length]
+    lines = lines_of(masks, reachable(masks, _inputs), length, count)
     if lines is None:
         return None
-    count = length if isinstance(length, int) else sizes[length]
     lines = replace(lines, offsets=lines.offsets | {count - 1})
     places = _places(lines, count)
     if places is None:

@@ -59,7 +59,8 @@ class _Number:
         row, column: how often the position of the row and of the column are in it.
         offsets: what may be added.
         loose: one of the two signs, or an offset alone: it has been bent.
-        block: it is made of numbers of blocks instead, whose factors are not kept.
+        block: it is made of numbers of blocks instead, whose factors are not kept; `offsets` says
+            how many more they may be.
     """
 
     row: int = 0
@@ -78,14 +79,16 @@ class _Unknown(Exception):
     """It is none of what this module follows."""
 
 
-def lines_of(masks: Sequence[fx.Node], nodes: Sequence[fx.Node], length: Size) -> Lines | None:
+def lines_of(
+    masks: Sequence[fx.Node], nodes: Sequence[fx.Node], length: Size, count: int
+) -> Lines | None:
     """The lines of `masks`; None if there may be others.
 
     Args:
         nodes: what decides them; of a value that no position enters, nothing is asked.
-        length: of both dimensions.
+        length: of both dimensions, which is `count`.
     """
-    walk = _Walk(length)
+    walk = _Walk(length, count)
     try:
         for node in sorted(nodes):
             walk.follow(node)
@@ -99,6 +102,7 @@ def lines_of(masks: Sequence[fx.Node], nodes: Sequence[fx.Node], length: Size) -
 @dataclass
 class _Walk:
     length: Size
+    count: int
     numbers: dict[fx.Node, _Number] = field(default_factory=dict)
     offsets: set[int] = field(default_factory=lambda: {0})
     block: int = 0
@@ -120,7 +124,10 @@ class _Walk:
     def _use(self, node: fx.Node, packet: Any) -> None:
         """An operation that a number enters."""
         if packet in _COMPARISONS:
-            self._lines(self._difference(node))
+            compared = self._difference(node)
+            first, second = list(arguments(node).values())[:2]
+            self._is_exact(compared, torch.result_type(*map(_meta, (first, second))))
+            self._lines(compared)
         elif node.meta["val"].dtype == torch.bool:
             if packet not in CASTS and packet is not aten.logical_not:
                 raise _Unknown
@@ -137,12 +144,16 @@ class _Walk:
         self.offsets |= compared.offsets
 
     def _add(self, node: fx.Node, number: _Number) -> None:
-        limit = _EXACT.get(node.meta["val"].dtype, 0)
-        if len(number.offsets) > _MOST or any(abs(n) > limit for n in number.offsets):
+        if len(number.offsets) > _MOST:
             raise _Unknown
-        if isinstance(self.length, int) and self.length > limit:
-            raise _Unknown
+        self._is_exact(number, node.meta["val"].dtype)
         self.numbers[node] = number
+
+    def _is_exact(self, number: _Number, dtype: torch.dtype) -> None:
+        """Raises where neighbours might become one number in a dtype, or wrap around in it."""
+        most = self.count * (abs(number.row) + abs(number.column) + number.block)
+        if most + max(map(abs, number.offsets)) > _EXACT.get(dtype, 0):
+            raise _Unknown
 
     def _number(self, node: fx.Node, packet: Any) -> _Number:
         given = arguments(node)
@@ -176,14 +187,14 @@ class _Walk:
 
     def _bent(self, known: _Number, limits: Sequence[Any]) -> _Number:
         """Where it is bent nothing jumps: what it is compared with says where that changes."""
-        if known.block:
-            return known
         numbers = _whole([v for v in limits if v is not None])
+        if known.block:
+            return replace(known, offsets=known.offsets | numbers)
         return replace(known, offsets=_both(known.offsets | numbers), loose=True)
 
     def _in_blocks(self, node: fx.Node, packet: Any, known: _Number, second: Any) -> _Number:
         if packet is aten.mul and known.block and second == self.block:
-            return _Number()
+            return self._first_positions(node, known)
         rounded = arguments(node).get("rounding_mode") == "floor" or packet is aten.floor_divide
         one = {abs(known.row), abs(known.column)} == {0, 1} and not known.block and not known.loose
         if not one or not isinstance(second, int) or second < 2 or self.block not in (0, second):
@@ -193,6 +204,14 @@ class _Walk:
         self.block = second
         self.offsets |= known.offsets
         return known if packet is aten.remainder else _Number(block=True)
+
+    def _first_positions(self, node: fx.Node, blocks: _Number) -> _Number:
+        """Of blocks: whole numbers of them, no halves, times their size."""
+        if node.meta["val"].dtype.is_floating_point:
+            raise _Unknown
+        farthest = self.block * max(map(abs, blocks.offsets))
+        self._is_exact(_Number(row=1, offsets=frozenset({farthest})), node.meta["val"].dtype)
+        return _Number()
 
     def _difference(self, node: fx.Node, plus: bool = False) -> _Number:
         """Of two operands; of a comparison, what it compares with 0."""
@@ -208,7 +227,7 @@ class _Walk:
         if one.block or other.block:
             if not all(n.block or n.is_constant for n in (one, other)):
                 raise _Unknown
-            return _Number(block=True)
+            return _Number(block=True, offsets=_sums(one.offsets, other.offsets))
         if (one.loose and not other.is_constant) or (other.loose and not one.is_constant):
             raise _Unknown
         return _Number(
@@ -223,6 +242,10 @@ class _Walk:
             return self.numbers[value]
         filled = filled_with(value) if isinstance(value, fx.Node) else value
         return _Number(offsets=_whole([filled]))
+
+
+def _meta(value: Any) -> Any:
+    return value.meta["val"] if isinstance(value, fx.Node) else value
 
 
 def _start(arange: fx.Node) -> int:
