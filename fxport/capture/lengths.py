@@ -23,6 +23,7 @@ from fxport.capture.earlier_calls import (
     refuse_carried,
     refuse_kept,
 )
+from fxport.capture.grouped_calls import groups_at_every_length
 from fxport.capture.longest import UNBOUNDED, runs
 from fxport.capture.longest import longest as longest_of
 from fxport.capture.paths import refuse_another_path
@@ -181,7 +182,7 @@ def _unified(
     model: nn.Module, samples: list[Sample], history: tuple[int, ...], limit: int | None
 ) -> tuple[Unified, int | None]:
     """The samples as one graph, and the longest length that it holds for."""
-    samples = masks_at_every_length(samples)
+    samples = _calls_alike(samples)
     try:
         return unify(samples), limit
     except NeedsTable as needed:
@@ -195,10 +196,13 @@ def _unified(
         if longest > UNBOUNDED and whole.largest > _MOST_BYTES:
             longest = UNBOUNDED
             whole = take_sample(model, _batch(longest), longest, history)
-        *samples, whole = masks_at_every_length(
-            [first, *(s for s in others if s is not whole), whole]
-        )
+        *samples, whole = _calls_alike([first, *(s for s in others if s is not whole), whole])
         return unify(samples, whole), longest
+
+
+def _calls_alike(samples: list[Sample]) -> list[Sample]:
+    """Samples that call torch's attention in the same way, where that means the same."""
+    return masks_at_every_length(groups_at_every_length(samples))
 
 
 def _first(model: nn.Module, every_pair: bool, needed: int, shown: int) -> Sample:
