@@ -22,54 +22,22 @@ Neither does ``i - j >= T`` (`size_bounds`).
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
-from fxport.capture.arguments import arguments, shape_of
+from fxport.capture.arguments import shape_of
 from fxport.capture.memory import Memory
+from fxport.passes.affine import FACTORIES, Affine, affine_value
 from fxport.passes.attention.emit import Emitter
 from fxport.passes.attention.site import Left
 from fxport.passes.attention.views import overload_packet
 from fxport.passes.graph_facts import erase_dead, reachable
-from fxport.passes.size_bounds import decided
 
 __all__ = ["fold_known_values"]
 
 aten = torch.ops.aten
-
-_INTEGERS = (torch.int64, torch.int32, torch.bool)
-_EXACT = 256  # whole numbers up to here are exact in every floating dtype
-# What is counted stays exact in these: below 2**24 with such slopes, for 2**20 tokens.
-_WIDE, _STEEP, _FAR = (torch.float32, torch.float64), 8, 2**20
-
-
-@dataclass(frozen=True)
-class _Affine:
-    """A tensor of whole numbers: entry ``[i_0, i_1, ..]`` is ``offset + sum(slope_k * i_k)``.
-
-    Attributes:
-        counted: a running sum has made it.
-    """
-
-    offset: int
-    slopes: tuple[int, ...]
-    counted: bool = False
-
-    @property
-    def number(self) -> int | None:
-        """What every entry is, if they are all the same."""
-        return self.offset if not any(self.slopes) else None
-
-    @property
-    def is_replaced(self) -> bool:
-        """Plain positions stay: only counted ones are made plain."""
-        return self.number is not None or (self.counted and sum(map(bool, self.slopes)) == 1)
 
 
 def fold_known_values(gm: fx.GraphModule) -> int:
@@ -78,18 +46,18 @@ def fold_known_values(gm: fx.GraphModule) -> int:
     Returns:
         How many values were replaced.
     """
-    known: dict[fx.Node, _Affine] = {}
+    known: dict[fx.Node, Affine] = {}
     memory = Memory(gm.graph)
     for node in gm.graph.nodes:
         if memory.written_by(node):
             continue  # how it was made does not say what it holds
         if node.op == "call_function" and isinstance(node.meta.get("val"), torch.Tensor):
-            found = _value(node, known)
+            found = affine_value(node, known)
             if found is not None:
                 known[node] = found
     folded = 0
     for node, value in known.items():
-        if overload_packet(node) in _FACTORIES or not _matters(node, known):
+        if overload_packet(node) in FACTORIES or not _matters(node, known):
             continue
         if value.is_replaced:
             folded += _replace(gm, node, known)
@@ -99,12 +67,12 @@ def fold_known_values(gm: fx.GraphModule) -> int:
     return folded
 
 
-def _matters(node: fx.Node, known: dict[fx.Node, _Affine]) -> bool:
+def _matters(node: fx.Node, known: dict[fx.Node, Affine]) -> bool:
     """Whether something that will not be replaced itself reads it."""
     return any(u not in known or not known[u].is_replaced for u in node.users)
 
 
-def _replace(gm: fx.GraphModule, node: fx.Node, known: dict[fx.Node, _Affine]) -> bool:
+def _replace(gm: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Affine]) -> bool:
     inputs = [
         n for n in reachable(node.all_input_nodes) if isinstance(n.meta.get("val"), torch.Tensor)
     ]
@@ -126,7 +94,7 @@ def _replace(gm: fx.GraphModule, node: fx.Node, known: dict[fx.Node, _Affine]) -
     return True
 
 
-def _count(emitter: Emitter, found: _Affine, shape: Any, value: torch.Tensor) -> fx.Node:
+def _count(emitter: Emitter, found: Affine, shape: Any, value: torch.Tensor) -> fx.Node:
     (dim,) = (k for k, slope in enumerate(found.slopes) if slope)
     new = emitter.call(aten.arange.default, shape[dim], device=value.device)
     if found.slopes[dim] != 1:
@@ -138,306 +106,3 @@ def _count(emitter: Emitter, found: _Affine, shape: Any, value: torch.Tensor) ->
     for _ in range(dim + 1, len(shape)):
         new = emitter.call(aten.unsqueeze.default, new, -1)
     return emitter.call(aten.expand.default, new, shape)
-
-
-# -- rules -----------------------------------------------------------------------------------------
-
-
-def _value(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
-    rule = _RULES.get(overload_packet(node))
-    found = None if rule is None else rule(node, known)
-    if found is None or node.meta["val"].dtype in _INTEGERS:
-        return found
-    if node.meta["val"].dtype in _WIDE and found.counted:
-        small = abs(found.offset) <= _FAR and max(map(abs, found.slopes)) <= _STEEP
-        return found if small else None
-    # Else floating point is passed on, and nothing computed.
-    passed_on = overload_packet(node) in _FACTORIES or rule in _PASSING_ON
-    exact = found.number is not None and abs(found.number) <= _EXACT
-    return found if passed_on and exact else None
-
-
-def _operand(given: Any, node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
-    """A number or a known tensor, broadcast to the shape of `node`."""
-    rank = len(shape_of(node))
-    if isinstance(given, int):
-        return _Affine(int(given), (0,) * rank)
-    value = known.get(given) if isinstance(given, fx.Node) else None
-    if value is None:
-        return None
-    shape = shape_of(given)
-    # A dimension of size 1 has no second entry: its slope says nothing, and must not be spread.
-    own = tuple(0 if size == 1 else slope for size, slope in zip(shape, value.slopes, strict=True))
-    return replace(value, slopes=(0,) * (rank - len(own)) + own)
-
-
-def _arange(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
-    given = arguments(node)
-    start, step = given.get("start", 0), given.get("step", 1)
-    return _Affine(start, (step,)) if isinstance(start, int) and isinstance(step, int) else None
-
-
-def _factory(fill: str | int) -> Callable[[fx.Node, dict[fx.Node, _Affine]], _Affine | None]:
-    def rule(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
-        number = arguments(node)[fill] if isinstance(fill, str) else fill
-        whole = isinstance(number, int) or (isinstance(number, float) and number.is_integer())
-        return _Affine(int(number), (0,) * len(shape_of(node))) if whole else None
-
-    return rule
-
-
-def _sum(sign: int) -> Callable[[fx.Node, dict[fx.Node, _Affine]], _Affine | None]:
-    def rule(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
-        given = arguments(node)
-        left = _operand(given["self"], node, known)
-        right = _operand(given["other"], node, known)
-        if left is None or right is None or given.get("alpha", 1) != 1:
-            return None
-        slopes = tuple(a + sign * b for a, b in zip(left.slopes, right.slopes, strict=True))
-        counted = left.counted or right.counted
-        return _Affine(left.offset + sign * right.offset, slopes, counted)
-
-    return rule
-
-
-def _product(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
-    """A number, not zero, times a value."""
-    given = arguments(node)
-    sides = [_operand(given[name], node, known) for name in ("self", "other")]
-    for one, other in (sides, sides[::-1]):
-        if one is not None and other is not None and one.number:
-            slopes = tuple(one.number * slope for slope in other.slopes)
-            return _Affine(one.number * other.offset, slopes, other.counted)
-    return None
-
-
-def _comparison(
-    compare: Callable[[int, int], bool],
-) -> Callable[[fx.Node, dict[fx.Node, _Affine]], _Affine | None]:
-    def rule(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
-        given = arguments(node)
-        left = _operand(given["self"], node, known)
-        right = _operand(given["other"], node, known)
-        below = right is not None and right.number is not None and right.number < 0
-        if left is None and below and _is_looked_up(given["self"]):
-            left = _operand(0, node, known)  # as good as any id
-        if left is None:
-            return None
-        if right is None or left.slopes != right.slopes:
-            holds = _at_every_size(compare, left, given["other"], right, node)
-        else:
-            holds = compare(left.offset, right.offset)
-        return None if holds is None else _Affine(int(holds), (0,) * len(left.slopes))
-
-    return rule
-
-
-def _at_every_size(
-    compare: Callable[[int, int], bool],
-    left: _Affine,
-    other: Any,
-    right: _Affine | None,
-    node: fx.Node,
-) -> bool | None:
-    """What it says of whole numbers, in every entry alike; the other side may be a size."""
-    size = other.meta.get("val") if isinstance(other, fx.Node) else None
-    if right is None and isinstance(size, torch.SymInt):
-        right = _Affine(0, (0,) * len(left.slopes))
-        offset = left.offset - size.node.expr
-    elif right is not None:
-        offset = sympy.Integer(left.offset - right.offset)
-    inputs = [n.meta["val"] for n in node.all_input_nodes]
-    whole = all(v.dtype in _INTEGERS for v in inputs if isinstance(v, torch.Tensor))
-    if right is None or not whole:
-        return None
-    slopes = [a - b for a, b in zip(left.slopes, right.slopes, strict=True)]
-    return decided(compare, offset, slopes, shape_of(node))
-
-
-def _is_looked_up(ids: Any) -> bool:
-    """Whether these are the rows that are taken from a table: torch fails where one is below 0."""
-    embeddings = [u for u in ids.users if u.target is aten.embedding.default]
-    return any(arguments(u)["indices"] is ids for u in embeddings)
-
-
-def _diff(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
-    """First differences, before which one entry may stand that continues them."""
-    given = arguments(node)
-    value, before = known.get(given["self"]), given["prepend"]
-    if value is None or given["n"] != 1 or given["append"] is not None:
-        return None
-    dim = given["dim"] % len(value.slopes)
-    step = value.slopes[dim]
-    if before is not None:
-        first = known.get(before)
-        others = [k for k in range(len(value.slopes)) if k != dim]
-        if first is None or shape_of(before)[dim] != 1:
-            return None
-        if first.offset != value.offset - step:
-            return None
-        if any(first.slopes[k] != value.slopes[k] for k in others):
-            return None
-    return _Affine(step, (0,) * len(value.slopes))
-
-
-def _cumsum(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
-    given = arguments(node)
-    value = known.get(given["self"])
-    if value is None or value.number is None:
-        return None
-    slopes = [0] * len(value.slopes)
-    slopes[given["dim"] % len(slopes)] = value.number
-    return _Affine(value.number, tuple(slopes), counted=True)
-
-
-def _index(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
-    """Whatever is taken out of a value of one number."""
-    value = known.get(arguments(node)["self"])
-    if value is None or value.number is None:
-        return None
-    return _Affine(value.number, (0,) * len(shape_of(node)))
-
-
-def _same(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
-    """Copies and conversions between integer types; to bool only of numbers."""
-    source = arguments(node)["self"]
-    value = known.get(source)
-    if value is None or shape_of(source) != shape_of(node):
-        return None
-    if node.meta["val"].dtype != torch.bool or source.meta["val"].dtype == torch.bool:
-        return value
-    return None if value.number is None else _Affine(int(bool(value.number)), value.slopes)
-
-
-def _repeat(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
-    """Along what does not grow, or once."""
-    source = arguments(node)["self"]
-    value, before, after = known.get(source), shape_of(source), shape_of(node)
-    if value is None:
-        return None
-    added = len(after) - len(before)
-    for slope, size, repeated in zip(value.slopes, before, after[added:], strict=True):
-        if slope and size not in (1, repeated):
-            return None
-    return _operand(source, node, known)
-
-
-def _select(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
-    given = arguments(node)
-    value, index = known.get(given["self"]), given["index"]
-    if value is None:
-        return None
-    dim = given["dim"] % len(value.slopes)
-    slopes = value.slopes[:dim] + value.slopes[dim + 1 :]
-    if not value.slopes[dim]:
-        return replace(value, slopes=slopes)
-    if not isinstance(index, int) or index < 0:
-        return None
-    return replace(value, offset=value.offset + index * value.slopes[dim], slopes=slopes)
-
-
-def _where(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
-    """One side, where it is always the same one."""
-    given = arguments(node)
-    condition = known.get(given["condition"])
-    if condition is None or condition.number is None or "other" not in given:
-        return None
-    return _operand(given["self" if condition.number else "other"], node, known)
-
-
-def _expand(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
-    return _operand(arguments(node)["self"], node, known)
-
-
-def _unsqueeze(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
-    given = arguments(node)
-    value = known.get(given["self"])
-    if value is None:
-        return None
-    dim = given["dim"] % len(shape_of(node))
-    return replace(value, slopes=(*value.slopes[:dim], 0, *value.slopes[dim:]))
-
-
-def _slice(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
-    given = arguments(node)
-    value, start = known.get(given["self"]), given["start"] or 0
-    if value is None:
-        return None
-    if value.number is not None:
-        return value
-    if not isinstance(start, int) or start < 0 or given["step"] != 1:
-        return None
-    return replace(value, offset=value.offset + start * value.slopes[given["dim"]])
-
-
-def _not(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
-    value = known.get(arguments(node)["self"])
-    if value is None or value.number is None or node.meta["val"].dtype != torch.bool:
-        return None
-    return replace(value, offset=int(not value.number))
-
-
-def _clamp(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
-    """From below, by a number that no entry is below."""
-    given = arguments(node)
-    value, least = known.get(given["self"]), given["min"]
-    rises = value is not None and min(value.slopes, default=0) >= 0
-    if value is None or not rises or not isinstance(least, int) or given.get("max") is not None:
-        return None
-    return value if value.offset >= least else None
-
-
-def _logical(
-    combine: Callable[[int, int], int],
-) -> Callable[[fx.Node, dict[fx.Node, _Affine]], _Affine | None]:
-    def rule(node: fx.Node, known: dict[fx.Node, _Affine]) -> _Affine | None:
-        given = arguments(node)
-        if node.meta["val"].dtype != torch.bool:
-            return None
-        sides = [_operand(given[name], node, known) for name in ("self", "other")]
-        numbers = [None if side is None else side.number for side in sides]
-        if numbers[0] is None or numbers[1] is None:
-            return None
-        return _Affine(int(combine(numbers[0], numbers[1])), (0,) * len(shape_of(node)))
-
-    return rule
-
-
-def _table(pairs: Sequence[tuple[Sequence[Any], Any]]) -> dict[Any, Any]:
-    return {packet: rule for packets, rule in pairs for packet in packets}
-
-
-_FACTORIES = {aten.full, aten.zeros, aten.ones, aten.new_full, aten.new_zeros, aten.new_ones,
-              aten.full_like, aten.zeros_like, aten.ones_like}  # fmt: skip
-_PASSING_ON = (_same, _expand, _repeat, _unsqueeze, _slice, _select, _index)
-_RULES: dict[Any, Callable[[fx.Node, dict[fx.Node, _Affine]], _Affine | None]] = _table(
-    (
-        ((aten.arange,), _arange),
-        ((aten.zeros, aten.new_zeros, aten.zeros_like), _factory(0)),
-        ((aten.ones, aten.new_ones, aten.ones_like), _factory(1)),
-        ((aten.full, aten.new_full, aten.full_like), _factory("fill_value")),
-        ((aten.add,), _sum(1)),
-        ((aten.sub,), _sum(-1)),
-        ((aten.mul,), _product),
-        ((aten.eq,), _comparison(operator.eq)),
-        ((aten.ne,), _comparison(operator.ne)),
-        ((aten.lt,), _comparison(operator.lt)),
-        ((aten.le,), _comparison(operator.le)),
-        ((aten.gt,), _comparison(operator.gt)),
-        ((aten.ge,), _comparison(operator.ge)),
-        ((aten.logical_not, aten.bitwise_not), _not),
-        ((aten.clamp, aten.clamp_min), _clamp),
-        ((aten.diff,), _diff),
-        ((aten.cumsum,), _cumsum),
-        ((aten.index,), _index),
-        ((aten.to, aten._to_copy, aten.clone, aten.contiguous, aten.alias, aten.detach), _same),
-        ((aten.expand,), _expand),
-        ((aten.repeat,), _repeat),
-        ((aten.select,), _select),
-        ((aten.where,), _where),
-        ((aten.unsqueeze,), _unsqueeze),
-        ((aten.slice,), _slice),
-        ((aten.__and__, aten.logical_and, aten.bitwise_and), _logical(operator.and_)),
-        ((aten.__or__, aten.logical_or, aten.bitwise_or), _logical(operator.or_)),
-    )
-)

@@ -199,6 +199,9 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], int | None]] = {
     "the last position": (lambda x: positions(x) == x.shape[1] - 1, None),
     "as many rows": (lambda x: torch.arange(x.shape[1]) < x.shape[0], None),
     "a half": (lambda x: torch.full((3,), 0.5)[positions(x) % 3], None),
+    "truth and truth": (lambda x: ((positions(x) >= 0) + (positions(x) >= 0)).long(), 1),
+    "full of truth": (lambda x: torch.full(x.shape[:2], 3, dtype=torch.bool).long(), 1),
+    "less than nothing": (lambda x: torch.full(x.shape[:2], -1).to(torch.uint8).long(), None),
     "float": (lambda x: positions(x).double() - positions(x).double(), None),
 }
 
