@@ -243,7 +243,11 @@ def _all_positions(
         if later not in behind:
             continue
         shapes[later] = shape_of(later)
-        if _squeezes_the_last(later, shapes) or _takes_every_row(later):
+        if (
+            _squeezes_the_last(later, shapes)
+            or _has_its_axis_back(later, shapes)
+            or _takes_every_row(later)
+        ):
             later.replace_all_uses_with(later.all_input_nodes[0])
             gm.graph.erase_node(later)
         else:
@@ -282,6 +286,16 @@ def _squeezes_the_last(node: fx.Node, before: Mapping[fx.Node, tuple[Size, ...]]
     asked = [given["dim"]] if isinstance(given["dim"], int) else given["dim"]
     dims = [d % len(was) for d in asked]
     return len(was) == len(now) and all(was[d] == 1 != now[d] for d in dims)
+
+
+def _has_its_axis_back(node: fx.Node, before: Mapping[fx.Node, tuple[Size, ...]]) -> bool:
+    """``x[:, -1].unsqueeze(1)``: the axis is where it was, and never left now."""
+    if node.target is not aten.unsqueeze.default:
+        return False
+    given = arguments(node)
+    was, now = before.get(given["self"], ()), shape_of(given["self"])
+    at = given["dim"] % (len(was) + 1)
+    return len(now) == len(was) + 1 and now[:at] + now[at + 1 :] == was
 
 
 def _takes_every_row(node: fx.Node) -> bool:

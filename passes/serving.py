@@ -1,6 +1,6 @@
 """From a captured model to the graphs that vLLM runs: the serving passes in order.
 
-capture -> known values -> look-ups -> head -> sinks -> attention -> fixed keys
+capture -> known values -> look-ups -> taken rows -> head -> sinks -> attention -> fixed keys
 -> token locality (proof) -> positions -> experts -> split
 """
 
@@ -55,6 +55,7 @@ from fxport.passes.split import (
     token_embedding,
 )
 from fxport.passes.table_lookups import look_up_in_tables
+from fxport.passes.taken_rows import name_taken_rows
 from fxport.passes.tokens.locality import Locality, analyse
 from fxport.report import Decision, Outcome
 from fxport.serving import ServingGraph
@@ -105,6 +106,8 @@ def lower_for_serving(
         look_up_first(gm, tokens)
     limit = longest_sequence(gm, captured.length, captured.limit)
     max_seq_len, length_decision = _choose_length(limit, max_seq_len, stated, captured.walked)
+    with recorder.stage("taken rows"):
+        name_taken_rows(gm)
     with recorder.stage("head") as stage:
         head = find_head(gm, captured.length)
         stage.note(head.decisions)

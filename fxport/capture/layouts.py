@@ -137,7 +137,7 @@ def _loops_over_rows(model: nn.Module, ids: Tensor) -> bool:
     try:
         for rows in (ids[1:2], ids[:2], ids[:3]):
             with _Calls() as calls:
-                found.append(_run(model, rows))
+                found.append(_of_each_row(model, rows))
             counts.append(calls.count)
     except Exception:  # forward does not take such tokens; the refusal says what is wrong
         return False
@@ -145,6 +145,15 @@ def _loops_over_rows(model: nn.Module, ids: Tensor) -> bool:
     if alone is None or two is None or three is None or not counts[0] < counts[1] < counts[2]:
         return False
     return _equal(alone, two[1:2]) and _equal(two, three[:2])
+
+
+def _of_each_row(model: nn.Module, ids: Tensor) -> Tensor | None:
+    """The first output for every token, or for the last token of every row."""
+    with forward_only(model):
+        leaves = tree_leaves(plain(model(ids)))
+    shapes = (ids.shape, (len(ids), 1), (len(ids),))
+    found = (t for t in leaves if isinstance(t, Tensor) and t.dim() > 1)
+    return next((t for t in found if t.shape[:-1] in shapes), None)
 
 
 # --- called as if ------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ x.type_as(other)                             ->  x.to(other.dtype): no value of 
 torch._weight_norm(v, g, dim)                ->  v * (g / |v|)
 sdpa(q, k, v, is_causal=T > 1)               ->  sdpa(q, k, v, is_causal=bool(T > 1))
 torch.hstack([x, y])                         ->  torch.cat([x, y], 1), of vectors along 0
+torch.take_along_dim(x, index, 1)            ->  x.gather(1, index), broadcast first
+x.unbind(1)[-1]                              ->  x.select(1, -1), see `fxport.capture.lazy_parts`
 torch._grouped_mm(x, w, ends)                ->  bmm(x[:, None], w[group of each row])[:, 0]
 nn.TransformerEncoder(...)(x, mask=m)        ->  the same, without looking into m whether it is
                                                  causal: the layers get m itself
@@ -33,6 +35,7 @@ from torch.nn.modules import transformer
 from torch.overrides import TorchFunctionMode
 
 from fxport.capture.counting import LargestCounted
+from fxport.capture.lazy_parts import parts_when_asked
 from fxport.capture.location import is_library, line_of_user
 from fxport.capture.metadata import METADATA, asked_plainly
 from fxport.capture.vmapped import vmap_as_loop
@@ -106,9 +109,12 @@ class _Rephrase(TorchFunctionMode):
             return _normed(*args, **kwargs)
         if func is torch.hstack and not kwargs and all(t.dim() for t in args[0]):
             return torch.cat(list(args[0]), 0 if args[0][0].dim() == 1 else 1)
+        if func in (torch.take_along_dim, Tensor.take_along_dim):
+            return _taken_along(*args, **kwargs)
         if func is torch._grouped_mm:
             return _grouped(func, *args, **kwargs)
-        return func(*args, **kwargs)
+        parts = parts_when_asked(func, args, kwargs)
+        return func(*args, **kwargs) if parts is None else parts
 
 
 def _same_memory(one: Tensor, other: Tensor) -> bool:
@@ -135,6 +141,19 @@ def _normed(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """`nn.utils.weight_norm` and its parametrization; `dim` -1 is the norm of all of `v`."""
     others = None if dim == -1 else [d for d in range(v.dim()) if d != dim]
     return v * (g / torch.linalg.vector_norm(v, 2, others, keepdim=dim != -1))
+
+
+def _taken_along(input: Tensor, indices: Tensor, dim: int | None = None) -> Tensor:
+    """Torch asks whether symbolic sizes are equal, and gets an answer for the sizes at hand."""
+    if dim is None:
+        return input.flatten().gather(0, indices.flatten())
+    if input.dim() != indices.dim():
+        return torch.ops.aten.take_along_dim.default(input, indices, dim)  # it says what is wrong
+    dim %= input.dim()
+    shapes = [[*t.shape[:dim], 1, *t.shape[dim + 1 :]] for t in (input, indices)]
+    shape = list(torch.broadcast_shapes(*shapes))
+    sizes = [[*shape[:dim], t.shape[dim], *shape[dim + 1 :]] for t in (input, indices)]
+    return input.expand(sizes[0]).gather(dim, indices.expand(sizes[1]))
 
 
 def _grouped(
