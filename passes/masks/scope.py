@@ -25,6 +25,7 @@ import torch
 from torch import fx
 
 from fxport.capture.arguments import arguments, shape_of
+from fxport.capture.memory import is_mutation
 from fxport.passes.attention.views import overload_packet
 from fxport.passes.constants import is_symbolic
 from fxport.passes.graph_facts import reachable, value_inputs
@@ -122,7 +123,8 @@ def scope_of(
     tables = _table_lengths(nodes)
     bounds = {s: b for s in symbols if (b := _bound(s, nodes, tables)) is not None}
     free = length_free(nodes, tensors, added)
-    strange = next((n for n in nodes if n not in free and not _is_local(n, symbols)), None)
+    known = free | _fixed(nodes)
+    strange = next((n for n in nodes if n not in known and not _is_local(n, symbols)), None)
     strange = strange or unbounded(nodes)
     if strange is None:
         strange = next((n for n in tables if not tables[n][0].is_Symbol), None)
@@ -181,6 +183,23 @@ def _plain_inputs(node: fx.Node) -> list[fx.Node]:
 
 def _name(node: fx.Node) -> str:
     return str(overload_packet(node) or node.target)
+
+
+def _fixed(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """What no length enters: one constant, whatever it is computed by (slopes of heads)."""
+    found: set[fx.Node] = set()
+    for node in sorted(nodes):
+        if not isinstance(node.meta["val"], torch.Tensor) or is_mutation(node):
+            continue
+        sizes = [*shape_of(node), *(n for n in node.all_input_nodes if is_symbolic(n))]
+        given = [n for n in value_inputs(node) if not is_symbolic(n)]
+        if not any(map(_is_length, sizes)) and all(n in found for n in given):
+            found.add(node)
+    return found
+
+
+def _is_length(size: object) -> bool:
+    return _varies(size) if isinstance(size, fx.Node) else not isinstance(size, int)
 
 
 def _is_local(node: fx.Node, symbols: Sequence[sympy.Symbol]) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from attention_graphs import Site, compare, rewrite, trace_training
+from attention_graphs import Site, compare, rewrite, trace_directly, trace_training
 from torch import Tensor
 
 from fxport.passes.masks.slopes import same_slopes, slopes_of
@@ -146,3 +148,39 @@ def test_slopes_are_held_in_the_precision_of_each_attention() -> None:
     assert sorted(map(str, held)) == ["torch.float32", "torch.float64", "torch.float64"]
     assert len([n for n, _ in found.graph.named_buffers() if "alibi" in n]) == 2
     compare(Site(function), found.graph, data, tolerance=1e-5)
+
+
+def reciprocals(length: int) -> Tensor:
+    return 1.0 / torch.pow(2, torch.arange(1, HEADS + 1) * (8 / HEADS))
+
+
+def from_the_last(length: int) -> Tensor:
+    return torch.logspace(-8, -1, HEADS, base=2.0).flip(0)
+
+
+def of_the_length(length: int) -> Tensor:
+    """As many at every length, but others."""
+    return (torch.arange(length)[-1:] % 7 + 1.0).expand(HEADS).reciprocal()
+
+
+@pytest.mark.parametrize(
+    ("slopes", "alibi"), [(reciprocals, True), (from_the_last, True), (of_the_length, False)]
+)
+def test_slopes_are_constants_whatever_they_are_computed_by(
+    slopes: Callable[[int], Tensor], alibi: bool
+) -> None:
+    def function(x: Tensor) -> Tensor:
+        q, k, v = x.unbind(0)
+        i = torch.arange(q.size(-2), dtype=x.dtype)
+        bias = slopes(q.size(-2)).to(x.dtype)[:, None, None] * (i - i[:, None])
+        return (q @ k.mT + bias).masked_fill(i > i[:, None], float("-inf")).softmax(-1) @ v
+
+    def data(length: int) -> list[Tensor]:
+        return [torch.randn(3, 2, HEADS, length, 8, dtype=torch.float64)]
+
+    site = Site(function)
+    found = rewrite(trace_directly(site, data(12), {0: (1, 3)}))
+    assert [s.alibi for s in found.result.sites] in ([alibi], [])
+    assert found.count == 1 or not alibi
+    for length in (5, 12, 61):
+        compare(site, found.graph, data(length))
