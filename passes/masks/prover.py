@@ -5,13 +5,14 @@
     where((i - j >= 0) & (i - j < 128), s, finfo.min)        ->  causal, window_left = 127
     s + slopes * (j - i), masked_fill(..., -inf)             ->  causal, ALiBi slopes
 
+Larger ones are looked at where their lines meet (`landmarks`), stored ones in tiles (`tiles`).
 Several masks on one attention count by their joint effect, `fxport.passes.masks.effects`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +31,7 @@ from fxport.passes.masks.effects import Effect, Proof, hard_limit, joint_effect
 from fxport.passes.masks.keys import Keys
 from fxport.passes.masks.landmarks import Landmarks, landmarks_of
 from fxport.passes.masks.scope import scope_of
+from fxport.passes.masks.tiles import Edges, tiles_of
 from fxport.passes.masks.values import constant_value
 
 __all__ = ["MAX_ENTRIES", "Prover"]
@@ -118,6 +120,10 @@ def _prove(
     for sizes in points:  # the largest first
         marks: Landmarks | None = None
         if _largest(tensors, lengths, sizes) > MAX_ENTRIES:
+            tiles = tiles_of(tensors, lengths, sizes, MAX_ENTRIES) if len(points) == 1 else ()
+            read = _read(steps, recipes, lengths, sizes, anchored, tiles)
+            if read is not None:
+                return read
             marks = landmarks_of(tensors, lengths, sizes) if len(points) == 1 else None
             if marks is None:
                 return _too_large()
@@ -151,6 +157,37 @@ def _prove(
             return Proof(None, rest=True, why=why, known=False)
     assert found is not None
     return found
+
+
+def _read(
+    steps: Sequence[MaskStep],
+    recipes: Sequence[Recipe | None],
+    lengths: Lengths,
+    sizes: dict[sympy.Symbol, int],
+    anchored: bool,
+    tiles: Iterable[Landmarks],
+) -> Proof | None:
+    """What all tiles show, if that is a band in which every token sees itself; or None."""
+    edges, found = Edges(), Proof(None)
+    for tile in tiles:
+        try:
+            effect = _effect(steps, recipes, lengths, sizes, anchored, tile)
+        except (ValueError, RuntimeError, IndexError):  # as in `_prove`
+            return None
+        if effect is None or effect.bias is not None:
+            return None
+        edges.add(effect.allowed, tile.places)
+        found = replace(
+            found,
+            finite=found.finite or effect.finite,
+            lowered=found.lowered or effect.lowered,
+            ceiling=max(found.ceiling, effect.ceiling),
+        )
+        band = edges.band(_number(lengths[0], sizes))
+        if band is None:
+            return None
+        found = replace(found, band=band)
+    return found if found.band is not None else None
 
 
 def _too_large() -> Proof:
