@@ -1,9 +1,12 @@
 """What one einsum makes of three tensors or more, as a chain of products of two.
 
+What one tensor alone has, and the result has not, is summed up before.
+
     einsum("bhid,hde,bhje->bhij", q, w, k)  ->  einsum("bhie,bhje->bhij",
                                                        einsum("bhid,hde->bhie", q, w), k)
     einsum("bhij,bhjd,hde->bie", p, v, o)   ->  einsum("bhid,hde->bie",
                                                        einsum("bhij,bhjd->bhid", p, v), o)
+    einsum("bghid,bhjd->bhij", q, k)        ->  einsum("bhid,bhjd->bhij", q.sum(1), k)
 
 What is multiplied first has the fewest dimensions, and sums over none of them if it can: so never
 all queries with all keys before the gates of either. A softmax's weights are multiplied first.
@@ -42,11 +45,16 @@ def spell_out_chains(gm: fx.GraphModule) -> None:
         equation = given["equation"].replace(" ", "")
         inputs, _, result = equation.partition("->")
         terms = inputs.split(",")
+        operands = list(given["tensors"])
         plain = "->" in equation and "." not in equation
-        if len(terms) > 2 and plain and all(len(set(t)) == len(t) for t in terms):
-            operands = list(given["tensors"])
-            whole = _chained(Emitter(gm, node, []), operands, terms, result, weights)
-            node.replace_all_uses_with(whole)
+        if not plain or len(terms) < 2 or any(len(set(t)) < len(t) for t in terms):
+            continue
+        alone = [_alone(terms, result, n) for n in range(len(terms))]
+        alone = [() if o is weights else dims for o, dims in zip(operands, alone, strict=True)]
+        if len(terms) > 2 or any(alone):
+            emitter = Emitter(gm, node, [])
+            _sum_up(emitter, operands, terms, alone)
+            node.replace_all_uses_with(_chained(emitter, operands, terms, result, weights))
             erase_if_unused(gm, [node])
 
 
@@ -60,6 +68,21 @@ def _takers(weights: fx.Node, steps: int = 4) -> Iterator[tuple[fx.Node, fx.Node
 
 def _is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _alone(terms: list[str], result: str, n: int) -> tuple[int, ...]:
+    """Dimensions of a term that neither the result nor another term has."""
+    others = {*result, *"".join(terms[:n] + terms[n + 1 :])}
+    return tuple(dim for dim, c in enumerate(terms[n]) if c not in others)
+
+
+def _sum_up(
+    emitter: Emitter, operands: list[fx.Node], terms: list[str], alone: list[tuple[int, ...]]
+) -> None:
+    for n, dims in enumerate(alone):
+        if dims:
+            operands[n] = emitter.call(aten.sum.dim_IntList, operands[n], list(dims))
+            terms[n] = "".join(c for dim, c in enumerate(terms[n]) if dim not in dims)
 
 
 def _chained(

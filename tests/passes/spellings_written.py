@@ -84,6 +84,14 @@ def values_and_projection_in_one_einsum(qkv: Tensor, out: Tensor) -> Tensor:
     return torch.einsum("bjhd,hde,bhij->bie", v, out, p)
 
 
+@legal("causal")
+def queries_of_a_group_summed_up_by_an_einsum(qkv: Tensor) -> Tensor:
+    """A usual slip of grouped attention: nobody else has a "g"."""
+    q, k, v = heads_first(qkv)
+    s = torch.einsum("bghnd,bhsd->bhns", q.unflatten(1, (2, 2)), k[:, :2]) / 6**0.5
+    return finish(s.masked_fill(~causal_bool(q.size(2)), INF).softmax(-1), v[:, :2])
+
+
 # -- written in place ------------------------------------------------------------------------------
 
 

@@ -22,6 +22,14 @@ def exponentials(qkv: Tensor) -> tuple[Tensor, Tensor]:
     return torch.exp(s - s.amax(-1, keepdim=True)), v
 
 
+@tricky()
+def weights_summed_over_heads_by_an_einsum(qkv: Tensor) -> Tensor:
+    """What the heads share is no attention of each."""
+    q, k, v = heads_first(qkv)
+    p = (q @ k.mT).masked_fill(~causal_bool(q.size(2)), INF).softmax(-1)
+    return torch.einsum("bhij,bjd->bid", p, v[:, 0])
+
+
 # -- found, but not as what they look like ---------------------------------------------------------
 
 
