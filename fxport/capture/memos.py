@@ -4,13 +4,16 @@
 def mask(length): ...       emptied before a trace, and after it
 TABLES = {}                 a global of a file that defines one of the model's modules, or of
                             a file of the user's that such a file imports: put back after a trace
+class Layer(nn.Module):
+    tables = {}             an attribute of a class of such a file: the same
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import MethodType, ModuleType
 from typing import Any
@@ -40,10 +43,13 @@ def _is_own(file: ModuleType) -> bool:
 @contextmanager
 def nothing_remembered(model: nn.Module) -> Iterator[None]:
     """For the time of a trace."""
-    files = [vars(file) for file in files_around(model)]
-    memos = [memo for names in files for memo in _memos(names)]
-    held = [(names, names.copy()) for names in files]
-    held += [(v, v.copy()) for _, names in list(held) for v in names.values() if _is_memory(v)]
+    files = files_around(model)
+    names = [vars(file) for file in files]
+    classes = _own_classes(model, files)
+    memos = [memo for held in (*names, *map(vars, classes)) for memo in _memos(held.values())]
+    tables = [v for held in (*names, *map(vars, classes)) for v in held.values() if _is_memory(v)]
+    before = [(held, held.copy()) for held in (*names, *tables)]
+    attributes = [(cls, _attributes(cls)) for cls in classes]
     try:
         for memo in memos:
             memo.cache_clear()
@@ -51,10 +57,37 @@ def nothing_remembered(model: nn.Module) -> Iterator[None]:
     finally:
         for memo in memos:
             memo.cache_clear()
-        for names, before in held:
-            for key in [k for k in names if k not in before]:
-                del names[key]
-            names.update({k: v for k, v in before.items() if names.get(k, memos) is not v})
+        for held, entries in before:
+            for key in [k for k in held if k not in entries]:
+                del held[key]
+            held.update({k: v for k, v in entries.items() if held.get(k, memos) is not v})
+        for cls, entries in attributes:
+            _put_back(cls, entries)
+
+
+def _own_classes(model: nn.Module, files: Iterable[ModuleType]) -> list[type]:
+    """Of the model's modules, wherever they are defined, and those that the files define."""
+    own = {file.__name__: file for file in files}
+    classes = dict.fromkeys(cls for module in model.modules() for cls in type(module).__mro__)
+    found = dict.fromkeys(cls for cls in classes if cls.__module__ in own)
+    for name, file in own.items():
+        defined = [v for v in vars(file).values() if isinstance(v, type)]
+        found.update(dict.fromkeys(cls for cls in defined if cls.__module__ == name))
+    return list(found)
+
+
+def _attributes(cls: type) -> dict[str, Any]:
+    """What code writes; Python keeps the rest."""
+    return {k: v for k, v in vars(cls).items() if not k.startswith("__")}
+
+
+def _put_back(cls: type, before: dict[str, Any]) -> None:
+    now = _attributes(cls)
+    for key in now.keys() - before.keys():
+        delattr(cls, key)
+    for key, value in before.items():
+        if now.get(key, before) is not value:
+            setattr(cls, key, value)
 
 
 def files_around(model: nn.Module) -> list[ModuleType]:
@@ -75,17 +108,15 @@ def files_around(model: nn.Module) -> list[ModuleType]:
     return list(found)
 
 
-def _memos(names: dict[str, Any]) -> Iterator[Any]:
-    """Functions with a memory, also those of classes."""
-    for value in list(names.values()):
-        held = [value, *vars(value).values()] if isinstance(value, type) else [value]
-        for one in held:
-            # Nothing else is asked anything: what stands for a missing library raises.
-            function = one.__func__ if isinstance(one, _METHODS) else one
-            if isinstance(function, functools._lru_cache_wrapper):
-                yield function
+def _memos(values: Iterable[Any]) -> Iterator[Any]:
+    """Functions with a memory."""
+    for value in list(values):
+        # Nothing else is asked anything: what stands for a missing library raises.
+        function = value.__func__ if isinstance(value, _METHODS) else value
+        if isinstance(function, functools._lru_cache_wrapper):
+            yield function
 
 
 def _is_memory(value: Any) -> bool:
     """What is imported meanwhile stays imported, also where a file has a name for `sys.modules`."""
-    return type(value) is dict and value is not sys.modules
+    return type(value) in (dict, OrderedDict, defaultdict) and value is not sys.modules

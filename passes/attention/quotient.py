@@ -305,9 +305,11 @@ _Reduced: TypeAlias = tuple[fx.Node, int, Dims, Dims]  # what, along, its dimens
 def _by_call(total: fx.Node) -> _Reduced | None:
     given = arguments(total)
     dims = given.get("dim")
-    if not isinstance(dims, list | tuple) or len(dims) != 1 or given.get("dtype") is not None:
+    summed, dtype = given["self"], given.get("dtype")
+    if not isinstance(dims, list | tuple) or len(dims) != 1:
         return None
-    summed = given["self"]
+    if dtype is not None and dtype != summed.meta["val"].dtype:
+        return None
     of = fresh_dims(shape_of(summed), summed)
     dim = dims[0] % len(of)
     rest = (*of[:dim], *([()] if given.get("keepdim") else []), *of[dim + 1 :])

@@ -3,6 +3,7 @@
 softmax(x)     log_softmax(x).exp()     e = exp(x - amax(x)); e / sum(e)     (e @ v) / sum(e)
 exp(x - logsumexp(x))     p = softmax(x) * mask; p / sum(p)     e / (sum(e) + 1)
 e = exp2(x); e / sum(e)   e * sum(e).reciprocal()               e / sum(e).clamp(min=1e-9)
+exp(x) / sum(exp(x))
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import fx
 
 from fxport.capture.arguments import arguments, shape_of
+from fxport.passes.attention.computed_twice import computed_again
 from fxport.passes.attention.layout import resolve_all
 from fxport.passes.attention.logsum import given_back, log_sum_of
 from fxport.passes.attention.made import filled_with, is_zero, power_of
@@ -161,10 +163,11 @@ def _quotient(node: fx.Node) -> Softmax | None:
     quiet = _beside_sink(under) or zeroed
     whole = _whole_softmax(source) is not None
     shift = Shift.ROW if whole or _is_shifted(scores, under.dim) else Shift.NONE
-    if weights is top:
+    again = () if weights is top else computed_again(top, weights)
+    if again is not None:
         if not under.in_place:
             return None
-        nodes = (*nodes, node)
+        nodes = (*again, *nodes, node)
         return Softmax(node, scores, node, under.dim, nodes, quiet, None, kept, sink, factor, shift)
     if not divides_rows(top, under):
         return None

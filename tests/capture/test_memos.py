@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 import types
+from typing import ClassVar
 
 import pytest
 import torch
+from torch import nn
 
 import fxport
 from fxport.backends.torch import PackedModel
@@ -24,7 +26,9 @@ def test_a_memory_beside_the_model_is_exact_and_left_alone(name):
     with torch.no_grad():
         before = model(ids[None])[0]
         port = fxport.port(model)
-        assert all(type(mask) is torch.Tensor for mask in remembered.KNOWN.values())
+        for known in (remembered.KNOWN, remembered.OfItsClass.known, remembered.Tables.known):
+            assert all(type(mask) is torch.Tensor for mask in known.values())
+        assert type(remembered.OfItsClass.latest) in (torch.Tensor, type(None))
         assert torch.equal(model(ids[None])[0], before)
     (found,) = PackedModel(port.serving, port.parameters)([ids])
     torch.testing.assert_close(found, before, rtol=0.0, atol=1e-12)
@@ -43,6 +47,28 @@ def test_globals_are_put_back_and_memories_emptied():
     assert remembered.memo.cache_info().currsize == 0
     assert remembered.KNOWN.pop(5) is kept and 6 not in remembered.KNOWN
     assert not hasattr(remembered, "NEW")
+
+
+def test_attributes_of_classes_are_put_back():
+    model = remembered.EXACT["a dictionary of the class"]()
+    layer = remembered.OfItsClass
+    kept = layer.known[5] = torch.ones(5, 5)
+    layer.latest = kept
+    with nothing_remembered(model):
+        layer.known[5], layer.known[6] = torch.zeros(5, 5), torch.zeros(6, 6)
+        layer.latest, layer.count = None, 1
+    assert layer.known.pop(5) is kept and 6 not in layer.known
+    assert layer.latest is kept and not hasattr(layer, "count")
+    layer.latest = None
+
+
+def test_a_class_of_a_function_is_one_of_the_models():
+    class Local(nn.Module):
+        known: ClassVar[dict[int, int]] = {}
+
+    with nothing_remembered(nn.Sequential(Local())):
+        Local.known[1] = 1
+    assert not Local.known
 
 
 def test_what_is_imported_in_a_trace_stays_imported(monkeypatch):

@@ -127,3 +127,29 @@ def maximum_filled_where_infinite(qkv: Tensor) -> Tensor:
     m = s.amax(-1, keepdim=True)
     e = torch.exp(s - m.masked_fill(torch.isinf(m), 0.0))
     return finish(e / e.sum(-1, keepdim=True).clamp(min=1e-9), v)
+
+
+# -- the same computed twice -----------------------------------------------------------------------
+
+
+@legal("causal", "scale 0.4")
+def exponentials_computed_twice(qkv: Tensor) -> Tensor:
+    s, v = causal_scores(qkv)
+    return finish(s.exp() / s.exp().sum(-1, keepdim=True, dtype=s.dtype), v)
+
+
+@legal("causal", "scale 0.4")
+def maxima_and_exponentials_computed_twice(qkv: Tensor) -> Tensor:
+    s, v = causal_scores(qkv)
+    e = torch.exp(s - s.max(-1, keepdim=True).values)
+    total = torch.exp(s - s.max(-1, keepdim=True).values).sum(-1, keepdim=True)
+    return finish(e / total, v)
+
+
+@legal("causal", "scale 0.4")
+def exponentials_set_to_zero_twice(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    s = q @ k.transpose(-1, -2) * 0.4
+    gone = ~causal_bool(s.size(-1))
+    total = s.exp().masked_fill(gone, 0.0).sum(-1, keepdim=True)
+    return finish(s.exp().masked_fill(gone, 0.0) / total, v)

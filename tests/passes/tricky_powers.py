@@ -101,3 +101,16 @@ def maximum_but_one_where_infinite(qkv: Tensor) -> Tensor:
     m = s.amax(-1, keepdim=True)
     e = torch.exp(s - torch.where(torch.isfinite(m), m, torch.ones_like(m)))
     return finish(e / e.sum(-1, keepdim=True).clamp(min=1e-9), v)
+
+
+@tricky(UNREAD)
+def sum_of_other_exponentials(qkv: Tensor) -> Tensor:
+    s, v = causal_scores(qkv)
+    return finish(torch.exp(s * 2.0) / torch.exp(s * 3.0).sum(-1, keepdim=True), v)
+
+
+@tricky(UNREAD)
+def sum_that_is_rounded(qkv: Tensor) -> Tensor:
+    s, v = causal_scores(qkv)
+    e = torch.exp(s)
+    return finish(e / e.sum(-1, keepdim=True, dtype=torch.float32), v)
