@@ -3,6 +3,8 @@
     s[:, :, ~mask] = -inf        index_put(s, [None, None, mask], c)  ->  masked_fill(s, mask, c)
     m[rows > columns] = 0.0      index_put(m, [mask], c)              ->  masked_fill(m, mask, c)
 
+    fill(empty_like(s), -inf)    fill(x, c)                 ->  full_like(x, c)
+
     e = tril(exp(s))             tril(e)                    ->  masked_fill(e, ~tril(ones), 0)
 
 The values and the gradients are the same to the last bit.
@@ -39,6 +41,11 @@ def spell_out_fills(gm: fx.GraphModule) -> None:
             mask = emitter.call(aten.unsqueeze.default, mask, -1)
         filled = emitter.call(aten.masked_fill.Tensor, changed, mask, value)
         node.replace_all_uses_with(filled)
+        erase_if_unused(gm, [node])
+
+    for node in gm.graph.find_nodes(op="call_function", target=aten.fill.Scalar):
+        emitter = Emitter(gm, node, [])
+        node.replace_all_uses_with(emitter.call(aten.full_like.default, *node.args))
         erase_if_unused(gm, [node])
 
     _spell_out_triangles(gm)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -146,6 +146,7 @@ def _quotient(node: fx.Node) -> Softmax | None:
     weights = under.summed
     kept = kept_by(weights)
     source = weights if kept is None else kept.before
+    under = _without_idle(under, source, kept)
     exponent = _exponent(source, under)
     if exponent is None or not _bound_is_idle(exponent[0], under, kept):
         return None
@@ -207,12 +208,34 @@ def _bound_is_idle(scores: fx.Node, under: Denominator, kept: Kept | None) -> bo
     """Where the largest exponential is 1 their sum is never below that (or it is NaN)."""
     if not under.bound:
         return True
-    plain = not any(overload_packet(n) in _CLAMPS for n in subtracted_maximum(scores))
-    if under.bound >= 1 or not plain:
-        return False
     if kept is not None and not _masked_before(scores, kept):
         return False  # the largest exponential may be what is set to 0
-    return arguments(scores).get("alpha", 1) == 1 and _subtracts(scores, under.dim)
+    return under.bound < 1 and _has_a_one(scores, under.dim)
+
+
+def _without_idle(under: Denominator, source: fx.Node, kept: Kept | None) -> Denominator:
+    """Drops a number that is lost when it is added to a sum of 1 or more: ``sum(e) + 1e-9``.
+
+    Args:
+        source: the exponentials, or a softmax that is divided by its own sum.
+    """
+    if not isinstance(under.sink, float) or under.maximum is not None:
+        return under
+    power = power_of(source)
+    if power is None:
+        known = kept is None and _whole_softmax(source) is not None
+    else:
+        # The largest exponential may be what is set to 0.
+        known = _has_a_one(power[0], under.dim) and (kept is None or _masked_before(power[0], kept))
+    # Half of the last digit of 1 is eps / 2; a softmax may sum to a little less than 1.
+    lost = torch.finfo(under.summed.meta["val"].dtype).eps / 8
+    return replace(under, sink=None) if known and math.exp(under.sink) < lost else under
+
+
+def _has_a_one(scores: fx.Node, dim: int) -> bool:
+    """Whether the largest exponential of every row is 1 (or NaN)."""
+    plain = not any(overload_packet(n) in _CLAMPS for n in subtracted_maximum(scores))
+    return plain and arguments(scores).get("alpha", 1) == 1 and _subtracts(scores, dim)
 
 
 def _subtracts(scores: fx.Node, dim: int) -> bool:

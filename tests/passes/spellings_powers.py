@@ -153,3 +153,29 @@ def exponentials_set_to_zero_twice(qkv: Tensor) -> Tensor:
     gone = ~causal_bool(s.size(-1))
     total = s.exp().masked_fill(gone, 0.0).sum(-1, keepdim=True)
     return finish(s.exp().masked_fill(gone, 0.0) / total, v)
+
+
+# -- numbers lost in a sum -------------------------------------------------------------------------
+
+
+@legal("causal", "scale 0.4")
+def number_lost_beside_the_largest(qkv: Tensor) -> Tensor:
+    """As 1e-9 is in single precision."""
+    s, v = causal_scores(qkv)
+    e = torch.exp(shifted(s))
+    return finish(e / (e.sum(-1, keepdim=True) + 1e-20), v)
+
+
+@legal("causal", "scale 0.4")
+def number_lost_beside_a_softmax(qkv: Tensor) -> Tensor:
+    s, v = causal_scores(qkv)
+    p = s.softmax(-1)
+    return finish(p / (p.sum(-1, keepdim=True) + 1e-20), v)
+
+
+@legal("causal", "scale 0.4")
+def filled_with_a_number(qkv: Tensor) -> Tensor:
+    q, k, v = heads_first(qkv)
+    s = q @ k.transpose(-1, -2) * 0.4
+    low = torch.fill(torch.empty_like(s), INF)
+    return finish(torch.where(causal_bool(s.size(-1)), s, low).softmax(-1), v)

@@ -114,3 +114,27 @@ def sum_that_is_rounded(qkv: Tensor) -> Tensor:
     s, v = causal_scores(qkv)
     e = torch.exp(s)
     return finish(e / e.sum(-1, keepdim=True, dtype=torch.float32), v)
+
+
+@tricky("order-of-operations")
+def number_that_counts_beside_the_largest(qkv: Tensor) -> Tensor:
+    s, v = causal_scores(qkv)
+    e = torch.exp(s - s.amax(-1, keepdim=True))
+    return finish(e / (e.sum(-1, keepdim=True) + 1e-15), v)
+
+
+@tricky("order-of-operations")
+def lost_number_beside_a_clamped_maximum(qkv: Tensor) -> Tensor:
+    """All exponentials of a row may be small then, and the number counts."""
+    s, v = causal_scores(qkv)
+    e = torch.exp(s - s.amax(-1, keepdim=True).clamp(min=0.5))
+    return finish(e / (e.sum(-1, keepdim=True) + 1e-20), v)
+
+
+@tricky("order-of-operations")
+def lost_number_after_masking(qkv: Tensor) -> Tensor:
+    """The largest exponential may be masked."""
+    q, k, v = heads_first(qkv)
+    s = q @ k.transpose(-1, -2)
+    e = torch.exp(s - s.amax(-1, keepdim=True)) * causal_bool(s.size(-1))
+    return finish(e / (e.sum(-1, keepdim=True) + 1e-20), v)
