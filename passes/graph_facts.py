@@ -54,7 +54,6 @@ class Source(enum.Flag):
 # Their other tensor argument only lends its shape or dtype.
 _LIKE = {
     aten.ones_like, aten.zeros_like, aten.full_like, aten.new_ones, aten.new_zeros, aten.new_full,
-    aten.empty_like, aten.new_empty,
 }  # fmt: skip
 _LENT_BY_OTHER = {aten.expand_as, aten.view_as, aten.reshape_as, aten.type_as}
 

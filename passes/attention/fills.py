@@ -3,7 +3,7 @@
     s[:, :, ~mask] = -inf        index_put(s, [None, None, mask], c)  ->  masked_fill(s, mask, c)
     m[rows > columns] = 0.0      index_put(m, [mask], c)              ->  masked_fill(m, mask, c)
 
-    fill(empty_like(s), -inf)    fill(x, c)                 ->  full_like(x, c)
+    fill(empty_like(x), c)       fill(empty(n, n), c)       ->  full_like(x, c)
 
     e = tril(exp(s))             tril(e)                    ->  masked_fill(e, ~tril(ones), 0)
 
@@ -44,8 +44,14 @@ def spell_out_fills(gm: fx.GraphModule) -> None:
         erase_if_unused(gm, [node])
 
     for node in gm.graph.find_nodes(op="call_function", target=aten.fill.Scalar):
+        before, value = node.args
+        packet = overload_packet(before)
+        if packet not in _UNWRITTEN:  # a fill passes gradients on, zeros
+            continue
+        like = packet is aten.empty_like
+        of, how = (before.args[0], before.kwargs) if like else (before, {})
         emitter = Emitter(gm, node, [])
-        node.replace_all_uses_with(emitter.call(aten.full_like.default, *node.args))
+        node.replace_all_uses_with(emitter.call(aten.full_like.default, of, value, **how))
         erase_if_unused(gm, [node])
 
     _spell_out_triangles(gm)
@@ -83,6 +89,7 @@ def _cuts(last: fx.Node) -> list[fx.Node]:
 
 
 _TRIANGLES = {aten.tril, aten.triu}
+_UNWRITTEN = {aten.empty, aten.empty_like, aten.new_empty}
 
 
 def _only_mask(indices: list[fx.Node | None]) -> fx.Node | None:

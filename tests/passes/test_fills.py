@@ -91,3 +91,25 @@ def test_a_triangle_of_constants_is_a_mask_and_stays() -> None:
     cuts = [n for n in nodes if n.target in (aten.tril.default, aten.triu.default)]
     floats = [n for n in cuts if n.meta["val"].is_floating_point()]
     assert len(cuts) == 3 and len(floats) == 2  # and the one that says which data is kept
+
+
+def filled_over(x: Tensor) -> Tensor:
+    """The first has a gradient, of zeros."""
+    low = torch.fill(torch.empty_like(x, dtype=torch.float32), -1.5)
+    return (
+        torch.fill(x * 2, 3)
+        + low
+        + torch.fill(torch.empty(3), 2.0)
+        + torch.fill(x.new_empty(2, 1), 1)
+    )
+
+
+def test_what_is_filled_all_over_has_a_shape_alone() -> None:
+    module, data = Site(filled_over), [torch.randn(2, 3, dtype=torch.float64)]
+    graph = trace_directly(module, data)
+    spell_out_fills(graph)
+    graph.recompile()
+    compare(module, graph, data)
+    targets = [n.target for n in graph.graph.nodes]
+    assert targets.count(aten.full_like.default) == 3 and targets.count(aten.fill.Scalar) == 1
+    assert aten.empty_like.default not in targets
