@@ -45,7 +45,7 @@ def _drawn(x: Tensor) -> Tensor:
 def _written_between(x: Tensor) -> Tensor:
     y = x * 1.5
     first = y.exp()
-    y.add_(1.0)
+    y[0].add_(1.0)
     return first + y.exp()
 
 

@@ -95,7 +95,7 @@ def test_a_triangle_of_constants_is_a_mask_and_stays() -> None:
 
 def filled_over(x: Tensor) -> Tensor:
     """The first has a gradient, of zeros."""
-    low = torch.fill(torch.empty_like(x, dtype=torch.float32), -1.5)
+    low = torch.fill(torch.empty_like(x, dtype=torch.float16), -0.1)
     return (
         torch.fill(x * 2, 3)
         + low
