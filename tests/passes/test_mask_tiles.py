@@ -36,6 +36,14 @@ def _added(qkv: Tensor, table: Tensor) -> Tensor:
     return finish((q @ k.mT + low).softmax(-1), v)
 
 
+def _of_the_last_queries(qkv: Tensor, table: Tensor) -> Tensor:
+    """GPT-2's, where there are as many keys as queries."""
+    q, k, v = heads_first(qkv)
+    queries, keys = q.size(-2), k.size(-2)
+    seen = table[:, :, keys - queries : keys, :keys].bool()
+    return finish(torch.where(seen, q @ k.mT, torch.finfo(q.dtype).min).softmax(-1), v)
+
+
 def _table(*off: tuple[int, int], window: int = LIMIT) -> Tensor:
     table = torch.ones(LIMIT, LIMIT).tril().triu(1 - window)
     for place in off:
@@ -49,7 +57,7 @@ def _example(length: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("length", [None, LIMIT, 29])
-@pytest.mark.parametrize("function", [_filled, _added])
+@pytest.mark.parametrize("function", [_filled, _added, _of_the_last_queries])
 @pytest.mark.parametrize(
     ("table", "words"),
     [(_table(), "causal"), (_table(window=11), "causal, window 11")],
