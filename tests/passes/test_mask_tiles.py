@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from attention_graphs import Site, compare, rewrite, trace_directly
@@ -10,6 +12,7 @@ from torch import Tensor
 
 import fxport.passes.masks.prover as prover
 import fxport.passes.masks.tiles as tiles
+from fxport.passes.masks.bands import Band
 
 LIMIT = 43
 
@@ -105,3 +108,17 @@ def test_a_table_for_each_head_or_a_part_from_elsewhere_is_no_reading() -> None:
         found = rewrite(trace_directly(site, _example(19), {0: (1, 2)}))
         assert [s.bias for s in found.result.sites] in ([], ["constant"])
         compare(site, found.graph, _example(23))
+
+
+def test_edges_tell_bands_from_everything_else() -> None:
+    """All 512 masks of three tokens, two rows and columns at a time."""
+    pairs = [torch.tensor(pair) for pair in ((0, 2), (0, 1), (1, 2))]
+    limits = itertools.product((None, -1, 0), (None, 0, 1))
+    bands = {band.matrix(3, 3): band for band in (Band(low, high) for low, high in limits)}
+    for entries in itertools.product((False, True), repeat=9):
+        mask = torch.tensor(entries).view(3, 3)
+        edges = tiles.Edges()
+        for places in pairs:
+            edges.add(mask[places][:, places], places)
+        known = [band for matrix, band in bands.items() if torch.equal(matrix, mask)]
+        assert [edges.band(3)] == (known or [None])
