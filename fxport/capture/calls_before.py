@@ -21,7 +21,7 @@ from torch import nn
 
 from fxport.capture.location import forward_line, is_library, location_at
 from fxport.capture.questions import forward_only, numbers_in
-from fxport.capture.reachable import SIZE, STATE, Place, Reachable
+from fxport.capture.reachable import SIZE, STATE, Place, Reachable, draws_numbers
 from fxport.capture.recorder import Written, WrittenAnywhere
 from fxport.capture.state import State
 from fxport.capture.steps import Other, Reference, Step
@@ -142,7 +142,9 @@ class _Runs:
         line = _line_that_changes(places, place, self.steps)
         reason = Reason(
             ReasonCode.MUTATED_STATE,
-            f"forward changes `{name}`, and its steps depend on earlier calls",
+            f"forward draws random numbers from `{name}`: its result depends on the call"
+            if draws_numbers(places.holder(place))
+            else f"forward changes `{name}`, and its steps depend on earlier calls",
             line or forward_line(self.model),
             "compute the value in __init__, or pass it through forward",
         )

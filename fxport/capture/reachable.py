@@ -13,6 +13,7 @@ import functools
 import gc
 import itertools
 import os
+import random
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from torch import nn
 
 from fxport.capture.memos import files_around
 
-__all__ = ["SIZE", "STATE", "Place", "Reachable"]
+__all__ = ["SIZE", "STATE", "Place", "Reachable", "draws_numbers"]
 
 Place = tuple[int, Any]  # the number of the holder, and the key in it
 
@@ -95,10 +96,13 @@ class Reachable:
                 found[index, SIZE] = len(holder)
         return found
 
+    def holder(self, place: Place) -> Any:
+        """What the place is in."""
+        return self._holders[place[0]][1]
+
     def get(self, place: Place) -> Any:
         """What lies there; the holder itself for its size."""
-        index, key = place
-        holder = self._holders[index][1]
+        holder, key = self.holder(place), place[1]
         return holder if key is SIZE else _entries(holder).get(key, _NOTHING)
 
     def put(self, place: Place, value: Any) -> None:
@@ -161,6 +165,7 @@ class Reachable:
         return (
             isinstance(value, kinds)
             or _is_iterator(value)
+            or draws_numbers(value)
             or bool(_slots(value, None if everywhere else self._own))
         )
 
@@ -215,12 +220,39 @@ def _entries(holder: Any) -> dict[Any, Any]:
             return {}
     if isinstance(holder, GeneratorType) or _is_iterator(holder):
         return {STATE: _how_far(holder)}
+    if draws_numbers(holder):
+        return {STATE: _numbers_left(holder)}
     names = _slots(holder, None)
     return {name: getattr(holder, name) for name in names if hasattr(holder, name)}
 
 
+def draws_numbers(holder: Any) -> bool:
+    """Whether it is a generator of random numbers, Python's or NumPy's, but not the common one:
+    `fxport.capture.drawn` knows more of what that is asked for.
+    """
+    if isinstance(holder, random.Random):
+        return holder is not random.random.__self__  # type: ignore[attr-defined]
+    numpy = sys.modules.get("numpy")  # who has not loaded it has none of its generators
+    if numpy is None or not isinstance(holder, numpy.random.Generator | numpy.random.RandomState):
+        return False
+    return holder is not numpy.random.mtrand._rand  # type: ignore[no-any-return]
+
+
+def _numbers_left(generator: Any) -> Any:
+    """What it will draw from now on."""
+    if isinstance(generator, random.Random):
+        try:
+            return generator.getstate()
+        except NotImplementedError:  # `SystemRandom` has none; it can be told from no other
+            return ()
+    own = getattr(generator, "bit_generator", None)
+    return repr(own.state if own is not None else generator.get_state(legacy=False))
+
+
 def _write(holder: Any, key: Any, value: Any) -> None:
-    if isinstance(holder, dict | list | deque | bytearray):
+    if isinstance(holder, random.Random) and value:
+        holder.setstate(value)
+    elif isinstance(holder, dict | list | deque | bytearray):
         holder[key] = value
     elif isinstance(holder, set):
         holder.add(key)

@@ -192,6 +192,19 @@ def test_a_loss_without_a_row_for_each_token_is_refused() -> None:
     assert caught.value.reasons[0].code is ReasonCode.NO_LOGITS
 
 
+def test_what_a_router_normalises_is_no_logits() -> None:
+    with pytest.raises(PortError) as caught:
+        fxport.port(made("router", called.READING))
+    assert caught.value.reasons[0].code is ReasonCode.NO_LOGITS
+
+
+def test_a_loop_over_rows_may_give_the_last_position_alone() -> None:
+    model = made("last of each row", {"last of each row": called.LastOfEachRow})
+    port = fxport.port(model)
+    assert "one row after the other" in said(port)["layout of the tokens"]
+    check(port, model.logits)
+
+
 def test_a_loss_of_rows_in_another_order_is_refused() -> None:
     with pytest.raises(PortError, match="cuts through the batch or token axis"):
         fxport.port(made("time first", called.READING))

@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from fxport.api import port
 from fxport.capture.clone import clone_for_capture
 from fxport.capture.lengths import trace_at_lengths
 from fxport.capture.only_checks import only_checks, questions_among
+from fxport.capture.reachable import Reachable
 from fxport.errors import PortError, ReasonCode
 from tests.zoo.called import Tiny
 
@@ -343,3 +345,57 @@ def test_what_is_drawn_in_a_call_of_torch_is_seen(call):
     with pytest.raises(PortError) as caught:
         trace_at_lengths(clone_for_capture(Inside()))
     assert caught.value.reasons[0].code is ReasonCode.MUTATED_STATE
+
+
+# --- generators of the model's own ---------------------------------------------------------------
+
+OF_THE_FILE = random.Random(5)
+
+
+class Private(Tiny):
+    """Skips nothing in eval mode, or something once in ten thousand calls."""
+
+    def __init__(self, generator: Any, always: bool) -> None:
+        super().__init__()
+        self.generator, self.always = generator, always
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if (self.training or self.always) and self.generator.random() > 0.9999:
+            return self.logits(ids) * 2
+        return self.logits(ids)
+
+
+class OfTheFile(Tiny):
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.logits(ids) * (2 if OF_THE_FILE.random() > 0.9999 else 1)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: Private(random.Random(3), always=True),
+        lambda: Private(np.random.default_rng(3), always=True),
+        lambda: Private(np.random.RandomState(3), always=True),
+        OfTheFile,
+    ],
+)
+def test_what_a_private_generator_draws_is_refused(model):
+    with pytest.raises(PortError, match="draws random numbers from") as caught:
+        port(model())
+    (reason,) = caught.value.reasons
+    assert reason.code is ReasonCode.MUTATED_STATE and reason.location is not None
+    assert ".random()" in reason.location.source
+
+
+def test_a_generator_is_put_back():
+    model = Private(random.Random(3), always=True)
+    places, expected = Reachable(model), random.Random(3).random()
+    model.generator.random()
+    places.restore()
+    assert model.generator.random() == expected
+
+
+def test_what_is_drawn_in_training_alone_does_not_matter():
+    torch.manual_seed(0)
+    model, ids = Private(random.Random(3), always=False), torch.randint(0, 40, (2, 11))
+    torch.testing.assert_close(port(model).module(ids), model.eval()(ids))

@@ -117,8 +117,55 @@ class FlatTimeFirstLoss(FlatLoss):
         return F.cross_entropy(logits, targets.t().flatten())
 
 
+class LastOfEachRow(Tiny):
+    def forward(self, ids: Tensor) -> Tensor:
+        return torch.stack([row[-1] for row in self.logits(ids)])
+
+
+class GatheredLoss(Tiny):
+    """Of log-probabilities, by hand."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        scores = torch.log_softmax(self.logits(ids)[:, :-1], dim=-1)
+        return -scores.gather(-1, ids[:, 1:, None]).mean()
+
+
+class LikelihoodLoss(Tiny):
+    def forward(self, ids: Tensor) -> Tensor:
+        scores = self.logits(ids).log_softmax(-1)[:, :-1]
+        return F.nll_loss(scores.flatten(0, 1), ids[:, 1:].flatten())
+
+
+class LogSumLoss(Tiny):
+    def forward(self, ids: Tensor) -> Tensor:
+        logits = self.logits(ids)[:, :-1]
+        right = logits.gather(-1, ids[:, 1:, None]).squeeze(-1)
+        return (torch.logsumexp(logits, -1) - right).mean()
+
+
+class RoutedLoss(Tiny):
+    """What is normalised is no vocabulary."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        chosen = torch.log_softmax(self.embed(ids)[..., :4], -1).exp().mean()
+        wrong = 1 - self.logits(ids).softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])
+        return wrong.mean() + chosen
+
+
+class PoliteLoss(RoutedLoss):
+    """Both."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        scores = F.log_softmax(self.logits(ids), dim=-1)
+        return super().forward(ids) - scores[:, :-1].gather(-1, ids[:, 1:, None]).mean()
+
+
 LOSSES: dict[str, type[nn.Module]] = {
     "flat loss": FlatLoss,
+    "gathered loss": GatheredLoss,
+    "likelihood loss": LikelihoodLoss,
+    "log-sum loss": LogSumLoss,
+    "loss beside a router": PoliteLoss,
     "shifted loss": ShiftedLoss,
     "loss": Loss,
     "own targets": OwnTargets,
@@ -213,5 +260,6 @@ class LossOfOthers(Tiny):
 READING: dict[str, type[nn.Module]] = {
     "targets": ReadsTargets,
     "loss": LossOfOthers,
+    "router": RoutedLoss,
     "time first": FlatTimeFirstLoss,
 }
