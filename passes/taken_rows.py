@@ -3,6 +3,8 @@
 Before                                            After
     getitem(unbind(x, 1), T - 1)                      select(x, 1, -1)
     getitem(split_with_sizes(x, [T - 1, 1], 1), 1)    slice(x, 1, -1, end)
+    getitem(split_with_sizes(table, [T, L - T]), 0)   slice(table, 0, 0, T)
+    getitem(meshgrid([arange(B), arange(T)]), 1)      expand(arange(T), [B, T])
     select(flip(x, [1]), 1, 0)                        select(x, 1, -1)
     index_select(x, 1, tensor([T - 1]))               slice(x, 1, -1, end)
     gather(x, 1, full([B, 1, C], T - 1))              slice(x, 1, -1, end)
@@ -44,15 +46,27 @@ _END = sys.maxsize
 def name_taken_rows(gm: fx.GraphModule) -> int:
     """Rewrites the graph in place; returns how many rows were named. What is written to stays."""
     memory = Memory(gm.graph)
+    written = {node for node in gm.graph.nodes if memory.written_by(node)}
     named = 0
     for node in list(gm.graph.nodes):
         rule = _RULES.get(node.target if node.target is operator.getitem else overload_packet(node))
-        if rule is None or any(map(memory.written_by, [node, *node.all_input_nodes])):
+        if rule is None:
             continue
-        found = rule(node, Emitter(gm, node, node.all_input_nodes))
-        if found is not None:
-            node.replace_all_uses_with(found)
-            named += 1
+        emit = Emitter(gm, node, node.all_input_nodes)
+        found = rule(node, emit)
+        if found is None:
+            continue
+        read = {
+            node,
+            found,
+            *node.all_input_nodes,
+            *(n for m in emit.made for n in m.all_input_nodes),
+        }
+        if read & written:
+            emit.undo()
+            continue
+        node.replace_all_uses_with(found)
+        named += 1
     if named:
         erase_dead(gm)
         gm.recompile()
@@ -85,12 +99,17 @@ def _part(node: fx.Node, emit: Emitter) -> fx.Node | None:
     if not isinstance(source, fx.Node):
         return None
     packet, part = overload_packet(source), every_entry(number)
+    if packet is aten.meshgrid:
+        return _of_grid(source, number, emit)
     if packet not in _PARTS or part is None:
         return None
     given = arguments(source)
     x: fx.Node = given["self"]
     dim = given["dim"] % len(shape_of(x))
     size = shape_of(x)[dim]
+    sizes = given.get("split_sizes")
+    if sizes and part == 0 and isinstance(sizes[0], fx.Node):
+        return emit.call(aten.slice.Tensor, x, dim, 0, sizes[0])
     if isinstance(size, int):
         return None  # features: how many parts there are is known
     if packet is aten.unbind:
@@ -101,6 +120,31 @@ def _part(node: fx.Node, emit: Emitter) -> fx.Node | None:
     ends = _ends(source, given, size)
     last = ends is not None and part in (len(ends), -1) and ends[-1] == size - 1
     return _one(emit, x, dim, -1, keep=True) if last else None
+
+
+def _of_grid(grid: fx.Node, number: Any, emit: Emitter) -> fx.Node | None:
+    """One of the vectors, as often as the others are long; rows come first, or with "xy" last."""
+    given = arguments(grid)
+    vectors = given["tensors"]
+    if type(number) is not int or any(len(shape_of(v)) != 1 for v in vectors):
+        return None
+    number %= len(vectors)
+    order = list(range(len(vectors)))
+    if given.get("indexing", "ij") == "xy":
+        order[:2] = order[1::-1]
+    found = vectors[number]
+    for _ in range(order.index(number) + 1, len(order)):
+        found = emit.call(aten.unsqueeze.default, found, -1)
+    return emit.call(aten.expand.default, found, [_length(emit, vectors[i]) for i in order])
+
+
+def _length(emit: Emitter, vector: fx.Node) -> Any:
+    """The end of a range, not the range itself: that counts rows, and may go."""
+    size = shape_of(vector)[0]
+    if isinstance(size, int):
+        return size
+    end = arguments(vector).get("end") if overload_packet(vector) is aten.arange else None
+    return end if every_entry(end) == size else emit.call(aten.sym_size.int, vector, 0)
 
 
 def _ends(source: fx.Node, given: dict[str, Any], size: Any) -> list[sympy.Expr] | None:

@@ -140,3 +140,40 @@ def test_rows_of_other_tokens_are_refused(change):
         ported(change)
     assert error.value.reasons[0].location is not None
     assert error.value.reasons[0].code is not ReasonCode.SELF_CHECK
+
+
+PLACES = {
+    "grid": lambda pe, ids: pe[grid(*ids.shape, indexing="ij")[1]],
+    "grid, columns first": lambda pe, ids: pe[grid(*ids.shape[::-1], indexing="xy")[0]],
+    "split": lambda pe, ids: pe.split([ids.shape[1], 40 - ids.shape[1]])[0],
+}
+ELSEWHERE = {
+    "the rows of a grid": lambda pe, ids: pe[grid(*ids.shape, indexing="ij")[0]],
+    "the end of a table": lambda pe, ids: pe.split([40 - ids.shape[1], ids.shape[1]])[1],
+}
+
+
+def grid(*sizes: int, indexing: str):
+    return torch.meshgrid(*map(torch.arange, sizes), indexing=indexing)
+
+
+def placed(place):
+    class Placed(GPT):
+        def forward(self, ids):
+            x = self.transformer.wte(ids) + place(self.transformer.wpe.weight, ids)
+            return self.lm_head(self.transformer.h[0](x))
+
+    torch.manual_seed(3)
+    return fxport.port(Placed(37, 24, 3, 1, 40).eval())
+
+
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+def test_positions_are_found_where_a_table_falls_into_parts(place):
+    assert placed(place).report.facts["max_position_embeddings"] == 40
+
+
+@pytest.mark.parametrize("place", ELSEWHERE.values(), ids=ELSEWHERE)
+def test_other_rows_of_a_table_are_refused(place):
+    with pytest.raises(PortError) as error:
+        placed(place)
+    assert error.value.reasons[0].code is not ReasonCode.SELF_CHECK
