@@ -89,6 +89,8 @@ def _forward(
     read = _part(node)
     if read is None or user.op != "call_function" or _is_cut(user):
         return
+    if is_mutation(user) and node in changed_by(user):
+        return  # it is written here; a mask made row by row has as many such writes as rows
     writes = [w for w in memory.written_by(node) if not _is_elsewhere(w, read)]
     if user in writes:
         return

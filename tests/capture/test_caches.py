@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fxport.capture import caches
 from fxport.capture.caches import read_what_was_written
 
 aten = torch.ops.aten
@@ -208,3 +209,29 @@ def test_more_than_what_was_written_is_read(function: Function) -> None:
     gm = traced(function, cache, x)
     assert read_what_was_written(gm) == ()
     torch.testing.assert_close(gm(cache.clone(), x), function(cache, x), rtol=0, atol=0)
+
+
+def test_a_mask_written_row_by_row_takes_time_in_its_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every write was held against every other."""
+
+    def forward(x: Tensor) -> Tensor:
+        mask = torch.full((40, 40), float("-inf"))
+        for row in range(40):
+            mask[row, max(0, row - 7) : row + 1] = 0.0
+        return x + mask
+
+    compared: list[fx.Node] = []
+    is_elsewhere = caches._is_elsewhere
+
+    def counted(write: fx.Node, read: caches._Part) -> bool:
+        compared.append(write)
+        return is_elsewhere(write, read)
+
+    monkeypatch.setattr(caches, "_is_elsewhere", counted)
+    x = torch.randn(40, 40)
+    gm = make_fx(forward, tracing_mode="fake", pre_dispatch=True)(x)
+    read_what_was_written(gm)
+    assert len(compared) <= 2 * 40
+    assert torch.equal(gm(x), forward(x))
