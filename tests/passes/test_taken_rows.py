@@ -47,13 +47,14 @@ WRONG = {
     "flip, last": lambda h: h.flip(1)[:, -1],
     "flip twice, first": lambda h: h.flip(1).flip(1)[:, 0],
     "flip another axis": lambda h: h.flip(2)[:, 0],
+    "flip, another axis selected": lambda h: h.flip(1)[0][None],
     "index_select, second last": lambda h: h.index_select(1, torch.tensor([h.shape[1] - 2])),
     "gather, half way": lambda h: h.gather(
         1, (lengths(h) // 2).view(-1, 1, 1).expand(-1, 1, h.shape[2])
     ),
     "gather, one feature": lambda h: h.gather(
         1, (lengths(h) - 1).view(-1, 1, 1).expand(-1, 1, 1)
-    ).expand_as(h[:, :1]),
+    ).expand(-1, 1, h.shape[2]),
     "split with sizes, first": lambda h: h.split([1, h.shape[1] - 1], 1)[0],
 }  # fmt: skip
 
