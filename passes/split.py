@@ -68,6 +68,15 @@ def token_embedding(tokens: fx.Node) -> fx.Node:
     if found:
         return (whole or found)[0]
     first = next((user for user in tokens.users if not is_symbolic(user)), tokens)
+    joined = next((user for user in tokens.users if overload_packet(user) in _ADDING_TOKENS), None)
+    if joined is not None:
+        reason = Reason(
+            ReasonCode.MIXES_TOKENS,
+            "tokens of the model's own are put before or behind the given ones",
+            user_location(joined),
+            "vLLM gives every token its own row: put them into the prompt instead",
+        )
+        raise PortError([reason])
     reason = Reason(
         ReasonCode.NO_VOCABULARY,
         "the token ids do not go into an embedding",
@@ -75,6 +84,9 @@ def token_embedding(tokens: fx.Node) -> fx.Node:
         "look the token ids up with nn.Embedding or F.embedding",
     )
     raise PortError([reason])
+
+
+_ADDING_TOKENS = {aten.cat, aten.pad, aten.constant_pad_nd}
 
 
 def passes_on(node: fx.Node, ids: set[fx.Node]) -> bool:

@@ -178,3 +178,22 @@ def test_other_rows_of_a_table_are_refused(place):
     with pytest.raises(PortError) as error:
         placed(place)
     assert error.value.reasons[0].code is not ReasonCode.SELF_CHECK
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        lambda ids: torch.cat([torch.full_like(ids[:, :1], 2), ids], 1),
+        lambda ids: torch.nn.functional.pad(ids, (1, 0), value=2),
+    ],
+)
+def test_a_token_of_the_models_own_is_refused_where_it_is_put_in(begin):
+    class Begins(GPT):
+        def forward(self, ids):
+            x = self.transformer.wte(begin(ids))
+            return self.lm_head(self.transformer.h[0](x)[:, 1:])
+
+    with pytest.raises(PortError, match="before or behind the given ones") as error:
+        fxport.port(Begins(37, 24, 3, 1, 40).eval())
+    assert error.value.reasons[0].code is ReasonCode.MIXES_TOKENS
+    assert error.value.reasons[0].location is not None
