@@ -131,9 +131,11 @@ def test_the_table_fits_80_columns(models: Path) -> None:
 
 def test_stages_of_a_port(models: Path) -> None:
     found = stages("base")
-    before = ["functionalise", "known values", "look-ups", "head", "sinks"]
+    before = ["functionalise", "known values", "look-ups", "taken rows", "head", "sinks"]
     assert list(found) == [*before, "attention", "positions", "experts"]
-    assert not any(found[name].diff for name in ("look-ups", "head", "sinks", "experts"))
+    assert not any(
+        found[name].diff for name in ("look-ups", "taken rows", "head", "sinks", "experts")
+    )
     changed = found["attention"].diff.changes
     assert sum(r.change is Change.REPLACED for r in changed) == LAYERS
     assert {r.made_by for r in changed} == {"attention"}
