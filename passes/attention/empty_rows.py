@@ -13,7 +13,7 @@ from fxport.passes.attention.bounds import Bounds
 from fxport.passes.attention.site import Left, MaskKind, MaskStep, Match, Shift
 from fxport.passes.masks.effects import hard_limit
 
-__all__ = ["check_emptied", "check_filled", "check_mended", "check_shift"]
+__all__ = ["check_emptied", "check_filled", "check_kept", "check_mended", "check_shift"]
 
 
 def check_filled(match: Match, from_data: bool) -> None:
@@ -33,6 +33,26 @@ def check_filled(match: Match, from_data: bool) -> None:
                 step.node,
                 "use float('-inf') for every mask",
             )
+
+
+def check_kept(from_data: list[MaskStep], finite: bool) -> None:
+    """Weights that data masks after the softmax, and that are divided by their sum then.
+
+    Args:
+        finite: some key may be forbidden by a finite number before: its weight is 0 already.
+
+    Raises:
+        Left: of a row without any other key the original makes 0 / 0.
+    """
+    kept = next((s for s in from_data if s.kind is MaskKind.KEEP), None)
+    if finite and kept is not None:
+        raise Left(
+            ReasonCode.EMPTY_ROW,
+            "scores are masked with a finite number, and weights by the data after the softmax: "
+            "a row without any key gives NaN, not a mean of what the number forbids",
+            kept.node,
+            "use one mask, of float('-inf'), before the softmax",
+        )
 
 
 def check_mended(match: Match) -> None:

@@ -19,6 +19,7 @@ from fxport.passes.attention.bounds import Bounds
 from fxport.passes.attention.empty_rows import (
     check_emptied,
     check_filled,
+    check_kept,
     check_mended,
     check_shift,
 )
@@ -143,6 +144,7 @@ def plan_masks(
     anchored = match.sinks is not None
     proof = prover.prove(masks.fixed, frame, zero_rows, anchored, match.infinite_rows)
     _check_again(prover, facts, match, frame, masks, proof)
+    check_kept(masks.open, proof.finite or not proof.known)
     form = _form(match, masks, proof, frame, assume_spread)
     dense = form.dense
     _check_dense(dense, proof)

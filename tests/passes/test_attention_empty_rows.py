@@ -158,3 +158,22 @@ def test_nan_of_rows_without_keys_reaches_all_that_scores_are_made_of(
     found = rewrite(trace_directly(module, data))
     assert found.count == 1 and "window 3" in found.result.decisions[0].detail
     compare(module, found.graph, data)
+
+
+@pytest.mark.parametrize(("low", "count"), [(-INF, 1), (LOW, 0), (-LOW, 0)])
+@pytest.mark.parametrize("added", [True, False])
+def test_rows_that_lose_their_keys_after_the_softmax(low: float, count: int, added: bool) -> None:
+    """0 / 0, not the mean of what a number forbids."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        future = ~from_the_end(q.size(-2), k.size(-2))
+        s = scores(q, k)
+        s = s + hidden(~future, low) if added else s.masked_fill(future, low)
+        w = s.softmax(-1) * keep[:, None, None]
+        return (w / w.sum(-1, keepdim=True)) @ v
+
+    data = [*operands(7, 7), torch.arange(14).view(2, 7) > 1]
+    module = Site(function)
+    found = rewrite(trace_directly(module, data))
+    assert found.count == count
+    compare(module, found.graph, data, nan_spreads=True)
