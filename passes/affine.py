@@ -16,12 +16,14 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fxport.capture.arguments import arguments, shape_of
+from fxport.capture.inputs import InputKind, graph_input
 from fxport.passes.attention.views import overload_packet
 from fxport.passes.size_bounds import decided
 
-__all__ = ["FACTORIES", "Affine", "affine_value"]
+__all__ = ["FACTORIES", "Affine", "affine_value", "stored_value"]
 
 aten = torch.ops.aten
 
@@ -52,6 +54,26 @@ class Affine:
     def is_replaced(self) -> bool:
         """Plain positions stay: only counted ones are made plain."""
         return self.number is not None or (self.counted and sum(map(bool, self.slopes)) == 1)
+
+
+def stored_value(node: fx.Node) -> Affine | None:
+    """What a placeholder holds, if that is a buffer of such whole numbers."""
+    source = graph_input(node)
+    table = source.value
+    if source.kind is not InputKind.BUFFER or table is None or table.is_meta:
+        return None
+    if table.dtype not in (torch.int64, torch.int32) or not 0 < table.numel() <= _FAR:
+        return None
+    with _disable_current_modes():
+        first = table[(0,) * table.dim()]
+        slopes = [
+            int(table.movedim(dim, 0)[(1, *(0,) * (table.dim() - 1))] - first) if size > 1 else 0
+            for dim, size in enumerate(table.shape)
+        ]
+        expected = first
+        for slope, size in zip(slopes, table.shape, strict=True):
+            expected = expected[..., None] + slope * torch.arange(size, device=table.device)
+        return Affine(int(first), tuple(slopes)) if bool((table == expected).all()) else None
 
 
 def affine_value(node: fx.Node, known: dict[fx.Node, Affine]) -> Affine | None:

@@ -5,7 +5,8 @@
     scores = q @ keys.mT
 
 That is how a model with a cache is called without one. `cat` also takes ``tensor([])`` for nothing
-in any place. The empty part may widen the result's type; then a cast stays.
+in any place. The empty part may widen the result's type; then a cast stays. What is laid out anew
+by joining is copied.
 
     mask = hstack([zeros(T, 0), future])            mask = future
 """
@@ -43,8 +44,11 @@ def drop_empty_parts(gm: fx.GraphModule) -> int:
                 parts = [_as(gm, part, node) for part in parts]
         if len(parts) > 1:
             node.target, node.args, node.kwargs = aten.cat.default, (parts, dim), {}
-        else:
+        elif _strides(parts[0]) == _strides(node):
             node.replace_all_uses_with(parts[0])
+        else:
+            node.target, node.args = aten.clone.default, (parts[0],)
+            node.kwargs = {"memory_format": torch.contiguous_format}
         dropped += gone
     if dropped:
         erase_dead(gm)
@@ -73,6 +77,11 @@ def _is_empty(part: fx.Node, joined: fx.Node, dim: int) -> bool:
     if shape == (0,):
         return True
     return len(shape) == len(shape_of(joined)) and shape[dim] == 0
+
+
+def _strides(node: fx.Node) -> list[Any]:
+    strides: tuple[int | torch.SymInt, ...] = node.meta["val"].stride()
+    return [s if isinstance(s, int) else s.node.expr for s in strides]
 
 
 def _as(gm: fx.GraphModule, part: fx.Node, joined: fx.Node) -> fx.Node:

@@ -29,7 +29,7 @@ from torch import fx
 
 from fxport.capture.arguments import shape_of
 from fxport.capture.memory import Memory
-from fxport.passes.affine import FACTORIES, Affine, affine_value
+from fxport.passes.affine import FACTORIES, Affine, affine_value, stored_value
 from fxport.passes.attention.emit import Emitter
 from fxport.passes.attention.site import Left
 from fxport.passes.attention.views import overload_packet
@@ -40,8 +40,11 @@ __all__ = ["fold_known_values"]
 aten = torch.ops.aten
 
 
-def fold_known_values(gm: fx.GraphModule) -> int:
+def fold_known_values(gm: fx.GraphModule, *, stored: bool = False) -> int:
     """Rewrites the graph in place.
+
+    Args:
+        stored: buffers keep what they hold.
 
     Returns:
         How many values were replaced.
@@ -51,13 +54,20 @@ def fold_known_values(gm: fx.GraphModule) -> int:
     for node in gm.graph.nodes:
         if memory.written_by(node):
             continue  # how it was made does not say what it holds
-        if node.op == "call_function" and isinstance(node.meta.get("val"), torch.Tensor):
+        if not isinstance(node.meta.get("val"), torch.Tensor):
+            continue
+        found = None
+        if node.op == "call_function":
             found = affine_value(node, known)
-            if found is not None:
-                known[node] = found
+        elif stored and node.op == "placeholder":
+            found = stored_value(node)
+        if found is not None:
+            known[node] = found
     folded = 0
     for node, value in known.items():
-        if overload_packet(node) in FACTORIES or not _matters(node, known):
+        if node.op == "placeholder" or overload_packet(node) in FACTORIES:
+            continue
+        if not _matters(node, known):
             continue
         if value.is_replaced:
             folded += _replace(gm, node, known)

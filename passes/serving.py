@@ -99,7 +99,7 @@ def lower_for_serving(
         stage.note(caches)
     with recorder.stage("known values"):
         drop_empty_parts(gm)
-        fold_known_values(gm)
+        fold_known_values(gm, stored=True)
     tokens = next(n for n in gm.graph.nodes if n.name == captured.tokens)
     with recorder.stage("look-ups"):
         look_up_in_tables(gm, tokens)

@@ -53,6 +53,14 @@ class Mixer(nn.Module):
         return self.head(self.step(self, self.embed(ids)))[:, :length]
 
 
+def viewed_after_nothing_is_joined(m: Mixer, x: Tensor) -> Tensor:
+    """What is joined is laid out row after row, as the view needs it."""
+    whole = (torch.cat([y, y[..., y.shape[-1] :]], -1) for y in m.heads(x))
+    q, k, v = (y.view(-1, 1, x.shape[1], y.shape[-1]) for y in whole)
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return rejoined(mixed.view(-1, HEADS, *mixed.shape[2:]))
+
+
 def rejoined(y: Tensor) -> Tensor:
     return y.transpose(1, 2).flatten(2)
 
@@ -164,6 +172,7 @@ WHOLE: dict[str, tuple[Step, Callable[[Tensor], Tensor] | None]] = {
     "flat": (flat, None),
     "by index": (by_index, None),
     "beside": (beside, None),
+    "nothing joined": (viewed_after_nothing_is_joined, None),
     "twice": (lambda m, x: by_index(m, flat(m, x)), None),
     "rows, buffer": (rows_of_scores(by_buffer), None),
     "rows, triangle": (rows_of_scores(by_triangle), None),

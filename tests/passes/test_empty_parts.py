@@ -55,7 +55,16 @@ def columns_and_rows_of_the_mask(x: Tensor) -> Tensor:
     return (q @ k.mT + mask).softmax(-1) @ v
 
 
-EMPTY = [made_empty, cut_to_nothing, no_tensor_at_all, wider, columns_and_rows_of_the_mask]
+def viewed_afterwards(x: Tensor) -> Tensor:
+    """GPT-NeoX Japanese: what is left of the features after a rotation of all."""
+    q, k, v = (torch.cat([y, y[..., 8:]], -1) for y in heads(x))
+    q, k, v = (y.view(y.shape[0] * 2, y.shape[2], 8) for y in (q, k, v))
+    mask = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).tril()
+    return (q @ k.mT).masked_fill(~mask, float("-inf")).softmax(-1) @ v
+
+
+EMPTY = [made_empty, cut_to_nothing, no_tensor_at_all, wider, columns_and_rows_of_the_mask,
+         viewed_afterwards]  # fmt: skip
 
 
 @pytest.mark.parametrize("function", EMPTY)

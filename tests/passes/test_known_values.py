@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from attention_graphs import Site, compare, run_like, trace_directly, trace_training
 from torch import Tensor
 
+from fxport.capture.inputs import GraphInput, InputKind
 from fxport.capture.memory import is_mutation
+from fxport.passes.affine import Affine, stored_value
 from fxport.passes.attention.rewrite import rewrite_attention
 from fxport.passes.known_values import fold_known_values
 
@@ -219,6 +221,44 @@ def test_the_number_is_the_value(name: str):
         torch.testing.assert_close(run_like(graph, site, [x]), expected)
         if number is not None:
             assert bool((expected == number).all())
+
+
+STORED: dict[str, tuple[Tensor, InputKind, Affine | None]] = {
+    "positions": (torch.arange(9)[None], InputKind.BUFFER, Affine(0, (0, 1))),
+    "rows and columns": (
+        4 * torch.arange(3, dtype=torch.int32)[:, None] - torch.arange(5) + 7,
+        InputKind.BUFFER,
+        Affine(7, (4, -1)),
+    ),
+    "one number": (torch.tensor(5), InputKind.BUFFER, Affine(5, ())),
+    "one entry off": (torch.arange(9).index_fill(0, torch.tensor(7), 8), InputKind.BUFFER, None),
+    "a float": (torch.arange(9.0), InputKind.BUFFER, None),
+    "nothing": (torch.arange(0), InputKind.BUFFER, None),
+    "truth": (torch.ones(4, dtype=torch.bool), InputKind.BUFFER, None),
+    "learned": (torch.arange(9), InputKind.PARAMETER, None),
+}
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_what_a_buffer_holds(name: str) -> None:
+    table, kind, expected = STORED[name]
+    node = torch.fx.Graph().placeholder("table")
+    node.meta = {"val": table, "input": GraphInput(kind, "table", table)}
+    assert stored_value(node) == expected
+
+
+def test_stored_positions_are_read_where_buffers_keep_what_they_hold() -> None:
+    def asked(x: Tensor, table: Tensor) -> Tensor:
+        p = table[:, : x.shape[1]].expand(x.shape[0], -1)
+        return x.sum() * 0 + same_document(x, documents(p, p[:, :1] - 1))
+
+    site = Site(asked, buffers=[torch.arange(64)[None]])
+
+    def graph() -> torch.fx.GraphModule:
+        return trace_directly(site, [torch.randn(3, 17, 2)], {0: (0, 1)})
+
+    assert fold_known_values(graph()) == 0
+    assert fold_known_values(graph(), stored=True) > 0
 
 
 def test_nothing_is_said_at_every_size_of_rounded_numbers() -> None:

@@ -2,6 +2,8 @@
 
 split(x, 512, 1)[0]       x, where that is all        cat([x], 1)      x
 slice(x, 1, 0, 512)       x, where that is all
+
+A join lays out anew what is no row after row: ``cat([x.mT, nothing])`` becomes a copy of x.mT.
 """
 
 from __future__ import annotations
@@ -31,7 +33,11 @@ def tidy(gm: fx.GraphModule) -> None:
     for node in list(gm.graph.nodes):
         same = _same(node) if node.op == "call_function" else None
         if same is not None and not memory.written_by(node) and not memory.written_by(same):
-            node.replace_all_uses_with(same)
+            if node.meta["val"].stride() == same.meta["val"].stride():
+                node.replace_all_uses_with(same)
+            elif node.meta["val"].is_contiguous():
+                node.target, node.args = aten.clone.default, (same,)
+                node.kwargs = {"memory_format": torch.contiguous_format}
             changed = True
     if changed:
         gm.graph.eliminate_dead_code()
