@@ -3,7 +3,8 @@
 split(x, 512, 1)[0]       x, where that is all        cat([x], 1)      x
 slice(x, 1, 0, 512)       x, where that is all
 
-A join lays out anew what is no row after row: ``cat([x.mT, nothing])`` becomes a copy of x.mT.
+``cat([x.mT, nothing])`` lays x.mT out row after row, and becomes a copy. ``cat([x.mT])`` does not:
+it has to be like the joins of several pieces, which go without one (`fxport.capture.whole.lift`).
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ def tidy(gm: fx.GraphModule) -> None:
     for node in list(gm.graph.nodes):
         same = _same(node) if node.op == "call_function" else None
         if same is not None and not memory.written_by(node) and not memory.written_by(same):
-            if node.meta["val"].stride() == same.meta["val"].stride():
-                node.replace_all_uses_with(same)
-            elif node.meta["val"].is_contiguous():
+            if _lays_out_anew(node, same):
                 node.target, node.args = aten.clone.default, (same,)
                 node.kwargs = {"memory_format": torch.contiguous_format}
+            else:
+                node.replace_all_uses_with(same)
             changed = True
     if changed:
         gm.graph.eliminate_dead_code()
@@ -67,6 +68,12 @@ def _only_part(node: fx.Node) -> fx.Node | None:
     held = [p for p in parts if rank_of(p) != rank_of(node) or shape_of(p)[dim] > 0]
     same = len(held) == 1 and held[0].meta["val"].dtype == node.meta["val"].dtype
     return held[0] if same and shape_of(held[0]) == shape_of(node) else None
+
+
+def _lays_out_anew(node: fx.Node, same: fx.Node) -> bool:
+    """Whether a part is joined to nothing, and its rows do not follow each other yet."""
+    joins = node.target is aten.cat.default and len(arguments(node)["tensors"]) > 1
+    return joins and node.meta["val"].stride() != same.meta["val"].stride()
 
 
 def _takes_all(node: fx.Node) -> bool:
