@@ -79,8 +79,7 @@ def _row(number: sympy.Expr | None, size: Any) -> int | None:
         return None
     if number in (size - 1, -1):
         return -1
-    fixed = number.is_Integer and (number >= 0 or not isinstance(size, int))
-    return int(number) if fixed and number >= 0 else None
+    return int(number) if number.is_Integer and number >= 0 else None
 
 
 def _one(emit: Emitter, x: fx.Node, dim: int, row: int | None, *, keep: bool) -> fx.Node | None:
