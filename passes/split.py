@@ -67,23 +67,20 @@ def token_embedding(tokens: fx.Node) -> fx.Node:
     whole = [node for node in found if arguments(node)["indices"] in same]
     if found:
         return (whole or found)[0]
-    first = next((user for user in tokens.users if not is_symbolic(user)), tokens)
-    joined = next((user for user in tokens.users if overload_packet(user) in _ADDING_TOKENS), None)
-    if joined is not None:
-        reason = Reason(
-            ReasonCode.MIXES_TOKENS,
-            "tokens of the model's own are put before or behind the given ones",
-            user_location(joined),
-            "vLLM gives every token its own row: put them into the prompt instead",
-        )
-        raise PortError([reason])
-    reason = Reason(
-        ReasonCode.NO_VOCABULARY,
-        "the token ids do not go into an embedding",
-        user_location(first),
-        "look the token ids up with nn.Embedding or F.embedding",
-    )
-    raise PortError([reason])
+    raise PortError([_not_looked_up(tokens)])
+
+
+def _not_looked_up(tokens: fx.Node) -> Reason:
+    at = next((user for user in tokens.users if overload_packet(user) in _ADDING_TOKENS), None)
+    code = ReasonCode.MIXES_TOKENS
+    message = "tokens of the model's own are put before or behind the given ones"
+    hint = "vLLM gives every token its own row: put them into the prompt instead"
+    if at is None:
+        at = next((user for user in tokens.users if not is_symbolic(user)), tokens)
+        code = ReasonCode.NO_VOCABULARY
+        message = "the token ids do not go into an embedding"
+        hint = "look the token ids up with nn.Embedding or F.embedding"
+    return Reason(code, message, user_location(at), hint)
 
 
 _ADDING_TOKENS = {aten.cat, aten.pad, aten.constant_pad_nd}

@@ -28,7 +28,7 @@ import sympy
 import torch
 from torch import fx
 
-from fxport.capture.arguments import arguments, shape_of
+from fxport.capture.arguments import arguments, shape_of, takes_all
 from fxport.capture.memory import Memory
 from fxport.passes.attention.emit import Emitter
 from fxport.passes.attention.views import overload_packet
@@ -172,7 +172,7 @@ _PARTS = (aten.unbind, aten.split, aten.split_with_sizes, aten.tensor_split)
 
 def _turned(x: Any) -> tuple[fx.Node, int] | None:
     """What is flipped along one axis, and which; slices of everything may stand between."""
-    while isinstance(x, fx.Node) and x.target is aten.slice.Tensor and _is_whole(x):
+    while isinstance(x, fx.Node) and x.target is aten.slice.Tensor and takes_all(x):
         x = arguments(x)["self"]
     if overload_packet(x) is not aten.flip:
         return None
@@ -180,11 +180,6 @@ def _turned(x: Any) -> tuple[fx.Node, int] | None:
     rank = len(shape_of(given["self"]))
     dims = {d % rank for d in given["dims"]}
     return (given["self"], dims.pop()) if len(dims) == 1 else None
-
-
-def _is_whole(node: fx.Node) -> bool:
-    given = arguments(node)
-    return given["step"] == 1 and shape_of(given["self"]) == shape_of(node)
 
 
 def _of_flipped(node: fx.Node, emit: Emitter) -> fx.Node | None:
@@ -239,13 +234,13 @@ def _gathered(node: fx.Node, emit: Emitter) -> fx.Node | None:
     if isinstance(shape[dim], int) or any(shape_of(index)[i] != shape[i] for i in others):
         return None
     if shape_of(index)[dim] == shape[dim]:
-        return x if counts_along(index, dim) else None
+        return x if _counts_along(index, dim) else None
     if shape_of(index)[dim] != 1:
         return None
     return _one(emit, x, dim, _row(every_entry(index), shape[dim]), keep=True)
 
 
-def counts_along(index: fx.Node, dim: int) -> bool:
+def _counts_along(index: fx.Node, dim: int) -> bool:
     """Whether every entry is its own place along this axis: ``arange(T)[None, :, None]``."""
     while overload_packet(index) is not aten.arange:
         source = next(iter(index.all_input_nodes), None)

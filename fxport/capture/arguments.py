@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch.utils._sympy.functions import CeilToInt, FloatTrueDiv, ToFloat
 
-__all__ = ["arguments", "shape_of", "shape_of_tensor"]
+__all__ = ["arguments", "shape_of", "shape_of_tensor", "takes_all"]
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
@@ -29,6 +29,12 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 def shape_of(node: fx.Node) -> tuple[Any, ...]:
     """Shape in ``meta["val"]`` as plain ints and sympy expressions."""
     return shape_of_tensor(node.meta["val"])
+
+
+def takes_all(cut: fx.Node) -> bool:
+    """Whether an ``aten.slice`` is everything that it is cut from."""
+    given = arguments(cut)
+    return bool(given["step"] == 1 and shape_of(given["self"]) == shape_of(cut))
 
 
 def shape_of_tensor(value: torch.Tensor) -> tuple[Any, ...]:

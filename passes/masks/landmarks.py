@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fxport.capture.arguments import arguments, shape_of
+from fxport.capture.arguments import arguments, shape_of, takes_all
 from fxport.passes.attention.layout import Size, is_one
 from fxport.passes.attention.made import filled_with
 from fxport.passes.attention.views import CASTS, overload_packet
@@ -91,7 +91,7 @@ class Landmarks:
             return self._plain(node)
         if packet in (aten.tril, aten.triu):
             return self._triangle(node, inputs[0])
-        if packet in SHAPES or packet in RESHAPES or (packet is aten.slice and _is_whole(node)):
+        if packet in SHAPES or packet in RESHAPES or (packet is aten.slice and takes_all(node)):
             return self._moved(node, inputs[0])
         if packet in CASTS:
             return inputs[0].to(node.meta["val"].dtype)
@@ -194,7 +194,3 @@ def _places(lines: Lines, count: int) -> list[int] | None:
 
 def _inputs(node: fx.Node) -> list[fx.Node]:
     return [n for n in value_inputs(node) if not is_symbolic(n)]
-
-
-def _is_whole(node: fx.Node) -> bool:
-    return shape_of(_inputs(node)[0]) == shape_of(node) and arguments(node)["step"] == 1

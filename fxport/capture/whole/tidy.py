@@ -13,9 +13,9 @@ import operator
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from fxport.capture.arguments import arguments, shape_of
+from fxport.capture.arguments import arguments, shape_of, takes_all
 from fxport.capture.memory import Memory
 from fxport.capture.whole.along import SPLITS, rank_of
 
@@ -53,7 +53,7 @@ def _same(node: fx.Node) -> fx.Node | None:
     packet = getattr(node.target, "overloadpacket", None)
     if packet is aten.cat:
         return _only_part(node)
-    if packet is aten.slice and _takes_all(node):
+    if packet is aten.slice and takes_all(node):
         return arguments(node)["self"]  # type: ignore[no-any-return]
     if packet is aten.alias:  # so torch writes an index that takes all
         return node.all_input_nodes[0]
@@ -74,11 +74,3 @@ def _lays_out_anew(node: fx.Node, same: fx.Node) -> bool:
     """Whether a part is joined to nothing, and its rows do not follow each other yet."""
     joins = node.target is aten.cat.default and len(arguments(node)["tensors"]) > 1
     return joins and node.meta["val"].stride() != same.meta["val"].stride()
-
-
-def _takes_all(node: fx.Node) -> bool:
-    given = arguments(node)
-    if not isinstance(node.meta["val"], Tensor) or given["step"] != 1:
-        return False
-    dim = given["dim"] % rank_of(node)
-    return bool(shape_of(given["self"])[dim] == shape_of(node)[dim])
